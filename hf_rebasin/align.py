@@ -1,0 +1,301 @@
+"""Alignment as a problem, its solution, and the coordinate loop that solvers share."""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .alignment import Alignment, Target, act_on, identity_of
+from .groups import Element
+from .spec import Labelled, Spec, Unit
+from .units import Elements, Nested, Similarity, solve, value
+
+
+class Status(enum.Enum):
+    """How an alignment ended; the value says what to make of it."""
+
+    CONVERGED = "converged: no symmetry can be improved by itself"
+    EQUAL = "the moved model equals the fixed one, tensor by tensor"
+    IDENTITY = "every symmetry is best left as it is: the models share their coordinates already, nothing was moved"
+    SWEEP_LIMIT = "stopped at the sweep limit before it converged: raise max_sweeps"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Move one model onto another.
+
+    Args:
+        spec: what may move.
+        fixed: the model that stays, `{canonical key: tensor}`.
+        moving: the model that moves.
+        generator: all randomness of a solver comes from here.
+        progress: show a progress bar (on a terminal).
+    """
+
+    spec: Spec
+    fixed: Mapping[str, Tensor]
+    moving: Mapping[str, Tensor]
+    generator: torch.Generator
+    progress: bool = False
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a solver found.
+
+    Args:
+        alignment: one element per symmetry.
+        objective: Σ ⟨fixed, g · moving⟩ over all tensors that a symmetry touches.
+        history: the objective at the start and after every sweep, of the start that won.
+        status: how it ended; its value says what to make of it.
+        seconds: where the time went.
+    """
+
+    alignment: Alignment
+    objective: float
+    history: tuple[float, ...]
+    status: Status
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def apply(self, moving: Target) -> Target:
+        """The moving model in the coordinates of the fixed one; see `Alignment.apply`."""
+        return self.alignment.apply(moving)
+
+
+class Solver(Protocol):
+    """A frozen dataclass of knobs that solves a problem."""
+
+    def solve(self, problem: Problem) -> Solution: ...
+
+
+class Measure(Protocol):
+    """The similarity of two models along a unit, everything outside the unit moved by `elements`.
+
+    With `known` given, only what involves no open symmetry outside `known` and the unit counts. The second value tells
+    whether the similarity is exact; it is not where a symmetry occurs twice in a tensor.
+    """
+
+    def __call__(
+        self, unit: Unit, elements: Mapping[str, Element], known: set[str] | None = None
+    ) -> tuple[Similarity, bool]: ...
+
+
+class Clock:
+    """Adds up seconds by what they were spent on."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
+
+
+# A gain below this share of the value is rounding: the similarities are float32 products.
+ROUNDING = 1e-6
+
+
+def coordinate_ascent(problem: Problem, measure: Measure, starts: int, max_sweeps: int) -> Solution:
+    """Improve one unit at a time until none can be improved; the best of several starts.
+
+    The first start goes outwards from what cannot move (embeddings, inputs, outputs): at each step it takes the unit of
+    whose tensors the largest share is known already, and looks at that share alone. The others begin at the identity
+    and take the units in random order. A planted alignment is found by the first, and then, as where everything is best
+    left alone, there are no others.
+    """
+    clock = Clock()
+    spec = problem.spec
+    if not spec.units:
+        return Solution(Alignment(spec, {}), objective(problem, {}), (), Status.IDENTITY, clock.seconds)
+    bound = _bound(problem)
+    best: tuple[Elements, list[float], Status] | None = None
+    for start in range(max(starts, 1)):
+        run = _Ascent(problem, measure, clock, f"start {start + 1}")
+        if start == 0:
+            run.anchored()
+        found = (run.elements, run.history, run.sweeps(max_sweeps))
+        if best is None or found[1][-1] > best[1][-1]:
+            best = found
+        still = all(e.is_identity() for e in best[0].values())
+        if still or best[1][-1] >= bound * (1 - ROUNDING):
+            break
+    assert best is not None
+    elements, history, status = best
+    alignment = Alignment(spec, elements)
+    if not alignment.moved:
+        status = Status.IDENTITY
+    elif history[-1] >= bound * (1 - ROUNDING) and _equal(problem, elements):
+        status = Status.EQUAL
+    return Solution(alignment, history[-1], tuple(history), status, clock.seconds)
+
+
+class _Ascent:
+    """One start of the coordinate loop."""
+
+    def __init__(self, problem: Problem, measure: Measure, clock: Clock, name: str):
+        self.problem, self.measure, self.clock, self.name = problem, measure, clock, name
+        self.spec = problem.spec
+        self.elements: Elements = dict(Alignment.identity(self.spec).elements)
+        self.stale = {unit.outer for unit in self.spec.units}
+        self.history = [self.objective()]
+
+    def objective(self) -> float:
+        with self.clock("objective"):
+            return objective(self.problem, self.elements)
+
+    def anchored(self) -> None:
+        """One visit of every unit, best known first, looking only at what is known."""
+        open_ = {name for unit in self.spec.units for name in unit.names}
+        units = list(self.spec.units)
+        known: set[str] = set()
+        shares = {unit.outer: list(_sizes(self.spec, unit)) for unit in units}
+        with self._bar("anchoring", len(units)) as bar:
+            while units:
+
+                def share(unit: Unit) -> float:
+                    sizes = shares[unit.outer]
+                    total = sum(n for n, _ in sizes)
+                    return sum(n for n, names in sizes if not (names & open_) - known - set(unit.names)) / total
+
+                unit = max(units, key=share)  # the first of equals
+                units.remove(unit)
+                self._visit(unit, known)
+                known |= set(unit.names)
+                bar.update()
+        self.history.append(self.objective())
+
+    def sweeps(self, limit: int) -> Status:
+        """Visit all units in random order until none moves."""
+        for sweep in range(limit):
+            order = torch.randperm(len(self.spec.units), generator=self.problem.generator).tolist()
+            moved = False
+            with self._bar(f"sweep {sweep + 1}", len(order)) as bar:
+                for i in order:
+                    unit = self.spec.units[i]
+                    if unit.outer in self.stale:
+                        moved |= self._visit(unit)
+                    bar.update()
+            if not moved:
+                return Status.CONVERGED
+            self.history.append(self.objective())
+        return Status.SWEEP_LIMIT
+
+    def _bar(self, what: str, total: int) -> tqdm:
+        quiet = None if self.problem.progress else True
+        return tqdm(total=total, desc=f"aligning, {self.name}, {what}", unit="unit", leave=False, disable=quiet)
+
+    def _visit(self, unit: Unit, known: set[str] | None = None) -> bool:
+        """Decide one unit; True if it moved. It moves only where that is better, and stays the identity where it can."""
+        self.stale.discard(unit.outer)
+        with self.clock("similarity"):
+            similarity, exact = self.measure(unit, self.elements, known)
+        if not similarity:
+            return False
+        nested = Nested.of(self.spec, unit)
+        present = {name: self.elements[name] for name in unit.names if name in self.elements}
+        with self.clock("assignment"):
+            found = {name: element for name, element in solve(nested, similarity).items() if name in present}
+            found = self._kept(nested, similarity, found, present)
+        if all(found[name] is present[name] for name in present):
+            return False
+        if not exact and known is None:
+            with self.clock("objective"):
+                tensors = [t for t in self.spec.tensors if not t.names.isdisjoint(unit.names)]
+                now = objective(self.problem, self.elements | found, tensors)
+                before = objective(self.problem, self.elements, tensors)
+            if now <= before + ROUNDING * abs(before):
+                return False
+        self.elements |= found
+        self.stale |= {u.outer for u in self.spec.units if u is not unit and _adjacent(self.spec, u, unit)}
+        if not exact:
+            self.stale.add(unit.outer)
+        return True
+
+    def _kept(self, nested: Nested, similarity: Similarity, found: Elements, present: Elements) -> Elements:
+        """`found`, with the identity, or else the present element, wherever that is as good."""
+
+        def worth(elements: Mapping[str, Element]) -> float:
+            everything = {name: elements.get(name) or identity_of(self.spec, name) for name in nested.contexts}
+            return value(nested, similarity, everything)
+
+        best = worth(found)
+        enough = best - ROUNDING * abs(best)
+        identity = {name: identity_of(self.spec, name) for name in present}
+        for candidate in (identity, present):
+            if worth(candidate) >= enough:
+                found = dict(candidate)
+                break
+        else:
+            for name in found:
+                if worth(found | {name: identity[name]}) >= enough:
+                    found[name] = identity[name]
+        same = {n: e for n, e in present.items() if all(torch.equal(a, found[n].tensors()[p]) for p, a in e.tensors().items())}
+        return found | same
+
+
+def objective(problem: Problem, elements: Mapping[str, Element], tensors: Sequence[Labelled] | None = None) -> float:
+    """Σ ⟨fixed, g · moving⟩ over tensors that a symmetry touches, each once, summed in float64."""
+    moving = {name: element for name, element in elements.items() if not element.is_identity()}
+    total = 0.0
+    for tensor in _touched(problem.spec) if tensors is None else tensors:
+        a, b = tensor.gather(problem.fixed).float(), tensor.gather(problem.moving).float()
+        if not tensor.names.isdisjoint(moving):
+            b = act_on(problem.spec, moving, tensor, b)
+        total += _dot(a, b)
+    return total
+
+
+def _touched(spec: Spec) -> list[Labelled]:
+    open_ = {name for unit in spec.units for name in unit.names}
+    return [tensor for tensor in spec.tensors if not tensor.names.isdisjoint(open_)]
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    """⟨a, b⟩ in float64, in pieces, so that no float64 copy of a large tensor is made."""
+    pairs = zip(a.reshape(-1).split(1 << 20), b.reshape(-1).split(1 << 20), strict=True)
+    return sum(torch.dot(x.double(), y.double()).item() for x, y in pairs)
+
+
+def _bound(problem: Problem) -> float:
+    """½(‖fixed‖² + ‖moving‖²): what the objective reaches when the two become equal, and never exceeds."""
+    return 0.5 * sum(
+        _dot(x, x)
+        for tensor in _touched(problem.spec)
+        for x in (tensor.gather(problem.fixed).float(), tensor.gather(problem.moving).float())
+    )
+
+
+def _equal(problem: Problem, elements: Elements) -> bool:
+    return all(
+        torch.equal(tensor.gather(problem.fixed), act_on(problem.spec, elements, tensor, tensor.gather(problem.moving)))
+        for tensor in _touched(problem.spec)
+    )
+
+
+def _sizes(spec: Spec, unit: Unit) -> Iterator[tuple[int, set[str]]]:
+    """(number of elements, symmetries) of every block of a unit."""
+    for tensor in spec.tensors:
+        if not tensor.names.isdisjoint(unit.names):
+            for block in tensor.blocks:
+                names = {name for name in block.names if name}
+                if not names.isdisjoint(unit.names):
+                    count = 1
+                    for dim in block.dims:
+                        count *= dim.size
+                    yield count, names
+
+
+def _adjacent(spec: Spec, one: Unit, other: Unit) -> bool:
+    return any(not t.names.isdisjoint(one.names) and not t.names.isdisjoint(other.names) for t in spec.tensors)

@@ -1,0 +1,281 @@
+"""Alignments: one group element per symmetry. What a solver finds, and what moves a model without changing it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from . import registry
+from .checkpoint import Checkpoint
+from .errors import CheckpointError, MismatchError
+from .groups import Element
+from .spec import Block, Dim, Labelled, Spec, bind
+from .table import KINDS, table_for
+
+FORMAT = "hf_rebasin.alignment.v1"
+Target = TypeVar("Target", bound=Checkpoint | nn.Module | Mapping[str, Tensor])
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """One group element for each symmetry of a spec; those without one stay as they are.
+
+    `g.apply(model)` is a new model of the same kind with the same function. `h.compose(g)` acts like g, then h;
+    `g.inverse()` undoes g. Elements are addressed by the names of their symmetries.
+
+    Args:
+        spec: what the symmetries are, and which axes of which tensors they act on.
+        elements: `{symmetry: element}`.
+
+    Example: the two-layer network of `Table`, hidden units in another order. `order[i]` is where unit i came from.
+
+        >>> g = Alignment.random(spec, torch.Generator().manual_seed(0))
+        >>> g["hidden"].order.shape
+        torch.Size([16])
+        >>> moved = g.apply(state)            # rows of 0.weight and 0.bias, columns of 2.weight
+        >>> torch.equal(moved["0.bias"], state["0.bias"][g["hidden"].order])
+        True
+        >>> g.inverse().apply(moved)["0.bias"].equal(state["0.bias"])
+        True
+    """
+
+    spec: Spec
+    elements: Mapping[str, Element] = field(repr=False)
+
+    # --- making one ----------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def identity(spec: Spec) -> Alignment:
+        """The alignment that moves nothing: an identity element for every symmetry that could move."""
+        return Alignment(spec, {name: identity_of(spec, name) for name in _moving(spec)})
+
+    @staticmethod
+    def random(spec: Spec, generator: torch.Generator) -> Alignment:
+        """A random element of every symmetry that can move, drawn from `generator`."""
+        return Alignment(
+            spec, {name: group_of(spec, name).random(*_extent(spec, name), generator) for name in _moving(spec)}
+        )
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Alignment:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: the file is no alignment.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be read as an alignment: {error}") from error
+        if metadata.get("format") != FORMAT:
+            raise CheckpointError(f"{path} is not an alignment (format {metadata.get('format')!r}, not {FORMAT!r})")
+        spec = Spec.from_json(metadata["spec"])
+        stored: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, _, part = key.partition("/")
+            stored.setdefault(name, {})[part] = tensor
+        # An element is made of the tensors it stores, by the same names.
+        return Alignment(spec, {name: cast(Any, group_of(spec, name))(**stored[name]) for name in spec.symmetries if name in stored})
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write one safetensors file: the elements as `symmetry/part`, the spec in its metadata."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {f"{n}/{part}": t.contiguous() for n, e in self.elements.items() for part, t in e.tensors().items()}
+        partial = path.with_name(f".{path.name}.partial")
+        save_file(tensors, str(partial), metadata={"format": FORMAT, "spec": self.spec.to_json()})
+        partial.replace(path)
+        return path
+
+    # --- the group -----------------------------------------------------------------------------------------------
+
+    def __getitem__(self, symmetry: str) -> Element:
+        return self.elements[symmetry]
+
+    @property
+    def moved(self) -> list[str]:
+        """The symmetries that this alignment does not leave as they are."""
+        return [name for name, element in self.elements.items() if not element.is_identity()]
+
+    def inverse(self) -> Alignment:
+        """The alignment that undoes this one."""
+        elements: dict[str, Element] = {}
+        for name in self.spec.symmetries:  # contexts first: an inverse is indexed by where its context came from
+            if name in self.elements:
+                elements[name] = self._reindexed(self.elements[name].inverse(), name, elements)
+        return Alignment(self.spec, elements)
+
+    def compose(self, first: Alignment) -> Alignment:
+        """The alignment that acts like `first` and then like this one."""
+        self.spec.refuse_unless_same(first.spec)
+        elements: dict[str, Element] = {}
+        for name in self.spec.symmetries:
+            before, after = first.elements.get(name), self.elements.get(name)
+            if before is not None:
+                before = self._reindexed(before, name, self.elements)
+            both = after.compose(before) if after is not None and before is not None else after or before
+            if both is not None:
+                elements[name] = both
+        return Alignment(self.spec, elements)
+
+    def _reindexed(self, element: Element, name: str, outer: Mapping[str, Element]) -> Element:
+        """An element whose context indices are moved by the elements of its contexts."""
+        contexts = self.spec.symmetries[name].contexts
+
+        def reindex(tensor: Tensor) -> Tensor:
+            for place, context in enumerate(contexts):
+                if context in outer:
+                    inside = tuple(contexts.index(c) for c in self.spec.symmetries[context].contexts)
+                    tensor = _act_along(tensor, outer[context], place, inside, "")
+            return tensor
+
+        return element.map(reindex)
+
+    # --- acting --------------------------------------------------------------------------------------------------
+
+    def apply(self, target: Target) -> Target:
+        """Move a model; the target stays as it is.
+
+        Args:
+            target: a checkpoint, a module, or a state dict with on-disk names. A model whose family has a table may be
+                of another class than the one the alignment was found on, as long as it has the same symmetries.
+
+        Returns:
+            The same kind of thing. Tensors that no moving symmetry touches are passed on as they are.
+
+        Raises:
+            MismatchError: the model has other symmetries; names the first that differs.
+        """
+        checkpoint = Checkpoint.open(target)
+        spec = self._spec_for(checkpoint)
+        moved = checkpoint.with_state(act(spec, self.elements, checkpoint.state(spec.table.prefix)), spec.table.prefix)
+        if isinstance(target, Checkpoint):
+            return moved
+        return moved.model() if isinstance(target, nn.Module) else cast(Target, dict(moved.tensors))
+
+    def _spec_for(self, checkpoint: Checkpoint) -> Spec:
+        """The target's own spec if its family has a table, else the embedded one on the target's shapes."""
+        table = table_for(checkpoint.config)
+        if table is not None:
+            spec = spec_of(checkpoint)
+            self.spec.refuse_unless_same(spec)
+            return spec
+        names = checkpoint.canonical(self.spec.table.prefix)
+        shapes = {name: tuple(checkpoint.tensors[key].shape) for name, key in names.items()}
+        for tensor in self.spec.tensors:
+            for key in tensor.keys.values():
+                carries = f"carries the symmetry {_first(sorted(tensor.names))}"
+                if key not in shapes:
+                    raise MismatchError(f"{checkpoint.name} has no tensor {key!r}, which {carries}")
+                if shapes[key] != self.spec.shapes[key]:
+                    raise MismatchError(
+                        f"{checkpoint.name}: {key!r}, which {carries}, is {shapes[key]}, in the alignment "
+                        f"{self.spec.shapes[key]}"
+                    )
+        more = _first(key for key in shapes if key not in self.spec.shapes)
+        if more:
+            raise MismatchError(f"{checkpoint.name} has a tensor {more}, of which the alignment knows nothing")
+        return self.spec
+
+
+def spec_of(checkpoint: Checkpoint) -> Spec:
+    """The spec of a checkpoint whose family has a table.
+
+    Raises:
+        MismatchError: no table describes its `model_type`.
+        SpecError: the table does not fit its tensors.
+    """
+    table = table_for(checkpoint.config)
+    if table is None:
+        kind = getattr(checkpoint.config, "model_type", None)
+        known = sorted(t for name in registry.names("specs") for t in registry.find("specs", name).MODEL_TYPES)
+        raise MismatchError(
+            f"{checkpoint.name} ({f'model_type {kind!r}' if kind else 'no configuration of transformers'}) has no table "
+            f"of its symmetries; there are tables for {', '.join(known)}. Give one (spec=), or merge without alignment"
+        )
+    return bind_to(table, checkpoint)
+
+
+def bind_to(table: Any, checkpoint: Checkpoint) -> Spec:
+    """A table bound to a checkpoint."""
+    shapes = {name: tuple(checkpoint.tensors[key].shape) for name, key in checkpoint.canonical(table.prefix).items()}
+    return bind(table, shapes, checkpoint.canonical_ties(table.prefix))
+
+
+def act(spec: Spec, elements: Mapping[str, Element], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """g · state, by canonical keys. Outer symmetries act first; an inner element is indexed by the new outer place."""
+    moving = {name: element for name, element in elements.items() if not element.is_identity()}
+    out = dict(state)
+    for tensor in spec.tensors:
+        if not tensor.names.isdisjoint(moving):
+            out.update(tensor.scatter(act_on(spec, moving, tensor, tensor.gather(state))))
+    return {key: out[key] for key in state}
+
+
+def act_on(spec: Spec, elements: Mapping[str, Element], tensor: Labelled, x: Tensor) -> Tensor:
+    """g · x for one labelled tensor, as a new tensor."""
+    out = torch.empty_like(x)
+    for block in tensor.blocks:
+        block.view(out).copy_(act_on_block(spec, elements, block, block.view(x)))
+    return out
+
+
+def act_on_block(
+    spec: Spec, elements: Mapping[str, Element], block: Block, x: Tensor, still: Iterable[int] = ()
+) -> Tensor:
+    """g · x for one block; `x` has the block's dimensions, of which those in `still` are not acted on."""
+    for name, place, dim in _in_order(spec, block):
+        if name in elements and place not in still:
+            x = _act_along(x, elements[name], place, dim.contexts, dim.mark)
+    return x
+
+
+def _in_order(spec: Spec, block: Block) -> list[tuple[str, int, Dim]]:
+    """The labelled dimensions of a block, contexts first."""
+    dims = [(dim.name, place, dim) for place, dim in enumerate(block.dims) if dim.name]
+    rank = {name: i for i, name in enumerate(spec.symmetries)}
+    return sorted(dims, key=lambda dim: rank[dim[0]])
+
+
+def _act_along(x: Tensor, element: Element, place: int, contexts: tuple[int, ...], mark: str) -> Tensor:
+    """Act on dimension `place` of x, whose contexts are the dimensions `contexts`."""
+    front = [*contexts, place]
+    where = list(range(len(front)))
+    return element.act(x.movedim(front, where), mark).movedim(where, front)
+
+
+def _moving(spec: Spec) -> list[str]:
+    return [name for name, symmetry in spec.symmetries.items() if symmetry.moves]
+
+
+def group_of(spec: Spec, name: str) -> type[Element]:
+    """The class of the group a symmetry moves under: the permutations inside the group its table declares."""
+    kind = KINDS[spec.symmetries[name].kind]
+    return cast("type[Element]", registry.find("groups", "permutation" if kind == "held" else kind).Element)
+
+
+def identity_of(spec: Spec, name: str) -> Element:
+    """The element of a symmetry that moves nothing."""
+    return group_of(spec, name).identity(*_extent(spec, name))
+
+
+def _extent(spec: Spec, name: str) -> tuple[tuple[int, ...], int]:
+    """(sizes of the contexts, size) of a symmetry."""
+    symmetry = spec.symmetries[name]
+    return tuple(spec.symmetries[c].size for c in symmetry.contexts), symmetry.size
+
+
+def _first(names: Iterable[str]) -> str:
+    return repr(next(iter(names), "(held)"))

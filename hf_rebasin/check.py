@@ -1,0 +1,178 @@
+"""The law, as a user can run it: move a model at random and compare what it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .alignment import Alignment, spec_of
+from .checkpoint import Checkpoint, Source
+from .errors import CheckpointError
+from .spec import Spec
+from .table import families
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one random move did to a model's outputs, all of it in float64.
+
+    Args:
+        name: of the model.
+        symmetries: how many symmetries were moved.
+        difference: max |f(x; g·θ) − f(x; θ)| over all outputs.
+        scale: max |f(x; θ)|.
+        float32_inside: whether the model itself computes parts in float32, as RMSNorm of transformers does.
+    """
+
+    name: str
+    symmetries: int
+    difference: float
+    scale: float
+    float32_inside: bool
+
+    @property
+    def relative(self) -> float:
+        """max|Δ| / max|output|; errors grow with the output, so this is the number to judge."""
+        return self.difference / self.scale
+
+    @property
+    def bound(self) -> float:
+        """1e-10, or 1e-5 where the model computes in float32 inside."""
+        return 1e-5 if self.float32_inside else 1e-10
+
+    @property
+    def holds(self) -> bool:
+        return self.relative <= self.bound
+
+    def __str__(self) -> str:
+        inside = ", float32 inside" if self.float32_inside else ""
+        return (
+            f"{self.name}: moved {self.symmetries} symmetries at random; max|Δ output| = {self.difference:.1e} of "
+            f"{self.scale:.3g}, relative {self.relative:.1e} {'≤' if self.holds else '>'} {self.bound:.0e} "
+            f"(float64{inside}): {'the function is the same' if self.holds else 'THE FUNCTION CHANGED'}"
+        )
+
+
+def check(source: Source, *, spec: Spec | None = None, inputs: Mapping[str, Tensor] | None = None, seed: int = 0) -> Check:
+    """Move a model by a random element of all its symmetries and compare its outputs, in float64.
+
+    Args:
+        source: a folder, Hub id, module or checkpoint.
+        spec: its symmetries; by default those of its family's table.
+        inputs: of the forward pass; by default random tokens or images that fit the configuration.
+        seed: of the random element and the random inputs.
+
+    Raises:
+        CheckpointError: outputs that are not finite, or inputs that have to be given.
+
+    Example:
+        >>> result = check("google-bert/bert-base-uncased")
+        >>> result.holds, result.relative <= 1e-10
+        (True, True)
+    """
+    checkpoint = Checkpoint.open(source)
+    generator = torch.Generator().manual_seed(seed)
+    spec = spec or spec_of(checkpoint)
+    alignment = Alignment.random(spec, generator)
+    model = checkpoint.model(torch.float64).eval()
+    inputs = dict(example_inputs(model.config, generator) if inputs is None else inputs)
+    before, float32_inside = outputs(model, inputs)
+    state = Checkpoint.open(model)
+    after, _ = outputs(alignment.apply(state).model(torch.float64).eval(), inputs)
+    return Check(
+        checkpoint.name,
+        len(alignment.moved),
+        (before - after).abs().max().item(),
+        before.abs().max().item(),
+        float32_inside,
+    )
+
+
+def tiny_models() -> Iterator[tuple[str, nn.Module]]:
+    """(name, model) of every TINY configuration of every table, everything in it random and far from initialisation."""
+    import transformers
+
+    for module in families():
+        for i, said in enumerate(module.TINY):
+            config = transformers.AutoConfig.for_model(**({"model_type": module.MODEL_TYPES[0]} | said))
+            torch.manual_seed(i)
+            model = getattr(transformers, config.architectures[0])(config).double().eval()
+            scramble(model, torch.Generator().manual_seed(i))
+            yield f"{module.__name__.rpartition('.')[2]}-{i}-{config.architectures[0]}", model
+
+
+@torch.no_grad()
+def scramble(model: nn.Module, generator: torch.Generator) -> None:
+    """Weights ×10; norms, biases and statistics random: at initialisation many a wrong table would not be seen."""
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.dtype)
+
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(10) if parameter.any() else parameter.copy_(0.2 * noise(parameter))
+        else:
+            gain = name.endswith("weight")
+            parameter.copy_(1 + 0.4 * noise(parameter) if gain else 0.5 * noise(parameter))
+    batch_norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if batch_norms:  # statistics near the true ones, so that the signal reaches the end, then noise on them
+        for norm in batch_norms:
+            norm.momentum = 1.0
+        model.train()(**example_inputs(model.config, generator))
+        model.eval()
+        for norm in batch_norms:
+            mean, var = norm.running_mean, norm.running_var
+            if mean is not None and var is not None:
+                mean.add_(0.3 * mean.std() * noise(mean))
+                var.mul_(0.6 + 0.8 * torch.rand(var.shape, generator=generator, dtype=torch.float64)).add_(1e-3)
+
+
+def example_inputs(config: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random inputs for a transformers model: tokens where there is a vocabulary, images where there are channels."""
+    if hasattr(config, "vocab_size"):
+        length = min(16, getattr(config, "max_position_embeddings", None) or 16)
+        several = 2 if getattr(config, "pad_token_id", None) is not None else 1
+        return {"input_ids": torch.randint(config.vocab_size, (several, length), generator=generator)}
+    if hasattr(config, "num_channels"):
+        size = getattr(config, "image_size", 64)
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        return {"pixel_values": torch.randn(2, config.num_channels, *sides, generator=generator, dtype=torch.float64)}
+    raise CheckpointError(f"no inputs are known for model_type {config.model_type!r}; give them (inputs=)")
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, bool]:
+    """(all floating-point outputs in one vector, whether float32 was computed with on the way)."""
+    with _Float32Spy() as spy:
+        flat = torch.cat([tensor.reshape(-1) for tensor in _tensors(model(**inputs))]).double()
+    if not torch.isfinite(flat).all():
+        raise CheckpointError(f"{type(model).__name__} gives outputs that are NaN or infinite on random inputs")
+    return flat, spy.seen
+
+
+def _tensors(said: Any) -> Iterator[Tensor]:
+    if isinstance(said, Tensor):
+        if said.is_floating_point():
+            yield said
+    elif isinstance(said, Mapping | tuple | list):
+        for item in said.values() if isinstance(said, Mapping) else said:
+            yield from _tensors(item)
+
+
+class _Float32Spy(TorchDispatchMode):
+    """Sees whether a float64 value was rounded to float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.dtype == torch.float32 and out.numel():
+            self.seen |= any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args)
+        return out

@@ -1,0 +1,67 @@
+"""Every error the package raises.
+
+    RebasinError
+    ├── PatternError (ValueError)     a pattern that cannot be read
+    ├── SpecError (ValueError)        a table that does not fit the tensors
+    ├── UnknownNameError (LookupError) a solver, method, table or knob nobody has
+    ├── CheckpointError (ValueError)  a checkpoint that cannot be read or written without losing something
+    ├── MismatchError (ValueError)    two things that do not belong together: models, or an alignment and a model
+    ├── RecipeError (ValueError)      a recipe with mistakes, all of them listed
+    └── TargetExistsError (FileExistsError)  an output that is already there
+
+Messages say what was asked, what was found (names, shapes, numbers) and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RebasinError(Exception):
+    """Base of everything the package raises on purpose."""
+
+
+class PatternError(RebasinError, ValueError):
+    """A pattern or key that cannot be read; the message points at the place."""
+
+    def __init__(self, message: str, text: str, at: int):
+        super().__init__(f"{message}\n  {text}\n  {' ' * at}^")
+
+
+class SpecError(RebasinError, ValueError):
+    """A table that does not fit the tensors: names the key, its shape and the row."""
+
+
+class UnknownNameError(RebasinError, LookupError):
+    """A name nobody has; says the nearest known ones."""
+
+
+class CheckpointError(RebasinError, ValueError):
+    """A checkpoint that is broken, or cannot be written as asked."""
+
+
+class MismatchError(RebasinError, ValueError):
+    """Two things that do not belong together; names the first difference."""
+
+
+class RecipeError(RebasinError, ValueError):
+    """A recipe with mistakes; lists all of them with their path."""
+
+
+class TargetExistsError(RebasinError, FileExistsError):
+    """The output is already there and was not to be overwritten."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'linear'?"`, or the whole list where nothing is near."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known) or 'none'}"
+
+
+def some(names: Iterable[str], limit: int = 5) -> str:
+    """The first few names and how many more there are: `a, b, c and 40 more`."""
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,56 @@
+"""Groups: how an axis may move. One file each, exporting one class named `Element`.
+
+An element carries one group element for every index of its contexts: all its tensors have the contexts as leading
+dimensions. `hf_rebasin.alignment` brings a block's dimensions in that order, so a group knows nothing of blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Element(Protocol):
+    """What every group's `Element` offers."""
+
+    @classmethod
+    def identity(cls, batch: tuple[int, ...], n: int) -> Element:
+        """The element that moves nothing, on n things, once per index of `batch`."""
+        ...
+
+    @classmethod
+    def random(cls, batch: tuple[int, ...], n: int, generator: torch.Generator) -> Element:
+        """A random element."""
+        ...
+
+    @classmethod
+    def project(cls, similarity: Tensor) -> Element:
+        """The g that maximises ⟨similarity, g⟩ for a (n, n) matrix ⟨fixed i, moving j⟩."""
+        ...
+
+    def contract(self, similarity: Tensor) -> Tensor:
+        """⟨similarity, g⟩ along two dimensions: (*batch, n, n, *rest) to (*batch, *rest), in float64."""
+        ...
+
+    def act(self, x: Tensor, mark: str = "") -> Tensor:
+        """g · x for x of shape (*batch, n, *rest); `mark` as in the pattern language."""
+        ...
+
+    def compose(self, first: Element) -> Element:
+        """The element that acts like `first`, then this one."""
+        ...
+
+    def inverse(self) -> Element: ...
+
+    def is_identity(self) -> bool: ...
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """What is stored."""
+        ...
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Element:
+        """The element with its tensors changed; used to reorder contexts."""
+        ...

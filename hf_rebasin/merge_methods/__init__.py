@@ -1,0 +1,5 @@
+"""Merge methods: one file each, exporting a function `merge(tensors, *, knobs)` of one key's tensors.
+
+The tensors arrive in at least float32 (float64 where the models are float32 or wider), in the order of the models; the
+result is rounded once, to the dtype of the output. The keyword arguments are the knobs, their defaults the defaults.
+"""

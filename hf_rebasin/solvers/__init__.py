@@ -1,0 +1,1 @@
+"""Solvers: one file each, exporting a frozen dataclass `Solver` (its fields are the knobs) with `solve(problem)`."""
