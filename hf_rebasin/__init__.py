@@ -1,0 +1,63 @@
+"""Merge Hugging Face checkpoints that were trained apart."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .alignment import Alignment
+    from .api import align, merge, spec_for
+    from .checking import Check, check
+    from .checkpoint import Checkpoint
+    from .errors import RebasinError
+    from .recipe import Recipe
+    from .solving import Problem, Solution, Status
+    from .spec import Spec
+    from .table import Table
+
+__version__ = "0.1.0"
+__all__ = [
+    "Alignment",
+    "Check",
+    "Checkpoint",
+    "Problem",
+    "RebasinError",
+    "Recipe",
+    "Solution",
+    "Spec",
+    "Status",
+    "Table",
+    "align",
+    "check",
+    "merge",
+    "spec_for",
+]
+
+# Where each name lives; a module is imported when its name is first used, so that `import hf_rebasin` is light.
+_HOME = {
+    "Alignment": "alignment",
+    "Check": "checking",
+    "Checkpoint": "checkpoint",
+    "Problem": "solving",
+    "RebasinError": "errors",
+    "Recipe": "recipe",
+    "Solution": "solving",
+    "Spec": "spec",
+    "Status": "solving",
+    "Table": "table",
+    "align": "api",
+    "check": "checking",
+    "merge": "api",
+    "spec_for": "api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -85,7 +85,9 @@ class Alignment:
             name, _, part = key.partition("/")
             stored.setdefault(name, {})[part] = tensor
         # An element is made of the tensors it stores, by the same names.
-        return Alignment(spec, {name: cast(Any, group_of(spec, name))(**stored[name]) for name in spec.symmetries if name in stored})
+        return Alignment(
+            spec, {name: cast(Any, group_of(spec, name))(**stored[name]) for name in spec.symmetries if name in stored}
+        )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one safetensors file: the elements as `symmetry/part`, the spec in its metadata."""
@@ -176,7 +178,7 @@ class Alignment:
         shapes = {name: tuple(checkpoint.tensors[key].shape) for name, key in names.items()}
         for tensor in self.spec.tensors:
             for key in tensor.keys.values():
-                carries = f"carries the symmetry {_first(sorted(tensor.names))}"
+                carries = f"carries {' and '.join(map(repr, sorted(tensor.names))) or 'no symmetry'}"
                 if key not in shapes:
                     raise MismatchError(f"{checkpoint.name} has no tensor {key!r}, which {carries}")
                 if shapes[key] != self.spec.shapes[key]:
@@ -184,9 +186,9 @@ class Alignment:
                         f"{checkpoint.name}: {key!r}, which {carries}, is {shapes[key]}, in the alignment "
                         f"{self.spec.shapes[key]}"
                     )
-        more = _first(key for key in shapes if key not in self.spec.shapes)
-        if more:
-            raise MismatchError(f"{checkpoint.name} has a tensor {more}, of which the alignment knows nothing")
+        more = next((key for key in shapes if key not in self.spec.shapes), None)
+        if more is not None:
+            raise MismatchError(f"{checkpoint.name} has a tensor {more!r}, of which the alignment knows nothing")
         return self.spec
 
 
@@ -275,7 +277,3 @@ def _extent(spec: Spec, name: str) -> tuple[tuple[int, ...], int]:
     """(sizes of the contexts, size) of a symmetry."""
     symmetry = spec.symmetries[name]
     return tuple(spec.symmetries[c].size for c in symmetry.contexts), symmetry.size
-
-
-def _first(names: Iterable[str]) -> str:
-    return repr(next(iter(names), "(held)"))

@@ -93,7 +93,9 @@ class Checkpoint:
             if not _recomputed(key, tensor):
                 name = self._canonical(key, prefix)
                 if name in names:
-                    raise CheckpointError(f"{self.name}: {key!r} and {names[name]!r} are two keys for one tensor, {name!r}")
+                    raise CheckpointError(
+                        f"{self.name}: {key!r} and {names[name]!r} are two keys for one tensor, {name!r}"
+                    )
                 names[name] = key
         return names
 
@@ -152,7 +154,9 @@ class Checkpoint:
         if self.template is not None and (names := _module_names(self.template)) is not None:
             return self._into_copy(self.template, names, dtype)
         if self.config is None:
-            raise CheckpointError(f"{self.name} has no configuration that transformers knows, so no module can be built")
+            raise CheckpointError(
+                f"{self.name} has no configuration that transformers knows, so no module can be built"
+            )
         kinds = {t.dtype for t in self.tensors.values() if t.is_floating_point()}
         if dtype is None:
             dtype = kinds.pop() if len(kinds) == 1 else torch.float32
@@ -165,7 +169,9 @@ class Checkpoint:
         )
         for what in ("missing_keys", "mismatched_keys"):
             if info[what]:
-                raise CheckpointError(f"{self.name} does not load: {what.replace('_', ' ')} {some(map(str, info[what]))}")
+                raise CheckpointError(
+                    f"{self.name} does not load: {what.replace('_', ' ')} {some(map(str, info[what]))}"
+                )
         return model.eval()
 
     def _into_copy(self, template: nn.Module, names: Mapping[str, str], dtype: torch.dtype | None) -> nn.Module:
@@ -268,7 +274,7 @@ def _recomputed(key: str, tensor: Tensor) -> bool:
 
 def _download(repo: str, revision: str | None, token: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         patterns = [*SIDE_FILES, INDEX, "model*.safetensors"]

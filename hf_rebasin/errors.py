@@ -6,6 +6,7 @@
     ├── UnknownNameError (LookupError) a solver, method, table or knob nobody has
     ├── CheckpointError (ValueError)  a checkpoint that cannot be read or written without losing something
     ├── MismatchError (ValueError)    two things that do not belong together: models, or an alignment and a model
+    ├── OptionError (ValueError)      a value that a solver or merge method cannot take
     ├── RecipeError (ValueError)      a recipe with mistakes, all of them listed
     └── TargetExistsError (FileExistsError)  an output that is already there
 
@@ -43,6 +44,10 @@ class CheckpointError(RebasinError, ValueError):
 
 class MismatchError(RebasinError, ValueError):
     """Two things that do not belong together; names the first difference."""
+
+
+class OptionError(RebasinError, ValueError):
+    """A value that a solver or merge method cannot take; says which it can."""
 
 
 class RecipeError(RebasinError, ValueError):

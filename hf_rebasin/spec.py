@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from .axes import READER, Leaf, Node, Sum, braces, compile_key, leaves, scoped, show, unmarked
+from .axes import DIAGONAL, READER, Leaf, Node, Sum, braces, compile_key, leaves, scoped, show, unmarked
 from .errors import MismatchError, SpecError, nearest
 from .sizes import Equation, Sizes, solve_sizes
 from .table import KINDS, ROTATING, Row, Table
@@ -96,6 +96,15 @@ class Labelled:
     def names(self) -> frozenset[str]:
         """The symmetries it has an axis for."""
         return frozenset(leaf.name for axis in self.axes for leaf in leaves(axis) if leaf.name)
+
+    @property
+    def measures(self) -> bool:
+        """Whether it says how much rather than what: one diagonal axis, as of a norm's gain or a running statistic.
+
+        Such vectors move with the others, but they do not tell features apart, and the size of BatchNorm statistics
+        would drown the weights that do.
+        """
+        return len(self.axes) == 1 and all(leaf.mark == DIAGONAL for leaf in leaves(self.axes[0]))
 
     def gather(self, state: Mapping[str, Tensor]) -> Tensor:
         """The tensor, contiguous; keys that are an axis are stacked."""
@@ -237,8 +246,7 @@ def bind(table: Table, shapes: Mapping[str, Shape], ties: Mapping[str, str] | No
     _check_readers(tensors, symmetries, norms)
     tied = {target: show(_axes_of(table, target)) for target in ties if target not in shapes}
     bound = Table(
-        rows=tied
-        | {tensor.bound: show(tensor.axes[len(next(iter(tensor.keys))) :]) for tensor in tensors},
+        rows=tied | {tensor.bound: show(tensor.axes[len(next(iter(tensor.keys))) :]) for tensor in tensors},
         groups={name: symmetry.group for name, symmetry in symmetries.items()},
         sizes={name: symmetry.size for name, symmetry in symmetries.items()},
         norms={norm.gain.removesuffix(".weight"): [r.removesuffix(".weight") for r in norm.readers] for norm in norms},
@@ -277,7 +285,9 @@ def _unbound(row: Row, stars: tuple[str, ...], keys: dict[tuple[int, ...], tuple
     except ValueError as error:
         key, shape = next(iter(keys.values()))
         raise SpecError(f"{key} {shape}: {error}; row {row.text!r}") from None
-    return Labelled(row.text, row.key.bound(stars), {i: key for i, (key, _) in keys.items()}, counts + shapes.pop(), axes, ())
+    return Labelled(
+        row.text, row.key.bound(stars), {i: key for i, (key, _) in keys.items()}, counts + shapes.pop(), axes, ()
+    )
 
 
 def _equations(tensor: Labelled) -> Iterator[Equation]:
@@ -407,9 +417,13 @@ def _norms(
                 continue
             streams = by_key[gain].names
             if len(streams) != 1:
-                raise SpecError(f"norm {gain} {shapes[gain]}: expected one stream, row {by_key[gain].row!r} says {streams}")
+                raise SpecError(
+                    f"norm {gain} {shapes[gain]}: expected one stream, row {by_key[gain].row!r} says {streams}"
+                )
             found: dict[str, None] = {}
-            for reader in (one for said in ([readers] if isinstance(readers, str) else readers) for one in braces(said)):
+            for reader in (
+                one for said in ([readers] if isinstance(readers, str) else readers) for one in braces(said)
+            ):
                 for star in match[0]:  # its first stars are the norm's; further stars are free
                     reader = reader.replace("*", star, 1)
                 reads = compile_key(f"{reader}.weight")
@@ -419,9 +433,7 @@ def _norms(
     return tuple(norms)
 
 
-def _check_readers(
-    tensors: tuple[Labelled, ...], symmetries: Mapping[str, Symmetry], norms: tuple[Norm, ...]
-) -> None:
+def _check_readers(tensors: tuple[Labelled, ...], symmetries: Mapping[str, Symmetry], norms: tuple[Norm, ...]) -> None:
     """A reader of a rotated stream has exactly one norm: that is where the gauge is."""
     claims: dict[str, list[str]] = {}
     for norm in norms:

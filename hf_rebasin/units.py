@@ -42,7 +42,11 @@ class Nested:
         """What is nested in one of the tops."""
         return Nested(
             self.spec,
-            {name: tuple(c for c in contexts if c != outer) for name, contexts in self.contexts.items() if outer in contexts},
+            {
+                name: tuple(c for c in contexts if c != outer)
+                for name, contexts in self.contexts.items()
+                if outer in contexts
+            },
         )
 
     def only(self, names: set[str]) -> Nested:
@@ -144,5 +148,7 @@ def _contract(nested: Nested, names: tuple[str, ...], tensor: Tensor, elements: 
             moved = elements[name].contract(tensor.movedim(front, list(range(len(front)))))
             left.remove(name)
             # the contexts were brought to the front; put them back where they are in `left`
-            tensor = moved.movedim(list(range(len(batch))), [left.index(c) for c in nested.contexts[name] if c in left])
+            tensor = moved.movedim(
+                list(range(len(batch))), [left.index(c) for c in nested.contexts[name] if c in left]
+            )
     return tensor

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..align import Problem, Solution, coordinate_ascent
 from ..alignment import act_on_block
 from ..groups import Element
+from ..solving import Problem, Solution, coordinate_ascent, matched_tensors
 from ..spec import Block, Unit
 from ..units import Similarity
 
@@ -32,7 +32,7 @@ class Solver:
         max_sweeps: over all units, for every start.
     """
 
-    starts: int = 3
+    starts: int = 2
     max_sweeps: int = 100
 
     def solve(self, problem: Problem) -> Solution:
@@ -57,7 +57,7 @@ def weight_similarity(
     outside = {n: e for n, e in elements.items() if n not in unit.names and not e.is_identity()}
     total: Similarity = {}
     exact = True
-    for tensor in spec.tensors:
+    for tensor in matched_tensors(spec):
         if tensor.names.isdisjoint(unit.names):
             continue
         blocks = [b for b in tensor.blocks if not set(unit.names).isdisjoint(b.names) and all(d.size for d in b.dims)]

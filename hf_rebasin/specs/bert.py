@@ -4,7 +4,12 @@ MODEL_TYPES = ("bert",)
 PREFIX = "bert."
 
 # `classifier.weight` reads the pooler in some classes and the stream in others; what computes hidden states holds both.
-POOLED = ("BertForSequenceClassification", "BertForMultipleChoice", "BertForNextSentencePrediction", "BertForPreTraining")
+POOLED = (
+    "BertForSequenceClassification",
+    "BertForMultipleChoice",
+    "BertForNextSentencePrediction",
+    "BertForPreTraining",
+)
 STREAM = ("BertForMaskedLM", "BertForTokenClassification", "BertForQuestionAnswering")
 
 

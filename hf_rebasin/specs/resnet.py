@@ -44,7 +44,19 @@ def groups(config):
 
 _TINY = dict(embedding_size=8, num_labels=5)
 TINY = [
-    dict(architectures=["ResNetForImageClassification"], layer_type="bottleneck", hidden_sizes=[16, 24], depths=[2, 2], **_TINY),
-    dict(architectures=["ResNetForImageClassification"], layer_type="basic", hidden_sizes=[8, 12, 16], depths=[2, 2, 1], **_TINY),
+    dict(
+        architectures=["ResNetForImageClassification"],
+        layer_type="bottleneck",
+        hidden_sizes=[16, 24],
+        depths=[2, 2],
+        **_TINY,
+    ),
+    dict(
+        architectures=["ResNetForImageClassification"],
+        layer_type="basic",
+        hidden_sizes=[8, 12, 16],
+        depths=[2, 2, 1],
+        **_TINY,
+    ),
     dict(architectures=["ResNetModel"], layer_type="basic", hidden_sizes=[12, 16], depths=[1, 2], embedding_size=8),
 ]

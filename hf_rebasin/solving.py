@@ -53,7 +53,7 @@ class Solution:
 
     Args:
         alignment: one element per symmetry.
-        objective: Σ ⟨fixed, g · moving⟩ over all tensors that a symmetry touches.
+        objective: Σ ⟨fixed, g · moving⟩ over all tensors that a symmetry touches, but gains and running statistics.
         history: the objective at the start and after every sweep, of the start that won.
         status: how it ended; its value says what to make of it.
         seconds: where the time went.
@@ -212,7 +212,7 @@ class _Ascent:
             return False
         if not exact and known is None:
             with self.clock("objective"):
-                tensors = [t for t in self.spec.tensors if not t.names.isdisjoint(unit.names)]
+                tensors = [t for t in matched_tensors(self.spec) if not t.names.isdisjoint(unit.names)]
                 now = objective(self.problem, self.elements | found, tensors)
                 before = objective(self.problem, self.elements, tensors)
             if now <= before + ROUNDING * abs(before):
@@ -241,15 +241,19 @@ class _Ascent:
             for name in found:
                 if worth(found | {name: identity[name]}) >= enough:
                     found[name] = identity[name]
-        same = {n: e for n, e in present.items() if all(torch.equal(a, found[n].tensors()[p]) for p, a in e.tensors().items())}
+        same = {
+            n: e
+            for n, e in present.items()
+            if all(torch.equal(a, found[n].tensors()[p]) for p, a in e.tensors().items())
+        }
         return found | same
 
 
 def objective(problem: Problem, elements: Mapping[str, Element], tensors: Sequence[Labelled] | None = None) -> float:
-    """Σ ⟨fixed, g · moving⟩ over tensors that a symmetry touches, each once, summed in float64."""
+    """Σ ⟨fixed, g · moving⟩ over the matched tensors, each once, summed in float64."""
     moving = {name: element for name, element in elements.items() if not element.is_identity()}
     total = 0.0
-    for tensor in _touched(problem.spec) if tensors is None else tensors:
+    for tensor in matched_tensors(problem.spec) if tensors is None else tensors:
         a, b = tensor.gather(problem.fixed).float(), tensor.gather(problem.moving).float()
         if not tensor.names.isdisjoint(moving):
             b = act_on(problem.spec, moving, tensor, b)
@@ -257,9 +261,10 @@ def objective(problem: Problem, elements: Mapping[str, Element], tensors: Sequen
     return total
 
 
-def _touched(spec: Spec) -> list[Labelled]:
+def matched_tensors(spec: Spec) -> list[Labelled]:
+    """The tensors that say which features are alike: all that a moving symmetry touches but gains and statistics."""
     open_ = {name for unit in spec.units for name in unit.names}
-    return [tensor for tensor in spec.tensors if not tensor.names.isdisjoint(open_)]
+    return [tensor for tensor in spec.tensors if not tensor.names.isdisjoint(open_) and not tensor.measures]
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
@@ -272,21 +277,23 @@ def _bound(problem: Problem) -> float:
     """½(‖fixed‖² + ‖moving‖²): what the objective reaches when the two become equal, and never exceeds."""
     return 0.5 * sum(
         _dot(x, x)
-        for tensor in _touched(problem.spec)
+        for tensor in matched_tensors(problem.spec)
         for x in (tensor.gather(problem.fixed).float(), tensor.gather(problem.moving).float())
     )
 
 
 def _equal(problem: Problem, elements: Elements) -> bool:
     return all(
-        torch.equal(tensor.gather(problem.fixed), act_on(problem.spec, elements, tensor, tensor.gather(problem.moving)))
-        for tensor in _touched(problem.spec)
+        torch.equal(
+            tensor.gather(problem.fixed), act_on(problem.spec, elements, tensor, tensor.gather(problem.moving))
+        )
+        for tensor in problem.spec.tensors
     )
 
 
 def _sizes(spec: Spec, unit: Unit) -> Iterator[tuple[int, set[str]]]:
     """(number of elements, symmetries) of every block of a unit."""
-    for tensor in spec.tensors:
+    for tensor in matched_tensors(spec):
         if not tensor.names.isdisjoint(unit.names):
             for block in tensor.blocks:
                 names = {name for name in block.names if name}

@@ -58,7 +58,9 @@ class Check:
         )
 
 
-def check(source: Source, *, spec: Spec | None = None, inputs: Mapping[str, Tensor] | None = None, seed: int = 0) -> Check:
+def check(
+    source: Source, *, spec: Spec | None = None, inputs: Mapping[str, Tensor] | None = None, seed: int = 0
+) -> Check:
     """Move a model by a random element of all its symmetries and compare its outputs, in float64.
 
     Args:

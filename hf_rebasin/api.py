@@ -1,0 +1,173 @@
+"""The thin top: here, and nowhere else, names become objects."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from . import registry
+from .alignment import bind_to, spec_of
+from .checkpoint import Checkpoint, Source
+from .errors import OptionError, nearest
+from .merging import combine, lined_up
+from .pairing import Assumption, paired
+from .recipe import Recipe
+from .solving import Problem, Solution, Solver
+from .spec import Spec
+from .table import Table
+
+
+def spec_for(source: Source, table: Table | None = None) -> Spec:
+    """The symmetries of a model.
+
+    Args:
+        source: a folder, Hub id, module, state dict or checkpoint.
+        table: for a model whose family has no file in `hf_rebasin/specs/`.
+
+    Raises:
+        MismatchError: no table describes this model.
+        SpecError: the table does not fit; names the key, its shape and the row.
+
+    Example:
+        >>> spec = spec_for("google-bert/bert-base-uncased")
+        >>> spec.symmetries["head.0"]
+        Symmetry(name='head.0', kind='permutation', size=12, contexts=())
+    """
+    checkpoint = Checkpoint.open(source)
+    return spec_of(checkpoint) if table is None else bind_to(table, checkpoint)
+
+
+def align(
+    fixed: Source,
+    moving: Source,
+    *,
+    solver: str | Solver = "weight_matching",
+    spec: Spec | Table | None = None,
+    seed: int = 0,
+    assume: Iterable[Assumption] = (),
+    progress: bool = False,
+    **knobs: Any,
+) -> Solution:
+    """Find the change of coordinates that brings one model closest to another.
+
+    Args:
+        fixed: the model that stays: a folder, Hub id, module, state dict or checkpoint.
+        moving: the model that is to be moved; neither is changed.
+        solver: a file of `hf_rebasin/solvers/`, or a solver object.
+        spec: the symmetries; by default those of the table of the fixed model's family.
+        seed: of everything random in the solver; the same seed gives the same alignment.
+        assume: what to take for the same without looking: "config", "labels", "vocabulary".
+        progress: show a progress bar (on a terminal).
+        knobs: of the solver, such as `starts=1`.
+
+    Returns:
+        A `Solution`; `solution.apply(moving)` is the moved model, with exactly the same function.
+
+    Raises:
+        MismatchError: the two cannot mean the same; says what differs.
+        CheckpointError: NaN or Inf in one of them.
+        UnknownNameError, OptionError: the solver or a knob.
+
+    Example: a model against itself with its 12 × 64 = 768 query rows, and all else that may move, in another order.
+
+        >>> g = Alignment.random(spec_for(model), torch.Generator().manual_seed(0))
+        >>> solution = align(model, g.apply(model))
+        >>> solution.status
+        <Status.EQUAL: 'the moved model equals the fixed one, tensor by tensor'>
+    """
+    chosen = solver_with(solver, knobs) if isinstance(solver, str) else solver
+    a, b = Checkpoint.open(fixed), Checkpoint.open(moving)
+    for checkpoint in (a, b):
+        checkpoint.refuse_broken()
+    b = paired(a, b, assume)
+    if isinstance(spec, Table):
+        spec = bind_to(spec, a)
+    spec = spec or spec_of(a)
+    prefix = spec.table.prefix
+    problem = Problem(spec, a.state(prefix), lined_up(a, b, prefix), torch.Generator().manual_seed(seed), progress)
+    return chosen.solve(problem)
+
+
+def merge(
+    models: Sequence[Source],
+    method: str = "linear",
+    *,
+    dtype: torch.dtype | None = None,
+    assume: Iterable[Assumption] = (),
+    progress: bool = False,
+    **knobs: Any,
+) -> Checkpoint:
+    """Merge models that share their coordinates already (align them first).
+
+    Args:
+        models: folders, Hub ids, modules, state dicts or checkpoints; the first gives keys, shapes, dtypes,
+            configuration and tokenizer.
+        method: a file of `hf_rebasin/merge_methods/`: "linear", "lerp", "slerp".
+        dtype: of the floating-point tensors of the result, by default what the first model has.
+        assume: what to take for the same without looking: "config", "labels", "vocabulary".
+        progress: show a progress bar (on a terminal).
+        knobs: of the method, such as `t=0.3`.
+
+    Returns:
+        A `Checkpoint`: `.save(out)` writes a folder that `from_pretrained` loads, `.model()` makes a module.
+
+    Raises:
+        MismatchError: tensors that are missing, left over or of another shape, or models that cannot mean the same.
+        CheckpointError: NaN or Inf.
+        UnknownNameError, OptionError: the method or a knob.
+
+    Example: `merge([a, b])` of weights 2 and 6 has (2 + 6) / 2 = 4; `merge([a, b], "lerp", t=0.25)` has 3.
+    """
+    if not models:
+        raise OptionError("nothing to merge: give at least one model")
+    first, *others = (Checkpoint.open(model) for model in models)
+    return combine([first, *(paired(first, c, assume) for c in others)], method, knobs, dtype=dtype, progress=progress)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a recipe gave: the merge, the models that went into it, and one solution per model that was aligned."""
+
+    checkpoint: Checkpoint
+    models: tuple[Checkpoint, ...]
+    solutions: tuple[Solution, ...]
+
+
+def run(recipe: Recipe, *, progress: bool = False) -> Merged:
+    """Open the models of a recipe, align all to the first (or to its `base_model`), and merge."""
+    entries = recipe.in_order()
+    first, *others = (Checkpoint.open(entry.model, revision=entry.revision) for entry in entries)
+    solutions: list[Solution] = []
+    moved = [paired(first, other, recipe.assume) for other in others]
+    settings = recipe.align
+    if settings is not None:
+        knobs = settings.knobs()
+        for i, other in enumerate(moved):
+            found = align(
+                first,
+                other,
+                solver=settings.solver,
+                seed=settings.seed,
+                assume=recipe.assume,
+                progress=progress,
+                **knobs,
+            )
+            solutions.append(found)
+            moved[i] = found.apply(other)
+    dtype = None if recipe.dtype is None else getattr(torch, recipe.dtype)
+    merged = combine([first, *moved], recipe.merge_method, recipe.method_knobs(), dtype=dtype, progress=progress)
+    return Merged(merged, (first, *others), tuple(solutions))
+
+
+def solver_with(name: str, knobs: dict[str, Any]) -> Solver:
+    """A solver with its knobs; an unknown knob raises OptionError with the nearest known one."""
+    kind = registry.find("solvers", name).Solver
+    known = [field.name for field in dataclasses.fields(kind)]
+    for knob in knobs:
+        if knob not in known:
+            raise OptionError(f"solver {name!r} has no knob {knob!r}{nearest(knob, known)}")
+    return cast(Solver, kind(**knobs))

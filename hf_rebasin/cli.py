@@ -1,0 +1,291 @@
+"""The command line. Each verb imports what it needs when it runs, so that --help answers at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import OptionError, RebasinError
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+    from .recipe import Recipe
+    from .solving import Solution
+    from .spec import Spec
+
+app = typer.Typer(
+    name="hf-rebasin",
+    help="Merge Hugging Face checkpoints that were trained apart: bring them to the same coordinates, then merge.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+MODEL = "Folder or Hub id; id@revision pins a commit, branch or tag."
+Assume = Annotated[
+    list[str] | None,
+    typer.Option(help="Take this for the same without looking: config, labels or vocabulary. May be repeated."),
+]
+Seed = Annotated[int, typer.Option(help="Of everything random; the same seed gives the same bytes.")]
+SolverName = Annotated[str, typer.Option(help="How the coordinates are found.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is there.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the models go.")] = Path("demo"),
+    kinds: Annotated[
+        list[str] | None, typer.Option("--kind", help="mlp, mlp512, resnet or vit; may be repeated.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="How many of each are trained; every pair of them is merged.")] = 3,
+) -> None:
+    """Train small models apart, align them, merge them, report. Four minutes, no download."""
+    from . import demo as demonstration
+
+    demonstration.run(out, kinds or demonstration.DEMO, seeds, say=typer.echo)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    every: Annotated[bool, typer.Option("--all", help="One line per symmetry instead of one per family.")] = False,
+) -> None:
+    """Show the symmetries of a model: name, group, size, tensors."""
+    from .alignment import spec_of
+
+    checkpoint = _open(model)
+    spec = spec_of(checkpoint)
+    typer.echo(f"{model} ({type(checkpoint.config).__name__.removesuffix('Config')}): {spec}\n")
+    for line in _symmetries(spec, every):
+        typer.echo(line)
+    for target, kept in spec.ties.items():
+        typer.echo(f"\ntied: {target} is {kept}")
+
+
+@app.command()
+def check(
+    model: Annotated[str | None, typer.Argument(help=MODEL + " Without one: the small model of every table.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Move a model at random and compare its outputs: your own proof that moving changes nothing."""
+    from .checking import check as run_check
+    from .checking import tiny_models
+
+    failed = 0
+    checks = [(None, _open(model))] if model else tiny_models()
+    for name, one in checks:
+        result = run_check(one, seed=seed)
+        typer.echo(f"{name}: {str(result).partition(': ')[2]}" if name else str(result))
+        failed += not result.holds
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def align(
+    fixed: Annotated[str, typer.Argument(help="The model that stays. " + MODEL)],
+    moving: Annotated[str, typer.Argument(help="The model that is moved.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the moved model.")] = None,
+    alignment: Annotated[Path | None, typer.Option(help="File for the alignment itself (safetensors).")] = None,
+    solver: SolverName = "weight_matching",
+    seed: Seed = 0,
+    assume: Assume = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Bring one model to the coordinates of another; its function stays exactly the same."""
+    from .api import align as find
+
+    if out is None and alignment is None:
+        raise OptionError(
+            "nothing would be written: give --out for the moved model, --alignment for the alignment, or both"
+        )
+    if alignment is not None and alignment.exists() and not overwrite:
+        raise OptionError(f"{alignment} is already there; name another file, or overwrite it (--overwrite)")
+    a, b = _open(fixed), _open(moving)
+    _refuse_target(out, overwrite, a, b)
+    solution = find(a, b, solver=solver, seed=seed, assume=_assumed(assume), progress=True)
+    _tell(solution, moving)
+    if alignment is not None:
+        typer.echo(f"alignment: {solution.alignment.save(alignment)}")
+    if out is not None:
+        typer.echo(f"moved model: {solution.apply(b).save(out, overwrite=overwrite)}/")
+
+
+@app.command()
+def merge(
+    models: Annotated[list[str], typer.Argument(help="Two or more models, or one recipe (.yaml). " + MODEL)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the merged model.")],
+    method: Annotated[str, typer.Option(help="linear, lerp or slerp.")] = "linear",
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option("--parameter", "-p", help="Of the method, as t=0.3 or weights=[1,3]. May be repeated."),
+    ] = None,
+    align: Annotated[bool, typer.Option(help="Bring the models to the first one's coordinates first.")] = True,
+    solver: SolverName = "weight_matching",
+    seed: Seed = 0,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the result: float32, float16, bfloat16; by default the first's.")
+    ] = None,
+    assume: Assume = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Merge models that were trained apart into one that from_pretrained loads."""
+    from .api import run
+
+    if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
+        _refuse_options_beside_a_recipe()
+        recipe = _recipe_file(models[0])
+    else:
+        if len(models) < 2:
+            raise OptionError(f"a merge needs two models or a recipe (.yaml), got {models[0]!r}")
+        recipe = _recipe(
+            {
+                "models": models,
+                "merge_method": method,
+                "parameters": _parameters(parameter or []),
+                "align": {"solver": solver, "seed": seed} if align else False,
+                "dtype": dtype,
+                "assume": list(assume or []),
+            }
+        )
+    if dry_run:
+        _plan(recipe, out)
+        return
+    _refuse_target(out, overwrite)
+    merged = run(recipe, progress=True)
+    for solution, model in zip(merged.solutions, merged.models[1:], strict=False):
+        _tell(solution, model.name)
+    _refuse_target(out, overwrite, *merged.models)
+    folder = merged.checkpoint.save(out, overwrite=overwrite)
+    typer.echo(f"merged model ({recipe.merge_method}): {folder}/, {_size(merged.checkpoint)}")
+
+
+def main() -> None:
+    """The entry point: errors of ours are one sentence and exit status 1."""
+    try:
+        app()
+    except RebasinError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; nothing was written", err=True)
+        sys.exit(130)
+
+
+def _open(model: str) -> Checkpoint:
+    from .checkpoint import Checkpoint
+
+    entry = _recipe({"models": [model]}).models[0]
+    return Checkpoint.open(entry.model, revision=entry.revision)
+
+
+def _recipe(said: dict[str, Any]) -> Recipe:
+    from .recipe import Recipe
+
+    return Recipe.from_dict(said, name="the command")
+
+
+def _recipe_file(path: str) -> Recipe:
+    from .recipe import Recipe
+
+    return Recipe.from_file(path)
+
+
+def _refuse_options_beside_a_recipe() -> None:
+    """What a recipe says is not said again on the command line."""
+    from click import get_current_context
+    from click.core import ParameterSource
+
+    context = get_current_context()
+    for name in ("method", "parameter", "align", "solver", "seed", "dtype", "assume"):
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise OptionError(f"--{name} is given beside a recipe; write it into the recipe")
+
+
+def _parameters(said: list[str]) -> dict[str, Any]:
+    import yaml
+
+    parameters = {}
+    for one in said:
+        name, equals, value = one.partition("=")
+        if not equals:
+            raise OptionError(f"--parameter {one!r} is not NAME=VALUE, as in t=0.3")
+        parameters[name] = yaml.safe_load(value)
+    return parameters
+
+
+def _assumed(assume: list[str] | None) -> Any:
+    return _recipe({"models": ["x"], "assume": list(assume or [])}).assume
+
+
+def _refuse_target(out: Path | None, overwrite: bool, *inputs: Checkpoint) -> None:
+    """Say early what `save` would say late, and never write over what is read."""
+    if out is None:
+        return
+    for checkpoint in inputs:
+        if checkpoint.folder is not None and out.resolve() == checkpoint.folder.resolve():
+            raise OptionError(f"{out} is one of the models that are read; name another folder")
+    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
+        raise OptionError(f"{out} is already there; name another folder, or overwrite it (--overwrite)")
+
+
+def _tell(solution: Solution, model: str) -> None:
+    moved = solution.alignment.moved
+    seconds = sum(solution.seconds.values())
+    gain = f", objective {solution.history[0]:.5g} → {solution.objective:.5g}" if solution.history else ""
+    typer.echo(
+        f"aligned {model}: {len(moved)} of {len(solution.alignment.elements)} symmetries moved{gain}, {seconds:.0f} s"
+    )
+    typer.echo(f"  {solution.status.value}")
+
+
+def _size(checkpoint: Checkpoint) -> str:
+    total = sum(t.numel() * t.element_size() for t in checkpoint.tensors.values())
+    unit, scale = ("GB", 1e9) if total >= 1e9 else ("MB", 1e6) if total >= 1e6 else ("kB", 1e3)
+    return f"{len(checkpoint.tensors)} tensors, {total / scale:.1f} {unit}"
+
+
+def _plan(recipe: Recipe, out: Path) -> None:
+    """What a merge would do; every check that needs no computation is made."""
+    from .alignment import spec_of
+    from .checkpoint import Checkpoint
+    from .merging import lined_up
+    from .pairing import paired
+
+    first, *others = (Checkpoint.open(entry.model, revision=entry.revision) for entry in recipe.in_order())
+    for other in others:
+        lined_up(first, paired(first, other, recipe.assume))
+    if recipe.align is not None:
+        typer.echo(f"would align {', '.join(o.name for o in others)} to {first.name} by {recipe.align.solver}:")
+        for line in _symmetries(spec_of(first), every=False):
+            typer.echo(f"  {line}")
+    typer.echo(
+        f"would merge {1 + len(others)} models by {recipe.merge_method} to {out}/, {_size(first)} as in {first.name}"
+    )
+
+
+def _symmetries(spec: Spec, every: bool) -> list[str]:
+    """The symmetries as a table, those of one family (`ff.0`, `ff.1`, …) in one line."""
+    import re
+
+    from .table import KINDS
+    from .text import columns
+
+    families: dict[tuple[str, ...], list[str]] = {}
+    for name, symmetry in spec.symmetries.items():
+        family = name if every else re.sub(r"\d+(?=\.|$)", "*", name)
+        group = symmetry.group if every else re.sub(r"\d+(?=\.|$|\s)", "*", symmetry.group)
+        moves = KINDS[symmetry.kind] if symmetry.moves else "held"
+        families.setdefault((family, group, moves, str(symmetry.size)), []).append(name)
+    rows = [("symmetry", "group", "moves by", "size", "how many", "tensors each", "such as")]
+    for (family, group, moves, size), names in families.items():
+        tensors = [t for t in spec.tensors if names[0] in t.names]
+        rows.append((family, group, moves, size, str(len(names)), str(len(tensors)), tensors[0].key))
+    return list(columns(rows, right=(3, 4, 5)))

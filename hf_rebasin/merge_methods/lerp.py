@@ -1,0 +1,23 @@
+"""Linear interpolation between two models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import OptionError
+
+
+def merge(tensors: Sequence[Tensor], *, t: float = 0.5) -> Tensor:
+    """(1 − t) θ_A + t θ_B; t = 0 is A and t = 1 is B, bit for bit.
+
+    Raises:
+        OptionError: not two models.
+
+    Example: t = 0.25 between 2 and 6 is 0.75 * 2 + 0.25 * 6 = 3.
+    """
+    if len(tensors) != 2:
+        raise OptionError(f"lerp merges 2 models, got {len(tensors)}; use linear for more")
+    return torch.lerp(tensors[0], tensors[1], t)

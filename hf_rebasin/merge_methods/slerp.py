@@ -1,0 +1,35 @@
+"""Spherical interpolation between two models (Shoemake 1985), tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import OptionError
+
+COLLINEAR = 0.9995  # beyond this cosine the sine is too small to divide by, and the arc is a line anyway
+
+
+def merge(tensors: Sequence[Tensor], *, t: float = 0.5) -> Tensor:
+    """sin((1 − t)Ω)/sin Ω · θ_A + sin(tΩ)/sin Ω · θ_B, with Ω the angle between the two tensors as vectors.
+
+    Tensors that are zero, or point the same or opposite ways, are interpolated linearly. t = 0 is A, t = 1 is B.
+
+    Raises:
+        OptionError: not two models.
+
+    Example: halfway between (1, 0) and (0, 1), at a right angle: sin 45° / sin 90° = 0.7071 of each.
+    """
+    if len(tensors) != 2:
+        raise OptionError(f"slerp merges 2 models, got {len(tensors)}; use linear for more")
+    a, b = tensors
+    x, y = a.reshape(-1).double(), b.reshape(-1).double()
+    norms = x.norm() * y.norm()
+    cosine = torch.dot(x, y) / norms if norms > 0 else torch.ones((), dtype=torch.float64)
+    if t in (0, 1) or cosine.abs() > COLLINEAR:
+        return torch.lerp(a, b, t)
+    angle = torch.arccos(cosine)
+    to_a, to_b = torch.sin((1 - t) * angle) / torch.sin(angle), torch.sin(t * angle) / torch.sin(angle)
+    return a * to_a.item() + b * to_b.item()

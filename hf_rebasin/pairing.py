@@ -1,0 +1,186 @@
+"""Do two models mean the same? Configurations, labels and vocabularies, compared before any weight is touched."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from .alignment import act, spec_of
+from .checkpoint import Checkpoint
+from .errors import MismatchError, some
+from .groups.permutation import Element
+from .spec import Spec
+from .table import table_for
+
+Assumption = Literal["config", "labels", "vocabulary"]
+
+# Settings that may differ without the weights meaning something else: training, bookkeeping, decoding. Labels and token
+# ids are compared by string instead. Whatever is not listed here has to be equal.
+HARMLESS = (
+    "*drop*",
+    "*pdrop",
+    "initializer_*",
+    "_name_or_path",
+    "name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "*id2label",
+    "label2id",
+    "num_labels",
+    "problem_type",
+    "finetuning_task",
+    "task_specific_params",
+    "gradient_checkpointing",
+    "*_token_id",
+    "return_dict",
+    "output_attentions",
+    "output_hidden_states",
+    "chunk_size_feed_forward",
+    "*attn_implementation*",
+    "_commit_hash",
+    "model_card*",
+)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+
+
+def paired(fixed: Checkpoint, moving: Checkpoint, assume: Iterable[Assumption] = ()) -> Checkpoint:
+    """The moving model with its vocabulary and label rows in the fixed model's order.
+
+    Args:
+        fixed: the model whose configuration and tokenizer the result will have.
+        moving: the other.
+        assume: what is taken to be the same without looking: "config", "labels", "vocabulary".
+
+    Raises:
+        MismatchError: they cannot mean the same; says in what they differ.
+    """
+    assume = set(assume)
+    if fixed.config is None or moving.config is None:
+        return moving
+    _refuse_other_architecture(fixed, moving)
+    if "config" not in assume:
+        _refuse_other_settings(fixed, moving)
+    table = table_for(fixed.config)
+    spec = spec_of(moving) if table is not None else None
+    elements: dict[str, Element] = {}
+    for what, name, compare in (("labels", "label", _labels), ("vocabulary", "vocab", _vocabularies)):
+        if what not in assume and (spec is None or name in spec.symmetries):
+            order = compare(fixed, moving)
+            if order is not None:
+                elements[name] = _rows(spec, name, order, what, fixed, moving)
+    if spec is None or not elements:
+        return moving
+    state = act(spec, elements, moving.state(spec.table.prefix))
+    config = fixed.config if "label" in elements else moving.config
+    return replace(moving.with_state(state, spec.table.prefix), config=config)
+
+
+def _refuse_other_architecture(fixed: Checkpoint, moving: Checkpoint) -> None:
+    for what in ("model_type", "architectures"):
+        a, b = getattr(fixed.config, what), getattr(moving.config, what)
+        if a and b and a != b:
+            raise MismatchError(f"{moving.name} is another architecture than {fixed.name}: {what} is {b}, not {a}")
+
+
+def _refuse_other_settings(fixed: Checkpoint, moving: Checkpoint) -> None:
+    a, b = _settings(fixed.config), _settings(moving.config)
+    differ = sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+    if differ:
+        said = some(f"{key} is {b.get(key)!r}, not {a.get(key)!r}" for key in differ)
+        raise MismatchError(
+            f"{moving.name} computes something else than {fixed.name} with the same weights: {said}. If that does not "
+            "matter here, say so (--assume config)"
+        )
+
+
+def _settings(config: Any, inside: str = "") -> dict[str, Any]:
+    """All settings that matter, flat: `{"hidden_act": "gelu", "vision_config.num_heads": 12}`."""
+    flat: dict[str, Any] = {}
+    for key, value in (config if isinstance(config, Mapping) else config.to_dict()).items():
+        if any(fnmatch.fnmatch(key, pattern) for pattern in HARMLESS):
+            continue
+        if isinstance(value, Mapping):
+            flat |= _settings(value, f"{inside}{key}.")
+        elif not (inside == "" and key in ("architectures", "model_type")):
+            flat[inside + key] = value
+    return flat
+
+
+def _rows(spec: Spec | None, name: str, order: list[int], what: str, fixed: Checkpoint, moving: Checkpoint) -> Element:
+    if spec is None:
+        raise MismatchError(
+            f"{moving.name} has the {what} of {fixed.name} in another order, and no table says which rows these are"
+        )
+    rows = list(range(spec.symmetries[name].size))  # an embedding may have more rows than there are tokens
+    rows[: len(order)] = order
+    if sorted(rows) != list(range(len(rows))):
+        raise MismatchError(
+            f"the {what} of {moving.name} number their rows with other gaps than those of {fixed.name}"
+        )
+    return Element(torch.tensor(rows))
+
+
+def _matched(
+    a: Mapping[str, int], b: Mapping[str, int], what: str, fixed: Checkpoint, moving: Checkpoint
+) -> list[int] | None:
+    """For each of a's rows the row of b with the same string; None where the order is the same."""
+    if a == b:
+        return None
+    only_a, only_b = sorted(a.keys() - b.keys()), sorted(b.keys() - a.keys())
+    if only_a or only_b:
+        raise MismatchError(
+            f"{moving.name} and {fixed.name} have different {what}: only the first has {some(map(repr, only_b)) or 'none'}; "
+            f"only the second has {some(map(repr, only_a)) or 'none'}. If the rows mean the same all the same, say so "
+            f"(--assume {what})"
+        )
+    order = list(range(max(a.values()) + 1))
+    for string, row in a.items():
+        order[row] = b[string]
+    return order
+
+
+def _labels(fixed: Checkpoint, moving: Checkpoint) -> list[int] | None:
+    a, b = ({str(label): int(row) for row, label in (c.config.id2label or {}).items()} for c in (fixed, moving))
+    if len(a) == len(b):
+        for mine, theirs, nameless in ((a, b, fixed), (b, a, moving)):
+            if mine != theirs and all(re.fullmatch(r"LABEL_\d+", label) for label in mine):
+                raise MismatchError(
+                    f"{nameless.name} does not name its labels, the other does ({some(map(repr, theirs))}); if they mean "
+                    "the same in the same order, say so (--assume labels)"
+                )
+    return _matched(a, b, "labels", fixed, moving)
+
+
+def _vocabularies(fixed: Checkpoint, moving: Checkpoint) -> list[int] | None:
+    if fixed.folder is None or moving.folder is None or fixed.folder == moving.folder:
+        return None
+    if not all(any((folder / f).is_file() for f in TOKENIZER_FILES) for folder in (fixed.folder, moving.folder)):
+        return None  # one comes without a tokenizer: nothing to compare
+    return _matched(_tokens(fixed.folder), _tokens(moving.folder), "vocabulary", fixed, moving)
+
+
+def _tokens(folder: Path) -> dict[str, int]:
+    from transformers import AutoTokenizer
+
+    try:
+        return dict(AutoTokenizer.from_pretrained(folder).get_vocab())
+    except (ValueError, OSError, ImportError) as error:
+        raise MismatchError(
+            f"the tokenizer in {folder} cannot be loaded ({error}), so the vocabularies cannot be compared; if they are "
+            "the same, say so (--assume vocabulary)"
+        ) from error

@@ -1,0 +1,39 @@
+"""BatchNorm statistics of a merged model: an average of two models has none of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> int:
+    """Recompute running mean and variance of every BatchNorm layer, in place: their cumulative average over batches.
+
+    Args:
+        model: any module; its mode and its BatchNorm momenta are restored.
+        batches: keyword arguments of its forward pass.
+
+    Returns:
+        The number of BatchNorm layers; with none, no batch is read.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        return 0
+    training, momenta = [m.training for m in model.modules()], [m.momentum for m in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative average
+    model.eval()
+    for norm in norms:
+        norm.train()  # only these: dropout stays off
+    for batch in batches:
+        model(**batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    for module, mode in zip(model.modules(), training, strict=True):
+        module.training = mode
+    return len(norms)

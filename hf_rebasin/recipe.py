@@ -1,0 +1,199 @@
+"""Recipes: a merge as a YAML file, in mergekit's words plus `align`.
+
+    models:
+      - model: me/bert-seed-0
+      - model: me/bert-seed-1
+        parameters: {weight: 0.5}
+    merge_method: linear
+    align: {solver: weight_matching, seed: 0}
+    dtype: bfloat16
+
+Everything that is wrong with a recipe is said at once, before anything is downloaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from . import registry
+from .errors import RecipeError, UnknownNameError, nearest
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelParameters(_Strict):
+    """What a recipe may say about one model."""
+
+    weight: float | None = None
+
+
+class ModelEntry(_Strict):
+    """One model of a recipe; a plain string is short for `{model: string}`, and `id@revision` for both."""
+
+    model: str
+    revision: str | None = None
+    parameters: ModelParameters = ModelParameters()
+
+
+class AlignSettings(BaseModel):
+    """How the models are aligned before they are merged; further keys are knobs of the solver."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    solver: str = "weight_matching"
+    seed: int = 0
+
+    def knobs(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Recipe(_Strict):
+    """A merge, said completely.
+
+    Args:
+        models: folders or Hub ids; the first gives keys, shapes, dtypes, configuration and tokenizer.
+        merge_method: a file of `hf_rebasin/merge_methods/`.
+        base_model: which of the models stays fixed and comes first; by default the first.
+        parameters: of the merge method, such as `t`.
+        align: how the other models are brought to the first one's coordinates; `false` leaves them as they are.
+        assume: what is taken for the same without looking: `config`, `labels`, `vocabulary`.
+        dtype: of the result, by default that of the first model.
+
+    Example:
+        >>> recipe = Recipe.from_dict({"models": ["a", "b"], "merge_method": "lerp", "parameters": {"t": 0.3}})
+        >>> recipe.align.solver
+        'weight_matching'
+        >>> Recipe.from_dict({"models": ["a", "b"], "merge_metod": "lerp"})
+        Traceback (most recent call last):
+        hf_rebasin.errors.RecipeError: the recipe has 1 mistake:
+          merge_metod: no such key; did you mean 'merge_method'?
+    """
+
+    models: tuple[ModelEntry, ...] = Field(min_length=1)
+    merge_method: str = "linear"
+    base_model: str | None = None
+    parameters: dict[str, Any] = {}
+    align: AlignSettings | None = AlignSettings()
+    assume: tuple[Literal["config", "labels", "vocabulary"], ...] = ()
+    dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = None
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _short_entries(cls, models: Any) -> Any:
+        def entry(said: Any) -> Any:
+            said = {"model": said} if isinstance(said, str) else said
+            if isinstance(said, dict) and isinstance(said.get("model"), str) and not Path(said["model"]).exists():
+                model, at, revision = said["model"].rpartition("@")
+                if at and "revision" not in said:
+                    return said | {"model": model, "revision": revision}
+            return said
+
+        return [entry(said) for said in models] if isinstance(models, list | tuple) else models
+
+    @field_validator("align", mode="before")
+    @classmethod
+    def _switch(cls, align: Any) -> Any:
+        return {True: {}, False: None}.get(align, align) if isinstance(align, bool) else align
+
+    @staticmethod
+    def from_file(path: str | os.PathLike[str]) -> Recipe:
+        """Read a YAML recipe; all its mistakes raise one RecipeError."""
+        try:
+            said = yaml.safe_load(Path(path).read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise RecipeError(f"{path} cannot be read as YAML: {error}") from error
+        return Recipe.from_dict(said, name=str(path))
+
+    @staticmethod
+    def from_dict(said: Any, name: str = "the recipe") -> Recipe:
+        """Check a recipe; all its mistakes raise one RecipeError."""
+        if not isinstance(said, Mapping):
+            raise RecipeError(f"{name} is no mapping of keys to values")
+        mistakes = []
+        try:
+            recipe = Recipe.model_validate(dict(said))
+        except ValidationError as error:
+            recipe = None
+            mistakes = [_mistake(e["loc"], e["type"], e["msg"]) for e in error.errors()]
+        mistakes += _unknown_names(said)
+        if mistakes or recipe is None:
+            lines = "".join(f"\n  {mistake}" for mistake in mistakes)
+            raise RecipeError(f"{name} has {len(mistakes)} mistake{'s' * (len(mistakes) > 1)}:{lines}")
+        return recipe
+
+    def in_order(self) -> tuple[ModelEntry, ...]:
+        """The models, the fixed one first."""
+        return (
+            tuple(sorted(self.models, key=lambda entry: entry.model != self.base_model))
+            if self.base_model
+            else self.models
+        )
+
+    def method_knobs(self) -> dict[str, Any]:
+        """The parameters of the merge method; weights that are said per model become its `weights`."""
+        weights = [entry.parameters.weight for entry in self.in_order()]
+        if all(weight is None for weight in weights):
+            return dict(self.parameters)
+        return {"weights": [1.0 if weight is None else weight for weight in weights], **self.parameters}
+
+
+_MODELS: dict[str, type[BaseModel]] = {"": Recipe, "models": ModelEntry, "parameters": ModelParameters}
+
+
+def _mistake(loc: tuple[int | str, ...], kind: str, message: str) -> str:
+    path = ".".join(map(str, loc))
+    if kind == "extra_forbidden":
+        words = [str(part) for part in loc[:-1] if isinstance(part, str)]
+        known = _MODELS[words[-1] if words else ""].model_fields
+        return f"{path}: no such key{nearest(str(loc[-1]), known)}"
+    return f"{path}: {message[0].lower()}{message[1:]}"
+
+
+def _unknown_names(said: Mapping[str, Any]) -> Iterator[str]:
+    """What the types cannot say: methods, solvers and their parameters, and a base that is one of the models."""
+    method = said.get("merge_method", "linear")
+    parameters = said.get("parameters") or {}
+    try:
+        merge = registry.find("merge_methods", str(method)).merge
+        knobs = [p.name for p in inspect.signature(merge).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        for knob in parameters if isinstance(parameters, Mapping) else ():
+            if knob not in knobs:
+                yield f"parameters.{knob}: {method} has no such parameter{nearest(str(knob), knobs)}"
+        entries = [m for m in said.get("models") or () if isinstance(m, Mapping)]
+        weighted = [m for m in entries if isinstance(m.get("parameters"), Mapping) and "weight" in m["parameters"]]
+        if weighted and "weights" not in knobs:
+            yield f"models: {method} takes no weight per model; its parameters are {', '.join(knobs)}"
+        if weighted and isinstance(parameters, Mapping) and "weights" in parameters:
+            yield "parameters.weights: weights are said twice, here and with the models"
+    except UnknownNameError as error:
+        yield f"merge_method: {error}"
+    align = said.get("align")
+    if isinstance(align, Mapping):
+        try:
+            solver = registry.find("solvers", str(align.get("solver", "weight_matching"))).Solver
+            known = [*AlignSettings.model_fields, *(field.name for field in dataclasses.fields(solver))]
+            for knob in align:
+                if knob not in known:
+                    yield f"align.{knob}: no such key{nearest(str(knob), known)}"
+        except UnknownNameError as error:
+            yield f"align.solver: {error}"
+    base, models = said.get("base_model"), said.get("models")
+    if base is not None and isinstance(models, list):
+        names = [m.get("model") if isinstance(m, Mapping) else m for m in models]
+        if base not in names:
+            yield f"base_model: {base!r} is not one of the models{nearest(str(base), [str(n) for n in names])}"
+
+
+__all__ = ["DTYPES", "AlignSettings", "ModelEntry", "Recipe"]
