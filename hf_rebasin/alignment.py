@@ -53,14 +53,13 @@ class Alignment:
     @staticmethod
     def identity(spec: Spec) -> Alignment:
         """The alignment that moves nothing: an identity element for every symmetry that could move."""
-        return Alignment(spec, {name: identity_of(spec, name) for name in _moving(spec)})
+        return Alignment(spec, {name: identity_of(spec, name) for name in spec.symmetries if name in spec.free})
 
     @staticmethod
     def random(spec: Spec, generator: torch.Generator) -> Alignment:
         """A random element of every symmetry that can move, drawn from `generator`."""
-        return Alignment(
-            spec, {name: group_of(spec, name).random(*_extent(spec, name), generator) for name in _moving(spec)}
-        )
+        free = [name for name in spec.symmetries if name in spec.free]  # in an order that does not hang on hashes
+        return Alignment(spec, {n: group_of(spec, n).random(*_extent(spec, n), generator) for n in free})
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Alignment:
@@ -164,8 +163,8 @@ class Alignment:
         spec = self._spec_for(checkpoint)
         moved = checkpoint.with_state(act(spec, self.elements, checkpoint.state(spec.table.prefix)), spec.table.prefix)
         if isinstance(target, Checkpoint):
-            return moved
-        return moved.model() if isinstance(target, nn.Module) else cast(Target, dict(moved.tensors))
+            return cast(Target, moved)
+        return cast(Target, moved.model() if isinstance(target, nn.Module) else dict(moved.tensors))
 
     def _spec_for(self, checkpoint: Checkpoint) -> Spec:
         """The target's own spec if its family has a table, else the embedded one on the target's shapes."""
@@ -204,8 +203,9 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
         kind = getattr(checkpoint.config, "model_type", None)
         known = sorted(t for name in registry.names("specs") for t in registry.find("specs", name).MODEL_TYPES)
         raise MismatchError(
-            f"{checkpoint.name} ({f'model_type {kind!r}' if kind else 'no configuration of transformers'}) has no table "
-            f"of its symmetries; there are tables for {', '.join(known)}. Give one (spec=), or merge without alignment"
+            f"{checkpoint.name} ({f'model_type {kind!r}' if kind else 'no configuration of transformers'}) has no "
+            f"table of its symmetries; there are tables for {', '.join(known)}. Give one (spec=), or merge without "
+            "alignment"
         )
     return bind_to(table, checkpoint)
 
@@ -256,10 +256,6 @@ def _act_along(x: Tensor, element: Element, place: int, contexts: tuple[int, ...
     front = [*contexts, place]
     where = list(range(len(front)))
     return element.act(x.movedim(front, where), mark).movedim(where, front)
-
-
-def _moving(spec: Spec) -> list[str]:
-    return [name for name, symmetry in spec.symmetries.items() if symmetry.moves]
 
 
 def group_of(spec: Spec, name: str) -> type[Element]:

@@ -96,7 +96,7 @@ def check(
 
 
 def tiny_models() -> Iterator[tuple[str, nn.Module]]:
-    """(name, model) of every TINY configuration of every table, everything in it random and far from initialisation."""
+    """(name, model) of every TINY configuration of every table, all of it random and far from initialisation."""
     import transformers
 
     for module in families():

@@ -343,7 +343,7 @@ def _class_ties(config: Any) -> dict[str, str]:
 
 
 def _tied(model: Any) -> dict[str, str]:
-    """`{module key that is not stored: module key it shares}`: as transformers declares it, else as memory shows it."""
+    """`{module key that is not stored: module key it shares}`, as transformers declares it, else as memory shows."""
     if hasattr(model, "all_tied_weights_keys"):
         return dict(model.all_tied_weights_keys)
     first: dict[tuple[int, torch.Size], str] = {}

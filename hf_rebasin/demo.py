@@ -1,7 +1,7 @@
 """The demo: train models apart on scikit-learn's digits, align and merge them, and say what came of it.
 
-Nothing is downloaded. Three architectures, three seeds each: an MLP and a ResNet, where permutations suffice, and a ViT,
-where they do not.
+Nothing is downloaded. Three architectures, three seeds each: an MLP and a ResNet, where permutations suffice, and a
+ViT, where they do not.
 """
 
 from __future__ import annotations
@@ -179,7 +179,8 @@ def _train_to(kind: str, seed: int, folder: Path) -> None:
     """In a process of its own, on one thread: two threads on a busy machine are slower than one."""
     torch.set_num_threads(1)
     _quiet()
-    train(kind, seed).save_pretrained(folder)  # type: ignore[operator]
+    model: Any = train(kind, seed)
+    model.save_pretrained(folder)
 
 
 def _quiet() -> None:
@@ -207,7 +208,7 @@ class Pair:
         return self.aligned.barrier / self.plain.barrier
 
 
-def compare(kind: str, seeds: tuple[int, int], a: nn.Module, b: nn.Module, points: int = 25) -> tuple[Pair, nn.Module]:
+def compare(kind: str, seeds: tuple[int, int], a: nn.Module, b: nn.Module, points: int = 25) -> tuple[Pair, Any]:
     """Align b to a, measure both lines, and return the moved model too."""
 
     def prepare(model: nn.Module) -> object:
@@ -300,8 +301,8 @@ def run(out: Path, kinds: Sequence[str] = DEMO, seeds: int = 3, say: Callable[[s
         say(f"  {out / kind / 'merged'} loads with {kind_class.__name__}.from_pretrained\n")
         pairs += found
     say(
-        "Accuracies and barriers (the highest rise of the test loss over the line between the ends, 25 points) are on 500 "
-        "held-out digits; BatchNorm statistics are recomputed in every model, the ends and the plain average included.\n"
-        f"{time.perf_counter() - start:.0f} s in all."
+        "Accuracies and barriers (the highest rise of the test loss over the line between the ends, 25 points)\n"
+        "are on 500 held-out digits; BatchNorm statistics are recomputed in every model, ends and plain average\n"
+        f"included. {time.perf_counter() - start:.0f} s in all."
     )
     return pairs

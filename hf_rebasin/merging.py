@@ -1,4 +1,4 @@
-"""Merging checkpoints that share their coordinates: one key at a time, with the keys, shapes and dtypes of the first."""
+"""Merging checkpoints that share their coordinates, one key at a time, with the keys and dtypes of the first."""
 
 from __future__ import annotations
 

@@ -14,14 +14,15 @@ import torch
 from .alignment import act, spec_of
 from .checkpoint import Checkpoint
 from .errors import MismatchError, some
-from .groups.permutation import Element
+from .groups import Element
+from .groups.permutation import Element as Permutation
 from .spec import Spec
 from .table import table_for
 
 Assumption = Literal["config", "labels", "vocabulary"]
 
-# Settings that may differ without the weights meaning something else: training, bookkeeping, decoding. Labels and token
-# ids are compared by string instead. Whatever is not listed here has to be equal.
+# Settings that may differ without the weights meaning something else: training, bookkeeping, decoding. Labels and
+# token ids are compared by string instead. Whatever is not listed here has to be equal.
 HARMLESS = (
     "*drop*",
     "*pdrop",
@@ -86,8 +87,10 @@ def paired(fixed: Checkpoint, moving: Checkpoint, assume: Iterable[Assumption] =
     if spec is None or not elements:
         return moving
     state = act(spec, elements, moving.state(spec.table.prefix))
+    # from here on its labels and tokens are the fixed model's
     config = fixed.config if "label" in elements else moving.config
-    return replace(moving.with_state(state, spec.table.prefix), config=config)
+    folder = fixed.folder if "vocab" in elements else moving.folder
+    return replace(moving.with_state(state, spec.table.prefix), config=config, folder=folder)
 
 
 def _refuse_other_architecture(fixed: Checkpoint, moving: Checkpoint) -> None:
@@ -132,7 +135,7 @@ def _rows(spec: Spec | None, name: str, order: list[int], what: str, fixed: Chec
         raise MismatchError(
             f"the {what} of {moving.name} number their rows with other gaps than those of {fixed.name}"
         )
-    return Element(torch.tensor(rows))
+    return Permutation(torch.tensor(rows))
 
 
 def _matched(
@@ -144,9 +147,9 @@ def _matched(
     only_a, only_b = sorted(a.keys() - b.keys()), sorted(b.keys() - a.keys())
     if only_a or only_b:
         raise MismatchError(
-            f"{moving.name} and {fixed.name} have different {what}: only the first has {some(map(repr, only_b)) or 'none'}; "
-            f"only the second has {some(map(repr, only_a)) or 'none'}. If the rows mean the same all the same, say so "
-            f"(--assume {what})"
+            f"{moving.name} and {fixed.name} have different {what}: only the first has "
+            f"{some(map(repr, only_b)) or 'none'}; only the second has {some(map(repr, only_a)) or 'none'}. If the "
+            f"rows mean the same all the same, say so (--assume {what})"
         )
     order = list(range(max(a.values()) + 1))
     for string, row in a.items():
@@ -160,8 +163,8 @@ def _labels(fixed: Checkpoint, moving: Checkpoint) -> list[int] | None:
         for mine, theirs, nameless in ((a, b, fixed), (b, a, moving)):
             if mine != theirs and all(re.fullmatch(r"LABEL_\d+", label) for label in mine):
                 raise MismatchError(
-                    f"{nameless.name} does not name its labels, the other does ({some(map(repr, theirs))}); if they mean "
-                    "the same in the same order, say so (--assume labels)"
+                    f"{nameless.name} does not name its labels, the other does ({some(map(repr, theirs))}); if they "
+                    "mean the same in the same order, say so (--assume labels)"
                 )
     return _matched(a, b, "labels", fixed, moving)
 
@@ -181,6 +184,6 @@ def _tokens(folder: Path) -> dict[str, int]:
         return dict(AutoTokenizer.from_pretrained(folder).get_vocab())
     except (ValueError, OSError, ImportError) as error:
         raise MismatchError(
-            f"the tokenizer in {folder} cannot be loaded ({error}), so the vocabularies cannot be compared; if they are "
-            "the same, say so (--assume vocabulary)"
+            f"the tokenizer in {folder} cannot be loaded ({error}), so the vocabularies cannot be compared; if they "
+            "are the same, say so (--assume vocabulary)"
         ) from error

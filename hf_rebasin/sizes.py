@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from .axes import Leaf, Node, Sum, leaves
 from .errors import SpecError
 
-# A polynomial with integer coefficients: sorted tuple of unknowns -> coefficient. An unknown is a name, or the place of
-# a "_", which has a size of its own wherever it stands.
+# A polynomial with integer coefficients: sorted tuple of unknowns -> coefficient. An unknown is a name, or the place
+# of a "_", which has a size of its own wherever it stands.
 Polynomial = dict[tuple[Hashable, ...], int]
 
 
@@ -95,7 +95,8 @@ def solve_sizes(equations: Iterable[Equation], given: Mapping[str, int]) -> Size
                 if free < 0 or coefficient == 0 or free % coefficient:
                     raise SpecError(
                         f"{equation.describe()} has no whole solution for {u if isinstance(u, str) else '_'}: "
-                        f"{equation.length} - {constant} = {free} is no multiple of {coefficient}; row {equation.row!r}"
+                        f"{equation.length} - {constant} = {free} is no multiple of {coefficient}; row "
+                        f"{equation.row!r}"
                     )
                 if isinstance(u, str):
                     sizes.names[u] = free // coefficient

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import enum
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -110,10 +111,10 @@ ROUNDING = 1e-6
 def coordinate_ascent(problem: Problem, measure: Measure, starts: int, max_sweeps: int) -> Solution:
     """Improve one unit at a time until none can be improved; the best of several starts.
 
-    The first start goes outwards from what cannot move (embeddings, inputs, outputs): at each step it takes the unit of
-    whose tensors the largest share is known already, and looks at that share alone. The others begin at the identity
-    and take the units in random order. A planted alignment is found by the first, and then, as where everything is best
-    left alone, there are no others.
+    The first start goes outwards from what cannot move (embeddings, inputs, outputs): at each step it takes the unit
+    of whose tensors the largest share is known already, and looks at that share alone. The others begin at the
+    identity and take the units in random order. There are no others where the first ends with equal models, as for a
+    planted alignment, or with the identity, as for two models of one base.
     """
     clock = Clock()
     spec = problem.spec
@@ -157,20 +158,15 @@ class _Ascent:
 
     def anchored(self) -> None:
         """One visit of every unit, best known first, looking only at what is known."""
-        open_ = {name for unit in self.spec.units for name in unit.names}
-        units = list(self.spec.units)
+        sizes = {unit: list(_sizes(self.spec, unit)) for unit in self.spec.units}
         known: set[str] = set()
-        shares = {unit.outer: list(_sizes(self.spec, unit)) for unit in units}
-        with self._bar("anchoring", len(units)) as bar:
-            while units:
-
-                def share(unit: Unit) -> float:
-                    sizes = shares[unit.outer]
-                    total = sum(n for n, _ in sizes)
-                    return sum(n for n, names in sizes if not (names & open_) - known - set(unit.names)) / total
-
-                unit = max(units, key=share)  # the first of equals
-                units.remove(unit)
+        with self._bar("anchoring", len(sizes)) as bar:
+            while sizes:
+                shares = {
+                    unit: _share(blocks, self.spec.free - known - {*unit.names}) for unit, blocks in sizes.items()
+                }
+                unit = max(shares, key=lambda unit: shares[unit])  # the first of equals
+                del sizes[unit]
                 self._visit(unit, known)
                 known |= set(unit.names)
                 bar.update()
@@ -197,7 +193,7 @@ class _Ascent:
         return tqdm(total=total, desc=f"aligning, {self.name}, {what}", unit="unit", leave=False, disable=quiet)
 
     def _visit(self, unit: Unit, known: set[str] | None = None) -> bool:
-        """Decide one unit; True if it moved. It moves only where that is better, and stays the identity where it can."""
+        """Decide one unit; True if it moved: only where that beats both the present element and the identity."""
         self.stale.discard(unit.outer)
         with self.clock("similarity"):
             similarity, exact = self.measure(unit, self.elements, known)
@@ -263,8 +259,7 @@ def objective(problem: Problem, elements: Mapping[str, Element], tensors: Sequen
 
 def matched_tensors(spec: Spec) -> list[Labelled]:
     """The tensors that say which features are alike: all that a moving symmetry touches but gains and statistics."""
-    open_ = {name for unit in spec.units for name in unit.names}
-    return [tensor for tensor in spec.tensors if not tensor.names.isdisjoint(open_) and not tensor.measures]
+    return [tensor for tensor in spec.tensors if not tensor.names.isdisjoint(spec.free) and not tensor.measures]
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
@@ -291,17 +286,16 @@ def _equal(problem: Problem, elements: Elements) -> bool:
     )
 
 
-def _sizes(spec: Spec, unit: Unit) -> Iterator[tuple[int, set[str]]]:
+def _sizes(spec: Spec, unit: Unit) -> Iterator[tuple[int, set[str | None]]]:
     """(number of elements, symmetries) of every block of a unit."""
-    for tensor in matched_tensors(spec):
-        if not tensor.names.isdisjoint(unit.names):
-            for block in tensor.blocks:
-                names = {name for name in block.names if name}
-                if not names.isdisjoint(unit.names):
-                    count = 1
-                    for dim in block.dims:
-                        count *= dim.size
-                    yield count, names
+    for block in (block for tensor in matched_tensors(spec) for block in tensor.blocks):
+        if not set(unit.names).isdisjoint(block.names):
+            yield math.prod(dim.size for dim in block.dims), set(block.names)
+
+
+def _share(blocks: Sequence[tuple[int, set[str | None]]], unknown: Set[str]) -> float:
+    """The share of a unit's elements in blocks that involve nothing unknown."""
+    return sum(n for n, names in blocks if names.isdisjoint(unknown)) / max(sum(n for n, _ in blocks), 1)
 
 
 def _adjacent(spec: Spec, one: Unit, other: Unit) -> bool:

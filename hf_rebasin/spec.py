@@ -26,7 +26,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Symmetry:
-    """One way a model may move: a group of a kind, acting on `size` things, separately for every index of `contexts`."""
+    """One way a model may move: a group acting on `size` things, separately for every index of its contexts."""
 
     name: str
     kind: str
@@ -158,8 +158,9 @@ class Spec:
     ties: Mapping[str, str]
 
     def __str__(self) -> str:
-        moving = sum(s.moves for s in self.symmetries.values())
-        return f"{len(self.shapes)} tensors, {len(self.symmetries)} symmetries, {moving} of them can be permuted"
+        return (
+            f"{len(self.shapes)} tensors, {len(self.symmetries)} symmetries, {len(self.free)} of them can be permuted"
+        )
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -178,6 +179,11 @@ class Spec:
                 unit = members.setdefault(top(name), [])
                 unit += [n for n in (*symmetry.contexts, name) if n not in unit]
         return tuple(Unit(tuple(n for n in self.symmetries if n in unit)) for unit in members.values())
+
+    @cached_property
+    def free(self) -> frozenset[str]:
+        """The names of the symmetries that can move."""
+        return frozenset(name for name, symmetry in self.symmetries.items() if symmetry.moves)
 
     def refuse_unless_same(self, other: Spec) -> None:
         """Raise MismatchError that names the first symmetry in which two specs differ."""
@@ -262,8 +268,8 @@ def _rows_of(table: Table, shapes: Mapping[str, Shape]) -> Iterator[tuple[Row, t
         row = table.row_for(key, shape)
         if len(row.axes) != len(shape):
             raise SpecError(
-                f"{key} {tuple(shape)}: row {row.text!r} says {len(row.axes)} axes ({show(row.axes)!r}), the tensor has "
-                f"{len(shape)}"
+                f"{key} {tuple(shape)}: row {row.text!r} says {len(row.axes)} axes ({show(row.axes)!r}), the tensor "
+                f"has {len(shape)}"
             )
         stars, index = row.key.match(key) or ((), ())
         found.setdefault((row.key.text, stars), (row, {}))[1][index] = (key, tuple(shape))
@@ -378,8 +384,8 @@ def _with_contexts(dims: list[Dim], at: int, symmetries: Mapping[str, Symmetry],
         there = [i for i, d in enumerate(dims) if d.name == context]
         if not there:
             raise SpecError(
-                f"{tensor.key} {tensor.shape}: {dim.name!r} is declared in {context!r}, but row {tensor.row!r} says it "
-                f"without {context!r}"
+                f"{tensor.key} {tensor.shape}: {dim.name!r} is declared in {context!r}, but row {tensor.row!r} says "
+                f"it without {context!r}"
             )
         places.append(next((i for i in there if dims[i].axis == dim.axis), there[0]))
     return replace(dim, contexts=tuple(places))

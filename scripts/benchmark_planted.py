@@ -2,9 +2,9 @@
 
     python scripts/benchmark_planted.py [bert vit gpt2 resnet llama] [--unrelated]
 
-Weights are random, nothing is downloaded. Every model is made and moved in one process and aligned from disk in another,
-whose peak memory is printed. With --unrelated the two models are drawn from different seeds: the time a pair takes that
-has nothing in common.
+Weights are random, nothing is downloaded. Every model is made and moved in one process and aligned from disk in
+another, whose peak memory is printed. With --unrelated the two models are drawn from different seeds: the time a pair
+takes that has nothing in common.
 """
 
 from __future__ import annotations

@@ -7,27 +7,29 @@ dimensions. `hf_rebasin.alignment` brings a block's dimensions in that order, so
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from typing_extensions import Self
 
 
 class Element(Protocol):
     """What every group's `Element` offers."""
 
     @classmethod
-    def identity(cls, batch: tuple[int, ...], n: int) -> Element:
+    def identity(cls, batch: tuple[int, ...], n: int) -> Self:
         """The element that moves nothing, on n things, once per index of `batch`."""
         ...
 
     @classmethod
-    def random(cls, batch: tuple[int, ...], n: int, generator: torch.Generator) -> Element:
+    def random(cls, batch: tuple[int, ...], n: int, generator: torch.Generator) -> Self:
         """A random element."""
         ...
 
     @classmethod
-    def project(cls, similarity: Tensor) -> Element:
+    def project(cls, similarity: Tensor) -> Self:
         """The g that maximises ⟨similarity, g⟩ for a (n, n) matrix ⟨fixed i, moving j⟩."""
         ...
 
@@ -39,11 +41,11 @@ class Element(Protocol):
         """g · x for x of shape (*batch, n, *rest); `mark` as in the pattern language."""
         ...
 
-    def compose(self, first: Element) -> Element:
+    def compose(self, first: Self) -> Self:
         """The element that acts like `first`, then this one."""
         ...
 
-    def inverse(self) -> Element: ...
+    def inverse(self) -> Self: ...
 
     def is_identity(self) -> bool: ...
 
@@ -51,6 +53,6 @@ class Element(Protocol):
         """What is stored."""
         ...
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Element:
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The element with its tensors changed; used to reorder contexts."""
         ...

@@ -27,8 +27,8 @@ class Solver:
     """Knobs of weight matching.
 
     Args:
-        starts: how many starts are tried; the highest objective wins. The first is deterministic and goes outwards from
-            what cannot move, the others begin at the identity with random orders.
+        starts: how many starts are tried; the highest objective wins. The first goes outwards from what cannot move,
+            the others begin at the identity and take the units in random order.
         max_sweeps: over all units, for every start.
     """
 
@@ -49,11 +49,10 @@ def weight_similarity(
 ) -> tuple[Similarity, bool]:
     """⟨fixed, moving⟩ along a unit's dimensions, contracted over all others, summed over blocks.
 
-    A symmetry that occurs twice in a block (the square matrix of a tied head) makes the objective quadratic in it: it is
-    then taken along one occurrence at a time, the other moved by its present element, and the result is not exact.
+    A symmetry that occurs twice in a block (the square matrix of a tied head) makes the objective quadratic in it: it
+    is then taken along one occurrence at a time, the other moved by its present element, and the result is not exact.
     """
     spec = problem.spec
-    open_ = {name for u in spec.units for name in u.names if spec.symmetries[name].moves}
     outside = {n: e for n, e in elements.items() if n not in unit.names and not e.is_identity()}
     total: Similarity = {}
     exact = True
@@ -62,7 +61,7 @@ def weight_similarity(
             continue
         blocks = [b for b in tensor.blocks if not set(unit.names).isdisjoint(b.names) and all(d.size for d in b.dims)]
         if known is not None:
-            blocks = [b for b in blocks if not ({n for n in b.names if n} & open_) - known - set(unit.names)]
+            blocks = [b for b in blocks if (spec.free - known - {*unit.names}).isdisjoint(b.names)]
         if not blocks:
             continue
         fixed, moving = tensor.gather(problem.fixed).float(), tensor.gather(problem.moving).float()

@@ -3,7 +3,7 @@
 MODEL_TYPES = ("bert",)
 PREFIX = "bert."
 
-# `classifier.weight` reads the pooler in some classes and the stream in others; what computes hidden states holds both.
+# `classifier.weight` reads the pooler in some classes and the stream in others; in an unknown class both are held.
 POOLED = (
     "BertForSequenceClassification",
     "BertForMultipleChoice",

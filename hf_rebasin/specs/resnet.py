@@ -24,10 +24,11 @@ def table(config):
     for i in range(1, last):
         rows |= _conv(layer + f"layer.{i}", f"mid{i}.*.*", f"mid{i - 1}.*.*'")
     rows |= _conv(layer + f"layer.{last}", "stage.*", f"mid{last - 1}.*.*'")
-    for stage in range(len(config.depths)):  # a stage begins from the stage before
-        before = f"stage.{stage - 1}" if stage else stem
-        rows |= _conv(f"encoder.stages.{stage}.layers.0.layer.0", f"mid0.{stage}.0", f"{before}'")
-        rows |= _conv(f"encoder.stages.{stage}.layers.0.shortcut", f"stage.{stage}", f"{before}'")
+    rows |= _conv(layer + "shortcut", "stage.*", "stage.*'")
+    for stage in range(len(config.depths)):  # a stage begins by reading the stage before
+        start, before = f"encoder.stages.{stage}.layers.0.", f"stage.{stage - 1}'" if stage else f"{stem}'"
+        rows[start + "layer.0.convolution.weight"] = f"mid0.{stage}.0~, {before}, _, _"
+        rows[start + "shortcut.convolution.weight"] = f"stage.{stage}~, {before}, _, _"
     return rows | {"classifier.1.weight": f"label, stage.{len(config.depths) - 1}'", "classifier.1.bias": "label"}
 
 

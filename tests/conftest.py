@@ -1,0 +1,77 @@
+"""Set-up of the tests: offline, one thread, TINY models of every table."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+import torch
+import transformers
+
+from hf_rebasin import Alignment, Checkpoint, spec_for
+from hf_rebasin.checking import tiny_models
+
+torch.set_num_threads(1)
+transformers.logging.disable_progress_bar()
+
+TINY = dict(tiny_models())
+FIRST = {name.split("-")[0]: name for name in reversed(TINY)}  # one model per table
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
+
+
+@pytest.fixture(params=list(TINY))
+def tiny(request):
+    """Every TINY model, in float64, everything in it random. Not to be changed."""
+    return TINY[request.param]
+
+
+@pytest.fixture(params=list(FIRST.values()), ids=list(FIRST))
+def family(request):
+    """One TINY model per table."""
+    return TINY[request.param]
+
+
+@pytest.fixture
+def bert():
+    return TINY["bert-1-BertForMaskedLM"]
+
+
+@pytest.fixture
+def resnet():
+    return TINY[FIRST["resnet"]]
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def moved_copy(model, seed=0):
+    """(the model in other coordinates, the alignment that moved it)"""
+    alignment = Alignment.random(spec_for(model), torch.Generator().manual_seed(seed))
+    return alignment.apply(model), alignment
+
+
+def other_seed(model, seed=1):
+    """A model of the same class and configuration with other random weights."""
+    torch.manual_seed(seed)
+    return type(model)(model.config).to(model.dtype).eval()
+
+
+def same_tensors(a, b):
+    """Whether two models, checkpoints or folders hold the same bytes under the same disk keys."""
+    a, b = Checkpoint.open(a).tensors, Checkpoint.open(b).tensors
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)

@@ -1,0 +1,156 @@
+"""Reader and diagonal marks: permutations cannot notice a wrong one, so the declared groups are drawn here in full.
+
+The models get unit norms (gain 1, bias 0), so that rotations need no gauge. Then a random element of every declared group
+must keep the function, and every wrong mark must change it.
+"""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from conftest import TINY
+
+from hf_rebasin import Checkpoint, RebasinError, spec_for
+from hf_rebasin.alignment import act, bind_to, identity_of
+from hf_rebasin.axes import leaves, map_leaves, parse, show
+from hf_rebasin.checking import example_inputs, outputs
+from hf_rebasin.table import table_for
+
+# A key bias is cancelled by the softmax, whatever acts on it.
+CANCELLED = {
+    "encoder.layer.*.attention.self.key.bias": {1},
+    "encoder.layer.*.attention.attention.key.bias": {1},
+    "h.*.attn.c_attn.bias": {3},
+}
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """An invertible matrix for every index of the contexts."""
+
+    g: torch.Tensor
+
+    def act(self, x, mark=""):
+        if mark == "~":  # of what is diagonal only the permutation part acts, and a rotation has none
+            return x
+        g = self.g if mark == "" else torch.linalg.inv(self.g).mT
+        front = self.g.dim() - 1
+        return (g @ x.reshape(*x.shape[:front], -1)).reshape(x.shape)
+
+    def is_identity(self):
+        return False
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A factor for every place."""
+
+    s: torch.Tensor
+
+    def act(self, x, mark=""):
+        s = self.s.reshape(*self.s.shape, *[1] * (x.dim() - self.s.dim()))
+        return {"": x * s, "'": x / s, "~": x}[mark]
+
+    def is_identity(self):
+        return False
+
+
+def rotation(n, generator):
+    q, r = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
+    return q * torch.sign(torch.diagonal(r))
+
+
+def draw(kind, n, generator):
+    if kind == "orthogonal":
+        return rotation(n, generator)
+    if kind == "centred":  # Q 1 = 1
+        basis = torch.randn(n, n, generator=generator, dtype=torch.float64)
+        basis[:, 0] = 1
+        basis, _ = torch.linalg.qr(basis)
+        inner = torch.eye(n, dtype=torch.float64)
+        inner[1:, 1:] = rotation(n - 1, generator)
+        return basis @ inner @ basis.T
+    if kind == "rotary":
+        a, b = torch.randn(2, generator=generator, dtype=torch.float64)
+        return torch.stack([torch.stack([a, -b]), torch.stack([b, a])])
+    stretch = torch.empty(n, dtype=torch.float64).uniform_(0.5, 2, generator=generator)
+    return rotation(n, generator) * stretch @ rotation(n, generator)
+
+
+def random_element(spec, name, generator):
+    symmetry = spec.symmetries[name]
+    batch = [spec.symmetries[c].size for c in symmetry.contexts]
+    if symmetry.kind in ("scaled", "nonzero"):
+        s = torch.empty(*batch, symmetry.size, dtype=torch.float64).uniform_(0.5, 2, generator=generator)
+        return Scale(s if symmetry.kind == "scaled" else -s)
+    if symmetry.kind in ("orthogonal", "centred", "invertible", "rotary"):
+        many = [draw(symmetry.kind, symmetry.size, generator) for _ in range(torch.Size(batch).numel())]
+        return Matrix(torch.stack(many).reshape(*batch, symmetry.size, symmetry.size))
+    return identity_of(spec, name)
+
+
+def change(model, table):
+    """Relative change of the outputs under a random element of every declared group."""
+    checkpoint, generator = Checkpoint.open(model), torch.Generator().manual_seed(0)
+    spec = bind_to(table, checkpoint)
+    elements = {name: random_element(spec, name, generator) for name in spec.symmetries}
+    moved = checkpoint.with_state(act(spec, elements, checkpoint.state(spec.table.prefix)), spec.table.prefix)
+    inputs = example_inputs(model.config, torch.Generator().manual_seed(0))
+    before, float32_inside = outputs(model, inputs)
+    after, _ = outputs(moved.model(), inputs)
+    return ((before - after).abs().max() / before.abs().max()).item(), 1e-5 if float32_inside else 1e-10
+
+
+def unit_norms(model):
+    model = Checkpoint.open(model).model()
+    with torch.no_grad():
+        for module in model.modules():
+            if "Norm" in type(module).__name__ and not isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.fill_(1)
+                if getattr(module, "bias", None) is not None:
+                    module.bias.zero_()
+    return model
+
+
+def wrong_marks(table, row):
+    """(leaf, what was done, the table with one mark changed) for every leaf whose group feels its mark."""
+    axes = parse(table.rows[row])
+    for at, leaf in enumerate(leaf for axis in axes for leaf in leaves(axis)):
+        if leaf.name is None:
+            continue
+        kind = table.group_of(leaf.name.replace("*", "0"))[0]
+        if kind in ("held", "permutation", "centred") or (kind == "orthogonal" and leaf.mark != "~"):
+            continue  # the dual of a rotation is itself, and a centred one keeps a gain of ones as it is
+        for mark in {"", "'", "~"} - {leaf.mark}:
+            count = iter(range(100))
+            new = [map_leaves(a, lambda x, m=mark, c=count: replace(x, mark=m) if next(c) == at else x) for a in axes]
+            yield at, f"{leaf} marked {mark or 'nothing'}", replace(table, rows={**table.rows, row: show(tuple(new))})
+
+
+@pytest.mark.parametrize("name", list(TINY))
+def test_the_declared_groups_keep_the_function(name):
+    model = unit_norms(TINY[name])
+    relative, bound = change(model, table_for(model.config))
+    assert relative <= bound
+
+
+@pytest.mark.parametrize("name", sorted({name.split("-")[0] for name in TINY}))
+def test_every_wrong_mark_is_seen(name):
+    todo = {}
+    for model in (unit_norms(model) for key, model in TINY.items() if key.startswith(f"{name}-")):
+        table = table_for(model.config)
+        spec = spec_for(model)
+        for row in {tensor.row for tensor in spec.tensors}:
+            for leaf, what, mutant in wrong_marks(table, row):
+                todo.setdefault((row, leaf, what), []).append((model, mutant))
+
+    def is_seen(model, mutant):
+        try:
+            relative, _ = change(model, mutant)
+        except RebasinError:
+            return True
+        return relative > 1e-4
+
+    unseen = [case for case, ways in todo.items() if not any(is_seen(*way) for way in ways)]
+    assert len(todo) >= 10
+    assert [case for case in unseen if case[1] not in CANCELLED.get(case[0], ())] == []
