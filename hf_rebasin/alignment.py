@@ -76,9 +76,9 @@ class Alignment:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} cannot be read as an alignment: {error}") from error
-        if metadata.get("format") != FORMAT:
-            raise CheckpointError(f"{path} is not an alignment (format {metadata.get('format')!r}, not {FORMAT!r})")
-        spec = Spec.from_json(metadata["spec"])
+        if FORMAT not in metadata:
+            raise CheckpointError(f"{path} is not an alignment: its metadata has {sorted(metadata)}, not {FORMAT!r}")
+        spec = Spec.from_json(metadata[FORMAT])
         stored: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             name, _, part = key.partition("/")
@@ -96,7 +96,8 @@ class Alignment:
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"{n}/{part}": t.contiguous() for n, e in self.elements.items() for part, t in e.tensors().items()}
         partial = path.with_name(f".{path.name}.partial")
-        save_file(tensors, str(partial), metadata={"format": FORMAT, "spec": self.spec.to_json()})
+        # one entry only: safetensors writes several in random order, and the same alignment is to be the same bytes
+        save_file(tensors, str(partial), metadata={FORMAT: self.spec.to_json()})
         partial.replace(path)
         return path
 

@@ -1,11 +1,24 @@
-"""Set-up of the tests: offline, one thread, TINY models of every table."""
+"""Set-up of the tests: a local Hub instead of the real one, one thread, TINY models of every table."""
 
 import os
+import tempfile
+from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+from minihub import MiniHub
+
+HUB = MiniHub().start()
+os.environ.update(  # read when huggingface_hub is imported
+    HF_ENDPOINT=HUB.url,
+    HF_TOKEN=HUB.token,
+    HF_HOME=tempfile.mkdtemp(prefix="hf-rebasin-tests-"),
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_UPDATE_CHECK="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HF_HUB_DISABLE_XET="1",
+    DISABLE_SAFETENSORS_CONVERSION="1",
+    OMP_NUM_THREADS="1",
+    TRANSFORMERS_VERBOSITY="error",
+)
 
 import pytest
 import torch
@@ -18,6 +31,7 @@ torch.set_num_threads(1)
 transformers.logging.disable_progress_bar()
 
 TINY = dict(tiny_models())
+ROOT = Path(__file__).parent.parent
 FIRST = {name.split("-")[0]: name for name in reversed(TINY)}  # one model per table
 
 
@@ -65,7 +79,7 @@ def moved_copy(model, seed=0):
     return alignment.apply(model), alignment
 
 
-def other_seed(model, seed=1):
+def other_seed(model, seed=1000):
     """A model of the same class and configuration with other random weights."""
     torch.manual_seed(seed)
     return type(model)(model.config).to(model.dtype).eval()

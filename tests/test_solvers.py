@@ -1,0 +1,198 @@
+"""Laws over every registered solver. A new file in hf_rebasin/solvers/ is picked up by itself."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import permutations
+
+import pytest
+import torch
+from conftest import moved_copy, other_seed, same_tensors
+from torch import nn
+
+from hf_rebasin import Alignment, Checkpoint, Problem, Status, Table, align, spec_for
+from hf_rebasin import registry
+from hf_rebasin.errors import CheckpointError, MismatchError, OptionError, UnknownNameError
+from hf_rebasin.solvers.weight_matching import Solver as WeightMatching
+
+
+@pytest.fixture(params=registry.names("solvers"))
+def solver(request):
+    return request.param
+
+
+def test_two_unrelated_models_get_closer_and_keep_their_function(solver, family):
+    other = other_seed(family)
+    before = {key: tensor.clone() for key, tensor in Checkpoint.open(other).tensors.items()}
+    solution = align(family, other, solver=solver)
+    assert solution.objective > solution.history[0]
+    assert solution.status is Status.CONVERGED
+    assert same_tensors(other, before), "the moving model was changed"
+    assert same_tensors(solution.alignment.inverse().apply(solution.apply(other)), other)
+
+
+def test_models_of_one_base_come_back_untouched(solver, family):
+    """Fine-tuning is imitated by noise: nothing moves, the very same tensors come back, and the status says so."""
+    checkpoint = Checkpoint.open(family)
+    generator = torch.Generator().manual_seed(0)
+    tuned = {
+        key: t + 0.1 * t.std().nan_to_num() * torch.randn(t.shape, generator=generator, dtype=t.dtype)
+        if t.is_floating_point()
+        else t
+        for key, t in checkpoint.tensors.items()
+    }
+    solution = align(checkpoint, replace(checkpoint, tensors=tuned), solver=solver)
+    assert solution.status is Status.IDENTITY
+    assert solution.alignment.moved == []
+    moved = solution.apply(replace(checkpoint, tensors=tuned))
+    assert all(moved.tensors[key] is tensor for key, tensor in tuned.items())
+
+
+def test_the_same_seed_gives_the_same_alignment(solver, bert):
+    other = other_seed(bert)
+    one, same = (align(bert, other, solver=solver, seed=3) for _ in range(2))
+    assert one.history == same.history
+    assert all(torch.equal(one.alignment[n].order, same.alignment[n].order) for n in one.alignment.elements)
+
+
+def test_the_alignment_does_not_hang_on_the_hash_seed(solver, tmp_path):
+    script = (
+        "import sys, torch; from conftest import TINY, other_seed; from hf_rebasin import align\n"
+        "model = TINY['bert-1-BertForMaskedLM']\n"
+        f"align(model, other_seed(model), solver={solver!r}).alignment.save(sys.argv[1])"
+    )
+    files = []
+    for seed in ("1", "2"):
+        files.append(tmp_path / f"{seed}.safetensors")
+        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.path.dirname(__file__)}
+        subprocess.run([sys.executable, "-c", script, str(files[-1])], check=True, env=environment)
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_half_precision_is_matched_too(solver, resnet):
+    model = Checkpoint.open(resnet).model(torch.bfloat16)
+    moved, _ = moved_copy(model)
+    solution = align(model, moved, solver=solver)
+    assert solution.status is Status.EQUAL
+    assert same_tensors(solution.apply(moved), model)
+
+
+def test_a_symmetry_twice_in_one_tensor(solver, generator):
+    """A square matrix from a stream to itself: the objective is quadratic in its element, and still never falls."""
+    table = Table({"in": "s, _", "square": "s, s'", "out": "_, s'"}, {"s": "permutation"})
+    state = {"in": torch.randn(30, 2, generator=generator), "square": torch.randn(30, 30, generator=generator),
+             "out": torch.randn(2, 30, generator=generator)}
+    g = Alignment.random(spec_for(state, table), generator)
+    solution = align(state, g.apply(state), spec=table, solver=solver)
+    assert solution.status is Status.EQUAL
+    other = {key: torch.randn(t.shape, generator=generator) for key, t in state.items()}
+    history = align(state, other, spec=table, solver=solver).history
+    assert list(history) == sorted(history)
+
+
+def test_history_rises_and_ends_at_the_objective(solver, family):
+    solution = align(family, other_seed(family), solver=solver)
+    moved, fixed = solution.apply(Checkpoint.open(other_seed(family))), Checkpoint.open(family)
+    spec = spec_for(family)
+    a, b = fixed.state(spec.table.prefix), moved.state(spec.table.prefix)
+    matched = [t for t in spec.tensors if not t.names.isdisjoint(spec.free) and not t.measures]
+    total = sum((a[key].double() * b[key].double()).sum().item() for t in matched for key in t.keys.values())
+    assert solution.history[-1] == solution.objective == pytest.approx(total, rel=1e-5)
+    assert list(solution.history[1:]) == sorted(solution.history[1:])
+
+
+def test_weight_matching_is_optimal_where_one_symmetry_is_all_there_is(generator):
+    """One hidden layer of 5: against all 120 orders."""
+    table = Table({"0.weight": "h, _", "2.weight": "_, h'"}, {"h": "permutation"})
+    a, b = (
+        {"0.weight": torch.randn(5, 3, generator=generator), "2.weight": torch.randn(2, 5, generator=generator)}
+        for _ in range(2)
+    )
+    best = max(
+        ((a["0.weight"] * b["0.weight"][list(p)]).sum() + (a["2.weight"] * b["2.weight"][:, list(p)]).sum()).item()
+        for p in permutations(range(5))
+    )
+    assert align(a, b, spec=table).objective == pytest.approx(best, rel=1e-5)
+
+
+def test_the_sweep_limit_is_said(bert):
+    solution = align(bert, other_seed(bert), max_sweeps=0, starts=1)
+    assert solution.status is Status.SWEEP_LIMIT
+    assert "max_sweeps" in solution.status.value
+
+
+def test_more_starts_are_never_worse(bert):
+    other = other_seed(bert)
+    objectives = [align(bert, other, starts=n).objective for n in (1, 3, 6)]
+    assert objectives == sorted(objectives)
+
+
+def test_a_plain_module_with_a_table(generator):
+    def net():
+        return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+
+    table = Table(
+        {"0.weight": "hidden, _", "0.bias": "hidden", "2.weight": "_, hidden'", "2.bias": "_"}, {"hidden": "permutation"}
+    )
+    a, x = net(), torch.randn(5, 4)
+    b = Alignment.random(spec_for(a, table), generator).apply(a)
+    assert isinstance(b, nn.Sequential)
+    torch.testing.assert_close(a(x), b(x))
+    assert same_tensors(align(a, b, spec=table).apply(b), a)
+
+
+def test_a_model_with_nothing_to_move():
+    state = {"w": torch.ones(2, 2)}
+    solution = align(state, {"w": torch.zeros(2, 2)}, spec=Table({"w": "_, _"}, {}))
+    assert solution.status is Status.IDENTITY
+
+
+def test_unknown_solvers_and_knobs_name_the_nearest(bert):
+    with pytest.raises(UnknownNameError, match="no solver 'weight_matchin'; did you mean 'weight_matching'"):
+        align(bert, bert, solver="weight_matchin")
+    with pytest.raises(OptionError, match="no knob 'max_sweep'; did you mean 'max_sweeps'"):
+        align(bert, bert, max_sweep=3)
+    solution = WeightMatching(starts=1).solve(
+        Problem(spec_for(bert), *[Checkpoint.open(bert).state("bert.")] * 2, torch.Generator())
+    )
+    assert solution.status is Status.IDENTITY
+
+
+def test_broken_or_unfitting_models_are_refused(bert, resnet):
+    checkpoint = Checkpoint.open(bert)
+    key = "bert.encoder.layer.1.output.dense.weight"
+    broken = dict(checkpoint.tensors)
+    broken[key] = broken[key].clone()
+    broken[key][0, 3] = float("nan")
+    with pytest.raises(CheckpointError, match=rf"{key} \(24, 20\) has 1 values that are NaN"):
+        align(checkpoint, replace(checkpoint, tensors=broken))
+    less = {k: t for k, t in checkpoint.tensors.items() if k != key}
+    with pytest.raises(MismatchError, match=f"it lacks: {key.removeprefix('bert.')}"):
+        align(checkpoint, replace(checkpoint, tensors=less))
+    with pytest.raises(MismatchError, match="another architecture"):
+        align(bert, resnet)
+    with pytest.raises(MismatchError, match="no table of its symmetries; there are tables for bert, deit, gpt2"):
+        align({"x": torch.ones(2)}, {"x": torch.ones(2)})
+
+
+def test_an_alignment_refuses_another_model(bert, family, tmp_path):
+    alignment = Alignment.random(spec_for(bert), torch.Generator())
+    if type(family) is not type(bert) and "Bert" not in type(family).__name__:
+        with pytest.raises(MismatchError, match="symmetry '.*' .*in the model"):
+            alignment.apply(family)
+    wider = type(bert)(type(bert.config)(**(bert.config.to_dict() | {"intermediate_size": 28})))
+    with pytest.raises(MismatchError, match=r"symmetry 'ff.0' is permutation of size 20, in the model permutation of size 28"):
+        alignment.apply(wider)
+
+
+def test_an_alignment_of_a_plain_state_dict_names_the_first_difference(generator):
+    table = Table({"a": "h, _", "b": "h"}, {"h": "permutation"})
+    state = {"a": torch.randn(4, 2), "b": torch.randn(4)}
+    g = Alignment.random(spec_for(state, table), generator)
+    with pytest.raises(MismatchError, match=r"'b', which carries 'h', is \(5,\), in the alignment \(4,\)"):
+        g.apply({"a": torch.randn(4, 2), "b": torch.randn(5)})
+    with pytest.raises(MismatchError, match="has no tensor 'b', which carries 'h'"):
+        g.apply({"a": torch.randn(4, 2)})
+    with pytest.raises(MismatchError, match="has a tensor 'c', of which the alignment knows nothing"):
+        g.apply(state | {"c": torch.randn(1)})
