@@ -6,20 +6,20 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
 
 from . import registry
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, Source
 from .errors import CheckpointError, MismatchError
 from .groups import Element
 from .spec import Block, Dim, Labelled, Spec, bind
 from .table import KINDS, table_for
 
 FORMAT = "hf_rebasin.alignment.v1"
-Target = TypeVar("Target", bound=Checkpoint | nn.Module | Mapping[str, Tensor])
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -147,15 +147,26 @@ class Alignment:
 
     # --- acting --------------------------------------------------------------------------------------------------
 
-    def apply(self, target: Target) -> Target:
+    @overload
+    def apply(self, target: str | os.PathLike[str] | Checkpoint) -> Checkpoint: ...
+
+    @overload
+    def apply(self, target: Module) -> Module: ...
+
+    @overload
+    def apply(self, target: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+
+    def apply(self, target: Source) -> Any:
         """Move a model; the target stays as it is.
 
         Args:
-            target: a checkpoint, a module, or a state dict with on-disk names. A model whose family has a table may be
-                of another class than the one the alignment was found on, as long as it has the same symmetries.
+            target: a folder, Hub id or checkpoint, a module, or a state dict with on-disk names. A model whose family
+                has a table may be of another class than the one the alignment was found on, as long as it has the same
+                symmetries.
 
         Returns:
-            The same kind of thing. Tensors that no moving symmetry touches are passed on as they are.
+            The same kind of thing, a checkpoint for a folder or Hub id. Tensors that no moving symmetry touches are
+            passed on as they are.
 
         Raises:
             MismatchError: the model has other symmetries; names the first that differs.
@@ -163,9 +174,9 @@ class Alignment:
         checkpoint = Checkpoint.open(target)
         spec = self._spec_for(checkpoint)
         moved = checkpoint.with_state(act(spec, self.elements, checkpoint.state(spec.table.prefix)), spec.table.prefix)
-        if isinstance(target, Checkpoint):
-            return cast(Target, moved)
-        return cast(Target, moved.model() if isinstance(target, nn.Module) else dict(moved.tensors))
+        if isinstance(target, nn.Module):
+            return moved.model()
+        return dict(moved.tensors) if isinstance(target, Mapping) else moved
 
     def _spec_for(self, checkpoint: Checkpoint) -> Spec:
         """The target's own spec if its family has a table, else the embedded one on the target's shapes."""

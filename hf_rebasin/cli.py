@@ -117,6 +117,7 @@ def align(
 
 @app.command()
 def merge(
+    context: typer.Context,
     models: Annotated[list[str], typer.Argument(help="Two or more models, or one recipe (.yaml). " + MODEL)],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the merged model.")],
     method: Annotated[str, typer.Option(help="linear, lerp or slerp.")] = "linear",
@@ -140,7 +141,7 @@ def merge(
     from .api import run
 
     if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
-        _refuse_options_beside_a_recipe()
+        _refuse_options_beside_a_recipe(context)
         recipe = _recipe_file(models[0])
     else:
         if len(models) < 2:
@@ -198,14 +199,11 @@ def _recipe_file(path: str) -> Recipe:
     return Recipe.from_file(path)
 
 
-def _refuse_options_beside_a_recipe() -> None:
+def _refuse_options_beside_a_recipe(context: typer.Context) -> None:
     """What a recipe says is not said again on the command line."""
-    from click import get_current_context
-    from click.core import ParameterSource
-
-    context = get_current_context()
     for name in ("method", "parameter", "align", "solver", "seed", "dtype", "assume"):
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
             raise OptionError(f"--{name} is given beside a recipe; write it into the recipe")
 
 

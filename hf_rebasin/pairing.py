@@ -16,7 +16,6 @@ from .checkpoint import Checkpoint
 from .errors import MismatchError, some
 from .groups import Element
 from .groups.permutation import Element as Permutation
-from .spec import Spec
 from .table import table_for
 
 Assumption = Literal["config", "labels", "vocabulary"]
@@ -76,20 +75,36 @@ def paired(fixed: Checkpoint, moving: Checkpoint, assume: Iterable[Assumption] =
     _refuse_other_architecture(fixed, moving)
     if "config" not in assume:
         _refuse_other_settings(fixed, moving)
-    table = table_for(fixed.config)
-    spec = spec_of(moving) if table is not None else None
-    elements: dict[str, Element] = {}
+    spec = spec_of(fixed) if table_for(fixed.config) is not None else None
+    orders: dict[str, list[int]] = {}
     for what, name, compare in (("labels", "label", _labels), ("vocabulary", "vocab", _vocabularies)):
         if what not in assume and (spec is None or name in spec.symmetries):
             order = compare(fixed, moving)
+            if order is not None and spec is None:
+                raise MismatchError(
+                    f"{moving.name} has the {what} of {fixed.name} in another order, and no table says which rows "
+                    "these are"
+                )
             if order is not None:
-                elements[name] = _rows(spec, name, order, what, fixed, moving)
-    if spec is None or not elements:
+                orders[name] = order
+    if not orders:
         return moving
+    return _reordered(moving, orders, fixed)
+
+
+def _reordered(moving: Checkpoint, orders: Mapping[str, list[int]], fixed: Checkpoint) -> Checkpoint:
+    """The moving model with its label and token rows in the fixed one's order, and so with its labels and tokens."""
+    spec = spec_of(moving)
+    elements: dict[str, Element] = {}
+    for name, order in orders.items():
+        rows = list(range(spec.symmetries[name].size))  # an embedding may have more rows than there are tokens
+        rows[: len(order)] = order
+        if sorted(rows) != list(range(len(rows))):
+            raise MismatchError(f"the {name} rows of {moving.name} are numbered with other gaps than in {fixed.name}")
+        elements[name] = Permutation(torch.tensor(rows))
     state = act(spec, elements, moving.state(spec.table.prefix))
-    # from here on its labels and tokens are the fixed model's
-    config = fixed.config if "label" in elements else moving.config
-    folder = fixed.folder if "vocab" in elements else moving.folder
+    config = fixed.config if "label" in orders else moving.config
+    folder = fixed.folder if "vocab" in orders else moving.folder
     return replace(moving.with_state(state, spec.table.prefix), config=config, folder=folder)
 
 
@@ -122,20 +137,6 @@ def _settings(config: Any, inside: str = "") -> dict[str, Any]:
         elif not (inside == "" and key in ("architectures", "model_type")):
             flat[inside + key] = value
     return flat
-
-
-def _rows(spec: Spec | None, name: str, order: list[int], what: str, fixed: Checkpoint, moving: Checkpoint) -> Element:
-    if spec is None:
-        raise MismatchError(
-            f"{moving.name} has the {what} of {fixed.name} in another order, and no table says which rows these are"
-        )
-    rows = list(range(spec.symmetries[name].size))  # an embedding may have more rows than there are tokens
-    rows[: len(order)] = order
-    if sorted(rows) != list(range(len(rows))):
-        raise MismatchError(
-            f"the {what} of {moving.name} number their rows with other gaps than those of {fixed.name}"
-        )
-    return Permutation(torch.tensor(rows))
 
 
 def _matched(

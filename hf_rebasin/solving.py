@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import enum
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, overload
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .alignment import Alignment, Target, act_on, identity_of
+from .alignment import Alignment, Module, act_on, identity_of
+from .checkpoint import Checkpoint
 from .groups import Element
 from .spec import Labelled, Spec, Unit
 from .units import Elements, Nested, Similarity, solve, value
@@ -66,7 +68,16 @@ class Solution:
     status: Status
     seconds: Mapping[str, float] = field(default_factory=dict)
 
-    def apply(self, moving: Target) -> Target:
+    @overload
+    def apply(self, moving: str | os.PathLike[str] | Checkpoint) -> Checkpoint: ...
+
+    @overload
+    def apply(self, moving: Module) -> Module: ...
+
+    @overload
+    def apply(self, moving: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+
+    def apply(self, moving: Any) -> Any:
         """The moving model in the coordinates of the fixed one; see `Alignment.apply`."""
         return self.alignment.apply(moving)
 

@@ -15,7 +15,9 @@ def test_patterns_parse_to_trees():
     assert parse("mid0.*.3.x") == (Leaf("mid0.*.3.x"),)
 
 
-@pytest.mark.parametrize("text", ["", "_, 3, r'", "(h (a + b'))", "(h q) + (h k'), r~", "(kv.0 group.0 turn.0 pair.0)"])
+@pytest.mark.parametrize(
+    "text", ["", "_, 3, r'", "(h (a + b'))", "(h q) + (h k'), r~", "(kv.0 group.0 turn.0 pair.0)"]
+)
 def test_show_is_the_inverse_of_parse(text):
     assert show(parse(text)) == text
     assert parse(show(parse(text))) == parse(text)

@@ -73,10 +73,10 @@ def test_the_prefix_of_a_table_is_that_of_its_classes(tiny):
     assert Checkpoint.open(tiny).base_prefix in ((prefix,) if isinstance(prefix, str) else prefix)
 
 
-# --- negative controls: every mutation of one row is seen, by binding or by the function -------------------------------
+# --- negative controls: every mutation of one row is seen, by binding or by the function -----------------------------
 
-# A softmax over keys cancels what all keys have in common: a key bias that stays behind changes no output. The rows, and
-# the leaves in them, for which that is so.
+# A softmax over keys cancels what all keys have in common: a key bias that stays behind changes no output. The rows,
+# and the leaves in them, for which that is so.
 CANCELLED = {
     "encoder.layer.*.attention.self.key.bias": {0, 1, None},
     "encoder.layer.*.attention.attention.key.bias": {0, 1, None},

@@ -1,7 +1,7 @@
 """Reader and diagonal marks: permutations cannot notice a wrong one, so the declared groups are drawn here in full.
 
-The models get unit norms (gain 1, bias 0), so that rotations need no gauge. Then a random element of every declared group
-must keep the function, and every wrong mark must change it.
+The models get unit norms (gain 1, bias 0), so that rotations need no gauge. Then a random element of every declared
+group must keep the function, and every wrong mark must change it.
 """
 
 from dataclasses import dataclass, replace
@@ -112,6 +112,11 @@ def unit_norms(model):
     return model
 
 
+def with_mark(axes, at, mark):
+    count = iter(range(100))
+    return [map_leaves(axis, lambda x: replace(x, mark=mark) if next(count) == at else x) for axis in axes]
+
+
 def wrong_marks(table, row):
     """(leaf, what was done, the table with one mark changed) for every leaf whose group feels its mark."""
     axes = parse(table.rows[row])
@@ -122,8 +127,7 @@ def wrong_marks(table, row):
         if kind in ("held", "permutation", "centred") or (kind == "orthogonal" and leaf.mark != "~"):
             continue  # the dual of a rotation is itself, and a centred one keeps a gain of ones as it is
         for mark in {"", "'", "~"} - {leaf.mark}:
-            count = iter(range(100))
-            new = [map_leaves(a, lambda x, m=mark, c=count: replace(x, mark=m) if next(c) == at else x) for a in axes]
+            new = with_mark(axes, at, mark)
             yield at, f"{leaf} marked {mark or 'nothing'}", replace(table, rows={**table.rows, row: show(tuple(new))})
 
 

@@ -11,8 +11,7 @@ import torch
 from conftest import moved_copy, other_seed, same_tensors
 from torch import nn
 
-from hf_rebasin import Alignment, Checkpoint, Problem, Status, Table, align, spec_for
-from hf_rebasin import registry
+from hf_rebasin import Alignment, Checkpoint, Problem, Status, Table, align, registry, spec_for
 from hf_rebasin.errors import CheckpointError, MismatchError, OptionError, UnknownNameError
 from hf_rebasin.solvers.weight_matching import Solver as WeightMatching
 
@@ -81,8 +80,11 @@ def test_half_precision_is_matched_too(solver, resnet):
 def test_a_symmetry_twice_in_one_tensor(solver, generator):
     """A square matrix from a stream to itself: the objective is quadratic in its element, and still never falls."""
     table = Table({"in": "s, _", "square": "s, s'", "out": "_, s'"}, {"s": "permutation"})
-    state = {"in": torch.randn(30, 2, generator=generator), "square": torch.randn(30, 30, generator=generator),
-             "out": torch.randn(2, 30, generator=generator)}
+    state = {
+        "in": torch.randn(30, 2, generator=generator),
+        "square": torch.randn(30, 30, generator=generator),
+        "out": torch.randn(2, 30, generator=generator),
+    }
     g = Alignment.random(spec_for(state, table), generator)
     solution = align(state, g.apply(state), spec=table, solver=solver)
     assert solution.status is Status.EQUAL
@@ -133,7 +135,8 @@ def test_a_plain_module_with_a_table(generator):
         return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
 
     table = Table(
-        {"0.weight": "hidden, _", "0.bias": "hidden", "2.weight": "_, hidden'", "2.bias": "_"}, {"hidden": "permutation"}
+        {"0.weight": "hidden, _", "0.bias": "hidden", "2.weight": "_, hidden'", "2.bias": "_"},
+        {"hidden": "permutation"},
     )
     a, x = net(), torch.randn(5, 4)
     b = Alignment.random(spec_for(a, table), generator).apply(a)
@@ -179,10 +182,12 @@ def test_broken_or_unfitting_models_are_refused(bert, resnet):
 def test_an_alignment_refuses_another_model(bert, family, tmp_path):
     alignment = Alignment.random(spec_for(bert), torch.Generator())
     if type(family) is not type(bert) and "Bert" not in type(family).__name__:
-        with pytest.raises(MismatchError, match="symmetry '.*' .*in the model"):
+        with pytest.raises(MismatchError, match=r"symmetry '.*' .*in the model"):
             alignment.apply(family)
     wider = type(bert)(type(bert.config)(**(bert.config.to_dict() | {"intermediate_size": 28})))
-    with pytest.raises(MismatchError, match=r"symmetry 'ff.0' is permutation of size 20, in the model permutation of size 28"):
+    with pytest.raises(
+        MismatchError, match=r"symmetry 'ff.0' is permutation of size 20, in the model permutation of size 28"
+    ):
         alignment.apply(wider)
 
 

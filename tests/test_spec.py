@@ -57,7 +57,9 @@ def test_keys_can_be_an_axis():
     """Experts are keys: the expert order is a symmetry, and what is inside an expert moves with it."""
     rows = {"gate": "expert, _", "experts.<expert>.up": "ff, _", "experts.<expert>.down": "_, ff'"}
     groups = {"expert": "permutation", "ff": "permutation in expert"}
-    shapes = {"gate": (3, 4)} | {f"experts.{i}.{w}": s for i in range(3) for w, s in (("up", (5, 4)), ("down", (4, 5)))}
+    shapes = {"gate": (3, 4)} | {
+        f"experts.{i}.{w}": s for i in range(3) for w, s in (("up", (5, 4)), ("down", (4, 5)))
+    }
     spec = bind(Table(rows, groups), shapes)
     state = {key: torch.randn(shape) for key, shape in shapes.items()}
     g = Alignment.random(spec, torch.Generator().manual_seed(1))
@@ -98,29 +100,74 @@ def test_a_norm_without_readers_holds_its_stream():
         ),
         (table({"a.*.b": "_", "a.*.*": "_"}), {"a.1.2": (3,)}, None),
         (table({"a.*.0": "_", "a.0.*": "_"}), {"a.0.0": (3,)}, r"a.0.0 \(3,\): 2 rows match equally well"),
-        (table(), SHAPES | {"0.bias": (6, 1)}, r"0.bias \(6, 1\): row '0.bias' says 1 axes \('hidden'\), the tensor has 2"),
-        (table(), SHAPES | {"0.bias": (5,)}, r"0.bias axis 0: 'hidden' comes to 6 with hidden = 6, but the tensor has 5"),
+        (
+            table(),
+            SHAPES | {"0.bias": (6, 1)},
+            r"0.bias \(6, 1\): row '0.bias' says 1 axes \('hidden'\), the tensor has 2",
+        ),
+        (
+            table(),
+            SHAPES | {"0.bias": (5,)},
+            r"0.bias axis 0: 'hidden' comes to 6 with hidden = 6, but the tensor has 5",
+        ),
         (
             table(ROWS | {"x": "(hidden _)"}),
             SHAPES | {"x": (13,)},
             r"x axis 0: '\(hidden _\)' = 13 has no whole solution for _: 13 - 0 = 13 is no multiple of 6; row 'x'",
         ),
-        (table(ROWS | {"x": "(a b)"}, {"*": "held", "hidden": "permutation", "a": "held", "b": "held"}), SHAPES | {"x": (6,)},
-         r"sizes cannot be solved.*\n  x axis 0: '\(a b\)' = 6 leaves a, b open; row 'x'"),
-        (table(ROWS | {"x": "hiden"}), SHAPES | {"x": (6,)}, r"x \(6,\): axis 'hiden' has no group; did you mean 'hidden'\?; row 'x'"),
-        (table(groups={"hidden": "permutatoin"}), SHAPES, "group of 'hidden' is 'permutatoin'.*did you mean 'permutation'"),
-        (table({"x.*": "a.*.*"}, {"a.*.*": "held"}), {"x.1": (3,)}, r"x.1 \(3,\): axis 'a.\*.\*' has 2 stars, its key only 1; row 'x.\*'"),
-        (table(ROWS | {"0.{bias,x}": "hidden"}), SHAPES, r"row '0.bias' is written twice: in '0.bias' and in '0.\{bias,x\}'"),
+        (
+            table(ROWS | {"x": "(a b)"}, {"*": "held", "hidden": "permutation", "a": "held", "b": "held"}),
+            SHAPES | {"x": (6,)},
+            r"sizes cannot be solved.*\n  x axis 0: '\(a b\)' = 6 leaves a, b open; row 'x'",
+        ),
+        (
+            table(ROWS | {"x": "hiden"}),
+            SHAPES | {"x": (6,)},
+            r"x \(6,\): axis 'hiden' has no group; did you mean 'hidden'\?; row 'x'",
+        ),
+        (
+            table(groups={"hidden": "permutatoin"}),
+            SHAPES,
+            "group of 'hidden' is 'permutatoin'.*did you mean 'permutation'",
+        ),
+        (
+            table({"x.*": "a.*.*"}, {"a.*.*": "held"}),
+            {"x.1": (3,)},
+            r"x.1 \(3,\): axis 'a.\*.\*' has 2 stars, its key only 1; row 'x.\*'",
+        ),
+        (
+            table(ROWS | {"0.{bias,x}": "hidden"}),
+            SHAPES,
+            r"row '0.bias' is written twice: in '0.bias' and in '0.\{bias,x\}'",
+        ),
         (table(ROWS | {"x": "a b"}), SHAPES, r"row 'x': a composite axis needs parentheses"),
-        (table(ROWS | {"x": "inner"}, {"hidden": "permutation", "inner": "permutation in hidden"}), SHAPES | {"x": (2,)},
-         r"x \(2,\): 'inner' is declared in 'hidden', but row 'x' says it without 'hidden'"),
+        (
+            table(ROWS | {"x": "inner"}, {"hidden": "permutation", "inner": "permutation in hidden"}),
+            SHAPES | {"x": (2,)},
+            r"x \(2,\): 'inner' is declared in 'hidden', but row 'x' says it without 'hidden'",
+        ),
         (table({"x": "a"}, {"a": "permutation in b"}), {"x": (2,)}, "'a' is declared in 'b', which no tensor has"),
-        (table({"x": "(a b)", "y": "b"}, {"b": "orthogonal", "a": "permutation in b"}), {"x": (4,), "y": (2,)}, "mixes its members"),
-        (table({"x": "(a b)", "y": "b"}, {"b": "permutation in a", "a": "permutation in b"}), {"x": (4,), "y": (2,)}, "in a circle"),
-        (table({"e.<n>.x": "_"}, {"n": "held"}), {"e.0.x": (2,), "e.2.x": (2,)}, r"row 'e.<n>.x': no key for \{'n': 1\}"),
+        (
+            table({"x": "(a b)", "y": "b"}, {"b": "orthogonal", "a": "permutation in b"}),
+            {"x": (4,), "y": (2,)},
+            "mixes its members",
+        ),
+        (
+            table({"x": "(a b)", "y": "b"}, {"b": "permutation in a", "a": "permutation in b"}),
+            {"x": (4,), "y": (2,)},
+            "in a circle",
+        ),
+        (
+            table({"e.<n>.x": "_"}, {"n": "held"}),
+            {"e.0.x": (2,), "e.2.x": (2,)},
+            r"row 'e.<n>.x': no key for \{'n': 1\}",
+        ),
         (table({"e.<n>.x": "_"}, {"n": "held"}), {"e.0.x": (2,), "e.1.x": (3,)}, "have different shapes"),
-        (table({"e": "_, s", "r.weight": "_, s'"}, {"s": "orthogonal"}), {"e": (9, 4), "r.weight": (2, 4)},
-         r"r.weight \(2, 4\) reads the orthogonal stream 's' \(row 'r.weight'\); exactly one norm must name it"),
+        (
+            table({"e": "_, s", "r.weight": "_, s'"}, {"s": "orthogonal"}),
+            {"e": (9, 4), "r.weight": (2, 4)},
+            r"r.weight \(2, 4\) reads the orthogonal stream 's' \(row 'r.weight'\); exactly one norm must name it",
+        ),
     ],
 )
 def test_errors_name_key_shape_and_row(said, shapes, says):

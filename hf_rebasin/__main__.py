@@ -1,0 +1,5 @@
+"""`python -m hf_rebasin` is `hf-rebasin`."""
+
+from .cli import main
+
+main()

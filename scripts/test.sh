@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# All checks of the project: lint, format, types, tests. With --slow only the tests that take minutes. Other options go
+# to pytest.
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+if [ "${1:-}" = --slow ]; then
+    shift
+    exec "$VENV/bin/python" -m pytest --slow -m slow "$@"
+fi
+"$VENV/bin/ruff" check .
+"$VENV/bin/ruff" format --check .
+"$VENV/bin/mypy"
+exec "$VENV/bin/python" -m pytest "$@"

@@ -1,0 +1,35 @@
+"""What the benchmark scripts promise, on this machine: exact recovery at full size. Slow, and no test of speed."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit", "gpt2", "resnet"])
+def test_full_size_models_come_back_exactly(kind):
+    script = ROOT / "scripts" / "benchmark_planted.py"
+    done = subprocess.run([sys.executable, script, kind], capture_output=True, text=True, check=True)
+    assert " L1 0.0  status EQUAL " in done.stdout, done.stdout
+
+
+def test_planted_mlps_come_back(tmp_path):
+    script = ROOT / "scripts" / "benchmark_planted_mlps.py"
+    done = subprocess.run([sys.executable, script, "--pairs", "50"], capture_output=True, text=True, check=True)
+    cells = [line.split()[2] for line in done.stdout.splitlines()[1:]]
+    assert len(cells) == 9
+    assert all(int(cell.split("/")[0]) >= 49 for cell in cells), done.stdout
+
+
+def test_barriers_of_mlps():
+    """Width 64: at most 5 % of the plain barrier; width 512: at most 0.012."""
+    script = ROOT / "scripts" / "benchmark_barrier.py"
+    done = subprocess.run([sys.executable, script, "mlp", "mlp512"], capture_output=True, text=True, check=True)
+    rows = [line.split() for line in done.stdout.splitlines() if line[:2] in ("0-", "1-")]
+    assert len(rows) == 6
+    assert all(float(row[3]) <= 0.05 for row in rows[:3]), done.stdout
+    assert all(float(row[2]) <= 0.012 for row in rows[3:]), done.stdout
+    assert all(float(row[4]) <= 1e-6 for row in rows), done.stdout

@@ -1,0 +1,158 @@
+"""The command line, as a user types it."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import TINY, moved_copy, other_seed, same_tensors
+from typer.testing import CliRunner
+
+from hf_rebasin import Alignment, Checkpoint, check
+from hf_rebasin.cli import app, main
+
+VERBS = ("demo", "inspect", "check", "align", "merge")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["hf-rebasin", *map(str, arguments)])
+        try:
+            main()
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+        said = capsys.readouterr()
+        return status, said.out + said.err
+
+    return call
+
+
+@pytest.fixture
+def pair(bert, tmp_path):
+    return Checkpoint.open(bert).save(tmp_path / "a"), Checkpoint.open(other_seed(bert)).save(tmp_path / "b")
+
+
+def test_help_names_every_verb_and_is_light():
+    said = CliRunner().invoke(app, ["--help"]).output
+    assert all(verb in said for verb in VERBS)
+
+
+def test_merge_needs_no_recipe(run, pair, bert, tmp_path):
+    status, said = run("merge", *pair, "-o", tmp_path / "out")
+    assert status == 0, said
+    assert f"{tmp_path / 'out'}/, 42 tensors" in said
+    assert "9 of 9 symmetries moved" in said
+    type(bert).from_pretrained(tmp_path / "out")
+    status, said = run("merge", *pair, "-o", tmp_path / "out")
+    assert status == 1
+    assert "already there" in said
+    assert run("merge", *pair, "-o", tmp_path / "out", "--overwrite", "--no-align")[0] == 0
+    plain = Checkpoint.open(tmp_path / "out")
+    key = next(iter(plain.tensors))
+    mean = sum(Checkpoint.open(folder).tensors[key] for folder in pair) / 2
+    assert plain.tensors[key].equal(mean)
+
+
+def test_options_of_a_merge(run, pair, tmp_path):
+    out = tmp_path / "out"
+    assert run("merge", *pair, "-o", out, "--method", "lerp", "-p", "t=0", "--dtype", "float32")[0] == 0
+    a = Checkpoint.open(pair[0]).tensors
+    assert all(t.equal(a[k].float()) for k, t in Checkpoint.open(out).tensors.items())
+    for arguments, says in (
+        (("--method", "lerpp"), "merge_method: no merge method 'lerpp'; did you mean 'lerp'"),
+        (("-p", "tt=1"), "parameters.tt: linear has no such parameter"),
+        (("-p", "t"), "is not NAME=VALUE"),
+        (("--assume", "everything"), "assume.0: input should be"),
+    ):
+        status, said = run("merge", *pair, "-o", tmp_path / "other", *arguments)
+        assert status == 1
+        assert says in said
+        assert not (tmp_path / "other").exists()
+    assert "is one of the models" in run("merge", *pair, "-o", pair[1], "--overwrite")[1]
+    assert "needs two models or a recipe" in run("merge", pair[0], "-o", out)[1]
+
+
+def test_a_recipe_on_the_command_line(run, pair, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"models: [{pair[0]}, {pair[1]}]\nmerge_method: slerp\nparameters: {{t: 1}}\nalign: false\n")
+    status, said = run("merge", recipe, "-o", tmp_path / "out")
+    assert status == 0, said
+    assert same_tensors(tmp_path / "out", pair[1])
+    assert "write it into the recipe" in run("merge", recipe, "-o", tmp_path / "x", "--method", "lerp")[1]
+    recipe.write_text("models: [a]\nmerge_metod: x\n")
+    assert "merge_metod: no such key; did you mean 'merge_method'" in run("merge", recipe, "-o", tmp_path / "x")[1]
+
+
+def test_a_dry_run_writes_nothing(run, pair, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    status, said = run("merge", *pair, "-o", tmp_path / "out", "--dry-run")
+    assert status == 0, said
+    assert "would align" in said
+    assert "would merge 2 models by linear" in said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_align_writes_the_moved_model_and_the_alignment(run, pair, bert, tmp_path):
+    out, file = tmp_path / "moved", tmp_path / "g.safetensors"
+    status, said = run("align", *pair, "-o", out, "--alignment", file)
+    assert status == 0, said
+    assert "converged" in said
+    assert same_tensors(Alignment.load(file).apply(pair[1]), out)
+    assert check(out).holds
+    assert "nothing would be written" in run("align", *pair)[1]
+    assert "already there" in run("align", *pair, "--alignment", file)[1]
+
+
+def test_two_models_of_one_base_come_back_byte_for_byte(run, pair, bert, tmp_path):
+    moved = tmp_path / "moved"
+    status, said = run("align", pair[0], pair[0], "-o", moved)
+    assert status == 0
+    assert "share their coordinates already, nothing was moved" in said
+    for name in ("model.safetensors", "config.json"):
+        assert (moved / name).read_bytes() == (pair[0] / name).read_bytes()
+
+
+def test_a_planted_copy_is_said_to_be_equal(run, pair, bert, tmp_path):
+    copy = Checkpoint.open(moved_copy(bert)[0]).save(tmp_path / "copy")
+    assert "the moved model equals the fixed one" in run("align", pair[0], copy, "-o", tmp_path / "moved")[1]
+    assert same_tensors(tmp_path / "moved", pair[0])
+
+
+def test_inspect_shows_every_symmetry(run, pair):
+    status, said = run("inspect", pair[0])
+    assert status == 0
+    for word in ("head.*", "qk.*", "invertible in head.*", "residual", "vocab", "held", "tied:"):
+        assert word in said
+    assert "head.1" in run("inspect", pair[0], "--all")[1]
+    assert "neither a folder here nor" in run("inspect", "no/such")[1]
+
+
+def test_check_proves_or_fails(run, pair, monkeypatch):
+    status, said = run("check", pair[0])
+    assert status == 0
+    assert "the function is the same" in said
+    from hf_rebasin import checking
+
+    monkeypatch.setattr(checking.Check, "bound", property(lambda self: 0.0))
+    status, said = run("check", pair[0])
+    assert status == 1
+    assert "THE FUNCTION CHANGED" in said
+
+
+def test_check_without_a_model_checks_every_table(run):
+    status, said = run("check")
+    assert status == 0, said
+    assert len(said.splitlines()) == len(TINY)
+
+
+@pytest.mark.slow
+def test_help_answers_in_time():
+    """The budget is 0.3 s; the best of five counts, as the machine may be busy."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "hf_rebasin", "--help"], check=True, capture_output=True)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.3, times

@@ -1,0 +1,80 @@
+"""The demo, in small; and what it measures with."""
+
+import pytest
+import torch
+from conftest import same_tensors
+from torch import nn
+
+from hf_rebasin import demo
+from hf_rebasin.errors import OptionError
+from hf_rebasin.evaluate import Curve, curve
+from hf_rebasin.recalibrate import recalibrate
+
+
+def test_the_demo_in_small(tmp_path):
+    said = []
+    (pair,) = demo.run(tmp_path, ["mlp"], seeds=2, say=said.append)
+    assert pair.plain.barrier > 0.5
+    assert pair.ratio <= 0.05
+    assert pair.difference < 1e-4
+    assert min(pair.plain.accuracy[0], pair.plain.accuracy[-1]) > 0.96
+    assert len(pair.plain.loss) == 25
+    assert any("0-1" in line for line in said)
+    merged = demo.MLP.from_pretrained(tmp_path / "mlp" / "merged")
+    assert demo.evaluate(merged)[1] > 0.94
+    assert {f.name for f in (tmp_path / "mlp").iterdir()} == {"seed-0", "seed-1", "aligned-1", "merged"}
+
+
+def test_bad_options_are_said_before_training(tmp_path):
+    with pytest.raises(OptionError, match="no model 'resnt'; did you mean 'resnet'"):
+        demo.run(tmp_path, ["resnt"])
+    with pytest.raises(OptionError, match="two seeds, got 1"):
+        demo.run(tmp_path, ["mlp"], seeds=1)
+
+
+def test_the_barrier_is_the_highest_rise_above_the_chord():
+    assert Curve((1.0, 3.0, 2.0), (0.0, 0.0, 0.0)).barrier == 1.5
+    assert Curve((1.0, 1.2, 2.0), (0.0, 0.0, 0.0)).barrier == 0
+    assert Curve((1.0, 2.0, 5.0, 0.5, 0.0), (0.0,) * 5).middle == (5.0, 0.0)
+
+
+def test_a_curve_begins_and_ends_at_the_models():
+    a, b = nn.Linear(2, 2), nn.Linear(2, 2)
+    seen = []
+    curve(a, b, lambda m: (seen.append(m) or 0.0, 0.0), points=5)
+    assert same_tensors(seen[0], a)
+    assert same_tensors(seen[-1], b)
+    torch.testing.assert_close(seen[2].weight, (a.weight + b.weight) / 2)
+
+
+def test_statistics_are_the_cumulative_average_and_nothing_else_changes(generator):
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5), nn.Flatten()).eval()
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = model
+
+        def forward(self, x):
+            return self.net(x)
+
+    net, batches = Net().eval(), [torch.randn(8, 3, 4, 4, generator=generator) + i for i in range(4)]
+    assert recalibrate(net, ({"x": x} for x in batches)) == 1
+    norm = model[0]
+    torch.testing.assert_close(norm.running_mean, torch.stack([x.mean((0, 2, 3)) for x in batches]).mean(0))
+    torch.testing.assert_close(norm.running_var, torch.stack([x.var((0, 2, 3)) for x in batches]).mean(0))
+    assert norm.momentum == 0.1
+    assert not any(m.training for m in net.modules())
+    assert recalibrate(nn.Linear(1, 1), iter([])) == 0
+
+
+@pytest.mark.slow
+def test_the_whole_demo(tmp_path):
+    """Where permutations suffice, the barrier collapses; where they do not, the demo says so."""
+    said = []
+    pairs = demo.run(tmp_path, say=said.append)
+    ratios = {kind: [p.ratio for p in pairs if p.kind == kind] for kind in demo.DEMO}
+    assert max(ratios["mlp"]) <= 0.05
+    assert max(ratios["resnet"]) <= 0.25
+    assert min(ratios["vit"]) > 0.3
+    assert any("permutations alone do not bring transformers together" in line for line in said)

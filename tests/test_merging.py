@@ -1,0 +1,196 @@
+"""Merging: laws over every registered method, and that nothing is lost, invented or averaged that should not be."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import moved_copy, other_seed, same_tensors
+from safetensors.torch import load_file, save_file
+
+from hf_rebasin import Alignment, Checkpoint, align, merge, registry, spec_for
+from hf_rebasin.errors import CheckpointError, MismatchError, OptionError, UnknownNameError
+
+METHODS = registry.names("merge_methods")
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    return request.param
+
+
+def pair(model, tmp_path):
+    """Folders of two models of one class with unrelated weights."""
+    return (
+        Checkpoint.open(model).save(tmp_path / "a"),
+        Checkpoint.open(other_seed(model)).save(tmp_path / "b"),
+    )
+
+
+def test_merging_a_model_with_itself_gives_it_back(method, family):
+    assert same_tensors(merge([family, family], method), family)
+
+
+def test_merges_commute_with_moving_both(method, bert):
+    """Merging is done in coordinates; moving both models first moves the merge."""
+    other, g = other_seed(bert), Alignment.random(spec_for(bert), torch.Generator().manual_seed(0))
+    merged, moved = merge([bert, other], method), merge([g.apply(bert), g.apply(other)], method)
+    for key, tensor in g.apply(merged).tensors.items():
+        torch.testing.assert_close(tensor, moved.tensors[key], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", [m for m in METHODS if m in ("lerp", "slerp")])
+def test_both_ends_are_the_models_bit_for_bit(name, resnet):
+    other = other_seed(resnet)
+    assert same_tensors(merge([resnet, other], name, t=0), resnet)
+    at_the_end, model = merge([resnet, other], name, t=1).tensors, Checkpoint.open(other).tensors
+    assert all(torch.equal(at_the_end[k], t) for k, t in model.items() if t.is_floating_point())
+
+
+def test_random_pairs_of_every_class_keep_the_keys_of_the_first_and_load_clean(tiny, tmp_path):
+    a, b = pair(tiny, tmp_path)
+    moved = align(a, b, starts=1).apply(b)
+    out = merge([a, moved]).save(tmp_path / "out")
+    mine, theirs, merged = (load_file(folder / "model.safetensors") for folder in (a, tmp_path / "b", out))
+    theirs = moved.tensors
+    assert list(merged) == list(mine)
+    for key, tensor in mine.items():
+        assert (merged[key].shape, merged[key].dtype) == (tensor.shape, tensor.dtype)
+        if tensor.is_floating_point():  # the exact mean, rounded once
+            assert torch.equal(merged[key], (tensor + theirs[key]) / 2)
+        else:
+            assert torch.equal(merged[key], tensor)
+    model, info = type(tiny).from_pretrained(out, output_loading_info=True)
+    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert same_tensors(model, out), "what is loaded is what was saved"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_mean_is_rounded_once(dtype, bert):
+    a, b = Checkpoint.open(bert).model(dtype), Checkpoint.open(other_seed(bert)).model(dtype)
+    merged, a, b = merge([a, b]).tensors, Checkpoint.open(a).tensors, Checkpoint.open(b).tensors
+    for key, tensor in merged.items():
+        assert torch.equal(tensor, ((a[key].double() + b[key].double()) / 2).to(dtype))
+
+
+def test_the_dtype_of_the_output(bert, tmp_path):
+    import json
+
+    out = merge([bert, other_seed(bert)], dtype=torch.bfloat16).save(tmp_path / "out")
+    assert {t.dtype for t in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    huge = {"w": torch.full((2,), 1e6)}
+    with pytest.raises(
+        CheckpointError, match=r"w of the merge has values that do not fit torch.float16 \(up to 1e\+06\)"
+    ):
+        merge([huge, huge], dtype=torch.float16)
+
+
+def test_weights_and_many_models():
+    states = [{"w": torch.tensor([x])} for x in (2.0, 6.0, 10.0)]
+    assert merge(states).tensors["w"].item() == 6
+    assert merge(states, weights=[3, 1, 0]).tensors["w"].item() == 3
+    assert merge(states, weights=[1, 1, 1], normalize=False).tensors["w"].item() == 18
+    with pytest.raises(OptionError, match=r"2 weights for 3 models"):
+        merge(states, weights=[1, 2])
+    with pytest.raises(OptionError, match=r"sum to 0"):
+        merge(states[:2], weights=[1, -1])
+    with pytest.raises(OptionError, match=r"lerp merges 2 models, got 3; use linear"):
+        merge(states, "lerp")
+    with pytest.raises(OptionError, match=r"slerp merges 2 models, got 3"):
+        merge(states, "slerp")
+    with pytest.raises(OptionError, match=r"nothing to merge"):
+        merge([])
+
+
+def test_slerp_keeps_the_length_on_the_arc():
+    a, b = {"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([0.0, 1.0])}
+    middle = merge([a, b], "slerp").tensors["w"]
+    torch.testing.assert_close(middle, torch.tensor([0.5, 0.5]).sqrt())
+    torch.testing.assert_close(merge([a, b], "slerp", t=1 / 3).tensors["w"], torch.tensor([3**0.5 / 2, 0.5]))
+    opposite = merge([a, {"w": -a["w"]}], "slerp").tensors["w"]
+    assert torch.equal(opposite, torch.zeros(2)), "no arc between opposites: the straight line"
+    assert torch.equal(merge([{"w": torch.zeros(2)}, b], "slerp").tensors["w"], torch.tensor([0.0, 0.5]))
+
+
+def test_unknown_methods_and_parameters_name_the_nearest(bert):
+    with pytest.raises(UnknownNameError, match=r"no merge method 'linaer'; did you mean 'linear'"):
+        merge([bert], "linaer")
+    with pytest.raises(OptionError, match=r"has no parameter 'weigths'; did you mean 'weights'"):
+        merge([bert], "linear", weigths=[1])
+
+
+def test_counts_are_not_averaged(resnet):
+    a, b = Checkpoint.open(resnet), Checkpoint.open(resnet)
+    counted = {k: t + 7 if k.endswith("num_batches_tracked") else t for k, t in b.tensors.items()}
+    merged = merge([a, replace(b, tensors=counted)])
+    counts = [k for k in a.tensors if k.endswith("num_batches_tracked")]
+    assert counts
+    assert all(torch.equal(merged.tensors[k], a.tensors[k]) for k in counts)
+
+
+def test_what_is_broken_is_named_before_anything_is_written(bert, tmp_path):
+    a = Checkpoint.open(bert)
+    key = "bert.embeddings.LayerNorm.bias"
+    for bad in (float("nan"), float("inf")):
+        broken = dict(a.tensors) | {key: a.tensors[key].clone().index_fill_(0, torch.tensor([2]), bad)}
+        with pytest.raises(CheckpointError, match=rf"{key} \(24,\) has 1 values that are NaN or infinite of 24"):
+            merge([a, replace(a, tensors=broken)]).save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_extra_and_differently_shaped_tensors_are_named(bert):
+    a = Checkpoint.open(bert)
+    first, *_ = a.tensors
+    for tensors, says in (
+        ({k: t for k, t in a.tensors.items() if k != first}, "it lacks: "),
+        (dict(a.tensors) | {"bert.extra": torch.ones(1)}, "it has what BertForMaskedLM lacks: extra"),
+        (dict(a.tensors) | {first: a.tensors[first][..., :-1]}, r"it has other shapes: .* \(.*\) instead of \("),
+    ):
+        with pytest.raises(MismatchError, match=says):
+            merge([a, replace(a, tensors=tensors)])
+
+
+def test_tied_weights_stay_tied_and_unequal_ones_are_refused(bert, tmp_path):
+    assert "cls.predictions.decoder.weight" not in Checkpoint.open(bert).tensors
+    out = merge([bert, other_seed(bert)]).save(tmp_path / "out")
+    model = type(bert).from_pretrained(out)
+    assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
+    a = Checkpoint.open(bert)
+    both = dict(a.tensors) | {"cls.predictions.decoder.weight": a.tensors["bert.embeddings.word_embeddings.weight"]}
+    assert same_tensors(merge([a, replace(a, tensors=both)]), a), "stored twice, but the same"
+    again = merge([replace(a, tensors=both, ties={}), a])
+    assert again.tensors.keys() == both.keys(), "the first stores it twice, so the merge does"
+    both["cls.predictions.decoder.weight"] = both["cls.predictions.decoder.weight"] * 2
+    with pytest.raises(MismatchError, match=r"has values of its own for what .* ties: cls.predictions.decoder.weight"):
+        merge([a, replace(a, tensors=both)])
+
+
+def test_old_spellings_prefixes_and_masks_line_up(tmp_path, bert):
+    """A file of another age: gamma and beta, no base prefix, position ids; the output is spelt like the first."""
+    a, b = Checkpoint.open(bert), Checkpoint.open(other_seed(bert))
+    old = {
+        k.removeprefix("bert.")
+        .replace("LayerNorm.weight", "LayerNorm.gamma")
+        .replace("LayerNorm.bias", "LayerNorm.beta"): t
+        for k, t in b.tensors.items()
+    } | {"embeddings.position_ids": torch.arange(16)[None]}
+    merged = merge([a, replace(b, tensors=old)])
+    assert same_tensors(merged, merge([a, b]))
+    spelt = merge([replace(b, tensors=old), a])
+    assert spelt.tensors.keys() == old.keys()
+    with pytest.raises(CheckpointError, match=r"are two keys for one tensor, 'embeddings.LayerNorm.weight'"):
+        merge([a, replace(b, tensors=old | {"bert.embeddings.LayerNorm.weight": torch.ones(24)})])
+
+
+def test_gpt2_masks_are_passed_on(tmp_path):
+    from conftest import FIRST, TINY
+
+    gpt2 = TINY[FIRST["gpt2"]]
+    a = Checkpoint.open(gpt2).save(tmp_path / "a")
+    tensors = load_file(a / "model.safetensors") | {"transformer.h.0.attn.bias": torch.ones(1, 1, 16, 16).tril()}
+    save_file(tensors, a / "model.safetensors", {"format": "pt"})
+    moved, _ = moved_copy(gpt2)
+    solution = align(a, moved)
+    assert same_tensors(solution.apply(moved), gpt2)
+    merged = merge([a, solution.apply(moved)])
+    assert torch.equal(merged.tensors["transformer.h.0.attn.bias"], tensors["transformer.h.0.attn.bias"])

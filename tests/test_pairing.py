@@ -1,0 +1,115 @@
+"""Pairs that cannot mean the same are refused; rows in another order are matched by string."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import TINY, other_seed, same_tensors
+
+from hf_rebasin import Checkpoint, align, merge
+from hf_rebasin.errors import MismatchError
+
+CLASSIFIER = "bert-4-BertForSequenceClassification"
+
+
+def with_config(model, **settings):
+    checkpoint = Checkpoint.open(model)
+    config = type(checkpoint.config)(**(checkpoint.config.to_dict() | settings))
+    return replace(checkpoint, config=config)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("bert", {"num_attention_heads": 2}),
+        ("bert", {"hidden_act": "relu"}),
+        ("bert", {"layer_norm_eps": 1e-5}),
+        ("gpt2", {"activation_function": "relu"}),
+        ("gpt2", {"scale_attn_weights": False}),
+        ("llama", {"num_key_value_heads": 4}),
+        ("llama", {"rms_norm_eps": 1e-3}),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+        ("vit", {"patch_size": 2}),
+        ("resnet", {"hidden_act": "gelu"}),
+    ],
+)
+def test_settings_that_change_the_meaning_are_refused(name, setting):
+    model = next(m for key, m in TINY.items() if key.startswith(name))
+    (key,) = setting
+    with pytest.raises(MismatchError, match=rf"computes something else .*{key}.*--assume config"):
+        merge([model, with_config(model, **setting)])
+    assert same_tensors(merge([model, with_config(model, **setting)], assume=["config"]), model)
+
+
+def test_settings_of_training_are_not_in_the_way(bert):
+    other = with_config(bert, hidden_dropout_prob=0.5, initializer_range=1.0, use_cache=False, classifier_dropout=0.3)
+    merge([bert, other])
+
+
+def test_another_head_is_another_architecture():
+    with pytest.raises(MismatchError, match=r"architectures is .*BertForTokenClassification.*, not .*BertForSequence"):
+        merge([TINY[CLASSIFIER], TINY["bert-5-BertForTokenClassification"]])
+
+
+LABELS = {0: "negative", 1: "neutral", 2: "positive"}
+
+
+def labelled(model, labels):
+    return with_config(model, id2label=labels, label2id={label: i for i, label in labels.items()})
+
+
+def test_labels_in_another_order_are_matched():
+    model = TINY[CLASSIFIER]
+    a = labelled(model, LABELS)
+    order = [2, 0, 1]  # b's row i is a's row order[i]
+    shuffled = {k: t[order] if k.startswith("classifier") else t for k, t in a.tensors.items()}
+    b = replace(labelled(model, {i: LABELS[o] for i, o in enumerate(order)}), tensors=shuffled)
+    assert not same_tensors(a, b)
+    assert same_tensors(merge([a, b]), a)
+    assert not align(a, b).alignment.moved
+    with pytest.raises(
+        MismatchError, match=r"different labels: only the first has 'joy'; only the second has 'positive'"
+    ):
+        merge([a, labelled(model, {**LABELS, 2: "joy"})])
+    with pytest.raises(MismatchError, match=r"does not name its labels, the other does .*--assume labels"):
+        merge([a, model])
+    merge([a, model], assume=["labels"])
+
+
+def save_with_vocabulary(model, folder, tokens):
+    Checkpoint.open(model).save(folder)
+    (folder / "vocab.txt").write_text("\n".join(tokens) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+    return folder
+
+
+def test_vocabularies_are_compared_by_string(bert, tmp_path):
+    """97 embedding rows, 90 tokens: the rows beyond the tokens stay where they are."""
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(85))]
+    a = save_with_vocabulary(bert, tmp_path / "a", tokens)
+    order = torch.randperm(90, generator=torch.Generator().manual_seed(0)).tolist()
+    rows = order + list(range(90, 97))
+    tied = ("bert.embeddings.word_embeddings.weight", "cls.predictions.bias")
+    shuffled = {k: t[rows] if k in tied else t for k, t in Checkpoint.open(bert).tensors.items()}
+    other = replace(Checkpoint.open(bert), tensors=shuffled)
+    b = save_with_vocabulary(other, tmp_path / "b", [tokens[i] for i in order])
+    assert not same_tensors(a, b)
+    assert same_tensors(merge([a, b]), a)
+    solution = align(a, b)
+    assert not solution.alignment.moved
+    from hf_rebasin.api import run
+    from hf_rebasin.recipe import Recipe
+
+    assert same_tensors(run(Recipe.from_dict({"models": [str(a), str(b)]})).checkpoint, a)
+    c = save_with_vocabulary(bert, tmp_path / "c", [*tokens[:-1], "new"])
+    with pytest.raises(
+        MismatchError, match=r"different vocabulary: only the first has 'new'; only the second has 'w84'"
+    ):
+        merge([a, c])
+    merge([a, c], assume=["vocabulary"])
+
+
+def test_a_model_without_a_tokenizer_is_taken_as_it_is(bert, tmp_path):
+    a = save_with_vocabulary(bert, tmp_path / "a", ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+    merge([a, Checkpoint.open(other_seed(bert)).save(tmp_path / "b")])
