@@ -217,7 +217,7 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
         raise MismatchError(
             f"{checkpoint.name} ({f'model_type {kind!r}' if kind else 'no configuration of transformers'}) has no "
             f"table of its symmetries; there are tables for {', '.join(known)}. Give one (spec=), or merge without "
-            "alignment"
+            "alignment (--no-align)"
         )
     return bind_to(table, checkpoint)
 

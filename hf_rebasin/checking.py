@@ -23,13 +23,15 @@ class Check:
 
     Args:
         name: of the model.
-        symmetries: how many symmetries were moved.
+        moved: how many symmetries the random element moves; in a small group it may be the identity.
+        symmetries: how many there are that can move.
         difference: max |f(x; g·θ) − f(x; θ)| over all outputs.
         scale: max |f(x; θ)|.
         float32_inside: whether the model itself computes parts in float32, as RMSNorm of transformers does.
     """
 
     name: str
+    moved: int
     symmetries: int
     difference: float
     scale: float
@@ -52,7 +54,7 @@ class Check:
     def __str__(self) -> str:
         inside = ", float32 inside" if self.float32_inside else ""
         return (
-            f"{self.name}: moved {self.symmetries} symmetries at random; max|Δ output| = {self.difference:.1e} of "
+            f"{self.name}: moved {self.moved} of {self.symmetries} symmetries at random; max|Δ output| = {self.difference:.1e} of "
             f"{self.scale:.3g}, relative {self.relative:.1e} {'≤' if self.holds else '>'} {self.bound:.0e} "
             f"(float64{inside}): {'the function is the same' if self.holds else 'THE FUNCTION CHANGED'}"
         )
@@ -89,6 +91,7 @@ def check(
     return Check(
         checkpoint.name,
         len(alignment.moved),
+        len(spec.free),
         (before - after).abs().max().item(),
         before.abs().max().item(),
         float32_inside,

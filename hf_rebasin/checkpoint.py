@@ -226,6 +226,7 @@ class Checkpoint:
         )
         for file, keys in split.filename_to_tensors.items():
             save_file({key: tensors[key] for key in keys}, str(folder / file), metadata={"format": "pt"})
+            (folder / file).chmod(folder.stat().st_mode & 0o666)  # as other files here; safetensors makes them private
         if split.is_sharded:
             total = {"total_parameters": sum(t.numel() for t in tensors.values())}
             index = {"metadata": split.metadata | total, "weight_map": split.tensor_to_filename}
