@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from . import registry
+from .binding import read_spec, spec_of
 from .checkpoint import Checkpoint, Source
 from .errors import CheckpointError, MismatchError
 from .groups import Element
-from .spec import Block, Dim, Labelled, Spec, bind
+from .spec import Block, Dim, Labelled, Spec
 from .table import KINDS, table_for
 
 FORMAT = "hf_rebasin.alignment.v1"
@@ -78,7 +79,7 @@ class Alignment:
             raise CheckpointError(f"{path} cannot be read as an alignment: {error}") from error
         if FORMAT not in metadata:
             raise CheckpointError(f"{path} is not an alignment: its metadata has {sorted(metadata)}, not {FORMAT!r}")
-        spec = Spec.from_json(metadata[FORMAT])
+        spec = read_spec(metadata[FORMAT])
         stored: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             name, _, part = key.partition("/")
@@ -201,31 +202,6 @@ class Alignment:
         if more is not None:
             raise MismatchError(f"{checkpoint.name} has a tensor {more!r}, of which the alignment knows nothing")
         return self.spec
-
-
-def spec_of(checkpoint: Checkpoint) -> Spec:
-    """The spec of a checkpoint whose family has a table.
-
-    Raises:
-        MismatchError: no table describes its `model_type`.
-        SpecError: the table does not fit its tensors.
-    """
-    table = table_for(checkpoint.config)
-    if table is None:
-        kind = getattr(checkpoint.config, "model_type", None)
-        known = sorted(t for name in registry.names("specs") for t in registry.find("specs", name).MODEL_TYPES)
-        raise MismatchError(
-            f"{checkpoint.name} ({f'model_type {kind!r}' if kind else 'no configuration of transformers'}) has no "
-            f"table of its symmetries; there are tables for {', '.join(known)}. Give one (spec=), or merge without "
-            "alignment (--no-align)"
-        )
-    return bind_to(table, checkpoint)
-
-
-def bind_to(table: Any, checkpoint: Checkpoint) -> Spec:
-    """A table bound to a checkpoint."""
-    shapes = {name: tuple(checkpoint.tensors[key].shape) for name, key in checkpoint.canonical(table.prefix).items()}
-    return bind(table, shapes, checkpoint.canonical_ties(table.prefix))
 
 
 def act(spec: Spec, elements: Mapping[str, Element], state: Mapping[str, Tensor]) -> dict[str, Tensor]:

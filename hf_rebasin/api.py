@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 
 from . import registry
-from .alignment import bind_to, spec_of
+from .binding import bind_to, spec_of
 from .checkpoint import Checkpoint, Source
 from .errors import OptionError, nearest
 from .merging import combine, lined_up

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .alignment import Alignment, spec_of
+from .alignment import Alignment
+from .binding import spec_of
 from .checkpoint import Checkpoint, Source
 from .errors import CheckpointError
 from .spec import Spec
@@ -54,8 +55,9 @@ class Check:
     def __str__(self) -> str:
         inside = ", float32 inside" if self.float32_inside else ""
         return (
-            f"{self.name}: moved {self.moved} of {self.symmetries} symmetries at random; max|Δ output| = {self.difference:.1e} of "
-            f"{self.scale:.3g}, relative {self.relative:.1e} {'≤' if self.holds else '>'} {self.bound:.0e} "
+            f"{self.name}: moved {self.moved} of {self.symmetries} symmetries at random; max|Δ output| = "
+            f"{self.difference:.1e} of {self.scale:.3g}, relative {self.relative:.1e} {'≤' if self.holds else '>'} "
+            f"{self.bound:.0e} "
             f"(float64{inside}): {'the function is the same' if self.holds else 'THE FUNCTION CHANGED'}"
         )
 

@@ -55,7 +55,7 @@ def inspect(
     every: Annotated[bool, typer.Option("--all", help="One line per symmetry instead of one per family.")] = False,
 ) -> None:
     """Show the symmetries of a model: name, group, size, tensors."""
-    from .alignment import spec_of
+    from .binding import spec_of
 
     checkpoint = _open(model)
     spec = spec_of(checkpoint)
@@ -252,7 +252,7 @@ def _size(checkpoint: Checkpoint) -> str:
 
 def _plan(recipe: Recipe, out: Path) -> None:
     """What a merge would do; every check that needs no computation is made."""
-    from .alignment import spec_of
+    from .binding import spec_of
     from .checkpoint import Checkpoint
     from .merging import lined_up
     from .pairing import paired

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import torch
 
-from .alignment import act, spec_of
+from .alignment import act
+from .binding import spec_of
 from .checkpoint import Checkpoint
 from .errors import MismatchError, some
 from .groups import Element

@@ -11,8 +11,9 @@ import torch
 from conftest import TINY
 
 from hf_rebasin import Checkpoint, RebasinError, spec_for
-from hf_rebasin.alignment import act, bind_to, identity_of
+from hf_rebasin.alignment import act, identity_of
 from hf_rebasin.axes import leaves, map_leaves, parse, show
+from hf_rebasin.binding import bind_to
 from hf_rebasin.checking import example_inputs, outputs
 from hf_rebasin.table import table_for
 

@@ -5,8 +5,8 @@ import torch
 
 from hf_rebasin import Alignment, Table
 from hf_rebasin.alignment import act
+from hf_rebasin.binding import bind
 from hf_rebasin.errors import SpecError
-from hf_rebasin.spec import bind
 
 ROWS = {"0.weight": "hidden, _", "0.bias": "hidden", "1.weight": "_, hidden'"}
 SHAPES = {"0.weight": (6, 4), "0.bias": (6,), "1.weight": (3, 6)}

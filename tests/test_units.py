@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hf_rebasin import Table
+from hf_rebasin.binding import bind
 from hf_rebasin.groups.permutation import Element
-from hf_rebasin.spec import bind
 from hf_rebasin.units import Nested, solve, value
 
 
