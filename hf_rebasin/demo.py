@@ -10,8 +10,10 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache
+from io import StringIO
 from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
@@ -283,7 +285,8 @@ def run(out: Path, kinds: Sequence[str] = DEMO, seeds: int = 3, say: Callable[[s
     for kind in kinds:
         experiment = EXPERIMENTS[kind]
         kind_class: Any = type(experiment.build())
-        models = [kind_class.from_pretrained(out / kind / f"seed-{seed}").eval() for seed in range(seeds)]
+        with redirect_stdout(StringIO()):  # huggingface_hub says of every module that it loads it
+            models = [kind_class.from_pretrained(out / kind / f"seed-{seed}").eval() for seed in range(seeds)]
         found = []
         for a, b in tqdm(list(combinations(range(seeds), 2)), desc=f"aligning {kind}", leave=False, disable=None):
             pair, moved = compare(kind, (a, b), models[a], models[b])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import itertools
 import math
 import os
 import time
@@ -124,41 +125,36 @@ def coordinate_ascent(problem: Problem, measure: Measure, starts: int, max_sweep
 
     The first start goes outwards from what cannot move (embeddings, inputs, outputs): at each step it takes the unit
     of whose tensors the largest share is known already, and looks at that share alone. The others begin at the
-    identity and take the units in random order. There are no others where the first ends with equal models, as for a
-    planted alignment, or with the identity, as for two models of one base.
+    identity and take the units in random order, so they never end below it. There are no others where the first ends
+    with equal models, as for a planted alignment, or with the identity, as for two models of one base.
     """
     clock = Clock()
     spec = problem.spec
     if not spec.units:
         return Solution(Alignment(spec, {}), objective(problem, {}), (), Status.IDENTITY, clock.seconds)
-    bound = _bound(problem)
-    best: tuple[Elements, list[float], Status] | None = None
-    for start in range(max(starts, 1)):
-        run = _Ascent(problem, measure, clock, f"start {start + 1}")
-        if start == 0:
-            run.anchored()
-        found = (run.elements, run.history, run.sweeps(max_sweeps))
-        if best is None or found[1][-1] > best[1][-1]:
-            best = found
-        still = all(e.is_identity() for e in best[0].values())
-        if still or best[1][-1] >= bound * (1 - ROUNDING):
+    enough = _bound(problem) * (1 - ROUNDING)
+    best = _Ascent(problem, measure, clock, "start 1", enough).anchored().swept(max_sweeps)
+    for start in itertools.count(2):
+        better_than_identity = best.history[-1] >= best.history[0]
+        if better_than_identity and (start > starts or best.is_identity or best.history[-1] >= enough):
             break
-    assert best is not None
-    elements, history, status = best
-    alignment = Alignment(spec, elements)
-    if not alignment.moved:
+        other = _Ascent(problem, measure, clock, f"start {start}", enough).swept(max_sweeps)
+        best = max(best, other, key=lambda ascent: ascent.history[-1])  # the first of equals
+    status = best.status
+    if best.is_identity:
         status = Status.IDENTITY
-    elif history[-1] >= bound * (1 - ROUNDING) and _equal(problem, elements):
+    elif best.history[-1] >= enough and _equal(problem, best.elements):
         status = Status.EQUAL
-    return Solution(alignment, history[-1], tuple(history), status, clock.seconds)
+    alignment = Alignment(spec, best.elements)
+    return Solution(alignment, best.history[-1], tuple(best.history), status, clock.seconds)
 
 
 class _Ascent:
-    """One start of the coordinate loop."""
+    """One start of the coordinate loop; `enough` is an objective that only equal models reach."""
 
-    def __init__(self, problem: Problem, measure: Measure, clock: Clock, name: str):
-        self.problem, self.measure, self.clock, self.name = problem, measure, clock, name
-        self.spec = problem.spec
+    def __init__(self, problem: Problem, measure: Measure, clock: Clock, name: str, enough: float):
+        self.problem, self.measure, self.clock, self.name, self.enough = problem, measure, clock, name, enough
+        self.spec, self.status = problem.spec, Status.CONVERGED
         self.elements: Elements = dict(Alignment.identity(self.spec).elements)
         self.stale = {unit.outer for unit in self.spec.units}
         self.history = [self.objective()]
@@ -167,7 +163,11 @@ class _Ascent:
         with self.clock("objective"):
             return objective(self.problem, self.elements)
 
-    def anchored(self) -> None:
+    @property
+    def is_identity(self) -> bool:
+        return all(element.is_identity() for element in self.elements.values())
+
+    def anchored(self) -> _Ascent:
         """One visit of every unit, best known first, looking only at what is known."""
         sizes = {unit: list(_sizes(self.spec, unit)) for unit in self.spec.units}
         known: set[str] = set()
@@ -179,13 +179,18 @@ class _Ascent:
                 unit = max(shares, key=lambda unit: shares[unit])  # the first of equals
                 del sizes[unit]
                 self._visit(unit, known)
+                if shares[unit] < 1:  # it has more to look at
+                    self.stale.add(unit.outer)
                 known |= set(unit.names)
                 bar.update()
         self.history.append(self.objective())
+        return self
 
-    def sweeps(self, limit: int) -> Status:
+    def swept(self, limit: int) -> _Ascent:
         """Visit all units in random order until none moves."""
         for sweep in range(limit):
+            if self.history[-1] >= self.enough:
+                return self
             order = torch.randperm(len(self.spec.units), generator=self.problem.generator).tolist()
             moved = False
             with self._bar(f"sweep {sweep + 1}", len(order)) as bar:
@@ -195,9 +200,10 @@ class _Ascent:
                         moved |= self._visit(unit)
                     bar.update()
             if not moved:
-                return Status.CONVERGED
+                return self
             self.history.append(self.objective())
-        return Status.SWEEP_LIMIT
+        self.status = Status.SWEEP_LIMIT
+        return self
 
     def _bar(self, what: str, total: int) -> tqdm:
         quiet = None if self.problem.progress else True
