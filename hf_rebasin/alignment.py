@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import registry
 from .binding import read_spec, spec_of
 from .checkpoint import Checkpoint, Source
-from .errors import CheckpointError, MismatchError
+from .errors import CheckpointError, MismatchError, some
 from .groups import Element
 from .spec import Block, Dim, Labelled, Spec
 from .table import KINDS, table_for
@@ -84,10 +84,17 @@ class Alignment:
         for key, tensor in tensors.items():
             name, _, part = key.partition("/")
             stored.setdefault(name, {})[part] = tensor
-        # An element is made of the tensors it stores, by the same names.
-        return Alignment(
-            spec, {name: cast(Any, group_of(spec, name))(**stored[name]) for name in spec.symmetries if name in stored}
-        )
+        unknown = sorted(stored.keys() - spec.free)
+        if unknown:
+            raise CheckpointError(f"{path} has elements of {some(unknown)}, which its spec does not let move")
+        elements: dict[str, Element] = {}
+        for name in spec.symmetries:
+            if name in stored:
+                try:
+                    elements[name] = group_of(spec, name).read(stored[name], *_extent(spec, name))
+                except ValueError as error:
+                    raise CheckpointError(f"{path}: the element of {name!r} is broken: {error}") from error
+        return Alignment(spec, elements)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one safetensors file: the elements as `symmetry/part`, the spec in its metadata."""
@@ -122,7 +129,8 @@ class Alignment:
 
     def compose(self, first: Alignment) -> Alignment:
         """The alignment that acts like `first` and then like this one."""
-        self.spec.refuse_unless_same(first.spec)
+        self.spec.refuse_unless_within(first.spec, "the alignment that acts first")
+        first.spec.refuse_unless_within(self.spec, "the alignment that acts second")
         elements: dict[str, Element] = {}
         for name in self.spec.symmetries:
             before, after = first.elements.get(name), self.elements.get(name)
@@ -170,7 +178,8 @@ class Alignment:
             passed on as they are.
 
         Raises:
-            MismatchError: the model has other symmetries; names the first that differs.
+            MismatchError: the model has symmetries that the alignment has not, or others; names the first. What the
+                alignment has beyond the model's (a pooler the class leaves out) is not needed.
         """
         checkpoint = Checkpoint.open(target)
         spec = self._spec_for(checkpoint)
@@ -184,7 +193,7 @@ class Alignment:
         table = table_for(checkpoint.config)
         if table is not None:
             spec = spec_of(checkpoint)
-            self.spec.refuse_unless_same(spec)
+            spec.refuse_unless_within(self.spec, checkpoint.name)
             return spec
         names = checkpoint.canonical(self.spec.table.prefix)
         shapes = {name: tuple(checkpoint.tensors[key].shape) for name, key in names.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -12,7 +11,8 @@ import torch
 from . import registry
 from .binding import bind_to, spec_of
 from .checkpoint import Checkpoint, Source
-from .errors import OptionError, nearest
+from .errors import OptionError
+from .knobs import refuse_mistakes
 from .merging import combine, lined_up
 from .pairing import Assumption, paired
 from .recipe import Recipe
@@ -164,10 +164,7 @@ def run(recipe: Recipe, *, progress: bool = False) -> Merged:
 
 
 def solver_with(name: str, knobs: dict[str, Any]) -> Solver:
-    """A solver with its knobs; an unknown knob raises OptionError with the nearest known one."""
+    """A solver with its knobs; unknown or unfitting ones raise OptionError."""
     kind = registry.find("solvers", name).Solver
-    known = [field.name for field in dataclasses.fields(kind)]
-    for knob in knobs:
-        if knob not in known:
-            raise OptionError(f"solver {name!r} has no knob {knob!r}{nearest(knob, known)}")
+    refuse_mistakes(f"solver {name!r}", kind, knobs)
     return cast(Solver, kind(**knobs))

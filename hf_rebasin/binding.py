@@ -76,8 +76,8 @@ def spec_of(checkpoint: Checkpoint) -> Spec:
         known = sorted(t for name in registry.names("specs") for t in registry.find("specs", name).MODEL_TYPES)
         raise MismatchError(
             f"{checkpoint.name} ({f'model_type {kind!r}' if kind else 'no configuration of transformers'}) has no "
-            f"table of its symmetries; there are tables for {', '.join(known)}. Give one (spec=), or merge without "
-            "alignment (--no-align)"
+            f"table of its symmetries; there are tables for {', '.join(known)}. Give one (spec=), or merge "
+            "without alignment (--no-align)"
         )
     return bind_to(table, checkpoint)
 

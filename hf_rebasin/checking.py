@@ -83,9 +83,10 @@ def check(
     """
     checkpoint = Checkpoint.open(source)
     generator = torch.Generator().manual_seed(seed)
-    spec = spec or spec_of(checkpoint)
-    alignment = Alignment.random(spec, generator)
     model = checkpoint.model(torch.float64).eval()
+    # a file may hold more than its class computes with, such as a pooler: what is checked is what is computed
+    spec = spec or spec_of(Checkpoint.open(model))
+    alignment = Alignment.random(spec, generator)
     inputs = dict(example_inputs(model.config, generator) if inputs is None else inputs)
     before, float32_inside = outputs(model, inputs)
     state = Checkpoint.open(model)

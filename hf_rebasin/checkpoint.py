@@ -8,12 +8,10 @@ without the base model's prefix and without old spellings.
 from __future__ import annotations
 
 import copy
-import fnmatch
 import json
 import os
 import re
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,12 +20,9 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from .errors import CheckpointError, TargetExistsError, some
+from .errors import CheckpointError, some
+from .folder import copy_side_files, download, read_json, read_tensors, refuse_target, replacing, write_tensors
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-# What a folder needs besides its weights: configuration, generation settings, tokenizer, processor.
-SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "tokenizer*", "vocab*", "merges*")
-NOT_SIDE_FILES = ("*.index.json", "trainer_state.json", "*_results.json")
 OLD_SPELLINGS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
@@ -42,6 +37,7 @@ class Checkpoint:
         ties: `{disk key that is not stored: the disk key whose tensor it shares}`.
         folder: where its other files are (tokenizer, generation settings); `save` copies them.
         template: the module it came from; `model()` makes a copy of it.
+        sources: all folders it was made from; `save` never writes over them.
 
     Example:
         >>> checkpoint = Checkpoint.open("google-bert/bert-base-uncased")
@@ -57,6 +53,7 @@ class Checkpoint:
     ties: Mapping[str, str] = field(default_factory=dict)
     folder: Path | None = None
     template: nn.Module | None = field(default=None, repr=False)
+    sources: tuple[Path, ...] = ()
 
     @staticmethod
     def open(source: Source, revision: str | None = None, token: str | None = None) -> Checkpoint:
@@ -72,13 +69,15 @@ class Checkpoint:
         if isinstance(source, Mapping):
             return Checkpoint(dict(source))
         folder = Path(source).expanduser()
+        if folder.is_dir() and revision is not None:
+            raise CheckpointError(f"{source} is a folder here, which has no revision {revision!r}")
         if not folder.is_dir():
-            folder = _download(str(source), revision, token)
+            folder = download(str(source), revision, token)
         config = _config(folder)
-        tensors = _read(folder)
+        tensors = read_tensors(folder)
         ties = _class_ties(config) if config is not None else {}
         ties = {target: kept for target, kept in ties.items() if target not in tensors}
-        return Checkpoint(tensors, config, str(source), ties, folder)
+        return Checkpoint(tensors, config, str(source), ties, folder, sources=(folder,))
 
     # --- names ---------------------------------------------------------------------------------------------------
 
@@ -112,7 +111,8 @@ class Checkpoint:
     @cached_property
     def base_prefix(self) -> str:
         """What transformers puts before the keys of the base model in a model with a head: `"bert."`."""
-        prefix = getattr(_class_of(self.config), "base_model_prefix", "") if self.config is not None else ""
+        owner = self.template if self.config is None or self.template is not None else _class_of(self.config)
+        prefix = getattr(owner, "base_model_prefix", "")
         return f"{prefix}." if prefix else ""
 
     def state(self, prefix: str | tuple[str, ...] | None = None) -> dict[str, Tensor]:
@@ -130,8 +130,26 @@ class Checkpoint:
 
     # --- values --------------------------------------------------------------------------------------------------
 
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The configuration as a dictionary; that of the file where transformers does not know it, or nothing."""
+        if self.config is not None:
+            return dict(self.config.to_dict())
+        return read_json(self.folder / "config.json") if self.folder is not None else {}
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Of its floating-point tensors, without what is recomputed anyway."""
+        return {t.dtype for key, t in self.tensors.items() if t.is_floating_point() and not _recomputed(key, t)}
+
     def refuse_broken(self) -> None:
-        """Raise CheckpointError that names the first tensor with NaN or Inf in it."""
+        """Raise CheckpointError for a quantised model, or that names the first tensor with NaN or Inf in it."""
+        narrow = [kind for kind in self.dtypes if kind.itemsize < 2]
+        if narrow or getattr(self.config, "quantization_config", None) is not None:
+            raise CheckpointError(
+                f"{self.name} is quantised ({some(map(str, narrow)) or 'its configuration says so'}), and quantised "
+                "weights cannot be moved or averaged; use the original"
+            )
         for key, tensor in self.tensors.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 bad = (~torch.isfinite(tensor)).sum().item()
@@ -157,10 +175,10 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.name} has no configuration that transformers knows, so no module can be built"
             )
-        kinds = {t.dtype for t in self.tensors.values() if t.is_floating_point()}
         if dtype is None:
-            dtype = kinds.pop() if len(kinds) == 1 else torch.float32
-        model, info = _class_of(self.config).from_pretrained(
+            dtype = self.dtypes.pop() if len(self.dtypes) == 1 else torch.float32
+        owner: Any = _class_of(self.config) if self.template is None else type(self.template)
+        model, info = owner.from_pretrained(
             None,
             config=copy.deepcopy(self.config),
             state_dict=dict(self.tensors),
@@ -175,13 +193,16 @@ class Checkpoint:
         return model.eval()
 
     def _into_copy(self, template: nn.Module, names: Mapping[str, str], dtype: torch.dtype | None) -> nn.Module:
-        model = copy.deepcopy(template)
-        if dtype is not None:
-            model = model.to(dtype)
-        state = model.state_dict()  # references: writing to them writes to the model, tied ones at once
+        model: Any = copy.deepcopy(template)
+        if dtype is not None or len(self.dtypes) == 1:
+            model = model.to(dtype or self.dtypes.pop())
+        owned = dict(model.named_parameters(remove_duplicate=False)) | dict(
+            model.named_buffers(remove_duplicate=False)
+        )
         with torch.no_grad():
             for key, tensor in self.tensors.items():
-                state[names[key]].copy_(tensor)
+                place = owned[names[key]]  # a tied one is one object, under two names
+                place.data = tensor.to(place.device, dtype or tensor.dtype, copy=True)
         return model
 
     def save(self, out: str | os.PathLike[str], overwrite: bool = False, max_shard_size: str = "5GB") -> Path:
@@ -190,53 +211,17 @@ class Checkpoint:
         It is written beside the target and renamed at the end, so the target is complete or absent.
 
         Raises:
-            TargetExistsError: the target is there and `overwrite` is not set, or it is no model folder.
+            TargetExistsError: the target is there and `overwrite` is not set, or it holds what is not a model's.
         """
-        out = Path(out)
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            if not overwrite:
-                raise TargetExistsError(f"{out} is already there; name another folder, or overwrite it (--overwrite)")
-            if not out.is_dir() or not any((out / name).exists() for name in (SINGLE, INDEX, "config.json")):
-                raise TargetExistsError(f"{out} is not the folder of a model, so it is not overwritten")
-            if self.folder is not None and out.resolve() == self.folder.resolve():
-                raise TargetExistsError(f"{out} is what was read; an input is not overwritten")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial, old = out.parent / f".{out.name}.partial", out.parent / f".{out.name}.old"
-        for leftover in (partial, old):  # of a run that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir()
-        try:
+        refuse_target(out, overwrite, self.sources)
+        with replacing(Path(out).resolve()) as partial:
             self._write_side_files(partial)
-            self._write_weights(partial, max_shard_size)
-            if out.exists():
-                out.rename(old)
-            partial.rename(out)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
-        return out
-
-    def _write_weights(self, folder: Path, max_shard_size: str) -> None:
-        from huggingface_hub import split_torch_state_dict_into_shards
-        from safetensors.torch import save_file
-
-        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in self.tensors.items()}
-        split = split_torch_state_dict_into_shards(
-            tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
-        )
-        for file, keys in split.filename_to_tensors.items():
-            save_file({key: tensors[key] for key in keys}, str(folder / file), metadata={"format": "pt"})
-            (folder / file).chmod(folder.stat().st_mode & 0o666)  # as other files here; safetensors makes them private
-        if split.is_sharded:
-            total = {"total_parameters": sum(t.numel() for t in tensors.values())}
-            index = {"metadata": split.metadata | total, "weight_map": split.tensor_to_filename}
-            (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            write_tensors(partial, self.tensors, max_shard_size)
+        return Path(out)
 
     def _write_side_files(self, folder: Path) -> None:
         if self.folder is not None:
-            for file in sorted(self.folder.iterdir()):
-                if file.is_file() and _is_side_file(file.name):
-                    shutil.copyfile(file, folder / file.name)
+            copy_side_files(self.folder, folder)
         elif self.config is not None:
             self.config.save_pretrained(folder)
             generation = getattr(self.template, "generation_config", None)
@@ -246,24 +231,15 @@ class Checkpoint:
 
     def _write_dtype(self, file: Path) -> None:
         """The configuration names the dtype of the weights, so that "auto" loads what was written."""
-        kinds = {t.dtype for t in self.tensors.values() if t.is_floating_point()}
-        if self.config is not None and file.is_file() and len(kinds) == 1:
+        if self.config is not None and file.is_file() and len(self.dtypes) == 1:
             said = json.loads(file.read_text())
-            said.pop("torch_dtype", None)
-            said["dtype"] = str(kinds.pop()).removeprefix("torch.")
-            if said.get("architectures") is None and self.template is not None:
-                said["architectures"] = [type(self.template).__name__]
-            file.write_text(json.dumps(said, indent=2, sort_keys=True) + "\n")
+            dtype = str(self.dtypes.pop()).removeprefix("torch.")
+            if said.get("dtype", said.get("torch_dtype")) != dtype:
+                said.pop("torch_dtype", None)
+                file.write_text(json.dumps(said | {"dtype": dtype}, indent=2, sort_keys=True) + "\n")
 
 
 Source: TypeAlias = str | os.PathLike[str] | nn.Module | Mapping[str, Tensor] | Checkpoint
-
-
-def _is_side_file(name: str) -> bool:
-    def matches(patterns: Iterable[str]) -> bool:
-        return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
-
-    return matches(SIDE_FILES) and not matches(NOT_SIDE_FILES)
 
 
 def _recomputed(key: str, tensor: Tensor) -> bool:
@@ -273,52 +249,19 @@ def _recomputed(key: str, tensor: Tensor) -> bool:
     return re.search(r"(^|\.)(embeddings\.position_ids|rotary_emb\.inv_freq)$", key) is not None
 
 
-def _download(repo: str, revision: str | None, token: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        patterns = [*SIDE_FILES, INDEX, "model*.safetensors"]
-        return Path(snapshot_download(repo, revision=revision, token=token, allow_patterns=patterns))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise CheckpointError(
-            f"{repo!r} is neither a folder here nor a repository on the Hub that can be read ({type(error).__name__})"
-        ) from error
-
-
 def _config(folder: Path) -> Any:
     """The transformers configuration of a folder; None where there is none, or none that transformers knows."""
-    file = folder / "config.json"
-    if not file.is_file() or "model_type" not in json.loads(file.read_text()):
+    said = read_json(folder / "config.json")
+    if "model_type" not in said:
         return None
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    return AutoConfig.from_pretrained(folder) if json.loads(file.read_text())["model_type"] in CONFIG_MAPPING else None
-
-
-def _read(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, memory-mapped."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    files = [SINGLE]
-    if not (folder / SINGLE).is_file():
-        if not (folder / INDEX).is_file():
-            found = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
-            raise CheckpointError(
-                f"{folder} has no {SINGLE} and no {INDEX}, only {some(found) or 'nothing'}; save the model with "
-                "save_pretrained of transformers to get one"
-            )
-        files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-    tensors: dict[str, Tensor] = {}
-    for name in files:
-        if Path(name).name != name:
-            raise CheckpointError(f"{folder / INDEX} points outside its folder: {name!r}")
-        try:
-            tensors |= load_file(folder / name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{folder / name} cannot be read: {error}") from error
-    return tensors
+    if said["model_type"] not in CONFIG_MAPPING:
+        return None
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise CheckpointError(f"transformers cannot use {folder / 'config.json'}: {error}") from error
 
 
 def _class_of(config: Any) -> Any:
@@ -395,9 +338,11 @@ def _module_names(model: nn.Module) -> dict[str, str] | None:
 
 
 def _of_module(module: nn.Module) -> Checkpoint:
-    config = getattr(module, "config", None) if hasattr(module, "base_model_prefix") else None
-    if config is not None and not config.architectures:
-        config = copy.deepcopy(config)
-        config.architectures = [type(module).__name__]
+    """A module under its own class: a configuration keeps the class of the file it was read from."""
+    config: Any = copy.deepcopy(module.config) if hasattr(module, "base_model_prefix") else None
+    name = type(module).__name__
+    if config is not None:
+        config.architectures = [name]
+        name += f" of {config.name_or_path}" if config.name_or_path else ""
     tensors = {key: tensor.detach() for key, tensor in _to_disk(module, _stored(module)).items()}
-    return Checkpoint(tensors, config, type(module).__name__, _ties(module), template=module)
+    return Checkpoint(tensors, config, name, _ties(module), template=module)

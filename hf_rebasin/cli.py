@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import OptionError, RebasinError
+from .folder import refuse_target
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -30,7 +31,9 @@ Assume = Annotated[
     list[str] | None,
     typer.Option(help="Take this for the same without looking: config, labels or vocabulary. May be repeated."),
 ]
-Seed = Annotated[int, typer.Option(help="Of everything random; the same seed gives the same bytes.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**63 - 1, help="Of everything random; the same seed gives the same bytes.")
+]
 SolverName = Annotated[str, typer.Option(help="How the coordinates are found.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is there.")]
 
@@ -103,10 +106,13 @@ def align(
         raise OptionError(
             "nothing would be written: give --out for the moved model, --alignment for the alignment, or both"
         )
-    if alignment is not None and alignment.exists() and not overwrite:
-        raise OptionError(f"{alignment} is already there; name another file, or overwrite it (--overwrite)")
+    if alignment is not None and (alignment.is_dir() or (alignment.exists() and not overwrite)):
+        raise OptionError(f"{alignment} is already there; name another file, or overwrite a file (--overwrite)")
+    if alignment is not None and out is not None and alignment.resolve() == out.resolve():
+        raise OptionError(f"{out} cannot be both the moved model and the alignment; name two")
     a, b = _open(fixed), _open(moving)
-    _refuse_target(out, overwrite, a, b)
+    if out is not None:
+        refuse_target(out, overwrite, (*a.sources, *b.sources))
     solution = find(a, b, solver=solver, seed=seed, assume=_assumed(assume), progress=True)
     _tell(solution, moving)
     if alignment is not None:
@@ -156,14 +162,13 @@ def merge(
                 "assume": list(assume or []),
             }
         )
+    refuse_target(out, overwrite, [Path(entry.model) for entry in recipe.models if Path(entry.model).is_dir()])
     if dry_run:
         _plan(recipe, out)
         return
-    _refuse_target(out, overwrite)
     merged = run(recipe, progress=True)
     for solution, model in zip(merged.solutions, merged.models[1:], strict=False):
         _tell(solution, model.name)
-    _refuse_target(out, overwrite, *merged.models)
     folder = merged.checkpoint.save(out, overwrite=overwrite)
     typer.echo(f"merged model ({recipe.merge_method}): {folder}/, {_size(merged.checkpoint)}")
 
@@ -176,7 +181,7 @@ def main() -> None:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        typer.echo("interrupted; nothing was written", err=True)
+        typer.echo("interrupted; a model that was not finished leaves nothing behind", err=True)
         sys.exit(130)
 
 
@@ -223,17 +228,6 @@ def _assumed(assume: list[str] | None) -> Any:
     return _recipe({"models": ["x"], "assume": list(assume or [])}).assume
 
 
-def _refuse_target(out: Path | None, overwrite: bool, *inputs: Checkpoint) -> None:
-    """Say early what `save` would say late, and never write over what is read."""
-    if out is None:
-        return
-    for checkpoint in inputs:
-        if checkpoint.folder is not None and out.resolve() == checkpoint.folder.resolve():
-            raise OptionError(f"{out} is one of the models that are read; name another folder")
-    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
-        raise OptionError(f"{out} is already there; name another folder, or overwrite it (--overwrite)")
-
-
 def _tell(solution: Solution, model: str) -> None:
     moved = solution.alignment.moved
     seconds = sum(solution.seconds.values())
@@ -258,6 +252,8 @@ def _plan(recipe: Recipe, out: Path) -> None:
     from .pairing import paired
 
     first, *others = (Checkpoint.open(entry.model, revision=entry.revision) for entry in recipe.in_order())
+    for checkpoint in (first, *others):
+        checkpoint.refuse_broken()
     for other in others:
         lined_up(first, paired(first, other, recipe.assume))
     if recipe.align is not None:

@@ -3,10 +3,10 @@
     RebasinError
     ├── PatternError (ValueError)     a pattern that cannot be read
     ├── SpecError (ValueError)        a table that does not fit the tensors
-    ├── UnknownNameError (LookupError) a solver, method, table or knob nobody has
+    ├── UnknownNameError (LookupError) a solver, merge method or group that no file has
     ├── CheckpointError (ValueError)  a checkpoint that cannot be read or written without losing something
     ├── MismatchError (ValueError)    two things that do not belong together: models, or an alignment and a model
-    ├── OptionError (ValueError)      a value that a solver or merge method cannot take
+    ├── OptionError (ValueError)      an option nobody knows, or a value it cannot take
     ├── RecipeError (ValueError)      a recipe with mistakes, all of them listed
     └── TargetExistsError (FileExistsError)  an output that is already there
 
@@ -47,7 +47,7 @@ class MismatchError(RebasinError, ValueError):
 
 
 class OptionError(RebasinError, ValueError):
-    """A value that a solver or merge method cannot take; says which it can."""
+    """An option that nobody knows, or a value that it cannot take."""
 
 
 class RecipeError(RebasinError, ValueError):

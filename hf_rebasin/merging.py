@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +12,8 @@ from tqdm import tqdm
 
 from . import registry
 from .checkpoint import Checkpoint
-from .errors import CheckpointError, MismatchError, OptionError, nearest, some
+from .errors import CheckpointError, MismatchError, some
+from .knobs import refuse_mistakes
 
 
 def combine(
@@ -52,6 +52,7 @@ def combine(
     ):
         one = states[0][key]
         if not one.is_floating_point():
+            _refuse_if_it_matters(key, [state[key] for state in states], checkpoints)
             merged[key] = one
             continue
         wide = torch.float64 if one.dtype in (torch.float32, torch.float64) else torch.float32
@@ -62,16 +63,27 @@ def combine(
                 f"{key} of the merge has values that do not fit {merged[key].dtype} (up to {out.abs().max():.3g}); "
                 "write a wider dtype"
             )
-    return replace(first.with_state(merged), name=f"{method} of {', '.join(c.name for c in checkpoints)}")
+    return replace(
+        first.with_state(merged),
+        name=f"{method} of {', '.join(c.name for c in checkpoints)}",
+        sources=tuple(source for c in checkpoints for source in c.sources),
+    )
+
+
+def _refuse_if_it_matters(key: str, tensors: Sequence[Tensor], checkpoints: Sequence[Checkpoint]) -> None:
+    """Whole numbers are not averaged, so apart from counts they have to be the same: quantised weights are not."""
+    for tensor, checkpoint in zip(tensors, checkpoints, strict=True):
+        if not key.endswith("num_batches_tracked") and not torch.equal(tensor, tensors[0]):
+            raise MismatchError(
+                f"{key} ({tensor.dtype}) differs between {checkpoints[0].name} and {checkpoint.name}, and whole "
+                "numbers cannot be averaged; if the models are quantised, merge the originals"
+            )
 
 
 def method_with(name: str, knobs: Mapping[str, Any]) -> Callable[[Sequence[Tensor]], Tensor]:
-    """A merge method with its knobs; an unknown knob raises OptionError with the nearest known one."""
+    """A merge method with its knobs; unknown or unfitting ones raise OptionError."""
     merge = registry.find("merge_methods", name).merge
-    known = [p.name for p in inspect.signature(merge).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    for knob in knobs:
-        if knob not in known:
-            raise OptionError(f"merge method {name!r} has no parameter {knob!r}{nearest(knob, known)}")
+    refuse_mistakes(f"merge method {name!r}", merge, knobs)
     return lambda tensors: merge(tensors, **knobs)
 
 
@@ -81,6 +93,7 @@ def lined_up(first: Checkpoint, other: Checkpoint, prefix: str | tuple[str, ...]
     Raises:
         MismatchError: tensors that are missing, left over, stored apart though tied in the first, or of another shape.
     """
+    prefix = first.base_prefix if prefix is None else prefix  # a state dict knows none of its own
     mine, theirs = first.state(prefix), other.state(prefix)
     ties = first.canonical_ties(prefix)
     for target, kept in other.canonical_ties(prefix).items():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +15,12 @@ import torch
 from .alignment import act
 from .binding import spec_of
 from .checkpoint import Checkpoint
-from .errors import MismatchError, some
+from .errors import MismatchError, SpecError, some
 from .groups import Element
 from .groups.permutation import Element as Permutation
-from .table import table_for
+from .spec import Spec
 
+logger = logging.getLogger(__name__)
 Assumption = Literal["config", "labels", "vocabulary"]
 
 # Settings that may differ without the weights meaning something else: training, bookkeeping, decoding. Labels and
@@ -71,12 +73,12 @@ def paired(fixed: Checkpoint, moving: Checkpoint, assume: Iterable[Assumption] =
         MismatchError: they cannot mean the same; says in what they differ.
     """
     assume = set(assume)
-    if fixed.config is None or moving.config is None:
-        return moving
-    _refuse_other_architecture(fixed, moving)
+    if not fixed.settings or not moving.settings:
+        return moving  # plain modules and state dicts come without a word of what they mean
+    _refuse_other_architecture(fixed, moving, assume)
     if "config" not in assume:
         _refuse_other_settings(fixed, moving)
-    spec = spec_of(fixed) if table_for(fixed.config) is not None else None
+    spec = _spec_or_none(fixed)
     orders: dict[str, list[int]] = {}
     for what, name, compare in (("labels", "label", _labels), ("vocabulary", "vocab", _vocabularies)):
         if what not in assume and (spec is None or name in spec.symmetries):
@@ -99,6 +101,8 @@ def _reordered(moving: Checkpoint, orders: Mapping[str, list[int]], fixed: Check
     elements: dict[str, Element] = {}
     for name, order in orders.items():
         rows = list(range(spec.symmetries[name].size))  # an embedding may have more rows than there are tokens
+        if len(order) > len(rows):
+            raise MismatchError(f"{fixed.name} numbers {len(order)} {name} rows, {moving.name} has {len(rows)}")
         rows[: len(order)] = order
         if sorted(rows) != list(range(len(rows))):
             raise MismatchError(f"the {name} rows of {moving.name} are numbered with other gaps than in {fixed.name}")
@@ -109,16 +113,35 @@ def _reordered(moving: Checkpoint, orders: Mapping[str, list[int]], fixed: Check
     return replace(moving.with_state(state, spec.table.prefix), config=config, folder=folder)
 
 
-def _refuse_other_architecture(fixed: Checkpoint, moving: Checkpoint) -> None:
+def _spec_or_none(checkpoint: Checkpoint) -> Spec | None:
+    """The spec, where a table describes the model; merging without alignment needs none."""
+    try:
+        return spec_of(checkpoint)
+    except (MismatchError, SpecError):
+        return None
+
+
+def _refuse_other_architecture(fixed: Checkpoint, moving: Checkpoint, assume: Set[str]) -> None:
     for what in ("model_type", "architectures"):
-        a, b = getattr(fixed.config, what), getattr(moving.config, what)
-        if a and b and a != b:
-            raise MismatchError(f"{moving.name} is another architecture than {fixed.name}: {what} is {b}, not {a}")
+        a, b = fixed.settings.get(what), moving.settings.get(what)
+        if a and b and a != b and (what == "model_type" or "config" not in assume):
+            raise MismatchError(
+                f"{moving.name} is another architecture than {fixed.name}: {what} is {b}, not {a}"
+                + (
+                    ". If its weights mean the same all the same, say so (--assume config)"
+                    if what == "architectures"
+                    else ""
+                )
+            )
 
 
 def _refuse_other_settings(fixed: Checkpoint, moving: Checkpoint) -> None:
-    a, b = _settings(fixed.config), _settings(moving.config)
-    differ = sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+    a, b = _flat(fixed.settings), _flat(moving.settings)
+    # what only one says and its class does not know is a remnant of another version, and computes nothing
+    known = a.keys() | b.keys()
+    if fixed.config is not None:
+        known = (a.keys() & b.keys()) | _flat(type(fixed.config)().to_dict()).keys()
+    differ = sorted(key for key in known if a.get(key) != b.get(key))
     if differ:
         said = some(f"{key} is {b.get(key)!r}, not {a.get(key)!r}" for key in differ)
         raise MismatchError(
@@ -127,14 +150,14 @@ def _refuse_other_settings(fixed: Checkpoint, moving: Checkpoint) -> None:
         )
 
 
-def _settings(config: Any, inside: str = "") -> dict[str, Any]:
+def _flat(settings: Mapping[str, Any], inside: str = "") -> dict[str, Any]:
     """All settings that matter, flat: `{"hidden_act": "gelu", "vision_config.num_heads": 12}`."""
     flat: dict[str, Any] = {}
-    for key, value in (config if isinstance(config, Mapping) else config.to_dict()).items():
+    for key, value in settings.items():
         if any(fnmatch.fnmatch(key, pattern) for pattern in HARMLESS):
             continue
         if isinstance(value, Mapping):
-            flat |= _settings(value, f"{inside}{key}.")
+            flat |= _flat(value, f"{inside}{key}.")
         elif not (inside == "" and key in ("architectures", "model_type")):
             flat[inside + key] = value
     return flat
@@ -160,7 +183,9 @@ def _matched(
 
 
 def _labels(fixed: Checkpoint, moving: Checkpoint) -> list[int] | None:
-    a, b = ({str(label): int(row) for row, label in (c.config.id2label or {}).items()} for c in (fixed, moving))
+    a, b = (
+        {str(label): int(row) for row, label in (c.settings.get("id2label") or {}).items()} for c in (fixed, moving)
+    )
     if len(a) == len(b):
         for mine, theirs, nameless in ((a, b, fixed), (b, a, moving)):
             if mine != theirs and all(re.fullmatch(r"LABEL_\d+", label) for label in mine):
@@ -172,11 +197,21 @@ def _labels(fixed: Checkpoint, moving: Checkpoint) -> list[int] | None:
 
 
 def _vocabularies(fixed: Checkpoint, moving: Checkpoint) -> list[int] | None:
-    if fixed.folder is None or moving.folder is None or fixed.folder == moving.folder:
+    a, b = _tokenizer_folder(fixed), _tokenizer_folder(moving)
+    if a is None and b is None:
         return None
-    if not all(any((folder / f).is_file() for f in TOKENIZER_FILES) for folder in (fixed.folder, moving.folder)):
-        return None  # one comes without a tokenizer: nothing to compare
-    return _matched(_tokens(fixed.folder), _tokens(moving.folder), "vocabulary", fixed, moving)
+    if a is None or b is None:
+        without = fixed if a is None else moving
+        logger.warning("%s comes without a tokenizer, so the vocabularies were not compared", without.name)
+        return None
+    return None if a == b else _matched(_tokens(a), _tokens(b), "vocabulary", fixed, moving)
+
+
+def _tokenizer_folder(checkpoint: Checkpoint) -> Path | None:
+    """Where a model's tokenizer is: its folder, or the folder its module was loaded from."""
+    said = getattr(checkpoint.config, "name_or_path", None)
+    folder = checkpoint.folder or (Path(said) if said else None)
+    return folder if folder and any((folder / file).is_file() for file in TOKENIZER_FILES) else None
 
 
 def _tokens(folder: Path) -> dict[str, int]:

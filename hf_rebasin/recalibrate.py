@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .errors import OptionError
+
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> int:
@@ -19,21 +21,30 @@ def recalibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> in
 
     Returns:
         The number of BatchNorm layers; with none, no batch is read.
+
+    Raises:
+        OptionError: there are BatchNorm layers and no batches; the statistics stay as they were.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return 0
     training, momenta = [m.training for m in model.modules()], [m.momentum for m in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative average
-    model.eval()
-    for norm in norms:
-        norm.train()  # only these: dropout stays off
-    for batch in batches:
-        model(**batch)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    for module, mode in zip(model.modules(), training, strict=True):
-        module.training = mode
+    stream = iter(batches)
+    batch = next(stream, None)
+    if batch is None:
+        raise OptionError("no batch came, so there is nothing to take statistics of; is the iterator used up?")
+    try:
+        model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # cumulative average
+            norm.train()  # only these: dropout stays off
+        while batch is not None:
+            model(**batch)
+            batch = next(stream, None)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, mode in zip(model.modules(), training, strict=True):
+            module.training = mode
     return len(norms)

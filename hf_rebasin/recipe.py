@@ -13,8 +13,6 @@ Everything that is wrong with a recipe is said at once, before anything is downl
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,8 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from . import registry
 from .errors import RecipeError, UnknownNameError, nearest
-
-DTYPES = ("float32", "float16", "bfloat16", "float64")
+from .knobs import knobs_of
+from .knobs import mistakes as wrong_knobs
 
 
 class _Strict(BaseModel):
@@ -53,7 +51,7 @@ class AlignSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
 
     solver: str = "weight_matching"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
     def knobs(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
@@ -135,17 +133,22 @@ class Recipe(_Strict):
 
     def in_order(self) -> tuple[ModelEntry, ...]:
         """The models, the fixed one first."""
-        return (
-            tuple(sorted(self.models, key=lambda entry: entry.model != self.base_model))
-            if self.base_model
-            else self.models
-        )
+        return tuple(self.models[i] for i in self._order())
+
+    def _order(self) -> list[int]:
+        def said(entry: ModelEntry) -> tuple[str, str]:
+            return entry.model, f"{entry.model}@{entry.revision}"
+
+        return sorted(range(len(self.models)), key=lambda i: self.base_model not in (None, *said(self.models[i])))
 
     def method_knobs(self) -> dict[str, Any]:
         """The parameters of the merge method; weights that are said per model become its `weights`."""
         weights = [entry.parameters.weight for entry in self.in_order()]
         if all(weight is None for weight in weights):
-            return dict(self.parameters)
+            knobs = dict(self.parameters)
+            if len(knobs.get("weights") or ()) == len(self.models):  # they are said in the order of the models
+                knobs["weights"] = [knobs["weights"][i] for i in self._order()]
+            return knobs
         return {"weights": [1.0 if weight is None else weight for weight in weights], **self.parameters}
 
 
@@ -167,10 +170,9 @@ def _unknown_names(said: Mapping[str, Any]) -> Iterator[str]:
     parameters = said.get("parameters") or {}
     try:
         merge = registry.find("merge_methods", str(method)).merge
-        knobs = [p.name for p in inspect.signature(merge).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        for knob in parameters if isinstance(parameters, Mapping) else ():
-            if knob not in knobs:
-                yield f"parameters.{knob}: {method} has no such parameter{nearest(str(knob), knobs)}"
+        knobs = knobs_of(merge)
+        for knob, message in wrong_knobs(merge, parameters if isinstance(parameters, Mapping) else {}):
+            yield f"parameters.{knob}: {message}"
         entries = [m for m in said.get("models") or () if isinstance(m, Mapping)]
         weighted = [m for m in entries if isinstance(m.get("parameters"), Mapping) and "weight" in m["parameters"]]
         if weighted and "weights" not in knobs:
@@ -183,17 +185,13 @@ def _unknown_names(said: Mapping[str, Any]) -> Iterator[str]:
     if isinstance(align, Mapping):
         try:
             solver = registry.find("solvers", str(align.get("solver", "weight_matching"))).Solver
-            known = [*AlignSettings.model_fields, *(field.name for field in dataclasses.fields(solver))]
-            for knob in align:
-                if knob not in known:
-                    yield f"align.{knob}: no such key{nearest(str(knob), known)}"
+            own = AlignSettings.model_fields
+            for knob, message in wrong_knobs(solver, {k: v for k, v in align.items() if k not in own}):
+                yield f"align.{knob}: {message}"
         except UnknownNameError as error:
             yield f"align.solver: {error}"
     base, models = said.get("base_model"), said.get("models")
     if base is not None and isinstance(models, list):
-        names = [m.get("model") if isinstance(m, Mapping) else m for m in models]
-        if base not in names:
-            yield f"base_model: {base!r} is not one of the models{nearest(str(base), [str(n) for n in names])}"
-
-
-__all__ = ["DTYPES", "AlignSettings", "ModelEntry", "Recipe"]
+        names = [str(m.get("model") if isinstance(m, Mapping) else m) for m in models]
+        if base not in names and base not in [name.rpartition("@")[0] for name in names]:
+            yield f"base_model: {base!r} is not one of the models{nearest(str(base), names)}"

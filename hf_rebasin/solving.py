@@ -28,7 +28,7 @@ class Status(enum.Enum):
 
     CONVERGED = "converged: no symmetry can be improved by itself"
     EQUAL = "the moved model equals the fixed one, tensor by tensor"
-    IDENTITY = "every symmetry is best left as it is: the models share their coordinates already, nothing was moved"
+    IDENTITY = "every symmetry is best left as it is, as for models of one base: nothing was moved"
     SWEEP_LIMIT = "stopped at the sweep limit before it converged: raise max_sweeps"
 
 
@@ -116,7 +116,8 @@ class Clock:
             self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
 
 
-# A gain below this share of the value is rounding: the similarities are float32 products.
+# A gain below this share of a unit's value is taken for rounding, as the similarities are float32 products; it also
+# keeps near-dead neurons of two fine-tunes where they are.
 ROUNDING = 1e-6
 
 

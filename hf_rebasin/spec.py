@@ -184,23 +184,18 @@ class Spec:
         """The names of the symmetries that can move."""
         return frozenset(name for name, symmetry in self.symmetries.items() if symmetry.moves)
 
-    def refuse_unless_same(self, other: Spec) -> None:
-        """Raise MismatchError that names the first symmetry in which two specs differ."""
-        for name, symmetry in self.symmetries.items():
-            theirs = other.symmetries.get(name)
-            if theirs is None:
-                raise MismatchError(
-                    f"symmetry {name!r} ({symmetry.group}, size {symmetry.size}) is not in the model"
-                    f"{nearest(name, other.symmetries)}"
-                )
-            if theirs != symmetry:
-                raise MismatchError(
-                    f"symmetry {name!r} is {symmetry.group} of size {symmetry.size}, in the model {theirs.group} of "
-                    f"size {theirs.size}"
-                )
-        more = next((n for n in other.symmetries if n not in self.symmetries), None)
-        if more is not None:
-            raise MismatchError(f"symmetry {more!r} of the model is unknown here")
+    def refuse_unless_within(self, other: Spec, name: str) -> None:
+        """Raise MismatchError that names the first symmetry of this spec that an alignment's lacks or has otherwise.
+
+        What is held here and unknown there is no matter: nothing would move it.
+        """
+        for symmetry in self.symmetries.values():
+            theirs = other.symmetries.get(symmetry.name)
+            said = f"symmetry {symmetry.name!r} is {symmetry.group} of size {symmetry.size} in {name}"
+            if theirs is None and symmetry.moves:
+                raise MismatchError(f"{said}, and unknown to the alignment{nearest(symmetry.name, other.symmetries)}")
+            if theirs is not None and theirs != symmetry:
+                raise MismatchError(f"{said}, {theirs.group} of size {theirs.size} in the alignment")
 
     def to_json(self) -> str:
         """The bound table with its shapes and ties as text; `binding.read_spec` binds it again."""

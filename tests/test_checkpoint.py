@@ -27,7 +27,7 @@ def test_shards_and_index_are_as_transformers_writes_them(bert, tmp_path):
     assert same_tensors(type(bert).from_pretrained(ours), bert)
 
 
-def test_an_existing_target_is_refused(folder, bert, tmp_path):
+def test_an_existing_target_is_refused(folder, bert, tmp_path, monkeypatch):
     before = sorted(folder.iterdir())
     with pytest.raises(TargetExistsError, match=r"is already there; .*--overwrite"):
         Checkpoint.open(bert).save(folder)
@@ -35,13 +35,23 @@ def test_an_existing_target_is_refused(folder, bert, tmp_path):
     moved, _ = moved_copy(bert)
     Checkpoint.open(moved).save(folder, overwrite=True)
     assert same_tensors(folder, moved)
-    with pytest.raises(TargetExistsError, match=r"an input is not overwritten"):
+    with pytest.raises(TargetExistsError, match=r"model is or holds .*, which is read"):
         Checkpoint.open(folder).save(folder, overwrite=True)
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "notes").write_text("mine")
-    with pytest.raises(TargetExistsError, match=r"not the folder of a model"):
+    with pytest.raises(TargetExistsError, match=r"holds what is not a model's \(notes\)"):
         Checkpoint.open(bert).save(tmp_path / "precious", overwrite=True)
     assert (tmp_path / "precious" / "notes").read_text() == "mine"
+    (tmp_path / "precious" / "notes").unlink()
+    (tmp_path / "precious" / "checkpoint-500").mkdir()
+    inside = Checkpoint.open(bert).save(tmp_path / "precious" / "model")
+    with pytest.raises(TargetExistsError, match="is or holds .*model, which is read"):
+        merge([inside, inside]).save(tmp_path / "precious", overwrite=True)
+    with pytest.raises(TargetExistsError, match="holds what is not a model's"):
+        Checkpoint.open(bert).save(tmp_path / "precious", overwrite=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TargetExistsError, match="the folder you are in"):
+        Checkpoint.open(bert).save(".")
     (tmp_path / "empty").mkdir()
     Checkpoint.open(bert).save(tmp_path / "empty")
 
@@ -129,7 +139,7 @@ def test_models_of_the_hub(bert, tmp_path):
     api = HfApi()
     commits = []
     for model in (bert, moved):
-        folder = Checkpoint.open(model).save(tmp_path / "up", overwrite=True)
+        folder = Checkpoint.open(model).save(tmp_path / f"up-{len(commits)}")
         (folder / "flax_model.msgpack").write_text("large")
         api.create_repo("org/bert", exist_ok=True)
         commits.append(api.upload_folder(repo_id="org/bert", folder_path=folder).oid)

@@ -32,7 +32,8 @@ FLOORS = (
     {"axes"},
     {"specs"},
     {"checkpoint"},
-    {"text", "registry"},
+    {"folder"},
+    {"text", "registry", "knobs"},
     {"errors"},
 )
 

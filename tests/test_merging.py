@@ -115,7 +115,7 @@ def test_slerp_keeps_the_length_on_the_arc():
 def test_unknown_methods_and_parameters_name_the_nearest(bert):
     with pytest.raises(UnknownNameError, match=r"no merge method 'linaer'; did you mean 'linear'"):
         merge([bert], "linaer")
-    with pytest.raises(OptionError, match=r"has no parameter 'weigths'; did you mean 'weights'"):
+    with pytest.raises(OptionError, match=r"weigths: no such parameter; did you mean 'weights'"):
         merge([bert], "linear", weigths=[1])
 
 

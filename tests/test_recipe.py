@@ -33,13 +33,13 @@ MISTAKES = {
     "method": ({"merge_method": "linaer"}, "merge_method: no merge method 'linaer'; did you mean 'linear'?"),
     "parameter": (
         {"parameters": {"normalise": True}},
-        "parameters.normalise: linear has no such parameter; did you mean 'normalize'?",
+        "parameters.normalise: no such parameter; did you mean 'normalize'?",
     ),
     "solver": (
         {"align": {"solver": "weight_match"}},
         "align.solver: no solver 'weight_match'; did you mean 'weight_matching'?",
     ),
-    "knob": ({"align": {"start": 3}}, "align.start: no such key; did you mean 'starts'?"),
+    "knob": ({"align": {"start": 3}}, "align.start: no such parameter; did you mean 'starts'?"),
     "entry": ({"models": ["a", {"model": "b", "modell": "c"}]}, "models.1.modell: no such key; did you mean 'model'?"),
     "weight": (
         {"models": ["a", {"model": "b", "parameters": {"wieght": 1}}]},

@@ -37,6 +37,11 @@ class Element(Protocol):
         """⟨similarity, g⟩ along two dimensions: (*batch, n, n, *rest) to (*batch, *rest), in float64."""
         ...
 
+    @classmethod
+    def read(cls, tensors: Mapping[str, Tensor], batch: tuple[int, ...], n: int) -> Self:
+        """The element whose `tensors()` these are; ValueError if they are no element."""
+        ...
+
     def act(self, x: Tensor, mark: str = "") -> Tensor:
         """g · x for x of shape (*batch, n, *rest); `mark` as in the pattern language."""
         ...

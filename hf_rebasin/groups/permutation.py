@@ -36,8 +36,18 @@ class Element:
         cost = similarity.to(torch.float64).neg()
         cost -= cost.amin(1, keepdim=True)
         cost -= cost.amin(0, keepdim=True)
-        _, columns = linear_sum_assignment(cost.numpy())
+        _, columns = linear_sum_assignment(cost.cpu().numpy())
         return cls(torch.from_numpy(columns))
+
+    @classmethod
+    def read(cls, tensors: Mapping[str, Tensor], batch: tuple[int, ...], n: int) -> Element:
+        order = tensors.get("order")
+        if order is None or tensors.keys() != {"order"} or order.shape != (*batch, n):
+            found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            raise ValueError(f"expected an order of shape {(*batch, n)}, found {found}")
+        if not torch.equal(order.sort(-1).values, cls.identity(batch, n).order):
+            raise ValueError(f"the order is no permutation of {n} things")
+        return cls(order)
 
     def contract(self, similarity: Tensor) -> Tensor:
         """Σᵢ similarity[..., i, order[..., i], ...]."""

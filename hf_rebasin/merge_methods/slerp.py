@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,17 +19,21 @@ def merge(tensors: Sequence[Tensor], *, t: float = 0.5) -> Tensor:
     Tensors that are zero, or point the same or opposite ways, are interpolated linearly. t = 0 is A, t = 1 is B.
 
     Raises:
-        OptionError: not two models.
+        OptionError: not two models, or a t that is no finite number.
 
     Example: halfway between (1, 0) and (0, 1), at a right angle: sin 45° / sin 90° = 0.7071 of each.
     """
     if len(tensors) != 2:
         raise OptionError(f"slerp merges 2 models, got {len(tensors)}; use linear for more")
+    if not math.isfinite(t):
+        raise OptionError(f"slerp got t = {t}; give a number, 0 for the first model and 1 for the second")
+    if t in (0, 1):  # arithmetic would lose the sign of a zero
+        return tensors[int(t)]
     a, b = tensors
     x, y = a.reshape(-1).double(), b.reshape(-1).double()
     norms = x.norm() * y.norm()
     cosine = torch.dot(x, y) / norms if norms > 0 else torch.ones((), dtype=torch.float64)
-    if t in (0, 1) or cosine.abs() > COLLINEAR:
+    if cosine.abs() > COLLINEAR:
         return torch.lerp(a, b, t)
     angle = torch.arccos(cosine)
     to_a, to_b = torch.sin((1 - t) * angle) / torch.sin(angle), torch.sin(t * angle) / torch.sin(angle)

@@ -3,7 +3,7 @@
 Git Re-Basin (Ainsworth, Hayase, Srinivasa 2022, arXiv 2209.04836), section 3.2: for one symmetry at a time, with all
 others held, the objective is linear in g; its matrix is one contraction per block over all other dimensions, and the
 best g is its projection to the group (for permutations, a linear assignment). Nested symmetries are decided together,
-as for heads in 2403.00986. The objective never falls.
+as for heads in 2403.00986. Within a start the objective never falls, and it never ends below that of the identity.
 """
 
 from __future__ import annotations
@@ -98,4 +98,4 @@ def _product(a: Tensor, b: Tensor, places: list[int]) -> Tensor:
     sizes = [a.shape[i] for i in places]
     n = math.prod(sizes)
     x, y = (t.movedim(places, front).reshape(n, -1) for t in (a, b))
-    return torch.mm(x, y.T).reshape(*sizes, *sizes)
+    return torch.mm(x, y.T.to(x.device)).reshape(*sizes, *sizes).cpu()

@@ -2,6 +2,13 @@
 
 MODEL_TYPES = ("vit", "deit")
 PREFIX = ("vit.", "deit.")
+HEADS = (
+    "ViTForImageClassification",
+    "ViTForMaskedImageModeling",
+    "DeiTForImageClassification",
+    "DeiTForImageClassificationWithTeacher",
+    "DeiTForMaskedImageModeling",
+)
 
 
 def sizes(config):
@@ -39,10 +46,11 @@ def table(config):
 
 
 def groups(config):
-    bare = (config.architectures or ["ViTModel"])[0] in ("ViTModel", "DeiTModel")
+    # the hidden states are what a bare model computes, and any other class may
+    free = (config.architectures or ["ViTModel"])[0] in HEADS
     return {
         "label": "held",
-        "residual": "held" if bare else "centred",  # the hidden states are what a bare model computes
+        "residual": "centred" if free else "held",
         "head.*": "permutation",
         "qk.*": "invertible in head.*",
         "ov.*": "invertible in head.*",
