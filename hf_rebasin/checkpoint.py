@@ -254,13 +254,14 @@ def _config(folder: Path) -> Any:
     said = read_json(folder / "config.json")
     if "model_type" not in said:
         return None
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if said["model_type"] not in CONFIG_MAPPING:
         return None
     try:
         return AutoConfig.from_pretrained(folder)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
         raise CheckpointError(f"transformers cannot use {folder / 'config.json'}: {error}") from error
 
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 from conftest import HUB, moved_copy, same_tensors
 from huggingface_hub import HfApi
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
-from hf_rebasin import Checkpoint, align, merge
-from hf_rebasin.errors import CheckpointError, TargetExistsError
+from hf_rebasin import Alignment, Checkpoint, align, merge, spec_for
+from hf_rebasin.errors import CheckpointError, MismatchError, TargetExistsError
 
 
 @pytest.fixture
@@ -45,7 +47,7 @@ def test_an_existing_target_is_refused(folder, bert, tmp_path, monkeypatch):
     (tmp_path / "precious" / "notes").unlink()
     (tmp_path / "precious" / "checkpoint-500").mkdir()
     inside = Checkpoint.open(bert).save(tmp_path / "precious" / "model")
-    with pytest.raises(TargetExistsError, match="is or holds .*model, which is read"):
+    with pytest.raises(TargetExistsError, match=r"is or holds .*model, which is read"):
         merge([inside, inside]).save(tmp_path / "precious", overwrite=True)
     with pytest.raises(TargetExistsError, match="holds what is not a model's"):
         Checkpoint.open(bert).save(tmp_path / "precious", overwrite=True)
@@ -148,3 +150,126 @@ def test_models_of_the_hub(bert, tmp_path):
     assert not (Checkpoint.open("org/bert").folder / "flax_model.msgpack").exists()
     assert same_tensors(align(bert, "org/bert").apply("org/bert"), bert)
     assert not any("msgpack" in path and "resolve" in path for _, path, _ in HUB.requests)
+
+
+def test_a_failing_exchange_puts_the_old_model_back(folder, bert, monkeypatch):
+    from pathlib import Path
+
+    moved, _ = moved_copy(bert)
+    rename = Path.rename
+
+    def fail(self, target):
+        if self.name.endswith(".partial"):
+            raise OSError("no rename")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        with pytest.raises(OSError, match="no rename"):
+            Checkpoint.open(moved).save(folder, overwrite=True)
+    assert same_tensors(folder, bert)
+    assert [f.name for f in folder.parent.iterdir()] == ["model"]
+    folder.rename(
+        folder.parent / ".model.old"
+    )  # killed between the two renames: the next run, though it fails, mends it
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        with pytest.raises(OSError, match="no rename"):
+            Checkpoint.open(moved).save(folder, overwrite=True)
+    assert same_tensors(folder, bert)
+
+
+def test_a_link_is_followed(folder, bert, tmp_path):
+    (tmp_path / "link").symlink_to(folder)
+    moved, _ = moved_copy(bert)
+    Checkpoint.open(moved).save(tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert same_tensors(folder, moved)
+
+
+def test_dtypes_are_those_of_the_tensors(bert):
+    narrow = Checkpoint.open(bert).model(torch.bfloat16)
+    wide = merge([narrow, narrow], dtype=torch.float32).model()
+    assert {p.dtype for p in wide.parameters()} == {torch.float32}
+    assert {p.dtype for p in merge([bert, bert], dtype=torch.bfloat16).model().parameters()} == {torch.bfloat16}
+    mixed = Checkpoint.open(narrow).model()
+    mixed.bert.embeddings.LayerNorm.float()
+    again = merge([mixed, mixed]).model()
+    assert again.bert.embeddings.LayerNorm.weight.dtype == torch.float32
+    assert again.cls.predictions.bias.dtype == torch.bfloat16
+    assert again.cls.predictions.decoder.weight is again.bert.embeddings.word_embeddings.weight
+    assert mixed.training == again.training
+
+
+def test_a_stored_mask_does_not_hide_the_dtype(tmp_path):
+    from conftest import FIRST, TINY
+
+    gpt2 = Checkpoint.open(TINY[FIRST["gpt2"]])
+    tensors = dict(gpt2.tensors) | {"transformer.h.0.attn.bias": torch.ones(1, 1, 16, 16)}
+    out = merge([Checkpoint(tensors, gpt2.config, template=None)] * 2, dtype=torch.bfloat16)
+    folder = Checkpoint(out.tensors, gpt2.config, template=gpt2.template).save(tmp_path / "out")
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_subfolders_of_small_files_go_along_and_others_do_not(folder, tmp_path):
+    for name in ("1_Pooling/config.json", "additional_chat_templates/tools.jinja", "runs/events.out", ".cache/x.json"):
+        (folder / name).parent.mkdir()
+        (folder / name).write_text("{}")
+    out = merge([folder, folder]).save(tmp_path / "out")
+    assert (out / "1_Pooling" / "config.json").is_file()
+    assert (out / "additional_chat_templates" / "tools.jinja").is_file()
+    assert not (out / "runs").exists()
+    assert not (out / ".cache").exists()
+
+
+def test_state_dicts_with_tied_weights(bert, tmp_path):
+    state = bert.state_dict()
+    assert "cls.predictions.decoder.weight" in state
+    out = merge([state, state]).save(tmp_path / "out")
+    assert Checkpoint(Checkpoint.open(out).tensors).tensors.keys() == state.keys()
+    assert same_tensors(merge([bert, dict(Checkpoint.open(bert).tensors)]), bert), "disk keys without a configuration"
+
+
+def test_broken_configurations_are_said(folder):
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config.json is not JSON"):
+        Checkpoint.open(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"holds a list, not an object"):
+        Checkpoint.open(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": "many"}))
+    with pytest.raises(CheckpointError, match=r"transformers cannot use"):
+        Checkpoint.open(folder)
+    with pytest.raises(CheckpointError, match=r"is a folder here, which has no revision 'main'"):
+        Checkpoint.open(folder, revision="main")
+
+
+def test_quantised_models_are_refused():
+    eight = {"w": torch.zeros(2, 2).to(torch.float8_e4m3fn)}
+    with pytest.raises(CheckpointError, match=r"is quantised \(torch.float8_e4m3fn\)"):
+        merge([eight, eight])
+    a, b = ({"w.qweight": torch.full((2,), i, dtype=torch.int32), "w.scales": torch.ones(2)} for i in (1, 2))
+    with pytest.raises(MismatchError, match=r"w.qweight \(torch.int32\) differs .* merge the originals"):
+        merge([a, b])
+    assert same_tensors(merge([a, a]), a)
+
+
+def test_a_broken_alignment_is_refused(bert, tmp_path):
+    alignment = Alignment.random(spec_for(bert), torch.Generator())
+    file = alignment.save(tmp_path / "g.safetensors")
+    with safe_open(file, "pt") as opened:
+        metadata, tensors = opened.metadata(), {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118
+    for change, says in (
+        (
+            {"residual/order": torch.zeros(24, dtype=torch.int64)},
+            "the element of 'residual' is broken: .* no permutation",
+        ),
+        ({"residual/order": torch.arange(23)}, r"expected an order of shape \(24,\), found"),
+        ({"vocab/order": torch.arange(97)}, "elements of vocab, which its spec does not let move"),
+    ):
+        save_file(tensors | change, file, metadata)
+        with pytest.raises(CheckpointError, match=says):
+            Alignment.load(file)
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"is not an alignment"):
+        Alignment.load(file)

@@ -32,7 +32,7 @@ def pair(bert, tmp_path):
     return Checkpoint.open(bert).save(tmp_path / "a"), Checkpoint.open(other_seed(bert)).save(tmp_path / "b")
 
 
-def test_help_names_every_verb_and_is_light():
+def test_help_names_every_verb():
     said = CliRunner().invoke(app, ["--help"]).output
     assert all(verb in said for verb in VERBS)
 
@@ -68,7 +68,10 @@ def test_options_of_a_merge(run, pair, tmp_path):
         assert status == 1
         assert says in said
         assert not (tmp_path / "other").exists()
-    assert "is one of the models" in run("merge", *pair, "-o", pair[1], "--overwrite")[1]
+    assert "which is read" in run("merge", *pair, "-o", pair[1], "--overwrite")[1]
+    assert "is or holds" in run("merge", *pair, "-o", tmp_path, "--overwrite", "--dry-run")[1]
+    assert "already there" in run("merge", *pair, "-o", out, "--dry-run")[1]
+    assert "has no revision 'nonsense'" in run("inspect", f"{pair[0]}@nonsense")[1]
     assert "needs two models or a recipe" in run("merge", pair[0], "-o", out)[1]
 
 
@@ -101,6 +104,8 @@ def test_align_writes_the_moved_model_and_the_alignment(run, pair, bert, tmp_pat
     assert check(out).holds
     assert "nothing would be written" in run("align", *pair)[1]
     assert "already there" in run("align", *pair, "--alignment", file)[1]
+    assert "cannot be both" in run("align", *pair, "-o", tmp_path / "x", "--alignment", tmp_path / "x")[1]
+    assert "already there" in run("align", *pair, "--alignment", tmp_path, "--overwrite")[1]
 
 
 def test_two_models_of_one_base_come_back_byte_for_byte(run, pair, bert, tmp_path):

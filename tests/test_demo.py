@@ -66,6 +66,14 @@ def test_statistics_are_the_cumulative_average_and_nothing_else_changes(generato
     assert norm.momentum == 0.1
     assert not any(m.training for m in net.modules())
     assert recalibrate(nn.Linear(1, 1), iter([])) == 0
+    mean = norm.running_mean.clone()
+    with pytest.raises(OptionError, match="no batch came"):
+        recalibrate(net, iter([]))
+    assert torch.equal(norm.running_mean, mean)
+    with pytest.raises(AttributeError):
+        recalibrate(net, [{"x": None}])
+    assert norm.momentum == 0.1
+    assert not any(m.training for m in net.modules())
 
 
 @pytest.mark.slow

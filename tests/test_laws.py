@@ -1,10 +1,12 @@
 """The laws, over every TINY model of every table. A new file in hf_rebasin/specs/ is picked up by itself."""
 
 import itertools
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from conftest import TINY, moved_copy, same_tensors
 
 from hf_rebasin import Alignment, Checkpoint, RebasinError, Status, align, check, spec_for
@@ -12,6 +14,7 @@ from hf_rebasin.alignment import act
 from hf_rebasin.axes import Leaf, Product, Sum, children, leaves, map_leaves, parse, show
 from hf_rebasin.binding import bind_to, read_spec
 from hf_rebasin.checking import example_inputs, outputs
+from hf_rebasin.groups.permutation import Element as Permutation
 from hf_rebasin.table import KINDS, families, table_for
 
 
@@ -157,3 +160,108 @@ def test_every_mutation_of_one_row_is_seen(name):
     assert [case for case in unseen if case[1] not in CANCELLED.get(case[0], ())] == []
     listed = {row for row in CANCELLED if any(row == case[0] for case in todo)}
     assert listed == {case[0] for case in unseen}, "a row that is listed is seen after all"
+
+
+# --- rows that belong to something outside the weights ---------------------------------------------------------------
+
+
+def with_rows(model, name, order):
+    """The model with its label or token rows in another order, by its table."""
+    checkpoint = Checkpoint.open(model)
+    spec = spec_for(checkpoint)
+    elements = {name: Permutation(torch.tensor(order))}
+    state = act(spec, elements, checkpoint.state(spec.table.prefix))
+    return checkpoint.with_state(state, spec.table.prefix).model()
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        return model(**inputs)[0]
+
+
+def test_label_rows_order_the_logits(tiny):
+    if "Classification" not in type(tiny).__name__:
+        assert "label" not in spec_for(tiny).symmetries
+        return
+    inputs = example_inputs(tiny.config, torch.Generator().manual_seed(0))
+    order = torch.arange(tiny.config.num_labels).roll(1).tolist()
+    before, after = logits(tiny, inputs), logits(with_rows(tiny, "label", order), inputs)
+    torch.testing.assert_close(after, before[..., order])
+    assert not torch.allclose(after, before)
+
+
+def test_token_rows_follow_the_tokens(tiny):
+    if not hasattr(tiny.config, "vocab_size"):
+        assert "vocab" not in spec_for(tiny).symmetries
+        return
+    inputs = example_inputs(tiny.config, torch.Generator().manual_seed(0))
+    order = [0, *(1 + torch.arange(tiny.config.vocab_size - 1).roll(5)).tolist()]  # padding stays
+    place = torch.tensor(order).argsort()
+    before = logits(tiny, inputs)
+    after = logits(with_rows(tiny, "vocab", order), {"input_ids": place[inputs["input_ids"]]})
+    speaks = before.shape[-1] == tiny.config.vocab_size
+    torch.testing.assert_close(after, before[..., order] if speaks else before)
+
+
+# --- classes and files do not always agree ---------------------------------------------------------------------------
+
+LOADED_AS = [
+    ("bert-1-BertForMaskedLM", "AutoModelForSequenceClassification"),
+    ("bert-1-BertForMaskedLM", "AutoModelForTokenClassification"),
+    ("bert-3-BertForPreTraining", "AutoModelForMaskedLM"),
+    ("bert-4-BertForSequenceClassification", "AutoModel"),
+    ("gpt2-0-GPT2LMHeadModel", "AutoModel"),
+    ("llama-0-LlamaForCausalLM", "AutoModel"),
+    ("resnet-0-ResNetForImageClassification", "AutoModel"),
+    ("vit-0-ViTForImageClassification", "AutoModel"),
+]
+
+
+@pytest.mark.parametrize(("name", "loader"), LOADED_AS)
+def test_a_module_of_another_class_than_its_file_keeps_its_function(name, loader, tmp_path):
+    """A fine-tune begins so: its configuration still names the class of the file."""
+    folder = Checkpoint.open(TINY[name]).save(tmp_path / "file")
+    model = getattr(transformers, loader).from_pretrained(folder)
+    assert type(model).__name__ not in model.config.architectures
+    assert check(model).holds
+    saved = Checkpoint.open(model).save(tmp_path / "saved")
+    assert type(Checkpoint.open(saved).model()) is type(model)
+    moved, alignment = moved_copy(model)
+    assert align(model, moved).status in (Status.EQUAL, Status.CONVERGED)
+    assert same_tensors(alignment.inverse().apply(moved), model)
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if "ResNetModel" not in name])
+def test_an_unknown_class_is_held_rather_than_guessed(name, tmp_path):
+    """Outputs of the bare model, which is what an unknown class is built as, stay as they are."""
+    folder = Checkpoint.open(TINY[name]).save(tmp_path / "file")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["MyOwnModel"]}))
+    try:
+        checkpoint = Checkpoint.open(folder)
+        model = checkpoint.model(torch.float64)
+    except RebasinError:
+        return  # a head whose bare class has other tensors
+    assert check(model).holds
+    spec = spec_for(checkpoint)
+    g = Alignment.random(spec, torch.Generator().manual_seed(0))
+    inputs = example_inputs(model.config, torch.Generator().manual_seed(0))
+    before, float32_inside = outputs(model, inputs)
+    after, _ = outputs(g.apply(checkpoint).model(torch.float64), inputs)
+    assert (before - after).abs().max() <= (1e-5 if float32_inside else 1e-10) * before.abs().max()
+
+
+def test_a_file_with_more_than_its_class_is_checked_and_aligned(tmp_path):
+    """As google-bert/bert-base-uncased: a masked language model whose file has a pooler and a second head, too."""
+    folder = Checkpoint.open(TINY["bert-3-BertForPreTraining"]).save(tmp_path / "file")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["BertForMaskedLM"]}))
+    assert check(folder).holds
+    module = transformers.AutoModelForMaskedLM.from_pretrained(folder)
+    alignment = Alignment.random(spec_for(folder), torch.Generator().manual_seed(0))
+    assert "pool" in alignment.elements
+    moved = alignment.apply(folder)
+    assert same_tensors(
+        alignment.apply(module), transformers.AutoModelForMaskedLM.from_pretrained(moved.save(tmp_path / "m"))
+    )
+    assert align(folder, moved).status is Status.EQUAL

@@ -41,6 +41,10 @@ def test_merges_commute_with_moving_both(method, bert):
 @pytest.mark.parametrize("name", [m for m in METHODS if m in ("lerp", "slerp")])
 def test_both_ends_are_the_models_bit_for_bit(name, resnet):
     other = other_seed(resnet)
+    minus = {"w": torch.tensor([-0.0, 1.0])}
+    for t, models in enumerate(([minus, {"w": torch.ones(2)}], [{"w": torch.ones(2)}, minus])):
+        merged = merge(models, name, t=t).tensors["w"]
+        assert torch.equal(merged.view(torch.int32), minus["w"].view(torch.int32)), "the sign of a zero, too"
     assert same_tensors(merge([resnet, other], name, t=0), resnet)
     at_the_end, model = merge([resnet, other], name, t=1).tensors, Checkpoint.open(other).tensors
     assert all(torch.equal(at_the_end[k], t) for k, t in model.items() if t.is_floating_point())
@@ -100,6 +104,15 @@ def test_weights_and_many_models():
         merge(states, "slerp")
     with pytest.raises(OptionError, match=r"nothing to merge"):
         merge([])
+    for knobs, says in (
+        ({"weights": 3}, "weights: 3 does not fit"),
+        ({"weights": [1, "x"]}, "weights: .* does not fit"),
+    ):
+        with pytest.raises(OptionError, match=says):
+            merge(states, **knobs)
+    for t, says in (("abc", "t: 'abc' does not fit: input should be a valid number"), (float("nan"), "got t = nan")):
+        with pytest.raises(OptionError, match=says):
+            merge(states[:2], "lerp", t=t)
 
 
 def test_slerp_keeps_the_length_on_the_arc():

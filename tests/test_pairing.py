@@ -113,3 +113,41 @@ def test_vocabularies_are_compared_by_string(bert, tmp_path):
 def test_a_model_without_a_tokenizer_is_taken_as_it_is(bert, tmp_path):
     a = save_with_vocabulary(bert, tmp_path / "a", ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
     merge([a, Checkpoint.open(other_seed(bert)).save(tmp_path / "b")])
+
+
+def test_vocabularies_of_loaded_modules_are_compared_too(bert, tmp_path, caplog):
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(80))]
+    a = save_with_vocabulary(bert, tmp_path / "a", tokens)
+    b = save_with_vocabulary(bert, tmp_path / "b", [*tokens[:-1], "new"])
+    with pytest.raises(MismatchError, match=r"different vocabulary"):
+        merge([type(bert).from_pretrained(a), type(bert).from_pretrained(b)])
+    merge([a, Checkpoint.open(bert)])
+    assert "comes without a tokenizer, so the vocabularies were not compared" in caplog.text
+    c = save_with_vocabulary(bert, tmp_path / "c", [*tokens[::-1], *(f"x{i}" for i in range(20))])
+    d = save_with_vocabulary(bert, tmp_path / "d", [*tokens, *(f"x{i}" for i in range(20))])
+    with pytest.raises(MismatchError, match=r"numbers 105 vocab rows, .* has 97"):
+        merge([c, d])
+
+
+def test_configurations_that_transformers_does_not_know_are_compared_too(tmp_path):
+    folders = []
+    for act in ("gelu", "relu"):
+        folder = Checkpoint({"w": torch.ones(2)}).save(tmp_path / act)
+        (folder / "config.json").write_text(json.dumps({"model_type": "my-own", "hidden_act": act}))
+        folders.append(folder)
+    with pytest.raises(MismatchError, match=r"hidden_act is 'relu', not 'gelu'"):
+        merge(folders)
+    assert merge(folders, assume=["config"]).tensors["w"].tolist() == [1, 1]
+
+
+def test_remnants_of_other_versions_are_not_in_the_way(bert):
+    """What one configuration says and the class does not know computes nothing."""
+    merge([bert, with_config(bert, output_past=True, directionality="bidi", pooler_type="first")])
+
+
+def test_classes_a_table_does_not_know_merge_without_alignment():
+    from transformers import GPT2Config, GPT2DoubleHeadsModel
+
+    config = GPT2Config(n_layer=1, n_embd=8, n_head=2, n_positions=8, vocab_size=11, bos_token_id=0, eos_token_id=0)
+    model = GPT2DoubleHeadsModel(config)
+    assert same_tensors(merge([model, model]), model)

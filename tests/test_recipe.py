@@ -28,7 +28,18 @@ def test_the_base_comes_first_and_weights_go_along():
     assert recipe.method_knobs() == {"weights": [2.0, 1.0]}
 
 
+def test_a_base_may_be_said_with_or_without_its_revision_and_listed_weights_go_along():
+    for base in ("org/b", "org/b@v1"):
+        recipe = Recipe.from_dict(
+            {"models": ["org/a@v1", "org/b@v1"], "base_model": base, "parameters": {"weights": [3, 1]}}
+        )
+        assert [entry.model for entry in recipe.in_order()] == ["org/b", "org/a"]
+        assert recipe.method_knobs()["weights"] == [1, 3]
+
+
 MISTAKES = {
+    "type": ({"align": {"starts": "many"}}, "align.starts: 'many' does not fit: input should be a valid integer"),
+    "seed": ({"align": {"seed": 10**20}}, "align.seed: input should be less than"),
     "merge_metod": ({"merge_metod": "lerp"}, "merge_metod: no such key; did you mean 'merge_method'?"),
     "method": ({"merge_method": "linaer"}, "merge_method: no merge method 'linaer'; did you mean 'linear'?"),
     "parameter": (

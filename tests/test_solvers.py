@@ -124,6 +124,19 @@ def test_the_sweep_limit_is_said(bert):
     assert "max_sweeps" in solution.status.value
 
 
+def test_no_solution_is_below_the_identity(solver, generator):
+    """MLPs whose middle layers share a base: going outwards alone would leave them."""
+    sizes = [3, 12, 12, 12, 12, 2]
+    rows = {f"{i}": f"{'_' if i == 4 else f'h.{i}'}, {f'h.{i - 1}' if i else '_'}" for i in range(5)}
+    table = Table(rows, {"h.*": "permutation"})
+    for seed in range(10):
+        generator.manual_seed(seed)
+        a, b = ({f"{i}": torch.randn(sizes[i + 1], sizes[i], generator=generator) for i in range(5)} for _ in range(2))
+        b |= {"2": a["2"] + 0.1 * torch.randn(12, 12, generator=generator)}
+        solution = align(a, b, spec=table, solver=solver, starts=1)
+        assert solution.objective >= solution.history[0]
+
+
 def test_more_starts_are_never_worse(bert):
     other = other_seed(bert)
     objectives = [align(bert, other, starts=n).objective for n in (1, 3, 6)]

@@ -2,6 +2,12 @@
 
 MODEL_TYPES = ("gpt2",)
 PREFIX = "transformer."
+HEADS = (
+    "GPT2LMHeadModel",
+    "GPT2ForSequenceClassification",
+    "GPT2ForTokenClassification",
+    "GPT2ForQuestionAnswering",
+)
 
 
 def sizes(config):
@@ -32,10 +38,12 @@ def table(config):
 
 
 def groups(config):
+    # the hidden states are what a bare model computes, and any other class may
+    free = (config.architectures or ["GPT2Model"])[0] in HEADS
     return {
         "vocab": "held",
         "label": "held",
-        "residual": "centred",
+        "residual": "centred" if free else "held",
         "head.*": "permutation",
         "qk.*": "invertible in head.*",
         "ov.*": "invertible in head.*",

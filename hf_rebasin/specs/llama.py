@@ -2,6 +2,12 @@
 
 MODEL_TYPES = ("llama",)
 PREFIX = ("model.", "transformer.")  # the question-answering class has another base prefix
+HEADS = (
+    "LlamaForCausalLM",
+    "LlamaForSequenceClassification",
+    "LlamaForTokenClassification",
+    "LlamaForQuestionAnswering",
+)
 
 
 def sizes(config):
@@ -38,10 +44,12 @@ def table(config):
 
 
 def groups(config):
+    # the hidden states are what a bare model computes, and any other class may
+    free = (config.architectures or ["LlamaModel"])[0] in HEADS
     return {
         "vocab": "held",
         "label": "held",
-        "residual": "orthogonal",
+        "residual": "orthogonal" if free else "held",
         "kv.*": "permutation",
         "group.*": "permutation in kv.*",
         "ov.*": "invertible in kv.*",
@@ -74,6 +82,7 @@ TINY = [
     dict(architectures=["LlamaForCausalLM"], tie_word_embeddings=True, attention_bias=True, mlp_bias=True, **_TINY),
     dict(architectures=["LlamaModel"], **_TINY),
     dict(architectures=["LlamaForSequenceClassification"], num_labels=3, pad_token_id=0, **_TINY),
+    dict(architectures=["LlamaForTokenClassification"], num_labels=3, **_TINY),
     dict(architectures=["LlamaForQuestionAnswering"], **_TINY),
     dict(architectures=["LlamaForCausalLM"], **(_TINY | dict(num_key_value_heads=1, num_attention_heads=4))),
 ]
