@@ -111,7 +111,7 @@ class Checkpoint:
     @cached_property
     def base_prefix(self) -> str:
         """What transformers puts before the keys of the base model in a model with a head: `"bert."`."""
-        owner = self.template if self.config is None or self.template is not None else _class_of(self.config)
+        owner = _class_of(self.config) if self.template is None and self.config is not None else self.template
         prefix = getattr(owner, "base_model_prefix", "")
         return f"{prefix}." if prefix else ""
 
@@ -196,13 +196,12 @@ class Checkpoint:
         model: Any = copy.deepcopy(template)
         if dtype is not None or len(self.dtypes) == 1:
             model = model.to(dtype or self.dtypes.pop())
-        owned = dict(model.named_parameters(remove_duplicate=False)) | dict(
-            model.named_buffers(remove_duplicate=False)
-        )
-        with torch.no_grad():
-            for key, tensor in self.tensors.items():
-                place = owned[names[key]]  # a tied one is one object, under two names
-                place.data = tensor.to(place.device, dtype or tensor.dtype, copy=True)
+        places = dict(model.named_parameters(remove_duplicate=False))
+        places |= dict(model.named_buffers(remove_duplicate=False))
+        for key, tensor in self.tensors.items():
+            place = places[names[key]]  # a tied one is one object under two names
+            kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            place.data = tensor.to(place.device, kind, copy=True)
         return model
 
     def save(self, out: str | os.PathLike[str], overwrite: bool = False, max_shard_size: str = "5GB") -> Path:
@@ -289,11 +288,13 @@ def _class_ties(config: Any) -> dict[str, str]:
 
 def _tied(model: Any) -> dict[str, str]:
     """`{module key that is not stored: module key it shares}`, as transformers declares it, else as memory shows."""
-    if hasattr(model, "all_tied_weights_keys"):
-        return dict(model.all_tied_weights_keys)
+    state = model.state_dict()
+    if hasattr(model, "all_tied_weights_keys"):  # declared; but loading unequal tensors unties them
+        declared = model.all_tied_weights_keys.items()
+        return {target: kept for target, kept in declared if state[target].data_ptr() == state[kept].data_ptr()}
     first: dict[tuple[int, torch.Size], str] = {}
     tied = {}
-    for key, tensor in model.state_dict().items():
+    for key, tensor in state.items():
         if tensor.numel():
             kept = first.setdefault((tensor.data_ptr(), tensor.shape), key)
             if kept != key:

@@ -201,6 +201,25 @@ def test_dtypes_are_those_of_the_tensors(bert):
     assert mixed.training == again.training
 
 
+def test_whole_numbers_stay_whole(resnet):
+    wide = Checkpoint.open(resnet).model(torch.float32)
+    counts = [b for name, b in wide.named_buffers() if name.endswith("num_batches_tracked")]
+    assert counts
+    assert all(count.dtype == torch.int64 for count in counts)
+
+
+def test_what_was_untied_on_loading_is_stored_apart(bert, tmp_path):
+    """A file with a head of its own, though its configuration ties it: transformers unties, and nothing is lost."""
+    checkpoint = Checkpoint.open(bert)
+    key = "cls.predictions.decoder.weight"
+    both = dict(checkpoint.tensors) | {key: 2 * checkpoint.tensors["bert.embeddings.word_embeddings.weight"]}
+    folder = Checkpoint(both, checkpoint.config).save(tmp_path / "untied")
+    model = type(bert).from_pretrained(folder)
+    assert model.cls.predictions.decoder.weight is not model.bert.embeddings.word_embeddings.weight
+    assert torch.equal(Checkpoint.open(model).tensors[key], both[key])
+    assert same_tensors(merge([model, model]).model(), folder)
+
+
 def test_a_stored_mask_does_not_hide_the_dtype(tmp_path):
     from conftest import FIRST, TINY
 
