@@ -122,6 +122,22 @@ def align(
 
 
 @app.command()
+def apply(
+    alignment: Annotated[Path, typer.Argument(help="What align --alignment wrote.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the moved model.")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Move a model by a saved alignment; its function stays exactly the same."""
+    from .alignment import Alignment
+
+    checkpoint = _open(model)
+    refuse_target(out, overwrite, checkpoint.sources)
+    moved = Alignment.load(alignment).apply(checkpoint)
+    typer.echo(f"moved model: {moved.save(out, overwrite=overwrite)}/")
+
+
+@app.command()
 def merge(
     context: typer.Context,
     models: Annotated[list[str], typer.Argument(help="Two or more models, or one recipe (.yaml). " + MODEL)],

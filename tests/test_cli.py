@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from hf_rebasin import Alignment, Checkpoint, check
 from hf_rebasin.cli import app, main
 
-VERBS = ("demo", "inspect", "check", "align", "merge")
+VERBS = ("demo", "inspect", "check", "align", "apply", "merge")
 
 
 @pytest.fixture
@@ -101,6 +101,9 @@ def test_align_writes_the_moved_model_and_the_alignment(run, pair, bert, tmp_pat
     assert status == 0, said
     assert "converged" in said
     assert same_tensors(Alignment.load(file).apply(pair[1]), out)
+    assert run("apply", file, pair[1], "-o", tmp_path / "again")[0] == 0
+    assert same_tensors(tmp_path / "again", out)
+    assert "cannot be read as an alignment" in run("apply", tmp_path / "none", pair[1], "-o", tmp_path / "x")[1]
     assert check(out).holds
     assert "nothing would be written" in run("align", *pair)[1]
     assert "already there" in run("align", *pair, "--alignment", file)[1]
