@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import registry
-from .binding import read_spec, spec_of
+from .binding import bind, read_spec, spec_of
 from .checkpoint import Checkpoint, Source
 from .errors import CheckpointError, MismatchError, some
 from .groups import Element
@@ -190,11 +190,12 @@ class Alignment:
 
     def _spec_for(self, checkpoint: Checkpoint) -> Spec:
         """The target's own spec if its family has a table, else the embedded one on the target's shapes."""
-        table = table_for(checkpoint.config)
-        if table is not None:
+        if table_for(checkpoint.config) is not None:
             spec = spec_of(checkpoint)
-            spec.refuse_unless_within(self.spec, checkpoint.name)
-            return spec
+            own = self.spec.table.rows
+            if all(own.get(key, row) == row for key, row in spec.table.rows.items()):  # else it has a table of its own
+                spec.refuse_unless_within(self.spec, checkpoint.name)
+                return spec
         names = checkpoint.canonical(self.spec.table.prefix)
         shapes = {name: tuple(checkpoint.tensors[key].shape) for name, key in names.items()}
         for tensor in self.spec.tensors:
@@ -207,6 +208,9 @@ class Alignment:
                         f"{checkpoint.name}: {key!r}, which {carries}, is {shapes[key]}, in the alignment "
                         f"{self.spec.shapes[key]}"
                     )
+        if tied := [key for key in shapes if key in self.spec.ties and key not in self.spec.shapes]:
+            # stored twice here, as in a module's state dict: the table has a row for it
+            return bind(self.spec.table, shapes, {t: k for t, k in self.spec.ties.items() if t not in tied})
         more = next((key for key in shapes if key not in self.spec.shapes), None)
         if more is not None:
             raise MismatchError(f"{checkpoint.name} has a tensor {more!r}, of which the alignment knows nothing")

@@ -12,8 +12,8 @@ from . import registry
 from .binding import bind_to, spec_of
 from .checkpoint import Checkpoint, Source
 from .errors import OptionError
-from .knobs import refuse_mistakes
-from .merging import combine, lined_up
+from .knobs import knobs_for
+from .merging import combine, lined_up, method_with
 from .pairing import Assumption, paired
 from .recipe import Recipe
 from .solving import Problem, Solution, Solver
@@ -140,6 +140,7 @@ class Merged:
 def run(recipe: Recipe, *, progress: bool = False) -> Merged:
     """Open the models of a recipe, align all to the first (or to its `base_model`), and merge."""
     entries = recipe.in_order()
+    method_with(recipe.merge_method, recipe.method_knobs(), len(entries))  # what it cannot do is said before the work
     first, *others = (Checkpoint.open(entry.model, revision=entry.revision) for entry in entries)
     solutions: list[Solution] = []
     moved = [paired(first, other, recipe.assume) for other in others]
@@ -166,5 +167,4 @@ def run(recipe: Recipe, *, progress: bool = False) -> Merged:
 def solver_with(name: str, knobs: dict[str, Any]) -> Solver:
     """A solver with its knobs; unknown or unfitting ones raise OptionError."""
     kind = registry.find("solvers", name).Solver
-    refuse_mistakes(f"solver {name!r}", kind, knobs)
-    return cast(Solver, kind(**knobs))
+    return cast(Solver, kind(**knobs_for(f"solver {name!r}", kind, knobs)))

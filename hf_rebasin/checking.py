@@ -89,6 +89,8 @@ def check(
     alignment = Alignment.random(spec, generator)
     inputs = dict(example_inputs(model.config, generator) if inputs is None else inputs)
     before, float32_inside = outputs(model, inputs)
+    if not before.any():
+        raise CheckpointError(f"{checkpoint.name} gives nothing but zeros, which would prove nothing; train it first")
     state = Checkpoint.open(model)
     after, _ = outputs(alignment.apply(state).model(torch.float64).eval(), inputs)
     return Check(

@@ -21,7 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError, some
-from .folder import copy_side_files, download, read_json, read_tensors, refuse_target, replacing, write_tensors
+from .folder import (
+    copy_side_files,
+    download,
+    put_back,
+    read_json,
+    read_tensors,
+    refuse_target,
+    replacing,
+    write_tensors,
+)
 
 OLD_SPELLINGS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
@@ -67,6 +76,11 @@ class Checkpoint:
         if isinstance(source, nn.Module):
             return _of_module(source)
         if isinstance(source, Mapping):
+            other = [key for key, value in source.items() if not isinstance(value, Tensor)]
+            if other:
+                raise CheckpointError(
+                    f"not a state dict: {some(map(repr, other))} are no tensors; give the part that is"
+                )
             return Checkpoint(dict(source))
         folder = Path(source).expanduser()
         if folder.is_dir() and revision is not None:
@@ -167,7 +181,7 @@ class Checkpoint:
             dtype: of the module's parameters; by default that of the tensors.
 
         Raises:
-            CheckpointError: no class is known, or tensors are missing, left over or of another shape.
+            CheckpointError: no class is known, or tensors are missing or of another shape.
         """
         if self.template is not None and (names := _module_names(self.template)) is not None:
             return self._into_copy(self.template, names, dtype)
@@ -194,8 +208,8 @@ class Checkpoint:
 
     def _into_copy(self, template: nn.Module, names: Mapping[str, str], dtype: torch.dtype | None) -> nn.Module:
         model: Any = copy.deepcopy(template)
-        if dtype is not None or len(self.dtypes) == 1:
-            model = model.to(dtype or self.dtypes.pop())
+        if dtype is torch.float64:  # for checking; else what is not stored (rotary frequencies) keeps its precision
+            model = model.double()
         places = dict(model.named_parameters(remove_duplicate=False))
         places |= dict(model.named_buffers(remove_duplicate=False))
         for key, tensor in self.tensors.items():
@@ -212,8 +226,10 @@ class Checkpoint:
         Raises:
             TargetExistsError: the target is there and `overwrite` is not set, or it holds what is not a model's.
         """
+        target = Path(out).resolve()
+        put_back(target)
         refuse_target(out, overwrite, self.sources)
-        with replacing(Path(out).resolve()) as partial:
+        with replacing(target) as partial:
             self._write_side_files(partial)
             write_tensors(partial, self.tensors, max_shard_size)
         return Path(out)
@@ -221,7 +237,7 @@ class Checkpoint:
     def _write_side_files(self, folder: Path) -> None:
         if self.folder is not None:
             copy_side_files(self.folder, folder)
-        elif self.config is not None:
+        if self.config is not None and (self.folder is None or self.template is not None):
             self.config.save_pretrained(folder)
             generation = getattr(self.template, "generation_config", None)
             if generation is not None:
@@ -230,8 +246,8 @@ class Checkpoint:
 
     def _write_dtype(self, file: Path) -> None:
         """The configuration names the dtype of the weights, so that "auto" loads what was written."""
-        if self.config is not None and file.is_file() and len(self.dtypes) == 1:
-            said = json.loads(file.read_text())
+        said = read_json(file)
+        if len(self.dtypes) == 1 and (self.config is not None or "dtype" in said or "torch_dtype" in said):
             dtype = str(self.dtypes.pop()).removeprefix("torch.")
             if said.get("dtype", said.get("torch_dtype")) != dtype:
                 said.pop("torch_dtype", None)
@@ -269,8 +285,9 @@ def _class_of(config: Any) -> Any:
     import transformers
 
     for name in config.architectures or []:
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
+        named = getattr(transformers, name, None)
+        if isinstance(named, type) and getattr(named, "config_class", None) is type(config):
+            return named
     try:
         return transformers.MODEL_MAPPING[type(config)]
     except KeyError:
@@ -281,8 +298,12 @@ def _class_of(config: Any) -> Any:
 
 def _class_ties(config: Any) -> dict[str, str]:
     """The ties of the class a configuration names, by disk keys; no weights are made."""
-    with torch.device("meta"):
-        model = _class_of(config)(copy.deepcopy(config))
+    owner = _class_of(config)
+    try:
+        with torch.device("meta"):
+            model = owner(copy.deepcopy(config))
+    except (ValueError, TypeError, AttributeError, KeyError, ImportError, RuntimeError) as error:
+        raise CheckpointError(f"{owner.__name__} cannot be built from its configuration: {error!r}") from error
     return _ties(model)
 
 
@@ -347,4 +368,7 @@ def _of_module(module: nn.Module) -> Checkpoint:
         config.architectures = [name]
         name += f" of {config.name_or_path}" if config.name_or_path else ""
     tensors = {key: tensor.detach() for key, tensor in _to_disk(module, _stored(module)).items()}
-    return Checkpoint(tensors, config, name, _ties(module), template=module)
+    # the folder it was loaded from has its tokenizer
+    folder = Path(config.name_or_path) if config is not None and config.name_or_path else None
+    folder = folder if folder is not None and folder.is_dir() else None
+    return Checkpoint(tensors, config, name, _ties(module), folder, module, sources=(folder,) if folder else ())

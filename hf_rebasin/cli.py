@@ -46,7 +46,7 @@ def demo(
     ] = None,
     seeds: Annotated[int, typer.Option(help="How many of each are trained; every pair of them is merged.")] = 3,
 ) -> None:
-    """Train small models apart, align them, merge them, report. Four minutes, no download."""
+    """Train small models apart, align them, merge them, report. Three minutes on 2 cores, no download."""
     from . import demo as demonstration
 
     demonstration.run(out, kinds or demonstration.DEMO, seeds, say=typer.echo)
@@ -196,6 +196,9 @@ def main() -> None:
     except RebasinError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
+    except OSError as error:  # no such folder, no permission, no space left
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
     except KeyboardInterrupt:
         typer.echo("interrupted; a model that was not finished leaves nothing behind", err=True)
         sys.exit(130)
@@ -236,7 +239,10 @@ def _parameters(said: list[str]) -> dict[str, Any]:
         name, equals, value = one.partition("=")
         if not equals:
             raise OptionError(f"--parameter {one!r} is not NAME=VALUE, as in t=0.3")
-        parameters[name] = yaml.safe_load(value)
+        try:
+            parameters[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise OptionError(f"--parameter {one!r} has no value that can be read: {error}") from error
     return parameters
 
 
@@ -264,9 +270,10 @@ def _plan(recipe: Recipe, out: Path) -> None:
     """What a merge would do; every check that needs no computation is made."""
     from .binding import spec_of
     from .checkpoint import Checkpoint
-    from .merging import lined_up
+    from .merging import lined_up, method_with
     from .pairing import paired
 
+    method_with(recipe.merge_method, recipe.method_knobs(), len(recipe.models))
     first, *others = (Checkpoint.open(entry.model, revision=entry.revision) for entry in recipe.in_order())
     for checkpoint in (first, *others):
         checkpoint.refuse_broken()

@@ -17,9 +17,29 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-# What a folder needs besides its weights: configuration, generation settings, tokenizer, processor.
-SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", "tokenizer*", "vocab*", "merges*")
-NOT_SIDE_FILES = ("*.index.json", "trainer_state.json", "*_results.json")
+# What a model is besides its weights: configuration, generation settings, tokenizer, processor, code, and the parts of
+# a sentence transformer. These go along with a merge, and these alone may be overwritten.
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*tokenizer*",
+    "tokenization_*.py",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "chat_template.json",
+    "*processor_config.json",
+    "configuration_*.py",
+    "modeling_*.py",
+    "*processing_*.py",
+    "modules.json",
+    "sentence_*_config.json",
+    "config_sentence_transformers.json",
+)
 
 
 def download(repo: str, revision: str | None, token: str | None) -> Path:
@@ -91,7 +111,7 @@ def refuse_target(out: str | os.PathLike[str], overwrite: bool, sources: Iterabl
         raise TargetExistsError(f"{out} is already there; name another folder, or overwrite it (--overwrite)")
     if not target.is_dir():
         raise TargetExistsError(f"{out} is a file, and a model is a folder; name another")
-    foreign = [f.name for f in sorted(target.iterdir()) if not (f.is_file() and _is_of_a_model(f.name))]
+    foreign = [f.name for f in sorted(target.iterdir()) if not _is_of_a_model(f)]
     if foreign or not any((target / name).exists() for name in (SINGLE, INDEX, "config.json")):
         raise TargetExistsError(
             f"{out} holds what is not a model's ({some(foreign) or 'no weights and no configuration'}), so it is not "
@@ -99,26 +119,31 @@ def refuse_target(out: str | os.PathLike[str], overwrite: bool, sources: Iterabl
         )
 
 
-def _is_of_a_model(name: str) -> bool:
-    """Whether a file is one that `save` or `save_pretrained` writes."""
+def _is_of_a_model(path: Path) -> bool:
+    """Whether it is one of the things that `save` or `save_pretrained` writes."""
+    if path.is_dir():
+        return _is_side_folder(path)
+    name = path.name
     return _is_side_file(name) or fnmatch.fnmatch(name, "model*.safetensors") or name in (INDEX, "README.md")
 
 
 def _is_side_file(name: str) -> bool:
-    def matches(patterns: Iterable[str]) -> bool:
-        return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+    return any(fnmatch.fnmatch(name, pattern) for pattern in SIDE_FILES)
 
-    return matches(SIDE_FILES) and not matches(NOT_SIDE_FILES)
+
+def _is_side_folder(path: Path) -> bool:
+    """A folder of small files: further chat templates, a part of a sentence transformer."""
+    inside = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else []
+    return bool(inside) and not path.name.startswith(".") and all(_is_side_file(file.name) for file in inside)
 
 
 def copy_side_files(source: Path, folder: Path) -> None:
     """Copy what a model needs besides its weights."""
     for file in sorted(source.iterdir()):
-        inside = [f for f in file.rglob("*") if f.is_file()] if file.is_dir() else []
         if file.is_file() and _is_side_file(file.name):
             shutil.copyfile(file, folder / file.name)
-        elif inside and not file.name.startswith(".") and all(_is_side_file(f.name) for f in inside):
-            shutil.copytree(file, folder / file.name)  # chat templates, the parts of a sentence transformer
+        elif _is_side_folder(file):
+            shutil.copytree(file, folder / file.name)
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_size: str) -> None:
@@ -145,17 +170,26 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_size: s
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
+def _beside(target: Path) -> tuple[Path, Path]:
+    return target.parent / f".{target.name}.partial", target.parent / f".{target.name}.old"
+
+
+def put_back(target: Path) -> None:
+    """Where a run was killed in the middle of an exchange, put back what was there before."""
+    _, old = _beside(target)
+    if old.exists() and not target.exists():
+        old.rename(target)
+
+
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """A partial folder beside the target that takes its place at the end, or is removed if anything fails.
 
     What was there before is kept aside until then, and put back if the exchange fails. Leftovers of a run that was
-    killed are cleaned up first; if it was killed in the middle of the exchange, what was there before is put back.
+    killed are cleaned up first.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = (target.parent / f".{target.name}.{what}" for what in ("partial", "old"))
-    if old.exists() and not target.exists():
-        old.rename(target)
+    partial, old = _beside(target)
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
 from .errors import OptionError, nearest
@@ -17,24 +17,26 @@ def knobs_of(thing: Callable[..., Any]) -> dict[str, Any]:
     return {p.name: hints[p.name] for p in parameters if inspect.isclass(thing) or p.kind is p.KEYWORD_ONLY}
 
 
-def mistakes(thing: Callable[..., Any], given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(knob, what is wrong with it) for every knob that is unknown or cannot have its value."""
+def read_knobs(thing: Callable[..., Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """(knobs with values of their types, what is wrong with the others): `{"t": "1e-1"}` makes `{"t": 0.1}`."""
     from pydantic import TypeAdapter, ValidationError
 
-    known = knobs_of(thing)
+    known, values, wrong = knobs_of(thing), {}, {}
     for knob, value in given.items():
         if knob not in known:
-            yield knob, f"no such parameter{nearest(str(knob), known)}"
+            wrong[knob] = f"no such parameter{nearest(str(knob), known)}"
             continue
         try:
-            TypeAdapter(known[knob]).validate_python(value, strict=False)
+            values[knob] = TypeAdapter(known[knob]).validate_python(value)
         except ValidationError as error:
             message = error.errors()[0]["msg"]
-            yield knob, f"{value!r} does not fit: {message[0].lower()}{message[1:]}"
+            wrong[knob] = f"{value!r} does not fit: {message[0].lower()}{message[1:]}"
+    return values, wrong
 
 
-def refuse_mistakes(what: str, thing: Callable[..., Any], given: Mapping[str, Any]) -> None:
-    """Raise OptionError that lists everything wrong with some knobs."""
-    found = [f"{knob}: {message}" for knob, message in mistakes(thing, given)]
-    if found:
-        raise OptionError(f"{what}: {'; '.join(found)}")
+def knobs_for(what: str, thing: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Knobs with values of their types; OptionError lists everything that is wrong."""
+    values, wrong = read_knobs(thing, given)
+    if wrong:
+        raise OptionError(f"{what}: {'; '.join(f'{knob}: {message}' for knob, message in wrong.items())}")
+    return values

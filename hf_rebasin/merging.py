@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from tqdm import tqdm
 from . import registry
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, MismatchError, some
-from .knobs import refuse_mistakes
+from .knobs import knobs_for
 
 
 def combine(
@@ -41,7 +41,7 @@ def combine(
         MismatchError: tensors that are missing, left over or of another shape.
         UnknownNameError, OptionError: the method or a knob.
     """
-    merge = method_with(method, knobs or {})
+    merge = method_with(method, knobs or {}, len(checkpoints))
     first = checkpoints[0]
     for checkpoint in checkpoints:
         checkpoint.refuse_broken()
@@ -80,11 +80,12 @@ def _refuse_if_it_matters(key: str, tensors: Sequence[Tensor], checkpoints: Sequ
             )
 
 
-def method_with(name: str, knobs: Mapping[str, Any]) -> Callable[[Sequence[Tensor]], Tensor]:
-    """A merge method with its knobs; unknown or unfitting ones raise OptionError."""
+def method_with(name: str, knobs: Mapping[str, Any], models: int) -> Callable[[Sequence[Tensor]], Tensor]:
+    """A merge method with its knobs, tried on that many scalars; what it cannot do raises OptionError here."""
     merge = registry.find("merge_methods", name).merge
-    refuse_mistakes(f"merge method {name!r}", merge, knobs)
-    return lambda tensors: merge(tensors, **knobs)
+    values = knobs_for(f"merge method {name!r}", merge, knobs)
+    merge([torch.zeros(())] * models, **values)
+    return lambda tensors: cast(Tensor, merge(tensors, **values))
 
 
 def lined_up(first: Checkpoint, other: Checkpoint, prefix: str | tuple[str, ...] | None = None) -> dict[str, Tensor]:

@@ -198,6 +198,11 @@ def _labels(fixed: Checkpoint, moving: Checkpoint) -> list[int] | None:
 
 def _vocabularies(fixed: Checkpoint, moving: Checkpoint) -> list[int] | None:
     a, b = _tokenizer_folder(fixed), _tokenizer_folder(moving)
+    names = [getattr(c.config, "name_or_path", None) for c in (fixed, moving)]
+    if a is None and b is None and any(names):
+        logger.warning(
+            "no tokenizer of %s or %s is here, so the vocabularies were not compared", fixed.name, moving.name
+        )
     if a is None and b is None:
         return None
     if a is None or b is None:
@@ -208,9 +213,7 @@ def _vocabularies(fixed: Checkpoint, moving: Checkpoint) -> list[int] | None:
 
 
 def _tokenizer_folder(checkpoint: Checkpoint) -> Path | None:
-    """Where a model's tokenizer is: its folder, or the folder its module was loaded from."""
-    said = getattr(checkpoint.config, "name_or_path", None)
-    folder = checkpoint.folder or (Path(said) if said else None)
+    folder = checkpoint.folder
     return folder if folder and any((folder / file).is_file() for file in TOKENIZER_FILES) else None
 
 
@@ -219,8 +222,8 @@ def _tokens(folder: Path) -> dict[str, int]:
 
     try:
         return dict(AutoTokenizer.from_pretrained(folder).get_vocab())
-    except (ValueError, OSError, ImportError) as error:
+    except Exception as error:  # a broken file raises whatever the code reading it stumbles on
         raise MismatchError(
-            f"the tokenizer in {folder} cannot be loaded ({error}), so the vocabularies cannot be compared; if they "
+            f"the tokenizer in {folder} cannot be loaded ({error!r}), so the vocabularies cannot be compared; if they "
             "are the same, say so (--assume vocabulary)"
         ) from error

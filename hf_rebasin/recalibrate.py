@@ -23,7 +23,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> in
         The number of BatchNorm layers; with none, no batch is read.
 
     Raises:
-        OptionError: there are BatchNorm layers and no batches; the statistics stay as they were.
+        OptionError: there are BatchNorm layers and no batches. Whatever fails, the statistics stay as they were.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
@@ -33,6 +33,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> in
     batch = next(stream, None)
     if batch is None:
         raise OptionError("no batch came, so there is nothing to take statistics of; is the iterator used up?")
+    before = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
     try:
         model.eval()
         for norm in norms:
@@ -42,6 +43,10 @@ def recalibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> in
         while batch is not None:
             model(**batch)
             batch = next(stream, None)
+    except BaseException:
+        for norm, buffers in zip(norms, before, strict=True):
+            norm.load_state_dict(buffers, strict=False)
+        raise
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

@@ -23,8 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from . import registry
 from .errors import RecipeError, UnknownNameError, nearest
-from .knobs import knobs_of
-from .knobs import mistakes as wrong_knobs
+from .knobs import knobs_of, read_knobs
 
 
 class _Strict(BaseModel):
@@ -171,9 +170,10 @@ def _unknown_names(said: Mapping[str, Any]) -> Iterator[str]:
     try:
         merge = registry.find("merge_methods", str(method)).merge
         knobs = knobs_of(merge)
-        for knob, message in wrong_knobs(merge, parameters if isinstance(parameters, Mapping) else {}):
+        for knob, message in read_knobs(merge, parameters if isinstance(parameters, Mapping) else {})[1].items():
             yield f"parameters.{knob}: {message}"
-        entries = [m for m in said.get("models") or () if isinstance(m, Mapping)]
+        models = said.get("models")
+        entries = [m for m in models if isinstance(m, Mapping)] if isinstance(models, list | tuple) else []
         weighted = [m for m in entries if isinstance(m.get("parameters"), Mapping) and "weight" in m["parameters"]]
         if weighted and "weights" not in knobs:
             yield f"models: {method} takes no weight per model; its parameters are {', '.join(knobs)}"
@@ -186,7 +186,7 @@ def _unknown_names(said: Mapping[str, Any]) -> Iterator[str]:
         try:
             solver = registry.find("solvers", str(align.get("solver", "weight_matching"))).Solver
             own = AlignSettings.model_fields
-            for knob, message in wrong_knobs(solver, {k: v for k, v in align.items() if k not in own}):
+            for knob, message in read_knobs(solver, {k: v for k, v in align.items() if k not in own})[1].items():
                 yield f"align.{knob}: {message}"
         except UnknownNameError as error:
             yield f"align.solver: {error}"

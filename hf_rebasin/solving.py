@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import itertools
 import math
 import os
 import time
@@ -135,12 +134,16 @@ def coordinate_ascent(problem: Problem, measure: Measure, starts: int, max_sweep
         return Solution(Alignment(spec, {}), objective(problem, {}), (), Status.IDENTITY, clock.seconds)
     enough = _bound(problem) * (1 - ROUNDING)
     best = _Ascent(problem, measure, clock, "start 1", enough).anchored().swept(max_sweeps)
-    for start in itertools.count(2):
-        better_than_identity = best.history[-1] >= best.history[0]
-        if better_than_identity and (start > starts or best.is_identity or best.history[-1] >= enough):
+    start = 2
+    # one more than asked for where the first ends below the identity, from which the second starts
+    while start <= starts or (start == 2 and best.history[-1] < best.history[0]):
+        if best.history[-1] >= best.history[0] and (best.is_identity or best.history[-1] >= enough):
             break
         other = _Ascent(problem, measure, clock, f"start {start}", enough).swept(max_sweeps)
         best = max(best, other, key=lambda ascent: ascent.history[-1])  # the first of equals
+        start += 1
+    if best.history[-1] < best.history[0]:  # by rounding
+        best = _Ascent(problem, measure, clock, "identity", enough)
     status = best.status
     if best.is_identity:
         status = Status.IDENTITY

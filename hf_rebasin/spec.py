@@ -187,14 +187,14 @@ class Spec:
     def refuse_unless_within(self, other: Spec, name: str) -> None:
         """Raise MismatchError that names the first symmetry of this spec that an alignment's lacks or has otherwise.
 
-        What is held here and unknown there is no matter: nothing would move it.
+        What is held here and unknown there, or the other way round held there, is no matter: nothing would move it.
         """
         for symmetry in self.symmetries.values():
             theirs = other.symmetries.get(symmetry.name)
             said = f"symmetry {symmetry.name!r} is {symmetry.group} of size {symmetry.size} in {name}"
             if theirs is None and symmetry.moves:
                 raise MismatchError(f"{said}, and unknown to the alignment{nearest(symmetry.name, other.symmetries)}")
-            if theirs is not None and theirs != symmetry:
+            if theirs is not None and theirs != symmetry and (theirs.moves or theirs.size != symmetry.size):
                 raise MismatchError(f"{said}, {theirs.group} of size {theirs.size} in the alignment")
 
     def to_json(self) -> str:

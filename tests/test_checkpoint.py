@@ -292,3 +292,80 @@ def test_a_broken_alignment_is_refused(bert, tmp_path):
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"is not an alignment"):
         Alignment.load(file)
+
+
+def test_what_is_not_stored_keeps_its_precision(tmp_path):
+    from conftest import FIRST, TINY
+
+    llama = TINY[FIRST["llama"]]
+    narrow = type(llama).from_pretrained(Checkpoint.open(llama).save(tmp_path / "model"), dtype=torch.bfloat16)
+    assert narrow.model.rotary_emb.inv_freq.dtype == torch.float32
+    moved = Alignment.identity(spec_for(narrow)).apply(narrow)
+    assert moved.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert torch.equal(moved.model.rotary_emb.inv_freq, narrow.model.rotary_emb.inv_freq)
+
+
+def test_overwriting_spares_what_is_not_a_models(bert, tmp_path):
+    for name in ("train.py", "notes.txt", "results.json"):
+        folder = Checkpoint.open(bert).save(tmp_path / name)
+        (folder / name).write_text("mine")
+        with pytest.raises(TargetExistsError, match=rf"holds what is not a model's \({name}\)"):
+            Checkpoint.open(bert).save(folder, overwrite=True)
+        assert (folder / name).read_text() == "mine"
+    folder = Checkpoint.open(bert).save(tmp_path / "parts")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text("{}")
+    out = merge([folder, folder]).save(tmp_path / "out")
+    merge([folder, folder]).save(out, overwrite=True)
+    assert sorted(f.name for f in tmp_path.iterdir() if f.name.startswith(".")) == []
+
+
+def test_a_module_keeps_the_tokenizer_of_its_folder(folder, bert, tmp_path):
+    (folder / "vocab.txt").write_text("a")
+    model = type(bert).from_pretrained(folder)
+    assert (merge([model, model]).save(tmp_path / "out") / "vocab.txt").read_text() == "a"
+    with pytest.raises(TargetExistsError, match=r"which is read"):
+        Checkpoint.open(model).save(folder, overwrite=True)
+
+
+def test_an_old_model_that_was_put_back_is_not_overwritten_unasked(folder, bert):
+    folder.rename(folder.parent / ".model.old")
+    with pytest.raises(TargetExistsError, match=r"already there"):
+        Checkpoint.open(bert).save(folder)
+    assert same_tensors(folder, bert)
+
+
+def test_files_have_ordinary_modes(folder):
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
+
+
+def test_what_is_no_state_dict_is_said():
+    with pytest.raises(CheckpointError, match=r"not a state dict: 'epoch' are no tensors"):
+        Checkpoint.open({"w": torch.ones(1), "epoch": 3})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_attention_heads": 5},
+        {"hidden_act": "foo"},
+        {"architectures": ["pipeline"]},
+        {"architectures": ["GPT2Model"]},
+    ],
+)
+def test_configurations_that_build_nothing(folder, change):
+    said = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(said | change))
+    if "architectures" in change:  # no class of this family: taken for the bare model, held
+        assert spec_for(folder).symmetries["residual"].kind == "held"
+    else:
+        with pytest.raises(CheckpointError, match=r"BertForMaskedLM cannot be built from its configuration"):
+            Checkpoint.open(folder)
+
+
+def test_state_dicts_with_tied_weights_move(bert):
+    state = {key: tensor.clone() for key, tensor in bert.state_dict().items()}
+    moved, alignment = moved_copy(bert)
+    again = alignment.apply(state)
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[key], tensor) for key, tensor in moved.state_dict().items())

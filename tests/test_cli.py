@@ -62,12 +62,16 @@ def test_options_of_a_merge(run, pair, tmp_path):
         (("--method", "lerpp"), "merge_method: no merge method 'lerpp'; did you mean 'lerp'"),
         (("-p", "tt=1"), "parameters.tt: no such parameter; known: normalize, weights"),
         (("-p", "t"), "is not NAME=VALUE"),
+        (("-p", "weights=[1"), "has no value that can be read"),
+        (("-p", "weights=[1,2,3]"), "3 weights for 2 models"),
+        (("-p", "weights=[1,2,3]", "--dry-run"), "3 weights for 2 models"),
         (("--assume", "everything"), "assume.0: input should be"),
     ):
         status, said = run("merge", *pair, "-o", tmp_path / "other", *arguments)
         assert status == 1
         assert says in said
         assert not (tmp_path / "other").exists()
+    assert "error: " in run("merge", *pair, "-o", "/proc/none/such")[1]
     assert "which is read" in run("merge", *pair, "-o", pair[1], "--overwrite")[1]
     assert "is or holds" in run("merge", *pair, "-o", tmp_path, "--overwrite", "--dry-run")[1]
     assert "already there" in run("merge", *pair, "-o", out, "--dry-run")[1]

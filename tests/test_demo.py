@@ -58,6 +58,7 @@ def test_statistics_are_the_cumulative_average_and_nothing_else_changes(generato
         def forward(self, x):
             return self.net(x)
 
+    model[0].num_batches_tracked += 7  # of its training
     net, batches = Net().eval(), [torch.randn(8, 3, 4, 4, generator=generator) + i for i in range(4)]
     assert recalibrate(net, ({"x": x} for x in batches)) == 1
     norm = model[0]

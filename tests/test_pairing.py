@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import TINY, other_seed, same_tensors
 
-from hf_rebasin import Checkpoint, align, merge
+from hf_rebasin import Alignment, Checkpoint, Status, align, merge, spec_for
 from hf_rebasin.errors import MismatchError
 
 CLASSIFIER = "bert-4-BertForSequenceClassification"
@@ -102,6 +102,10 @@ def test_vocabularies_are_compared_by_string(bert, tmp_path):
     from hf_rebasin.recipe import Recipe
 
     assert same_tensors(run(Recipe.from_dict({"models": [str(a), str(b)]})).checkpoint, a)
+    planted = Alignment.random(spec_for(b), torch.Generator().manual_seed(0)).apply(b).save(tmp_path / "planted")
+    done = run(Recipe.from_dict({"models": [str(a), str(planted)]}))
+    assert done.solutions[0].status is Status.EQUAL, "rows are matched once, not twice"
+    assert same_tensors(done.checkpoint, a)
     c = save_with_vocabulary(bert, tmp_path / "c", [*tokens[:-1], "new"])
     with pytest.raises(
         MismatchError, match=r"different vocabulary: only the first has 'new'; only the second has 'w84'"

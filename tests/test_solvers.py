@@ -14,6 +14,7 @@ from torch import nn
 from hf_rebasin import Alignment, Checkpoint, Problem, Status, Table, align, registry, spec_for
 from hf_rebasin.errors import CheckpointError, MismatchError, OptionError, UnknownNameError
 from hf_rebasin.solvers.weight_matching import Solver as WeightMatching
+from hf_rebasin.table import table_for
 
 
 @pytest.fixture(params=registry.names("solvers"))
@@ -214,3 +215,54 @@ def test_an_alignment_of_a_plain_state_dict_names_the_first_difference(generator
         g.apply({"a": torch.randn(4, 2)})
     with pytest.raises(MismatchError, match="has a tensor 'c', of which the alignment knows nothing"):
         g.apply(state | {"c": torch.randn(1)})
+
+
+def test_a_table_of_ones_own_is_used_though_the_family_has_one(bert):
+    own = table_for(bert.config)
+    still = replace(own, groups={**own.groups, "residual": "held"})
+    assert same_tensors(align(bert, bert, spec=still).apply(bert), bert)
+    moved = Alignment.random(spec_for(bert, still), torch.Generator().manual_seed(0)).apply(bert)
+    key = "bert.embeddings.word_embeddings.weight"
+    assert torch.equal(Checkpoint.open(moved).tensors[key], Checkpoint.open(bert).tensors[key])
+    row = "encoder.layer.*.intermediate.dense.bias"
+    wrong = Alignment.random(
+        spec_for(bert, replace(own, rows={**own.rows, row: "_"})), torch.Generator().manual_seed(0)
+    )
+    key = "bert.encoder.layer.0.intermediate.dense.bias"
+    assert torch.equal(Checkpoint.open(wrong.apply(bert)).tensors[key], Checkpoint.open(bert).tensors[key])
+
+
+def test_rounding_does_not_keep_a_solver_going(solver):
+    """Large blocks that cancel: float32 sees gains that are none."""
+    table = Table({"x": "h, _", "y": "_, h'"}, {"h": "permutation"})
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+
+        def near(value, *shape, generator=generator):
+            return value + 1e-3 * torch.randn(*shape, generator=generator)
+
+        a = {"x": near(100, 10, 20), "y": near(100, 20, 10)}
+        b = {"x": near(100, 10, 20), "y": near(-100, 20, 10)}
+        solution = align(a, b, spec=table, solver=solver)
+        assert solution.objective >= solution.history[0]
+
+
+def test_alignments_of_other_models_do_not_compose(bert):
+    wider = type(bert)(type(bert.config)(**(bert.config.to_dict() | {"intermediate_size": 28})))
+    g, h = (Alignment.random(spec_for(model), torch.Generator()) for model in (bert, wider))
+    for one, other in ((g, h), (h, g)):
+        with pytest.raises(MismatchError, match=r"symmetry 'ff.0' is permutation of size"):
+            one.compose(other)
+
+
+def test_going_outwards_finds_what_random_orders_miss(generator):
+    """Eight hidden layers in other orders: from the identity most are lost, from the input inwards none."""
+    sizes = [1, *[10] * 8, 1]
+    rows = {f"{i}": f"{f'h.{i}' if i < 8 else '_'}, {f'h.{i - 1}' if i else '_'}" for i in range(9)}
+    table = Table(rows, {"h.*": "permutation"})
+    for _ in range(10):
+        a = {f"{i}": torch.randn(sizes[i + 1], sizes[i], generator=generator) for i in range(9)}
+        b = Alignment.random(spec_for(a, table), generator).apply(a)
+        solution = align(a, b, spec=table, starts=1)
+        assert solution.status is Status.EQUAL
+        assert len(solution.history) == 2, "found on the way outwards, before any sweep"

@@ -3,7 +3,7 @@
 Git Re-Basin (Ainsworth, Hayase, Srinivasa 2022, arXiv 2209.04836), section 3.2: for one symmetry at a time, with all
 others held, the objective is linear in g; its matrix is one contraction per block over all other dimensions, and the
 best g is its projection to the group (for permutations, a linear assignment). Nested symmetries are decided together,
-as for heads in 2403.00986. Within a start the objective never falls, and it never ends below that of the identity.
+as for heads in 2403.00986. The objective never falls from sweep to sweep, and never ends below that of the identity.
 """
 
 from __future__ import annotations
