@@ -86,10 +86,14 @@ def align(
     b = paired(a, b, assume)
     if isinstance(spec, Table):
         spec = bind_to(spec, a)
-    spec = spec or spec_of(a)
+    return _solved(chosen, spec or spec_of(a), a, b, seed, progress)
+
+
+def _solved(solver: Solver, spec: Spec, fixed: Checkpoint, moving: Checkpoint, seed: int, progress: bool) -> Solution:
+    """Align two checkpoints that are known to be sound and to mean the same."""
     prefix = spec.table.prefix
-    problem = Problem(spec, a.state(prefix), lined_up(a, b, prefix), torch.Generator().manual_seed(seed), progress)
-    return chosen.solve(problem)
+    generator = torch.Generator().manual_seed(seed)
+    return solver.solve(Problem(spec, fixed.state(prefix), lined_up(fixed, moving, prefix), generator, progress))
 
 
 def merge(
@@ -142,23 +146,14 @@ def run(recipe: Recipe, *, progress: bool = False) -> Merged:
     entries = recipe.in_order()
     method_with(recipe.merge_method, recipe.method_knobs(), len(entries))  # what it cannot do is said before the work
     first, *others = (Checkpoint.open(entry.model, revision=entry.revision) for entry in entries)
+    for checkpoint in (first, *others):
+        checkpoint.refuse_broken()
     solutions: list[Solution] = []
     moved = [paired(first, other, recipe.assume) for other in others]
-    settings = recipe.align
-    if settings is not None:
-        knobs = settings.knobs()
-        for i, other in enumerate(moved):
-            found = align(
-                first,
-                other,
-                solver=settings.solver,
-                seed=settings.seed,
-                assume=recipe.assume,
-                progress=progress,
-                **knobs,
-            )
-            solutions.append(found)
-            moved[i] = found.apply(other)
+    if recipe.align is not None:
+        solver, spec = solver_with(recipe.align.solver, recipe.align.knobs()), spec_of(first)
+        solutions = [_solved(solver, spec, first, other, recipe.align.seed, progress) for other in moved]
+        moved = [solution.apply(other) for solution, other in zip(solutions, moved, strict=True)]
     dtype = None if recipe.dtype is None else getattr(torch, recipe.dtype)
     merged = combine([first, *moved], recipe.merge_method, recipe.method_knobs(), dtype=dtype, progress=progress)
     return Merged(merged, (first, *others), tuple(solutions))

@@ -193,10 +193,7 @@ def main() -> None:
     """The entry point: errors of ours are one sentence and exit status 1."""
     try:
         app()
-    except RebasinError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
-    except OSError as error:  # no such folder, no permission, no space left
+    except (RebasinError, OSError) as error:  # of the system: no such folder, no permission, no space left
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:

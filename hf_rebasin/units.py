@@ -8,7 +8,7 @@ h' are. Where it came from, weights or activations, makes no difference here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -65,18 +65,17 @@ def solve(nested: Nested, similarity: Similarity) -> Elements:
     match, then one outer projection of those values; exact. Several side by side that share a combination, as Llama's
     query groups and value units share `o_proj`: a coordinate loop, started from what each has for itself.
     """
+    families = {top: {top, *nested.inside(top).contexts} for top in nested.tops}
     elements: Elements = {}
-    for top in nested.tops:  # from what does not involve the others
-        family = {top, *nested.inside(top).contexts}
+    for top, family in families.items():  # from what does not involve the others
         own = {names: s for names, s in similarity.items() if family.issuperset(names)}
         elements |= _solve_family(nested.only(family), own, top)
-    if len(nested.tops) == 1 or all(_family(nested, names) for names in similarity):
+    if all(any(family.issuperset(names) for family in families.values()) for names in similarity):
         return elements
     best = value(nested, similarity, elements)
     while True:
         start = best
-        for top in nested.tops:
-            family = {top, *nested.inside(top).contexts}
+        for top, family in families.items():
             reduced = _reduced(nested, similarity, elements, family)
             found = elements | _solve_family(nested.only(family), reduced, top)
             now = value(nested, similarity, found)
@@ -84,11 +83,6 @@ def solve(nested: Nested, similarity: Similarity) -> Elements:
                 best, elements = now, found
         if best <= start + 1e-9 * abs(start):
             return elements
-
-
-def _family(nested: Nested, names: Sequence[str]) -> bool:
-    """Whether a combination involves one top only."""
-    return any({top, *nested.inside(top).contexts}.issuperset(names) for top in nested.tops)
 
 
 def _solve_family(nested: Nested, similarity: Similarity, top: str) -> Elements:
