@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .api import align, merge, spec_for
     from .checking import Check, check
     from .checkpoint import Checkpoint
+    from .coordinate_descent import MergeMany, PermutationCoordinateDescent
     from .errors import RebasinError
     from .recipe import Recipe
     from .solving import Problem, Solution, Status
@@ -21,6 +22,8 @@ __all__ = [
     "Alignment",
     "Check",
     "Checkpoint",
+    "MergeMany",
+    "PermutationCoordinateDescent",
     "Problem",
     "RebasinError",
     "Recipe",
@@ -39,6 +42,8 @@ _HOME = {
     "Alignment": "alignment",
     "Check": "checking",
     "Checkpoint": "checkpoint",
+    "MergeMany": "coordinate_descent",
+    "PermutationCoordinateDescent": "coordinate_descent",
     "Problem": "solving",
     "RebasinError": "errors",
     "Recipe": "recipe",

@@ -9,9 +9,10 @@ from typing import Any, cast
 import torch
 
 from . import registry
-from .binding import bind_to, spec_of
+from .binding import bind_to, inferred, spec_of
 from .checkpoint import Checkpoint, Source
 from .errors import OptionError
+from .inputs import Inputs
 from .knobs import knobs_for
 from .merging import combine, lined_up, method_with
 from .pairing import Assumption, paired
@@ -21,16 +22,17 @@ from .spec import Spec
 from .table import Table
 
 
-def spec_for(source: Source, table: Table | None = None) -> Spec:
-    """The symmetries of a model.
+def spec_for(source: Source, table: Table | None = None, inputs: Inputs | None = None) -> Spec:
+    """The symmetries of a model: by the table of its family, or inferred where `hf_rebasin/specs/` has none.
 
     Args:
         source: a folder, Hub id, module, state dict or checkpoint.
-        table: for a model whose family has no file in `hf_rebasin/specs/`.
+        table: to be used instead.
+        inputs: of the forward pass that is looked at where there is no table; see `infer_spec`.
 
     Raises:
-        MismatchError: no table describes this model.
-        SpecError: the table does not fit; names the key, its shape and the row.
+        MismatchError: there is neither a table nor a module with inputs.
+        SpecError: the table does not fit (names the key, its shape and the row), or nothing can be inferred.
 
     Example:
         >>> spec = spec_for("google-bert/bert-base-uncased")
@@ -38,7 +40,42 @@ def spec_for(source: Source, table: Table | None = None) -> Spec:
         Symmetry(name='head.0', kind='permutation', size=12, contexts=())
     """
     checkpoint = Checkpoint.open(source)
-    return spec_of(checkpoint) if table is None else bind_to(table, checkpoint)
+    return spec_of(checkpoint, inputs) if table is None else bind_to(table, checkpoint)
+
+
+def infer_spec(model: Source, inputs: Inputs | None = None) -> Spec:
+    """The symmetries of any module, read off its own forward pass.
+
+    The forward pass is run once on shapes alone, without weights and in milliseconds; every operation says which axes
+    move together, which are composed of others, and which hang on an order. What an operation without a rule touches
+    is held: a symmetry may be missed, but none is made up. All that is found are permutations.
+
+    Args:
+        model: a module, neither changed nor read; or a folder or Hub id of a transformers model.
+        inputs: of its forward pass: a tensor, a tuple of positional or a dictionary of keyword arguments. For a
+            transformers model random tokens or images are made up. A branch that these inputs do not take is not seen,
+            and what it alone uses is held.
+
+    Returns:
+        A `Spec` whose `pins` say for every axis that is held which operation pinned it, and whose `activations` say
+        which modules' outputs carry which symmetry.
+
+    Raises:
+        MismatchError: no inputs are known.
+        SpecError: the forward pass fails, or asks for values that hang on the weights.
+
+    Example: the hidden units of two linear layers.
+
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> spec = infer_spec(model, torch.zeros(1, 8))
+        >>> spec.table.rows
+        {'0.weight': 'hidden.0, _', '0.bias': 'hidden.0', '2.weight': "_, hidden.0'", '2.bias': '_'}
+        >>> spec.pins["2.bias"]
+        ('an output of the model',)
+        >>> spec.activations["1"]
+        '_, hidden.0'
+    """
+    return inferred(Checkpoint.open(model), inputs)
 
 
 def align(
@@ -47,6 +84,7 @@ def align(
     *,
     solver: str | Solver = "weight_matching",
     spec: Spec | Table | None = None,
+    inputs: Inputs | None = None,
     seed: int = 0,
     assume: Iterable[Assumption] = (),
     progress: bool = False,
@@ -58,7 +96,9 @@ def align(
         fixed: the model that stays: a folder, Hub id, module, state dict or checkpoint.
         moving: the model that is to be moved; neither is changed.
         solver: a file of `hf_rebasin/solvers/`, or a solver object.
-        spec: the symmetries; by default those of the table of the fixed model's family.
+        spec: the symmetries; by default those of the table of the fixed model's family, or else those that the forward
+            pass of either of the two shows.
+        inputs: for that forward pass; see `infer_spec`.
         seed: of everything random in the solver; the same seed gives the same alignment.
         assume: what to take for the same without looking: "config", "labels", "vocabulary".
         progress: show a progress bar (on a terminal).
@@ -86,7 +126,8 @@ def align(
     b = paired(a, b, assume)
     if isinstance(spec, Table):
         spec = bind_to(spec, a)
-    return _solved(chosen, spec or spec_of(a), a, b, seed, progress)
+    # one of the two may be a bare state dict
+    return _solved(chosen, spec or spec_of(a if a.template or a.config or not b.template else b, inputs), a, b, seed, progress)
 
 
 def _solved(solver: Solver, spec: Spec, fixed: Checkpoint, moving: Checkpoint, seed: int, progress: bool) -> Solution:

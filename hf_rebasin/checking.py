@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from .alignment import Alignment
 from .binding import spec_of
 from .checkpoint import Checkpoint, Source
-from .errors import CheckpointError
+from .errors import CheckpointError, MismatchError
+from .inputs import Inputs, example_inputs, outputs_in, run
 from .spec import Spec
 from .table import families
 
@@ -63,14 +65,15 @@ class Check:
 
 
 def check(
-    source: Source, *, spec: Spec | None = None, inputs: Mapping[str, Tensor] | None = None, seed: int = 0
+    source: Source, *, spec: Spec | None = None, inputs: Inputs | None = None, seed: int = 0
 ) -> Check:
     """Move a model by a random element of all its symmetries and compare its outputs, in float64.
 
     Args:
         source: a folder, Hub id, module or checkpoint.
-        spec: its symmetries; by default those of its family's table.
-        inputs: of the forward pass; by default random tokens or images that fit the configuration.
+        spec: its symmetries; by default those of its family's table, or else those its forward pass shows.
+        inputs: of the forward pass: a tensor, a tuple of positional or a dictionary of keyword arguments; by default
+            random tokens or images that fit a transformers configuration.
         seed: of the random element and the random inputs.
 
     Raises:
@@ -85,9 +88,11 @@ def check(
     generator = torch.Generator().manual_seed(seed)
     model = checkpoint.model(torch.float64).eval()
     # a file may hold more than its class computes with, such as a pooler: what is checked is what is computed
-    spec = spec or spec_of(Checkpoint.open(model))
+    spec = spec or spec_of(Checkpoint.open(model), inputs)
     alignment = Alignment.random(spec, generator)
-    inputs = dict(example_inputs(model.config, generator) if inputs is None else inputs)
+    if inputs is None:
+        inputs = example_inputs(_config_of(model), generator)
+    inputs = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
     before, float32_inside = outputs(model, inputs)
     if not before.any():
         raise CheckpointError(f"{checkpoint.name} gives nothing but zeros, which would prove nothing; train it first")
@@ -117,7 +122,7 @@ def tiny_models() -> Iterator[tuple[str, nn.Module]]:
 
 
 @torch.no_grad()
-def scramble(model: nn.Module, generator: torch.Generator) -> None:
+def scramble(model: nn.Module, generator: torch.Generator, inputs: Inputs | None = None) -> None:
     """Weights ×10; norms, biases and statistics random: at initialisation many a wrong table would not be seen."""
 
     def noise(like: Tensor) -> Tensor:
@@ -133,7 +138,7 @@ def scramble(model: nn.Module, generator: torch.Generator) -> None:
     if batch_norms:  # statistics near the true ones, so that the signal reaches the end, then noise on them
         for norm in batch_norms:
             norm.momentum = 1.0
-        model.train()(**example_inputs(model.config, generator))
+        run(model.train(), example_inputs(_config_of(model), generator) if inputs is None else inputs)
         model.eval()
         for norm in batch_norms:
             mean, var = norm.running_mean, norm.running_var
@@ -142,36 +147,23 @@ def scramble(model: nn.Module, generator: torch.Generator) -> None:
                 var.mul_(0.6 + 0.8 * torch.rand(var.shape, generator=generator, dtype=torch.float64)).add_(1e-3)
 
 
-def example_inputs(config: Any, generator: torch.Generator) -> dict[str, Tensor]:
-    """Random inputs for a transformers model: tokens where there is a vocabulary, images where there are channels."""
-    if hasattr(config, "vocab_size"):
-        length = min(16, getattr(config, "max_position_embeddings", None) or 16)
-        several = 2 if getattr(config, "pad_token_id", None) is not None else 1
-        return {"input_ids": torch.randint(config.vocab_size, (several, length), generator=generator)}
-    if hasattr(config, "num_channels"):
-        size = getattr(config, "image_size", 64)
-        sides = (size, size) if isinstance(size, int) else tuple(size)
-        return {"pixel_values": torch.randn(2, config.num_channels, *sides, generator=generator, dtype=torch.float64)}
-    raise CheckpointError(f"no inputs are known for model_type {config.model_type!r}; give them (inputs=)")
-
-
 @torch.no_grad()
-def outputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, bool]:
+def outputs(model: nn.Module, inputs: Inputs) -> tuple[Tensor, bool]:
     """(all floating-point outputs in one vector, whether float32 was computed with on the way)."""
     with _Float32Spy() as spy:
-        flat = torch.cat([tensor.reshape(-1) for tensor in _tensors(model(**inputs))]).double()
+        given = [tensor for tensor in outputs_in(run(model, inputs)) if tensor.is_floating_point()]
+    if not given:
+        raise CheckpointError(f"{type(model).__name__} gives no floating-point tensor, so there is nothing to compare")
+    flat = torch.cat([tensor.reshape(-1) for tensor in given]).double()
     if not torch.isfinite(flat).all():
         raise CheckpointError(f"{type(model).__name__} gives outputs that are NaN or infinite on random inputs")
     return flat, spy.seen
 
 
-def _tensors(said: Any) -> Iterator[Tensor]:
-    if isinstance(said, Tensor):
-        if said.is_floating_point():
-            yield said
-    elif isinstance(said, Mapping | tuple | list):
-        for item in said.values() if isinstance(said, Mapping) else said:
-            yield from _tensors(item)
+def _config_of(model: nn.Module) -> Any:
+    if not hasattr(model, "config"):
+        raise MismatchError(f"{type(model).__name__} is no transformers model, so its inputs have to be given (inputs=)")
+    return model.config
 
 
 class _Float32Spy(TorchDispatchMode):

@@ -206,8 +206,26 @@ class Checkpoint:
                 )
         return model.eval()
 
+    def skeleton(self) -> tuple[nn.Module, dict[str, str]]:
+        """A module of this checkpoint's class, for its forward pass, and `{module key: disk key}`.
+
+        It is the module that the checkpoint came from, if it did, else one without weights.
+
+        Raises:
+            CheckpointError: no class is known, or one that does not store its tensors one by one.
+        """
+        module = self.template
+        if module is None:
+            if self.config is None:
+                raise CheckpointError(f"{self.name} has no class that transformers knows, and so no forward pass")
+            module = _without_weights(self.config)
+        names = _module_names(module)
+        if names is None:
+            raise CheckpointError(f"{type(module).__name__} stores its tensors otherwise than it computes with them")
+        return module, {key: disk for disk, key in names.items()}
+
     def _into_copy(self, template: nn.Module, names: Mapping[str, str], dtype: torch.dtype | None) -> nn.Module:
-        model: Any = copy.deepcopy(template)
+        model: Any = copied(template)
         if dtype is torch.float64:  # for checking; else what is not stored (rotary frequencies) keeps its precision
             model = model.double()
         places = dict(model.named_parameters(remove_duplicate=False))
@@ -297,14 +315,26 @@ def _class_of(config: Any) -> Any:
 
 
 def _class_ties(config: Any) -> dict[str, str]:
-    """The ties of the class a configuration names, by disk keys; no weights are made."""
+    """The ties of the class a configuration names, by disk keys."""
+    return _ties(_without_weights(config))
+
+
+def _without_weights(config: Any) -> Any:
+    """A module of the class a configuration names, on the meta device."""
     owner = _class_of(config)
     try:
         with torch.device("meta"):
-            model = owner(copy.deepcopy(config))
+            return owner(copy.deepcopy(config)).eval()
     except (ValueError, TypeError, AttributeError, KeyError, ImportError, RuntimeError) as error:
         raise CheckpointError(f"{owner.__name__} cannot be built from its configuration: {error!r}") from error
-    return _ties(model)
+
+
+def copied(module: nn.Module, instead: Mapping[int, Tensor] | None = None) -> Any:
+    """A deep copy of a module, with other tensors for some, given by their ids."""
+    memo: dict[int, Any] = dict(instead or {})
+    for part in module.modules():  # what a hook computed from parameters is no leaf, which deepcopy would refuse
+        memo |= {id(t): t.detach().clone() for t in vars(part).values() if isinstance(t, Tensor) and not t.is_leaf}
+    return copy.deepcopy(module, memo)
 
 
 def _tied(model: Any) -> dict[str, str]:
@@ -313,11 +343,13 @@ def _tied(model: Any) -> dict[str, str]:
     if hasattr(model, "all_tied_weights_keys"):  # declared; but loading unequal tensors unties them
         declared = model.all_tied_weights_keys.items()
         return {target: kept for target, kept in declared if state[target].data_ptr() == state[kept].data_ptr()}
-    first: dict[tuple[int, torch.Size], str] = {}
+    first: dict[Any, str] = {}
     tied = {}
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for key, tensor in state.items():
         if tensor.numel():
-            kept = first.setdefault((tensor.data_ptr(), tensor.shape), key)
+            place = id(own.get(key, tensor)) if tensor.is_meta else tensor.data_ptr()  # no memory, no place in it
+            kept = first.setdefault((place, tensor.shape), key)
             if kept != key:
                 tied[key] = kept
     return tied

@@ -19,6 +19,7 @@ from .errors import MismatchError, SpecError, some
 from .groups import Element
 from .groups.permutation import Element as Permutation
 from .spec import Spec
+from .table import table_for
 
 logger = logging.getLogger(__name__)
 Assumption = Literal["config", "labels", "vocabulary"]
@@ -116,8 +117,8 @@ def _reordered(moving: Checkpoint, orders: Mapping[str, list[int]], fixed: Check
 def _spec_or_none(checkpoint: Checkpoint) -> Spec | None:
     """The spec, where a table describes the model; merging without alignment needs none."""
     try:
-        return spec_of(checkpoint)
-    except (MismatchError, SpecError):
+        return spec_of(checkpoint) if table_for(checkpoint.config) is not None else None
+    except SpecError:
         return None
 
 

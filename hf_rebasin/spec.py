@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -146,7 +146,9 @@ class Unit:
 class Spec:
     """What may move in a model: its labelled tensors and its symmetries (contexts before what is nested in them).
 
-    `table` is bound: its keys and names are literal, so it fits this model and says all that `bind` was told.
+    `table` is bound: its keys and names are literal, so it fits this model and says all that `bind` was told. Where it
+    was inferred, `pins` says for every axis of a tensor that is held which operation pinned it, and `activations` gives
+    the pattern of every module's output that carries a symmetry, by module name.
     """
 
     table: Table
@@ -155,6 +157,8 @@ class Spec:
     norms: tuple[Norm, ...]
     shapes: Mapping[str, Shape]
     ties: Mapping[str, str]
+    pins: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
+    activations: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return (

@@ -91,8 +91,15 @@ class Table:
                     raise SpecError(f"row {text!r}: {error}") from error
         return tuple(rows.values())
 
+    @cached_property
+    def literal(self) -> dict[str, Row]:
+        """The rows without wildcards, by their key."""
+        return {row.key.text: row for row in self.parsed if not row.key.wildcards}
+
     def row_for(self, key: str, shape: tuple[int, ...] | None = None) -> Row:
         """The row with the fewest wildcards that matches a canonical key; none or a tie is an error."""
+        if key in self.literal:
+            return self.literal[key]
         what = key if shape is None else f"{key} {tuple(shape)}"
         hits = [row for row in self.parsed if row.key.match(key)]
         if not hits:

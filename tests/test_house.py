@@ -17,9 +17,9 @@ PACKAGE = ROOT / "hf_rebasin"
 FLOORS = (
     {"__init__", "__main__"},
     {"cli"},
-    {"demo"},
+    {"demo", "coordinate_descent", "interpolation"},
     {"api"},
-    {"evaluate", "recalibrate", "recipe"},
+    {"evaluate", "recalibrate", "recipe", "modules"},
     {"solvers"},
     {"checking", "solving", "pairing", "merging"},
     {"merge_methods"},
@@ -27,13 +27,14 @@ FLOORS = (
     {"alignment"},
     {"groups"},
     {"binding"},
+    {"infer"},
     {"spec", "sizes"},
     {"table"},
     {"axes"},
     {"specs"},
     {"checkpoint"},
     {"folder"},
-    {"text", "registry", "knobs"},
+    {"text", "registry", "knobs", "inputs"},
     {"errors"},
 )
 

@@ -1,0 +1,747 @@
+"""A rule per operation: what an ATen call says about the axes of its tensors.
+
+A rule may unify axes that one index runs over, refine them, and pin what depends on an order. It must leave free only
+what it knows to be equivariant: moving the inputs along a free axis moves the outputs along it and changes nothing
+else. An operation without a rule pins everything it touches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from .record import Call, Record, Stack
+from .unification import (
+    Axis,
+    cut,
+    flat,
+    fresh,
+    is_uniform,
+    parts_of,
+    piece,
+    pin,
+    regroup,
+    size_of,
+    split_axis,
+    sum_of,
+    unify,
+)
+
+Rule: TypeAlias = Callable[[Record, Call], None]
+RULES: dict[str, Rule] = {}
+
+
+def rule(names: str) -> Callable[[Rule], Rule]:
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names.split(), function))
+        return function
+
+    return register
+
+
+def apply_rule(record: Record, call: Call) -> None:
+    """What one call says; in-place variants (`add_`) say what the others do."""
+    name = call.name if call.name in RULES else call.name.removesuffix("_")
+    RULES.get(name, _unknown)(record, call)
+
+
+def _unknown(record: Record, call: Call) -> None:
+    record.unknown[call.why] += 1
+    why = f"{call.why}, which has no rule"
+    record.pin(call.tensors, why)
+    for out in call.outs:
+        if not any(out is tensor for tensor in call.tensors) or len(record.of(out)) != out.dim():
+            record.held(out, why)
+
+
+# --- one index for each output element ------------------------------------------------------------------------------
+
+
+@rule(
+    """abs acos acosh add addcdiv addcmul alias asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or ceil celu
+    clamp clamp_max clamp_min clone contiguous copy cos cosh detach div elu eq erf erfc exp exp2 expm1 fill floor
+    floor_divide fmod ge gelu gt hardshrink hardsigmoid hardswish hardtanh isfinite isinf isnan le leaky_relu lerp lift
+    lift_fresh lift_fresh_copy log log10 log1p log2 log_sigmoid_forward logical_and logical_not logical_or logical_xor
+    logit lt masked_fill maximum minimum mish mul nan_to_num native_dropout ne neg pow _prelu_kernel reciprocal relu
+    relu6 remainder round rsqrt rsub selu sigmoid sign silu sin sinh softplus softshrink softsign sqrt square sub tan
+    tanh tanhshrink threshold _to_copy trunc where zero"""
+)
+def _elementwise(record: Record, call: Call) -> None:
+    """Output [i, j] needs the inputs at [i, j] (or at [j], or [i, 0], by broadcasting): one index per axis."""
+    tensors, outs = call.tensors, call.outs
+    if len(tensors) == 1:
+        stack = record.stacks.get(id(tensors[0]))
+        for out in outs:
+            if stack is not None:
+                record.set_stack(out, stack)
+            else:
+                record.set(out, record.of(tensors[0]))
+            if record.origin(tensors[0]) is not None and call.name in ("clone", "_to_copy", "alias", "detach"):
+                record.origins[id(out)] = record.origins[id(tensors[0])]
+        return
+    for tensor in tensors:
+        if any(tensor is out for out in outs):
+            record.written_to(tensor)
+    if call.name in ("mul", "mul_"):
+        record.gains |= {origin for t in tensors if (origin := record.origin(t)) is not None and t.numel() > 1}
+    _share(record, call, [(t, range(-t.dim(), 0)) for t in tensors], [(out, range(-out.dim(), 0)) for out in outs])
+    if call.name in ("add", "add_") and all(record.knows(t) and record.origin(t) is None for t in tensors):
+        record.roles += [("residual", axis) for axis in record.of(outs[0])]
+
+
+Labels: TypeAlias = Iterable[Any]
+
+
+def _share(
+    record: Record, call: Call, terms: Sequence[tuple[Tensor, Labels]], outs: Sequence[tuple[Tensor, Labels]]
+) -> None:
+    """Einstein's way: equal labels are one index, whose axes are unified. What is the same everywhere along an index,
+    of size one or expanded, does not say how it moves."""
+    shared: dict[Any, Axis] = {}
+    operands = []
+    for tensor, labels in terms:
+        operand = []
+        for label, axis, size in zip(labels, record.of(tensor), tensor.shape, strict=True):
+            if is_uniform(axis):
+                continue
+            operand.append(((label, axis),))
+            if label in shared:
+                unify(shared[label], axis, call.why)
+            else:
+                shared[label] = axis
+        operands.append(tuple(operand))
+    for tensor, labels in outs:
+        sizes = zip(labels, tensor.shape, strict=True)
+        record.set(tensor, [shared.get(label) or fresh(n, uniform=True) if n != 1 else () for label, n in sizes])
+        operands.append(tuple(((label, axis),) for label, axis in zip(labels, record.of(tensor), strict=True)))
+    record.relate(*operands)
+
+
+def _contract(
+    record: Record, call: Call, terms: Sequence[tuple[Tensor, str]], out: tuple[Tensor, str], batch: str = ""
+) -> None:
+    """A sum of products over the labels that the output lacks: each of them is one index, in any order."""
+    _share(record, call, terms, [out])
+    for tensor, labels in terms:
+        origin = record.origin(tensor)
+        for label, axis in zip(labels, record.of(tensor), strict=True):
+            if origin is not None and label not in out[1]:
+                record.readers.append((origin, axis))
+            if origin is None and label in batch:
+                record.roles.append(("head", axis))
+            elif origin is None and batch and label in "kj":
+                record.roles.append(("qk" if label == "k" else "ov", axis))
+
+
+@rule("mm")
+def _mm(record: Record, call: Call) -> None:
+    _contract(record, call, [(call["self"], "ik"), (call["mat2"], "kj")], (call.out, "ij"))
+
+
+@rule("bmm")
+def _bmm(record: Record, call: Call) -> None:
+    _contract(record, call, [(call["self"], "nik"), (call["mat2"], "nkj")], (call.out, "nij"), "n")
+
+
+@rule("mv")
+def _mv(record: Record, call: Call) -> None:
+    _contract(record, call, [(call["self"], "ik"), (call["vec"], "k")], (call.out, "i"))
+
+
+@rule("dot vdot")
+def _dot(record: Record, call: Call) -> None:
+    _contract(record, call, [(call["self"], "k"), (call.arguments.get("tensor", call.tensors[1]), "k")], (call.out, ""))
+
+
+def _right(labels: str, tensor: Tensor) -> str:
+    """The labels a broadcast summand has: the last ones."""
+    return labels[len(labels) - tensor.dim() :]
+
+
+@rule("addmm")
+def _addmm(record: Record, call: Call) -> None:
+    _contract(
+        record,
+        call,
+        [(call["mat1"], "ik"), (call["mat2"], "kj"), (call["self"], _right("ij", call["self"]))],
+        (call.out, "ij"),
+    )
+
+
+@rule("baddbmm")
+def _baddbmm(record: Record, call: Call) -> None:
+    terms = [(call["batch1"], "nik"), (call["batch2"], "nkj"), (call["self"], _right("nij", call["self"]))]
+    _contract(record, call, terms, (call.out, "nij"), "n")
+
+
+@rule("linear")
+def _linear(record: Record, call: Call) -> None:
+    x, weight, bias = call["input"], call["weight"], call["bias"]
+    before = "abcdefgh"[: x.dim() - 1]
+    terms = [(x, before + "k"), (weight, "jk"), *([(bias, "j")] if bias is not None else [])]
+    _contract(record, call, terms, (call.out, before + "j"))
+
+
+@rule("_trilinear")
+def _trilinear(record: Record, call: Call) -> None:
+    """Σ x₁ ⊙ x₂ ⊙ x₃ over `sumdim`, after a new dimension has been put into each where `expand` says."""
+    n, terms = call["i1"].dim() + len(call["expand1"]), []
+    for i in "123":
+        new = {d % n for d in call[f"expand{i}"]}
+        terms.append((call[f"i{i}"], "".join(c for d, c in enumerate("abcdefgh"[:n]) if d not in new)))
+    gone = {d % n for d in call["sumdim"]}
+    _contract(record, call, terms, (call.out, "".join(c for d, c in enumerate("abcdefgh"[:n]) if d not in gone)))
+
+
+@rule("embedding")
+def _embedding(record: Record, call: Call) -> None:
+    """A row is looked up by its number."""
+    weight, indices = record.of(call["weight"]), record.of(call["indices"])
+    pin(weight[0], f"{call.why}: rows are looked up by number")
+    for axis in indices:
+        pin(axis, f"{call.why}: numbers of rows")
+    record.set(call.out, [*indices, weight[1]])
+    if (origin := record.origin(call["weight"])) is not None:
+        record.looked_up.add(origin)
+
+
+@rule("_embedding_bag")
+def _embedding_bag(record: Record, call: Call) -> None:
+    weight = record.of(call["weight"])
+    pin(weight[0], f"{call.why}: rows are looked up by number")
+    out, *rest = call.outs
+    record.set(out, [fresh(out.shape[0], call.why), weight[1]])
+    for other in rest:
+        record.held(other, call.why)
+
+
+# --- convolutions and norms -----------------------------------------------------------------------------------------
+
+
+@rule("convolution")
+def _convolution(record: Record, call: Call) -> None:
+    """Channels are (group in) and (group out); kernels and places have an order, but a 1×1 kernel has no places."""
+    x, w, bias, groups = record.of(call["input"]), record.of(call["weight"]), call["bias"], call["groups"]
+    shape, transposed = call["weight"].shape, call["transposed"]
+    group, into = regroup([x[1]], [groups, call["input"].shape[1] // groups], call.why)
+    first, second = regroup([w[0]], [groups, shape[0] // groups], call.why)
+    unify(group, first, call.why)
+    unify(into, second if transposed else w[1], call.why)
+    out = w[1] if transposed else second
+    written: Axis = (*first, *out)
+    if bias is not None:
+        unify(record.of(bias)[0], written, call.why)
+    places = range(2, len(w))
+    pointwise = all(n == 1 for n in shape[2:]) and set(call["stride"]) == {1} and not any(call["padding"])
+    for d in () if pointwise else places:
+        pin(w[d], f"{call.why}: the kernel")
+        pin(x[d], f"{call.why}: neighbours")
+    size = call.out.shape
+    after = [x[d] if pointwise else fresh(size[d], f"{call.why}: neighbours") for d in places]
+    record.set(call.out, [x[0], written, *after])
+    kernel = tuple(((("kernel", d), w[d]),) for d in places)
+    read, write = (("group", group), ("in", into)), (("group", first), ("out", out))
+    around = tuple((((d if pointwise else ("from", d)), x[d]),) for d in places)
+    further = tuple(((d, axis),) for d, axis in zip(places, after, strict=True))
+    if transposed:
+        weight = ((("group", first), ("in", second)), (("out", w[1]),), *kernel)
+    else:
+        weight = (write, (("in", w[1]),), *kernel)
+    record.relate(((("n", x[0]),), read, *around), weight, ((("n", x[0]),), write, *further))
+    if bias is not None:
+        record.relate(((("group", first), ("out", out)),), ((("group", first), ("out", out)),))
+    origin = record.origin(call["weight"])
+    if origin is not None:
+        record.readers.append((origin, second if transposed else w[1]))
+
+
+@rule("native_batch_norm _native_batch_norm_legit_no_training cudnn_batch_norm miopen_batch_norm")
+def _batch_norm(record: Record, call: Call) -> None:
+    """Each channel has a mean, a variance, a gain and a bias."""
+    x = call["input"]
+    stats = [call.arguments.get(name) for name in ("running_mean", "running_var")]
+    record.gains |= {origin for t in stats if t is not None and (origin := record.origin(t)) is not None}
+    affine = [t for t in (call["weight"], call["bias"], *stats) if t is not None]
+    labels = ["n", "c", *range(2, x.dim())]
+    _share(record, call, [(x, labels), *((t, "c") for t in affine)], [(call.outs[0], labels)])
+    for rest in call.outs[1:]:
+        record.set(rest, [record.of(x)[1]] if rest.numel() else [fresh(n) for n in rest.shape])
+
+
+@rule("native_layer_norm _fused_rms_norm")
+def _layer_norm(record: Record, call: Call) -> None:
+    """Mean and variance over the last axes do not hang on their order."""
+    x, n = call["input"], len(call["normalized_shape"])
+    affine = [t for t in (call["weight"], call.arguments.get("bias")) if t is not None]
+    if call["weight"] is not None and record.origin(call["weight"]) is not None:
+        record.gains.add(record.origins[id(call["weight"])])
+    out, *stats = call.outs
+    labels = range(-x.dim(), 0)
+    _share(record, call, [(x, labels), *((t, range(-t.dim(), 0)) for t in affine)], [(out, labels)])
+    for stat in stats:
+        record.set(stat, [*record.of(x)[:-n], *[()] * n])
+
+
+@rule("native_group_norm")
+def _group_norm(record: Record, call: Call) -> None:
+    """Channels are (group inside): mean and variance over what is inside and over all places."""
+    x, n = call["input"], call["group"]
+    channels = record.of(x)[1]
+    regroup([channels], [n, x.shape[1] // n], call.why)
+    labels = ["n", "c", *range(2, x.dim())]
+    affine = [t for t in (call["weight"], call["bias"]) if t is not None]
+    out, *stats = call.outs
+    _share(record, call, [(x, labels), *((t, "c") for t in affine)], [(out, labels)])
+    for stat in stats:
+        record.held(stat, call.why)
+
+
+@rule("_weight_norm_interface")
+def _weight_norm(record: Record, call: Call) -> None:
+    """v · g / ‖v‖, the norm over all axes but one."""
+    v, g = call["v"], call["g"]
+    labels = range(v.dim())
+    out, norms = call.outs
+    _share(record, call, [(v, labels), (g, labels)], [(out, labels), (norms, labels)])
+    if record.origin(v) is not None:
+        record.origins[id(out)] = record.origins[id(v)]
+    if record.origin(g) is not None:
+        record.gains.add(record.origins[id(g)])
+
+
+@rule("_softmax _log_softmax _safe_softmax")
+def _softmax(record: Record, call: Call) -> None:
+    record.set(call.out, record.of(call["self"]))
+
+
+@rule(
+    """all amax amin any count_nonzero linalg_vector_norm logsumexp mean nansum norm prod std std_mean sum var
+    var_mean"""
+)
+def _reduction(record: Record, call: Call) -> None:
+    """What comes out of an axis does not hang on its order."""
+    x = call["self"]
+    axes = record.of(x)
+    dims = call.arguments.get("dim")
+    dims = range(x.dim()) if dims is None or isinstance(dims, bool) or dims == [] else dims
+    gone = {d % max(x.dim(), 1) for d in ([dims] if isinstance(dims, int) else dims)}
+    keep = bool(call.arguments.get("keepdim"))
+    for out in call.outs:
+        record.set(out, [() if d in gone else axis for d, axis in enumerate(axes) if keep or d not in gone])
+
+
+@rule("max min argmax argmin median mode sort topk argsort kthvalue")
+def _position(record: Record, call: Call) -> None:
+    """Says where something is, which hangs on the order; without a dimension only how much."""
+    x = call["self"]
+    dim = call.arguments.get("dim")
+    if "other" in call.arguments:
+        return _elementwise(record, call)
+    if dim is None:
+        if call.name.startswith("arg"):
+            record.pin([x], call.why)
+        for out in call.outs:
+            record.set(out, [])
+        return None
+    dim %= x.dim()
+    axes = record.of(x)
+    pin(axes[dim], call.why)
+    for out in call.outs:
+        if out.dim() < x.dim():
+            record.set(out, [axis for d, axis in enumerate(axes) if d != dim])
+        else:
+            record.set(out, [fresh(out.shape[d], call.why) if d == dim else axis for d, axis in enumerate(axes)])
+    return None
+
+
+# --- places ---------------------------------------------------------------------------------------------------------
+
+
+@rule(
+    """max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d
+    adaptive_avg_pool1d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d
+    upsample_linear1d upsample_bilinear2d _upsample_bilinear2d_aa upsample_bicubic2d _upsample_bicubic2d_aa
+    upsample_trilinear3d upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact2d
+    reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d"""
+)
+def _neighbourhood(record: Record, call: Call) -> None:
+    """Every channel for itself; places have an order."""
+    x = call.tensors[0]
+    places = int(next(c for c in call.name if c.isdigit()))
+    axes = record.of(x)
+    for axis in axes[-places:]:
+        pin(axis, f"{call.why}: neighbours")
+    for out in call.outs:
+        record.set(out, [*axes[:-places], *(fresh(n, f"{call.why}: neighbours") for n in out.shape[-places:])])
+
+
+@rule("im2col")
+def _im2col(record: Record, call: Call) -> None:
+    """Channels are (channel, place in the window)."""
+    *before, channel, height, width = record.of(call["self"])
+    for axis in (height, width):
+        pin(axis, f"{call.why}: neighbours")
+    window = fresh(math.prod(call["kernel_size"]), f"{call.why}: neighbours")
+    record.set(call.out, [*before, (*channel, *window), fresh(call.out.shape[-1], f"{call.why}: neighbours")])
+
+
+@rule("pixel_shuffle")
+def _pixel_shuffle(record: Record, call: Call) -> None:
+    """Channels are (channel, place in the tile)."""
+    *before, channel, height, width = record.of(call["self"])
+    kept, tile = regroup([channel], [call.out.shape[-3], call["upscale_factor"] ** 2], call.why)
+    for axis in (tile, height, width):
+        pin(axis, f"{call.why}: neighbours")
+    record.set(call.out, [*before, kept, *(fresh(n, f"{call.why}: neighbours") for n in call.out.shape[-2:])])
+
+
+@rule("pixel_unshuffle")
+def _pixel_unshuffle(record: Record, call: Call) -> None:
+    *before, channel, height, width = record.of(call["self"])
+    for axis in (height, width):
+        pin(axis, f"{call.why}: neighbours")
+    tile = fresh(call["downscale_factor"] ** 2, f"{call.why}: neighbours")
+    after = (fresh(n, f"{call.why}: neighbours") for n in call.out.shape[-2:])
+    record.set(call.out, [*before, (*channel, *tile), *after])
+
+
+@rule("roll flip cumsum cumprod logcumsumexp triu tril")
+def _ordered(record: Record, call: Call) -> None:
+    """What comes out at a place hangs on which place it is."""
+    axes = record.of(call["self"])
+    dims = call.arguments.get("dims", call.arguments.get("dim", (-1, -2)))
+    for dim in [dims] if isinstance(dims, int) else dims or range(len(axes)):
+        pin(axes[dim], f"{call.why}: has an order")
+    record.set(call.out, axes)
+
+
+# --- the same numbers in other brackets -----------------------------------------------------------------------------
+
+
+def _seen_otherwise(record: Record, x: Tensor, out: Tensor) -> None:
+    """A parameter transposed or cut is still that parameter, for names and marks."""
+    origin = record.origin(x)
+    if origin is not None:
+        record.origins[id(out)] = origin
+
+
+def _permuted(record: Record, x: Tensor, out: Tensor, order: Sequence[int]) -> None:
+    stack = record.stacks.get(id(x))
+    if stack is None:
+        axes = record.of(x)
+        record.set(out, [axes[d] for d in order])
+    else:
+        inside = [d - (d > stack.dim) for d in order if d != stack.dim]
+        parts = tuple([part[d] for d in inside] for part in stack.parts)
+        record.set_stack(out, Stack(list(order).index(stack.dim), parts))
+    _seen_otherwise(record, x, out)
+
+
+@rule("t transpose permute")
+def _transpose(record: Record, call: Call) -> None:
+    x = call["self"]
+    order = list(range(x.dim()))
+    if call.name.startswith("permute"):
+        order = [d % x.dim() for d in call["dims"]]
+    elif x.dim() > 1:
+        i, j = (0, 1) if call.name.rstrip("_") == "t" else (call["dim0"], call["dim1"])
+        order[i], order[j] = order[j], order[i]
+    _permuted(record, x, call.out, order)
+
+
+@rule("unsqueeze squeeze")
+def _squeeze(record: Record, call: Call) -> None:
+    """Axes of size one come and go."""
+    x, out = call["self"], call.out
+    if call.name.startswith("unsqueeze"):
+        at = [call["dim"] % out.dim()]
+        kept = [d for d in range(out.dim()) if d not in at]  # places of x's dimensions in the output
+    else:
+        dims = call.arguments.get("dim")
+        dims = range(x.dim()) if dims is None else [dims] if isinstance(dims, int) else dims
+        gone = [d for d in (d % max(x.dim(), 1) for d in dims) if x.dim() and x.shape[d] == 1]
+        kept, at = [], []
+        for d in range(x.dim()):
+            kept.append(-1 if d in gone else sum(k >= 0 for k in kept))
+    stack = record.stacks.get(id(x))
+
+    def placed(axes: Sequence[Axis], where: Sequence[int], length: int) -> list[Axis]:
+        found: list[Axis] = [()] * length
+        for axis, place in zip(axes, where, strict=True):
+            if place >= 0:
+                found[place] = axis
+        return found
+
+    if stack is None:
+        record.set(out, placed(record.of(x), kept, out.dim()))
+    else:
+        new = kept[stack.dim]
+        where = [k - (k > new) for d, k in enumerate(kept) if d != stack.dim]
+        record.set_stack(out, Stack(new, tuple(placed(part, where, out.dim() - 1) for part in stack.parts)))
+    _seen_otherwise(record, x, out)
+
+
+@rule("view _unsafe_view reshape _reshape_alias unflatten")
+def _view(record: Record, call: Call) -> None:
+    """Row-major: the same atoms in the same order. A sum of equal blocks that becomes rows is a stack."""
+    x, out = call["self"], call.out
+    shape = list(out.shape)
+    if out.dtype != x.dtype or out.numel() != x.numel():
+        return _unknown(record, call)
+    _seen_otherwise(record, x, out)
+    stack = record.stacks.get(id(x))
+    if stack is not None:
+        found = _restacked(stack, list(x.shape), shape, call.why)
+        if isinstance(found, Stack):
+            return record.set_stack(out, found)
+        if found is not None:
+            return record.set(out, found)
+    axes = record.of(x)
+    atoms = tuple(atom for axis in axes for atom in flat(axis))
+    for at, atom in enumerate(atoms):
+        parts = parts_of(atom)
+        if len({size_of(part) for part in parts}) == 1:
+            dim = _dim_after(shape, size_of(atoms[:at]), len(parts))
+            if dim is not None and shape[dim] != atom.size:
+                rest = [*shape[:dim], *shape[dim + 1 :]]
+                whole = (regroup([(*atoms[:at], *part, *atoms[at + 1 :])], rest, call.why) for part in parts)
+                return record.set_stack(out, Stack(dim, tuple(whole)))
+    record.set(out, regroup(axes, shape, call.why))
+    record.relate(tuple(((0, axis),) for axis in axes), tuple(((0, axis),) for axis in record.of(out)))
+    return None
+
+
+def _dim_after(shape: Sequence[int], before: int, size: int) -> int | None:
+    """The dimension of that size with exactly so many elements before it."""
+    for dim, n in enumerate(shape):
+        if n == size and math.prod(shape[:dim]) == before:
+            return dim
+    return None
+
+
+def _restacked(stack: Stack, old: Sequence[int], new: list[int], why: str) -> Stack | list[Axis] | None:
+    """A stack viewed otherwise: still a stack, or laid end to end along an axis again, or neither (None)."""
+    n, before = len(stack.parts), math.prod(old[: stack.dim])
+    dim = _dim_after(new, before, n)
+    if dim is not None:
+        rest = [*new[:dim], *new[dim + 1 :]]
+        return Stack(dim, tuple(regroup(part, rest, why) for part in stack.parts))
+    for dim, size in enumerate(new):
+        if math.prod(new[:dim]) == before and size % n == 0:
+            heads = [regroup(part[: stack.dim], new[:dim], why) for part in stack.parts]
+            tails = [split_axis(tuple(a for x in part[stack.dim :] for a in x), size // n, why) for part in stack.parts]
+            if None in tails:
+                return None
+            blocks, insides = zip(*(t for t in tails if t is not None), strict=True)
+            for other, inside in zip(heads[1:], insides[1:], strict=True):
+                for a, b in zip([*heads[0], insides[0]], [*other, inside], strict=True):
+                    unify(a, b, why)
+            return [*heads[0], sum_of(list(blocks)), *regroup([insides[0]], new[dim + 1 :], why)]
+    return None
+
+
+@rule("expand")
+def _expand(record: Record, call: Call) -> None:
+    """What is repeated is the same everywhere, so the new axis may move as it likes."""
+    x, out = call["self"], call.out
+    axes = record.of(x)
+    new = out.dim() - x.dim()
+    record.set(
+        out,
+        [
+            fresh(n, uniform=True) if d < new or x.shape[d - new] != n else axes[d - new]
+            for d, n in enumerate(out.shape)
+        ],
+    )
+    if list(out.shape) == list(x.shape):
+        _seen_otherwise(record, x, out)
+
+
+@rule("repeat")
+def _repeat(record: Record, call: Call) -> None:
+    """The axis is (copy, axis), and the copies are equal."""
+    x, out = call["self"], call.out
+    axes = [()] * (out.dim() - x.dim()) + record.of(x)
+    record.set(out, [(*fresh(n, uniform=True), *axis) for n, axis in zip(call["repeats"], axes, strict=True)])
+
+
+@rule("select")
+def _select(record: Record, call: Call) -> None:
+    """One slice by its number."""
+    x, dim = call["self"], call["dim"] % call["self"].dim()
+    stack = record.stacks.get(id(x))
+    if stack is not None and stack.dim == dim:
+        record.set(call.out, stack.parts[call["index"]])
+    else:
+        axes = record.of(x)
+        _by_number(record, call, axes[dim])
+        record.set(call.out, [axis for d, axis in enumerate(axes) if d != dim])
+    _seen_otherwise(record, x, call.out)
+
+
+@rule("unbind")
+def _unbind(record: Record, call: Call) -> None:
+    x, dim = call["self"], call["dim"] % call["self"].dim()
+    stack = record.stacks.get(id(x))
+    axes = None if stack is not None and stack.dim == dim else record.of(x)
+    if axes is not None:
+        _by_number(record, call, axes[dim])
+    for i, out in enumerate(call.outs):
+        if axes is None and stack is not None:
+            record.set(out, stack.parts[i])
+        elif axes is not None:
+            record.set(out, [axis for d, axis in enumerate(axes) if d != dim])
+        _seen_otherwise(record, x, out)
+
+
+def _by_number(record: Record, call: Call, axis: Axis) -> None:
+    record.unstacked += flat(axis)
+    pin(axis, f"{call.why}: takes slices by number")
+
+
+def _pieces(record: Record, call: Call, dim: int, bounds: Sequence[tuple[int, int]]) -> None:
+    x = call["self"]
+    stack = record.stacks.get(id(x))
+    for out, (start, stop) in zip(call.outs, bounds, strict=True):
+        if stack is not None and stack.dim == dim:
+            record.set_stack(out, Stack(dim, stack.parts[start:stop]))
+        else:
+            axes = list(record.of(x))
+            axes[dim] = piece(axes[dim], start, stop, call.why)
+            record.set(out, axes)
+        _seen_otherwise(record, x, out)
+
+
+@rule("slice")
+def _slice(record: Record, call: Call) -> None:
+    """A piece of an axis; with steps, places by their number."""
+    x, dim, step = call["self"], call["dim"] % call["self"].dim(), call["step"]
+    n, length = x.shape[dim], call.out.shape[dim]
+    start = min(max((call["start"] or 0) + (n if (call["start"] or 0) < 0 else 0), 0), n)
+    if step == 1 or length == 1:
+        return _pieces(record, call, dim, [(start, start + length)])
+    axes = list(record.of(x))
+    pin(axes[dim], f"{call.why}: takes every {step}th")
+    axes[dim] = fresh(length, f"{call.why}: takes every {step}th")
+    return record.set(call.out, axes)
+
+
+@rule("split split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk")
+def _split(record: Record, call: Call) -> None:
+    """An axis cut into pieces."""
+    dim, start, bounds = call["dim"] % call["self"].dim(), 0, []
+    for out in call.outs:
+        bounds.append((start, start + out.shape[dim]))
+        start += out.shape[dim]
+    _pieces(record, call, dim, bounds)
+
+
+@rule("glu")
+def _glu(record: Record, call: Call) -> None:
+    """One half of an axis times the sigmoid of the other."""
+    x, dim = call["self"], call["dim"] % call["self"].dim()
+    axes = list(record.of(x))
+    halves = cut(axes[dim], x.shape[dim] // 2)
+    if halves is None:
+        pin(axes[dim], f"{call.why}: cuts a composite axis")
+        halves = (fresh(x.shape[dim] // 2, call.why),) * 2
+    unify(*halves, call.why)
+    axes[dim] = halves[0]
+    record.set(call.out, axes)
+
+
+@rule("cat")
+def _cat(record: Record, call: Call) -> None:
+    """Axes laid end to end; the others run together."""
+    tensors = [t for t in call["tensors"] if t.numel() or t.dim() > 1]
+    dim = call["dim"] % call.out.dim()
+    axes = []
+    for d in range(call.out.dim()):
+        if d == dim:
+            axes.append(sum_of([record.of(t)[d] for t in tensors if t.shape[d]] or [record.of(tensors[0])[d]]))
+        else:
+            for t in tensors[1:]:
+                unify(record.of(tensors[0])[d], record.of(t)[d], call.why)
+            axes.append(tuple(flat(record.of(tensors[0])[d])))
+    record.set(call.out, axes)
+
+
+@rule("stack")
+def _stack(record: Record, call: Call) -> None:
+    parts = tuple(list(record.of(t)) for t in call["tensors"])
+    record.set_stack(call.out, Stack(call["dim"] % call.out.dim(), parts))
+
+
+@rule("constant_pad_nd")
+def _pad(record: Record, call: Call) -> None:
+    """A constant before and after, the same everywhere."""
+    x, pads = call["self"], list(call["pad"])
+    axes = list(record.of(x))
+    for i in range(len(pads) // 2):
+        before, after = pads[2 * i : 2 * i + 2]
+        d = x.dim() - 1 - i
+        if before < 0 or after < 0:
+            axes[d] = piece(axes[d], max(-before, 0), x.shape[d] - max(-after, 0), call.why)
+        ends = [fresh(before)] if before > 0 else [], [fresh(after)] if after > 0 else []
+        axes[d] = sum_of([*ends[0], axes[d], *ends[1]])
+    record.set(call.out, axes)
+
+
+@rule("index")
+def _index(record: Record, call: Call) -> None:
+    """Rows by their numbers; the axes that are not indexed go through."""
+    x, indices = call["self"], list(call["indices"])
+    if any(i is not None and not _whole(i) for i in indices):
+        return _unknown(record, call)
+    axes = record.of(x)
+    indices += [None] * (x.dim() - len(indices))
+    at = [d for d, i in enumerate(indices) if i is not None]
+    for d in at:
+        pin(axes[d], f"{call.why}: rows are looked up by number")
+        record.pin([indices[d]], f"{call.why}: numbers of rows")
+    kept = [axis for d, axis in enumerate(axes) if d not in at]
+    new = call.out.dim() - len(kept)
+    place = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
+    size = call.out.shape[place : place + new]
+    return record.set(call.out, [*kept[:place], *(fresh(n, call.why) for n in size), *kept[place:]])
+
+
+def _whole(index: Tensor) -> bool:
+    return not index.is_floating_point() and index.element_size() > 1
+
+
+@rule("index_select")
+def _index_select(record: Record, call: Call) -> None:
+    x, dim = call["self"], call["dim"] % call["self"].dim()
+    axes = list(record.of(x))
+    pin(axes[dim], f"{call.why}: rows are looked up by number")
+    record.pin([call["index"]], f"{call.why}: numbers of rows")
+    axes[dim] = fresh(call.out.shape[dim], call.why)
+    record.set(call.out, axes)
+
+
+@rule("view_as_complex")
+def _as_complex(record: Record, call: Call) -> None:
+    *axes, pair = record.of(call["self"])
+    pin(pair, f"{call.why}: real and imaginary part")
+    record.set(call.out, axes)
+
+
+@rule("view_as_real")
+def _as_real(record: Record, call: Call) -> None:
+    record.set(call.out, [*record.of(call["self"]), fresh(2, f"{call.why}: real and imaginary part")])
+
+
+@rule(
+    """empty empty_like full full_like new_empty new_full new_ones new_zeros ones ones_like scalar_tensor zeros
+    zeros_like"""
+)
+def _filled(record: Record, call: Call) -> None:
+    """The same value everywhere (or none yet): any order will do."""
+    record.set(call.out, [fresh(n, uniform=True) for n in call.out.shape])
+
+
+FILLED = frozenset(name for name, one in RULES.items() if one is _filled)

@@ -1,0 +1,158 @@
+"""The table of a model nobody described, from its own forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..axes import DIAGONAL, READER, Leaf, Node, Product, Sum, show
+from ..table import Table
+from .naming import Origin, names_for
+from .nesting import nested
+from .tracing import Blocks, Traced, trace, wanted_blocks
+from .unification import Atom, Axis, flat, leaves, parts_of, size_of
+
+
+@dataclass(frozen=True)
+class Inferred:
+    """What a forward pass says.
+
+    Args:
+        table: rows for every tensor of the module, by the keys that were asked for.
+        pins: `{key: for each axis why it is held, or None}`, for what is held.
+        activations: `{module: pattern of its output}`, for outputs that carry a symmetry.
+    """
+
+    table: Table
+    pins: Mapping[str, tuple[str | None, ...]]
+    activations: Mapping[str, str]
+
+
+def infer(module: nn.Module, inputs: Any, keys: Mapping[str, str]) -> Inferred:
+    """Infer which axes of which tensors may move.
+
+    Args:
+        module: any module; it is neither changed nor are its weights read.
+        inputs: of its forward pass: a tensor, positional arguments or keyword arguments.
+        keys: `{module key: key in the table}`, for the tensors that are stored.
+
+    Raises:
+        SpecError: the forward pass cannot be run without weights.
+    """
+    blocks: Blocks = {}
+    while True:
+        traced = trace(module, inputs, set(keys), blocks)
+        more = wanted_blocks(traced, blocks)
+        if not more:
+            break
+        blocks |= more
+    contexts = nested(traced.record.relations, traced.parameters.values())
+    parameters = {key: traced.parameters[name] for name, key in keys.items()}
+    used: dict[Atom, None] = {}
+    for axes in parameters.values():
+        for axis in axes:
+            for atom in leaves(axis):
+                if atom.pin is None:
+                    used.update(dict.fromkeys([*contexts[atom], atom]))
+    names = dict(zip(used, names_for(_origins(list(used), traced, keys, contexts)), strict=True))
+    marks = _marks(traced, keys)
+    rows = {
+        key: show(tuple(_node(axis, names, marks.get((key, d), "")) for d, axis in enumerate(axes)))
+        for key, axes in parameters.items()
+    }
+    groups = {}
+    for atom, name in names.items():
+        kind, inside = "held" if atom.pin is not None else "permutation", [names[c] for c in contexts[atom] if c in names]
+        groups[name] = f"{kind} in {' '.join(inside)}" if inside else kind
+    sizes = {name: atom.size for atom, name in names.items()}
+    return Inferred(
+        Table(rows, groups, sizes),
+        {key: reasons for key, axes in parameters.items() if any(reasons := tuple(map(_reason, axes)))},
+        dict(_activations(traced, names)),
+    )
+
+
+def _reason(axis: Axis) -> str | None:
+    return next((atom.pin for atom in leaves(axis) if atom.pin is not None), None)
+
+
+def _activations(traced: Traced, names: Mapping[Atom, str]) -> Iterator[tuple[str, str]]:
+    for module, axes in traced.outputs.items():
+        if any(atom in names and atom.pin is None for axis in axes for atom in leaves(axis)):
+            yield module, show(tuple(_node(axis, names, "") for axis in axes))
+
+
+def _node(axis: Axis, names: Mapping[Atom, str], mark: str) -> Node:
+    """An axis as a pattern; held neighbours are one number."""
+    if not any(atom in names for atom in leaves(axis)):
+        return Leaf(None)
+    items: list[Node] = []
+    for atom in flat(axis):
+        if atom in names:
+            items.append(Leaf(names[atom], mark if atom.pin is None else ""))
+        elif atom.parts is not None and any(leaf in names for leaf in leaves((atom,))):
+            items.append(Sum(tuple(_part(part, names, mark) for part in parts_of(atom))))
+        elif items and isinstance(items[-1], Leaf) and items[-1].size is not None:
+            items[-1] = Leaf(None, size=items[-1].size * atom.size)
+        else:
+            items.append(Leaf(None, size=atom.size))
+    return items[0] if len(items) == 1 else Product(tuple(items))
+
+
+def _part(part: Axis, names: Mapping[Atom, str], mark: str) -> Node:
+    node = _node(part, names, mark)
+    return Leaf(None, size=size_of(part)) if node == Leaf(None) else node
+
+
+def _marks(traced: Traced, keys: Mapping[str, str]) -> dict[tuple[str, int], str]:
+    """Which axes of which tensors are read by the map they are the weight of, and which tensors only scale."""
+    marks: dict[tuple[str, int], str] = {}
+    for parameter, axis in traced.record.readers:
+        key, axes = keys.get(traced.names[parameter]), traced.record.axes[parameter]
+        same = [d for d, one in enumerate(axes) if one is axis] or [
+            d for d, one in enumerate(axes) if flat(one) == flat(axis)
+        ]
+        if key is not None and same and parameter not in traced.record.looked_up:
+            marks[key, same[-1]] = READER
+    for parameter in traced.record.gains:
+        key, axes = keys.get(traced.names[parameter]), traced.record.axes[parameter]
+        if key is not None:
+            marks |= {(key, d): DIAGONAL for d in range(len(axes))}
+    return marks
+
+
+def _origins(
+    atoms: list[Atom], traced: Traced, keys: Mapping[str, str], contexts: Mapping[Atom, list[Atom]]
+) -> list[Origin]:
+    roles: dict[Atom, dict[str, None]] = {}
+    for role, axis in traced.record.roles:
+        for atom in leaves(axis):
+            roles.setdefault(atom, {})[role] = None
+    outer = {context for atom in atoms for context in contexts[atom]}
+    readers = {(traced.names[p], id(axis)) for p, axis in traced.record.readers}
+    readers |= {(traced.names[p], tuple(map(id, flat(axis)))) for p, axis in traced.record.readers}
+    written: dict[Atom, list[str]] = {atom: [] for atom in atoms}
+    seen: dict[Atom, str] = {}
+    for name, axes in traced.parameters.items():
+        for axis in axes:
+            reads = (name, id(axis)) in readers or (name, tuple(map(id, flat(axis)))) in readers
+            for atom in leaves(axis):
+                if name in keys:
+                    seen.setdefault(atom, keys[name])
+                    if atom in written and not reads and len(axes) > 1:
+                        written[atom].append(keys[name])
+    origins = []
+    for atom in atoms:
+        mine = roles.get(atom, {})
+        role = next((r for r in ("head", "qk", "ov") if r in mine), None)
+        if role != "head" and role is not None and not contexts[atom]:
+            role = None
+        if role is None and "residual" in mine and len({key.rpartition(".")[0] for key in written[atom]}) > 1:
+            role = "residual"
+        if (atom in outer and role != "head") or (role == "head" and contexts[atom]):
+            role = "group"
+        origins.append(Origin(role, written[atom] or [seen[atom]]))
+    return origins

@@ -1,0 +1,137 @@
+"""What is known of the tensors of one forward pass: their axes, and what each operation did with its indices."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from .unification import Atom, Axis, flat, fresh, leaves, pin, unify
+
+# One tensor as an operation sees it: for each of its axes the (index of the operation, axis) pairs it is made of.
+Operand: TypeAlias = tuple[tuple[tuple[Any, Axis], ...], ...]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operation as it was called."""
+
+    name: str
+    arguments: dict[str, Any]
+    out: Any
+    why: str  # what a reason says: the operation and the module it ran in
+
+    def __getitem__(self, argument: str) -> Any:
+        return self.arguments[argument]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return list(tensors_in(self.arguments.values()))
+
+    @property
+    def outs(self) -> list[Tensor]:
+        return list(tensors_in([self.out]))
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A tensor whose slices along one dimension have axes of their own, as the queries, keys and values of a fused
+    projection after `reshape(batch, tokens, 3, heads, size)`."""
+
+    dim: int
+    parts: tuple[list[Axis], ...]  # without that dimension
+
+
+@dataclass
+class Record:
+    """The axes of every tensor that comes from a parameter, and the relations that operations made between them."""
+
+    axes: dict[int, list[Axis]] = field(default_factory=dict)
+    stacks: dict[int, Stack] = field(default_factory=dict)
+    relations: list[tuple[Operand, ...]] = field(default_factory=list)
+    unknown: Counter[str] = field(default_factory=Counter)  # operations without a rule, and where
+    unstacked: list[Atom] = field(default_factory=list)  # composite axes that were taken apart slice by slice
+    # what names and marks are made of
+    origins: dict[int, int] = field(default_factory=dict)  # a tensor that is a parameter seen otherwise: its id
+    readers: list[tuple[int, Axis]] = field(default_factory=list)  # a linear map reads this axis of a parameter
+    gains: set[int] = field(default_factory=set)  # parameters that scale
+    looked_up: set[int] = field(default_factory=set)  # parameters whose rows are looked up by number
+    roles: list[tuple[str, Axis]] = field(default_factory=list)
+    _constants: dict[int, list[Axis]] = field(default_factory=dict)
+    _kept: list[Tensor] = field(default_factory=list)  # or an id might be given again
+
+    def knows(self, tensor: Tensor) -> bool:
+        return id(tensor) in self.axes or id(tensor) in self.stacks
+
+    def of(self, tensor: Tensor) -> list[Axis]:
+        """The axes of a tensor; a constant has pinned ones."""
+        if id(tensor) in self.axes:
+            return self.axes[id(tensor)]
+        if id(tensor) in self.stacks:
+            return self._collapsed(tensor)
+        if id(tensor) not in self._constants:
+            self._constants[id(tensor)] = [fresh(n, "an input or a constant") for n in tensor.shape]
+            self._kept.append(tensor)
+        return self._constants[id(tensor)]
+
+    def _collapsed(self, tensor: Tensor) -> list[Axis]:
+        stack = self.stacks.pop(id(tensor))
+        first, *others = stack.parts
+        for other in others:
+            for x, y in zip(first, other, strict=True):
+                unify(x, y, "slices of one tensor")
+        axes = [tuple(flat(axis)) for axis in first]
+        axes.insert(stack.dim, fresh(len(stack.parts), "slices of one tensor"))
+        self.axes[id(tensor)] = axes
+        return axes
+
+    def set(self, tensor: Tensor, axes: Sequence[Axis]) -> None:
+        assert len(axes) == tensor.dim(), (len(axes), tensor.shape)
+        self.stacks.pop(id(tensor), None)
+        self.axes[id(tensor)] = list(axes)
+        self._kept.append(tensor)
+
+    def set_stack(self, tensor: Tensor, stack: Stack) -> None:
+        if len(stack.parts) == 1:
+            axes = list(stack.parts[0])
+            axes.insert(stack.dim, ())
+            self.set(tensor, axes)
+        else:
+            self.axes.pop(id(tensor), None)
+            self.stacks[id(tensor)] = stack
+            self._kept.append(tensor)
+
+    def written_to(self, tensor: Tensor) -> None:
+        """It may not be the same everywhere any more."""
+        for axis in self.of(tensor):
+            for atom in (*axis, *leaves(axis)):
+                atom.uniform = False
+
+    def pin(self, tensors: Iterable[Tensor], why: str) -> None:
+        for tensor in tensors:
+            for axis in self.of(tensor):
+                pin(axis, why)
+
+    def held(self, tensor: Tensor, why: str) -> None:
+        """A new tensor of which nothing may move."""
+        self.set(tensor, [fresh(n, why) for n in tensor.shape])
+
+    def relate(self, *operands: Operand) -> None:
+        self.relations.append(operands)
+
+    def origin(self, tensor: Tensor) -> int | None:
+        return self.origins.get(id(tensor))
+
+
+def tensors_in(said: Iterable[Any]) -> Iterable[Tensor]:
+    """All tensors in nested tuples, lists and dictionaries."""
+    for one in said:
+        if isinstance(one, Tensor):
+            yield one
+        elif isinstance(one, list | tuple):
+            yield from tensors_in(one)
+        elif isinstance(one, dict):
+            yield from tensors_in(one.values())

@@ -1,0 +1,243 @@
+"""Running a module's own forward pass without its weights, and asking the rules about every operation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from ..checkpoint import copied
+from ..errors import SpecError
+from ..inputs import outputs_in, run
+from .aten import FILLED, apply_rule
+from .record import Call, Record, tensors_in
+from .unification import Atom, Axis, flat, fresh, root, sum_of
+
+# Axes of parameters to begin with as equal blocks: {(name, axis): (sizes of the factors before, number of blocks)}.
+Blocks = dict[tuple[str, int], tuple[tuple[int, ...], int]]
+
+
+@dataclass
+class Traced:
+    """A forward pass: the axes of every parameter and of every module's output, and what was recorded on the way."""
+
+    record: Record
+    parameters: dict[str, list[Axis]]  # by module key, in the order in which they were first used
+    unused: list[str]
+    outputs: dict[str, list[Axis]]
+    names: dict[int, str]  # parameter by id, as the record says them
+
+
+def trace(module: nn.Module, inputs: Any, kept: set[str], blocks: Blocks) -> Traced:
+    """Run a module on inputs, its parameters and the buffers in `kept` as shapes alone.
+
+    What does not hang on them (inputs, masks, positions) is computed with its values, so that a forward pass may ask
+    what its inputs look like.
+
+    Raises:
+        SpecError: the forward pass fails, or asks for a value that hangs on the weights.
+    """
+    record = Record()
+    twin, tensors = _hollow(module)
+    names: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        if name in kept and id(tensor) not in names:
+            record.set(tensor, _first_axes(name, tensor, blocks))
+            record.origins[id(tensor)] = id(tensor)
+            names[id(tensor)] = name
+    run_ = _Run(record, names)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)  # one operation that nobody could see into
+        with torch.no_grad(), run_.watching(twin), run_:
+            out = run(twin, inputs)
+    except SpecError:
+        raise
+    except Exception as error:  # whatever the code of a model raises
+        raise SpecError(
+            f"the symmetries of {type(module).__name__} cannot be inferred: its forward pass, run without weights, "
+            f"fails in {run_.where}: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    record.pin((t for t in outputs_in(out) if record.knows(t)), "an output of the model")
+    by_name = {names[i]: record.axes[i] for i in run_.used}
+    unused = [name for i, name in names.items() if i not in run_.used]
+    for i, name in names.items():
+        if i not in run_.used:
+            record.pin([tensors[name]], "the forward pass does not use it")
+            by_name[name] = record.axes[i]
+    return Traced(record, by_name, unused, run_.outputs, names)
+
+
+def _first_axes(name: str, tensor: Tensor, blocks: Blocks) -> list[Axis]:
+    axes = [fresh(n) for n in tensor.shape]
+    if not tensor.is_floating_point():
+        return [fresh(n, "not a floating-point tensor") for n in tensor.shape]
+    for d, n in enumerate(tensor.shape):
+        if (name, d) in blocks:
+            before, count = blocks[name, d]
+            outer = tuple(atom for size in before for atom in fresh(size))
+            inner = n // math.prod(before) // count
+            axes[d] = (*outer, *sum_of([fresh(inner) for _ in range(count)]))
+    return axes
+
+
+def _hollow(module: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A copy of a module in evaluation mode whose parameters and stored buffers are shapes alone."""
+    stored = set(module.state_dict())
+    hollow: dict[int, Tensor] = {}
+    names = dict(module.named_parameters(remove_duplicate=False))
+    names |= {n: b for n, b in module.named_buffers(remove_duplicate=False) if n in stored}
+    for tensor in names.values():
+        if id(tensor) not in hollow:
+            empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            hollow[id(tensor)] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
+    twin = copied(module, hollow).eval()
+    for part in twin.modules():  # a cache is nothing that a model computes
+        if hasattr(getattr(part, "config", None), "use_cache"):
+            part.config.use_cache = False
+    return twin, {name: hollow[id(tensor)] for name, tensor in names.items()}
+
+
+@cache
+def _parameters_of(op: Any) -> list[tuple[str, Any]]:
+    return [(a.name, a.default_value if a.has_default_value() else None) for a in op._schema.arguments]
+
+
+class _Run(TorchDispatchMode):
+    """Sees every operation below the module's own code."""
+
+    def __init__(self, record: Record, names: Mapping[int, str]):
+        super().__init__()
+        self.record, self.names = record, names
+        self.used: dict[int, None] = {}
+        self.outputs: dict[str, list[Axis]] = {}
+        self.path: list[str] = []
+        self.lost: set[int] = set()  # storages that were written to without values
+
+    @property
+    def where(self) -> str:
+        return self.path[-1] if self.path else "the model"
+
+    @contextmanager
+    def watching(self, module: nn.Module) -> Iterator[None]:
+        """Know which module runs, and keep what each gives."""
+        several: set[str] = set()
+
+        def entered(name: str) -> Any:
+            return lambda *_: self.path.append(name)
+
+        def left(name: str) -> Any:
+            def hook(_module: nn.Module, _args: Any, out: Any) -> None:
+                self.path.pop()
+                out = out[0] if isinstance(out, tuple | list) and out else out
+                if name in self.outputs or name in several:
+                    several.add(name)  # called more than once, so no output is the module's
+                    self.outputs.pop(name, None)
+                elif isinstance(out, Tensor) and self.record.knows(out):
+                    self.outputs[name] = list(self.record.of(out))
+
+            return hook
+
+        hooks = []
+        for name, part in module.named_modules():
+            if name:
+                hooks += [part.register_forward_pre_hook(entered(name)), part.register_forward_hook(left(name))]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        name = op._schema.name.partition("::")[2]
+        known = False
+        shapes_only = False
+        for tensor in tensors_in((args, kwargs)):
+            known |= self.record.knows(tensor)
+            shapes_only |= self._is_shape(tensor)
+            if id(tensor) in self.names:
+                self.used.setdefault(id(tensor))
+        filled = name in FILLED
+        if filled or not known:
+            if kwargs.get("device") is not None and (filled or not shapes_only):
+                kwargs["device"] = torch.device("cpu")
+        if (known or shapes_only) and not filled:
+            out = self._without_values(op, args, kwargs)
+        else:
+            out = op(*args, **kwargs)
+        if known or filled:
+            declared = _parameters_of(op)
+            said = {key: default for key, default in declared} | kwargs
+            said |= {key: value for (key, _), value in zip(declared, args, strict=False)}
+            apply_rule(self.record, Call(name, said, out, f"{name} in {self.where}"))
+        return out
+
+    def _is_shape(self, tensor: Tensor) -> bool:
+        return tensor.is_meta or (bool(self.lost) and tensor.untyped_storage().data_ptr() in self.lost)
+
+    def _without_values(self, op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run an operation on shapes; what it writes to and has values loses them."""
+        twins: dict[int, Tensor] = {}
+
+        def shape_of(tensor: Tensor) -> Tensor:
+            if not tensor.is_meta:
+                twin = twins.setdefault(id(tensor), tensor.to("meta"))
+                return twin
+            return tensor
+
+        if op._schema.name == "aten::index":  # a mask picks what is true in it, which a shape does not say
+            args = (args[0], [_numbers(i) for i in args[1]])
+        hollow_args, hollow_kwargs = tree_map_only(Tensor, shape_of, (args, kwargs))
+        if hollow_kwargs.get("device") is not None:
+            hollow_kwargs["device"] = torch.device("meta")
+        if op._schema.name in ("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero"):
+            raise SpecError(
+                f"the forward pass asks for a value in {self.where} ({op}) that hangs on the weights, so it is not the "
+                "same computation for all of them, and no symmetry can be inferred"
+            )
+        out = op(*hollow_args, **hollow_kwargs)
+        if twins:
+            given = {id(t): t for t in tensors_in((args, kwargs))}
+            back = {id(twin): given[i] for i, twin in twins.items()}
+
+            def original(tensor: Tensor) -> Tensor:
+                if id(tensor) not in back:
+                    return tensor
+                self.lost.add(back[id(tensor)].untyped_storage().data_ptr())
+                return back[id(tensor)]
+
+            out = tree_map_only(Tensor, original, out)
+        return out
+
+
+def _numbers(index: Any) -> Any:
+    """An index that is one mask over one axis, as numbers."""
+    if isinstance(index, Tensor) and index.dtype is torch.bool and index.dim() == 1 and not index.is_meta:
+        return index.nonzero().squeeze(1)
+    return index
+
+
+def wanted_blocks(traced: Traced, blocks: Blocks) -> Blocks:
+    """Axes of parameters that were taken apart slice by slice, so that each slice can have axes of its own."""
+    taken = {id(root(atom)) for atom in traced.record.unstacked}
+    more: Blocks = {}
+    for name, axes in traced.parameters.items():
+        for d, axis in enumerate(axes):
+            atoms: list[Atom] = flat(axis)
+            for i, atom in enumerate(atoms[:-1]):
+                if id(atom) in taken and (name, d) not in blocks and not any(a.parts for a in atoms):
+                    more[name, d] = (tuple(a.size for a in atoms[:i]), atom.size)
+                    break
+    return more

@@ -1,0 +1,79 @@
+"""Example inputs, how a module is called with them, and what of its answer counts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CheckpointError
+
+# A tensor, a sequence of positional arguments, or a mapping of keyword arguments.
+Inputs: TypeAlias = "Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]"
+
+# What transformers models hand out beside what they compute: moving a model moves these.
+INNER = re.compile(r"(^|_)hidden_states$|attentions$|past_key_values$|cache_params$|_model_output$")
+
+
+def run(module: nn.Module, inputs: Inputs) -> Any:
+    """What a module gives for its inputs."""
+    if isinstance(inputs, Mapping):
+        return module(**inputs)
+    return module(*inputs) if isinstance(inputs, tuple | list) else module(inputs)
+
+
+def outputs_in(said: Any) -> Iterator[Tensor]:
+    """The tensors a model computes, in whatever its forward pass returned.
+
+    Of a transformers model's answer, inner states (hidden states of every layer, attentions, caches, and the encoder's
+    last state beside logits) do not count where there is anything else.
+
+    Raises:
+        CheckpointError: an object in which no tensors can be found.
+    """
+    if isinstance(said, Tensor):
+        yield said
+    elif isinstance(said, Mapping):
+        answers = {str(key): value for key, value in said.items() if value is not None}
+        if hasattr(said, "to_tuple"):
+            inner = {key for key in answers if INNER.search(key)}
+            if "last_hidden_state" not in answers:
+                inner.add("encoder_last_hidden_state")
+            answers = {key: value for key, value in answers.items() if key not in inner} or answers
+        for value in answers.values():
+            yield from outputs_in(value)
+    elif isinstance(said, tuple | list):
+        for one in said:
+            yield from outputs_in(one)
+    elif hasattr(said, "__dict__"):
+        yield from outputs_in(vars(said))
+    elif said is not None and not isinstance(said, int | float | complex | str | bytes):
+        raise CheckpointError(f"the model returns a {type(said).__name__}, in which no tensors can be found")
+
+
+def example_inputs(config: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random inputs for a transformers model: tokens where there is a vocabulary, images where there are channels.
+
+    Raises:
+        CheckpointError: a kind of model whose inputs have to be given.
+    """
+    text = getattr(config, "text_config", config)
+    vision = getattr(config, "vision_config", config)
+    inputs: dict[str, Tensor] = {}
+    if getattr(text, "vocab_size", None):
+        length = min(16, getattr(text, "max_position_embeddings", None) or 16)
+        several = 2 if getattr(text, "pad_token_id", None) is not None or vision is not config else 1
+        inputs["input_ids"] = torch.randint(text.vocab_size, (several, length), generator=generator)
+    if getattr(vision, "num_channels", None):
+        size = getattr(vision, "image_size", 64)
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        pixels = torch.randn(2, vision.num_channels, *sides, generator=generator, dtype=torch.float64)
+        inputs["pixel_values"] = pixels
+    if "input_ids" in inputs and getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = inputs["input_ids"].roll(1, -1)
+    if not inputs:
+        raise CheckpointError(f"no inputs are known for model_type {config.model_type!r}; give them (inputs=)")
+    return inputs
