@@ -10,7 +10,7 @@ from conftest import moved_copy, same_tensors
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from hf_rebasin import MergeMany, PermutationCoordinateDescent, Status, interpolation
+from hf_rebasin import MergeMany, PermutationCoordinateDescent, Status, coordinate_descent, interpolation
 from hf_rebasin.errors import MismatchError, OptionError
 from hf_rebasin.interpolation import LerpSimple
 
@@ -122,6 +122,19 @@ def frozen(*models):
     return [copy.deepcopy(model) for model in models]
 
 
+@pytest.fixture
+def solutions(monkeypatch):
+    """(options, solution) of every alignment."""
+    calls, align = [], coordinate_descent.align
+
+    def spy(fixed, moving, **options):
+        calls.append((options, align(fixed, moving, **options)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(coordinate_descent, "align", spy)
+    return calls
+
+
 # --- the example -----------------------------------------------------------------------------------------------------
 
 
@@ -205,15 +218,14 @@ def test_permutations_are_applied_once_for_every_calculation():
     assert same_tensors(a, b)
 
 
-def test_options_go_to_align():
+def test_options_go_to_align(solutions):
     a, b = net(1), net(2)
-    histories = []
-    for options in ({"seed": 1}, {"seed": 1}, {"seed": 1, "starts": 1}):
-        pcd = PermutationCoordinateDescent(a, b, X, **options)
-        pcd.calculate_permutations(max_iterations=1)
-        assert pcd.solution.status is Status.SWEEP_LIMIT
-        histories.append(pcd.solution.history)
-    assert histories[0] == histories[1]
+    pcd = PermutationCoordinateDescent(a, b, X, verbose=True, seed=7, starts=1)
+    pcd.calculate_permutations(max_iterations=1)
+    options, solution = solutions[0]
+    assert options == {"inputs": X, "seed": 7, "progress": True, "starts": 1, "max_sweeps": 1}
+    assert solution is pcd.solution
+    assert solution.status is Status.SWEEP_LIMIT
     with pytest.raises(OptionError, match="start: no such parameter; did you mean 'starts'"):
         PermutationCoordinateDescent(a, b, X, start=1).rebasin()
 
@@ -237,17 +249,29 @@ def test_copies_in_many_orders_merge_into_the_one_model(seed):
 
 
 def test_unrelated_models_come_closer_the_same_way_for_the_same_seed():
-    models = [net(seed) for seed in (1, 2, 3)]
+    models = [net(seed) for seed in range(5)]
     before = frozen(*models)
-    plain, one, two, other = (
+    plain, one, two, first = (
         MergeMany(models, Net(), X, device, seed=seed).run(iterations)
         for iterations, device, seed in ((0, None, 0), (100, None, 0), (100, "cpu", 0), (1, None, 0))
     )
     assert same_tensors(one, two)
     assert not same_tensors(one, plain)
     assert norm(one) > norm(plain)  # the mean is long where models point the same way
-    assert norm(one) >= norm(other)  # and no sweep makes it shorter
+    assert norm(one) > norm(first)  # and every sweep that moves one makes it longer
     assert all(same_tensors(model, old) for model, old in zip(models, before, strict=True))
+
+
+def test_models_are_aligned_until_none_moves(solutions):
+    a = net(1)
+    MergeMany([a, in_other_order(a, 1), in_other_order(a, 2)], Net(), X, seed=5).run(max_iterations_pcd=9)
+    assert [solution.status for _, solution in solutions[-3:]] == [Status.IDENTITY] * 3
+    assert len(solutions) <= 3 + 3
+    assert all(options["seed"] == 5 and options["max_sweeps"] == 9 for options, _ in solutions)
+    solutions.clear()
+    MergeMany([net(seed) for seed in range(5)], Net(), X).run()
+    assert 9 < len(solutions) < 50
+    assert not any(solution.objective > solution.history[0] for _, solution in solutions[-5:])
 
 
 def test_everything_is_averaged_in_float64_but_whole_numbers():

@@ -576,8 +576,9 @@ def _select(record: Record, call: Call) -> None:
     if stack is not None and stack.dim == dim:
         record.set(call.out, stack.parts[call["index"]])
     else:
-        axes = record.of(x)
-        _by_number(record, call, axes[dim])
+        axes, index = record.of(x), call["index"] % x.shape[dim]
+        record.unstacked += flat(axes[dim])
+        piece(axes[dim], index, index + 1, call.why)  # the others may still move among themselves
         record.set(call.out, [axis for d, axis in enumerate(axes) if d != dim])
     _seen_otherwise(record, x, call.out)
 
@@ -588,18 +589,14 @@ def _unbind(record: Record, call: Call) -> None:
     stack = record.stacks.get(id(x))
     axes = None if stack is not None and stack.dim == dim else record.of(x)
     if axes is not None:
-        _by_number(record, call, axes[dim])
+        record.unstacked += flat(axes[dim])
+        pin(axes[dim], f"{call.why}: takes slices by number")
     for i, out in enumerate(call.outs):
         if axes is None and stack is not None:
             record.set(out, stack.parts[i])
         elif axes is not None:
             record.set(out, [axis for d, axis in enumerate(axes) if d != dim])
         _seen_otherwise(record, x, out)
-
-
-def _by_number(record: Record, call: Call, axis: Axis) -> None:
-    record.unstacked += flat(axis)
-    pin(axis, f"{call.why}: takes slices by number")
 
 
 def _pieces(record: Record, call: Call, dim: int, bounds: Sequence[tuple[int, int]]) -> None:
@@ -711,6 +708,17 @@ def _index(record: Record, call: Call) -> None:
 
 def _whole(index: Tensor) -> bool:
     return not index.is_floating_point() and index.element_size() > 1
+
+
+@rule("as_strided")
+def _as_strided(record: Record, call: Call) -> None:
+    """Only where it changes nothing but the strides of axes of size one, as adaptive pooling does in place."""
+    x, out = call["self"], call.out
+    if list(x.shape) != list(out.shape) or any(
+        n > 1 and s != t for n, s, t in zip(x.shape, call["strides_before"], out.stride(), strict=True)
+    ):
+        return _unknown(record, call)
+    return record.set(out, record.of(x))
 
 
 @rule("index_select")

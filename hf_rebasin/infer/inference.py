@@ -76,7 +76,8 @@ def infer(module: nn.Module, inputs: Any, keys: Mapping[str, str]) -> Inferred:
 
 
 def _reason(axis: Axis) -> str | None:
-    return next((atom.pin for atom in leaves(axis) if atom.pin is not None), None)
+    reason = next((atom.pin for atom in leaves(axis) if atom.pin is not None), None)
+    return reason or (None if not axis or any(leaves(axis)) else "its places are taken one by one")
 
 
 def _activations(traced: Traced, names: Mapping[Atom, str]) -> Iterator[tuple[str, str]]:
@@ -86,7 +87,7 @@ def _activations(traced: Traced, names: Mapping[Atom, str]) -> Iterator[tuple[st
 
 
 def _node(axis: Axis, names: Mapping[Atom, str], mark: str) -> Node:
-    """An axis as a pattern; held neighbours are one number."""
+    """An axis as a pattern; held neighbours are one number, a wholly held axis is `_`."""
     if not any(atom in names for atom in leaves(axis)):
         return Leaf(None)
     items: list[Node] = []

@@ -173,6 +173,7 @@ class _Run(TorchDispatchMode):
         if filled or not known:
             if kwargs.get("device") is not None and (filled or not shapes_only):
                 kwargs["device"] = torch.device("cpu")
+        strides = args[0].stride() if name == "as_strided_" else None  # of before it was called
         if (known or shapes_only) and not filled:
             out = self._without_values(op, args, kwargs)
         else:
@@ -181,6 +182,8 @@ class _Run(TorchDispatchMode):
             declared = _parameters_of(op)
             said = {key: default for key, default in declared} | kwargs
             said |= {key: value for (key, _), value in zip(declared, args, strict=False)}
+            if strides is not None:
+                said["strides_before"] = strides
             apply_rule(self.record, Call(name, said, out, f"{name} in {self.where}"))
         return out
 
@@ -237,7 +240,8 @@ def wanted_blocks(traced: Traced, blocks: Blocks) -> Blocks:
         for d, axis in enumerate(axes):
             atoms: list[Atom] = flat(axis)
             for i, atom in enumerate(atoms[:-1]):
-                if id(atom) in taken and (name, d) not in blocks and not any(a.parts for a in atoms):
+                others = (a for a in atoms if a is not atom)
+                if id(atom) in taken and (name, d) not in blocks and not any(a.parts for a in others):
                     more[name, d] = (tuple(a.size for a in atoms[:i]), atom.size)
                     break
     return more

@@ -127,7 +127,7 @@ def _unify_atoms(a: Atom, b: Atom, why: str) -> None:
     if a.parts is None:
         a, b = b, a
     if b.parts is None:  # a leaf becomes what the other is
-        if a.uniform:  # but one that is not the same everywhere is not to be taken for one that is
+        if is_uniform((a,)):  # but one that is not the same everywhere is not to be taken for one that is
             a, b = b, a
         reason = a.pin or b.pin
         b.same = a
@@ -240,6 +240,9 @@ def piece(axis: Axis, start: int, stop: int, why: str) -> Axis:
         return axis
     if start >= stop:
         return (Atom(0),)
+    reason = next((atom.pin for atom in leaves(axis)), None)
+    if reason is not None and all(atom.pin is not None for atom in leaves(axis)):
+        return fresh(stop - start, reason)
     halves = (axis, ()) if stop == size_of(axis) else cut(axis, stop)
     if halves is not None and start > 0:
         halves = cut(halves[0], start)
