@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .alignment import Alignment
-    from .api import align, merge, spec_for
+    from .api import align, infer_spec, merge, spec_for
     from .checking import Check, check
     from .checkpoint import Checkpoint
     from .coordinate_descent import MergeMany, PermutationCoordinateDescent
@@ -33,6 +33,7 @@ __all__ = [
     "Table",
     "align",
     "check",
+    "infer_spec",
     "merge",
     "spec_for",
 ]
@@ -53,6 +54,7 @@ _HOME = {
     "Table": "table",
     "align": "api",
     "check": "checking",
+    "infer_spec": "api",
     "merge": "api",
     "spec_for": "api",
 }

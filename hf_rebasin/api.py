@@ -127,7 +127,9 @@ def align(
     if isinstance(spec, Table):
         spec = bind_to(spec, a)
     # one of the two may be a bare state dict
-    return _solved(chosen, spec or spec_of(a if a.template or a.config or not b.template else b, inputs), a, b, seed, progress)
+    return _solved(
+        chosen, spec or spec_of(a if a.template or a.config or not b.template else b, inputs), a, b, seed, progress
+    )
 
 
 def _solved(solver: Solver, spec: Spec, fixed: Checkpoint, moving: Checkpoint, seed: int, progress: bool) -> Solution:

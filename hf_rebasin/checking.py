@@ -64,9 +64,7 @@ class Check:
         )
 
 
-def check(
-    source: Source, *, spec: Spec | None = None, inputs: Inputs | None = None, seed: int = 0
-) -> Check:
+def check(source: Source, *, spec: Spec | None = None, inputs: Inputs | None = None, seed: int = 0) -> Check:
     """Move a model by a random element of all its symmetries and compare its outputs, in float64.
 
     Args:
@@ -162,7 +160,9 @@ def outputs(model: nn.Module, inputs: Inputs) -> tuple[Tensor, bool]:
 
 def _config_of(model: nn.Module) -> Any:
     if not hasattr(model, "config"):
-        raise MismatchError(f"{type(model).__name__} is no transformers model, so its inputs have to be given (inputs=)")
+        raise MismatchError(
+            f"{type(model).__name__} is no transformers model, so its inputs have to be given (inputs=)"
+        )
     return model.config
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
@@ -72,6 +73,9 @@ def example_inputs(config: Any, generator: torch.Generator) -> dict[str, Tensor]
         sides = (size, size) if isinstance(size, int) else tuple(size)
         pixels = torch.randn(2, vision.num_channels, *sides, generator=generator, dtype=torch.float64)
         inputs["pixel_values"] = pixels
+        if any("MaskedImageModeling" in name for name in getattr(config, "architectures", None) or []):
+            patches = math.prod(side // config.patch_size for side in sides)
+            inputs["bool_masked_pos"] = torch.arange(2 * patches).reshape(2, patches) % 3 == 0
     if "input_ids" in inputs and getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = inputs["input_ids"].roll(1, -1)
     if not inputs:

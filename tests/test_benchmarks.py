@@ -1,5 +1,6 @@
 """What the benchmark scripts promise, on this machine: exact recovery at full size. Slow, and no test of speed."""
 
+import re
 import subprocess
 import sys
 
@@ -33,3 +34,14 @@ def test_barriers_of_mlps():
     assert all(float(row[3]) <= 0.05 for row in rows[:3]), done.stdout
     assert all(float(row[2]) <= 0.012 for row in rows[3:]), done.stdout
     assert all(float(row[4]) <= 1e-6 for row in rows), done.stdout
+
+
+def test_resnet18_comes_back_and_keeps_its_function():
+    """A plain module, its symmetries inferred; the package rebasin is not needed for this half."""
+    script = ROOT / "scripts" / "benchmark_rebasin.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    unrelated, planted = (re.split(r"  +", line) for line in done.stdout.splitlines())
+    for line in (unrelated, planted):
+        change, scale = (float(cell.split()[-1]) for cell in line if cell.startswith("max|"))
+        assert change <= 1e-5 * scale, done.stdout
+    assert planted[-1] == "then 0.0", done.stdout

@@ -331,14 +331,14 @@ _T5 = dict(
 _T5_COUNT = (
     "encoder heads (one bias for all layers) + decoder heads (likewise) + 2 × cross heads + 6 × (qk + ov) + 4 × ff"
 )
-_HELD = "the encoder's stream is returned, and one embedding serves both stacks: held"
-_hf("t5", "T5ForConditionalGeneration", _sequence_to_sequence, 20, f"{_T5_COUNT}; {_HELD}", **_T5)
+_STREAM = "one residual, as one embedding serves both stacks"
+_hf("t5", "T5ForConditionalGeneration", _sequence_to_sequence, 21, f"{_STREAM} + {_T5_COUNT}", **_T5)
 _hf(
     "t5_v1_1",
     "T5ForConditionalGeneration",
     _sequence_to_sequence,
-    20,
-    f"{_T5_COUNT}, gated; the head is untied, but {_HELD}",
+    21,
+    f"{_STREAM}, though the head is untied + {_T5_COUNT}, gated",
     _untie("lm_head"),
     feed_forward_proj="gated-gelu",
     tie_word_embeddings=False,
@@ -348,8 +348,8 @@ _hf(
     "t5_separate",
     "T5ForConditionalGeneration",
     _sequence_to_sequence,
-    21,
-    f"{_T5_COUNT} + decoder residual (it has an embedding and a head of its own); the encoder's stream is returned",
+    22,
+    f"{_T5_COUNT} + encoder residual + decoder residual (it has an embedding and a head of its own)",
     _untie("lm_head", "decoder.embed_tokens"),
     **_T5,
 )
@@ -365,8 +365,8 @@ _hf(
     "clip",
     "CLIPModel",
     _image_and_text,
-    16,
-    "2 towers × 2 × (heads + qk + ov + ff); both streams are returned (last_hidden_state), the embeddings too: held",
+    18,
+    "2 towers × (residual + 2 × (heads + qk + ov + ff)); the embeddings are what it computes: held",
     text_config=dict(
         vocab_size=45,
         hidden_size=24,

@@ -153,7 +153,9 @@ def _mv(record: Record, call: Call) -> None:
 
 @rule("dot vdot")
 def _dot(record: Record, call: Call) -> None:
-    _contract(record, call, [(call["self"], "k"), (call.arguments.get("tensor", call.tensors[1]), "k")], (call.out, ""))
+    _contract(
+        record, call, [(call["self"], "k"), (call.arguments.get("tensor", call.tensors[1]), "k")], (call.out, "")
+    )
 
 
 def _right(labels: str, tensor: Tensor) -> str:
@@ -258,6 +260,18 @@ def _convolution(record: Record, call: Call) -> None:
         record.readers.append((origin, second if transposed else w[1]))
 
 
+def _mixed(record: Record, x: Tensor, out: Tensor, dims: Iterable[int]) -> None:
+    """Along these dimensions an output needs all inputs: they are no longer the index that they were, so that nothing
+    outside them may move differently from place to place of theirs."""
+    dims = set(dims)
+    record.relate(
+        *(
+            tuple((((when, d) if d in dims else d, axis),) for d, axis in enumerate(record.of(t)))
+            for when, t in (("before", x), ("after", out))
+        )
+    )
+
+
 @rule("native_batch_norm _native_batch_norm_legit_no_training cudnn_batch_norm miopen_batch_norm")
 def _batch_norm(record: Record, call: Call) -> None:
     """Each channel has a mean, a variance, a gain and a bias."""
@@ -279,8 +293,9 @@ def _layer_norm(record: Record, call: Call) -> None:
     if call["weight"] is not None and record.origin(call["weight"]) is not None:
         record.gains.add(record.origins[id(call["weight"])])
     out, *stats = call.outs
-    labels = range(-x.dim(), 0)
-    _share(record, call, [(x, labels), *((t, range(-t.dim(), 0)) for t in affine)], [(out, labels)])
+    record.set(out, record.of(x))
+    _mixed(record, x, out, range(x.dim() - n, x.dim()))
+    _share(record, call, [(t, range(-t.dim(), 0)) for t in (out, *affine)], [(out, range(-x.dim(), 0))])
     for stat in stats:
         record.set(stat, [*record.of(x)[:-n], *[()] * n])
 
@@ -289,12 +304,18 @@ def _layer_norm(record: Record, call: Call) -> None:
 def _group_norm(record: Record, call: Call) -> None:
     """Channels are (group inside): mean and variance over what is inside and over all places."""
     x, n = call["input"], call["group"]
-    channels = record.of(x)[1]
-    regroup([channels], [n, x.shape[1] // n], call.why)
+    batch, channels, *places = record.of(x)
+    group, inside = regroup([channels], [n, x.shape[1] // n], call.why)
     labels = ["n", "c", *range(2, x.dim())]
     affine = [t for t in (call["weight"], call["bias"]) if t is not None]
     out, *stats = call.outs
-    _share(record, call, [(x, labels), *((t, "c") for t in affine)], [(out, labels)])
+    record.set(out, record.of(x))
+    before, after = (
+        ((("n", batch),), (("group", group), (when, inside)), *((((when, d), axis),) for d, axis in enumerate(places)))
+        for when in ("before", "after")
+    )
+    record.relate(before, after)
+    _share(record, call, [(out, labels), *((t, "c") for t in affine)], [(out, labels)])
     for stat in stats:
         record.held(stat, call.why)
 
@@ -305,7 +326,9 @@ def _weight_norm(record: Record, call: Call) -> None:
     v, g = call["v"], call["g"]
     labels = range(v.dim())
     out, norms = call.outs
-    _share(record, call, [(v, labels), (g, labels)], [(out, labels), (norms, labels)])
+    record.set(out, record.of(v))
+    _mixed(record, v, out, [d for d in labels if d != call["dim"] % v.dim()])
+    _share(record, call, [(out, labels), (g, labels)], [(out, labels), (norms, labels)])
     if record.origin(v) is not None:
         record.origins[id(out)] = record.origins[id(v)]
     if record.origin(g) is not None:
@@ -314,7 +337,10 @@ def _weight_norm(record: Record, call: Call) -> None:
 
 @rule("_softmax _log_softmax _safe_softmax")
 def _softmax(record: Record, call: Call) -> None:
-    record.set(call.out, record.of(call["self"]))
+    """Numbers along an axis, divided by what does not hang on their order."""
+    x = call["self"]
+    record.set(call.out, record.of(x))
+    _mixed(record, x, call.out, [call["dim"] % max(x.dim(), 1)])
 
 
 @rule(
@@ -410,11 +436,12 @@ def _pixel_unshuffle(record: Record, call: Call) -> None:
 
 @rule("roll flip cumsum cumprod logcumsumexp triu tril")
 def _ordered(record: Record, call: Call) -> None:
-    """What comes out at a place hangs on which place it is."""
-    axes = record.of(call["self"])
+    """What comes out at a place hangs on which place it is, and is another place's."""
+    axes = list(record.of(call["self"]))
     dims = call.arguments.get("dims", call.arguments.get("dim", (-1, -2)))
     for dim in [dims] if isinstance(dims, int) else dims or range(len(axes)):
         pin(axes[dim], f"{call.why}: has an order")
+        axes[dim] = fresh(call["self"].shape[dim], f"{call.why}: has an order")
     record.set(call.out, axes)
 
 
@@ -532,7 +559,9 @@ def _restacked(stack: Stack, old: Sequence[int], new: list[int], why: str) -> St
     for dim, size in enumerate(new):
         if math.prod(new[:dim]) == before and size % n == 0:
             heads = [regroup(part[: stack.dim], new[:dim], why) for part in stack.parts]
-            tails = [split_axis(tuple(a for x in part[stack.dim :] for a in x), size // n, why) for part in stack.parts]
+            tails = [
+                split_axis(tuple(a for x in part[stack.dim :] for a in x), size // n, why) for part in stack.parts
+            ]
             if None in tails:
                 return None
             blocks, insides = zip(*(t for t in tails if t is not None), strict=True)

@@ -65,7 +65,10 @@ def infer(module: nn.Module, inputs: Any, keys: Mapping[str, str]) -> Inferred:
     }
     groups = {}
     for atom, name in names.items():
-        kind, inside = "held" if atom.pin is not None else "permutation", [names[c] for c in contexts[atom] if c in names]
+        kind, inside = (
+            "held" if atom.pin is not None else "permutation",
+            [names[c] for c in contexts[atom] if c in names],
+        )
         groups[name] = f"{kind} in {' '.join(inside)}" if inside else kind
     sizes = {name: atom.size for atom, name in names.items()}
     return Inferred(

@@ -5,11 +5,29 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 # Words that say nothing about which module it is.
-DULL = set("conv convolution conv1 conv2 dense linear proj projection fc weight module model layer base original0".split())
+DULL = set(
+    [
+        "conv",
+        "convolution",
+        "conv1",
+        "conv2",
+        "dense",
+        "linear",
+        "proj",
+        "projection",
+        "fc",
+        "weight",
+        "module",
+        "model",
+        "layer",
+        "base",
+        "original0",
+    ]
+)
 DULL |= {"original1", "parametrizations", "0", "1", "weight_v", "weight_g", "bias", "in_proj", "net", "wrapped"}
 
 
@@ -45,9 +63,7 @@ def names_for(origins: Sequence[Origin]) -> list[str]:
         for n, i in enumerate([i for i, other in enumerate(found) if other == name][1:], 2):
             base, *digits = found[i].split(".")
             found[i] = next(
-                one
-                for one in (".".join([f"{base}_{k}", *digits]) for k in itertools.count(n))
-                if one not in found
+                one for one in (".".join([f"{base}_{k}", *digits]) for k in itertools.count(n)) if one not in found
             )
     return found
 
@@ -81,5 +97,3 @@ def _distinguishing(paths: Sequence[list[str]]) -> list[str]:
         next((w for w in mine if w and all(w not in other for j, other in enumerate(words) if j != i)), "")
         for i, mine in enumerate(words)
     ]
-
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -124,6 +124,7 @@ class _Run(TorchDispatchMode):
         self.outputs: dict[str, list[Axis]] = {}
         self.path: list[str] = []
         self.lost: set[int] = set()  # storages that were written to without values
+        self.shapes: dict[Any, Any] = {}  # what an operation gave on such shapes: layers repeat each other
 
     @property
     def where(self) -> str:
@@ -200,6 +201,9 @@ class _Run(TorchDispatchMode):
                 return twin
             return tensor
 
+        key = _signature(op, args, kwargs)
+        if key is not None and key in self.shapes:
+            return _like(self.shapes[key])
         if op._schema.name == "aten::index":  # a mask picks what is true in it, which a shape does not say
             args = (args[0], [_numbers(i) for i in args[1]])
         hollow_args, hollow_kwargs = tree_map_only(Tensor, shape_of, (args, kwargs))
@@ -211,6 +215,8 @@ class _Run(TorchDispatchMode):
                 "same computation for all of them, and no symmetry can be inferred"
             )
         out = op(*hollow_args, **hollow_kwargs)
+        if key is not None:
+            self.shapes[key] = out
         if twins:
             given = {id(t): t for t in tensors_in((args, kwargs))}
             back = {id(twin): given[i] for i, twin in twins.items()}
@@ -223,6 +229,33 @@ class _Run(TorchDispatchMode):
 
             out = tree_map_only(Tensor, original, out)
         return out
+
+
+def _signature(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """What an operation's output shapes hang on; None where it writes, or gets values."""
+
+    def seen(one: Any) -> Any:
+        if isinstance(one, Tensor):
+            if not one.is_meta:
+                raise TypeError
+            return one.shape, one.stride(), one.dtype
+        return tuple(map(seen, one)) if isinstance(one, list | tuple) else (type(one), one)  # 1 is not 1.0
+
+    if any(argument.alias_info is not None and argument.alias_info.is_write for argument in op._schema.arguments):
+        return None
+    try:
+        key = (op, seen(args), tuple((name, seen(value)) for name, value in kwargs.items()))
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _like(out: Any) -> Any:
+    """New tensors of the same shapes."""
+    if isinstance(out, Tensor):
+        return torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device="meta")
+    return type(out)(map(_like, out)) if isinstance(out, list | tuple) else out
 
 
 def _numbers(index: Any) -> Any:

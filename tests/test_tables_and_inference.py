@@ -1,0 +1,89 @@
+"""Tables against inference: two independent derivations of the same symmetries, which have to agree on every one."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+from conftest import FIRST, TINY
+from test_laws import mutations
+
+from hf_rebasin import Checkpoint, RebasinError, infer_spec, spec_for
+from hf_rebasin.axes import Leaf, Product, children, parse
+from hf_rebasin.binding import bind_to
+from hf_rebasin.table import table_for
+
+
+def places(spec, node, length):
+    """For every index along an axis the (moving symmetry, place in it) pairs that it stands for."""
+    if isinstance(node, Leaf):
+        size = node.size or (spec.symmetries[node.name].size if node.name else length)
+        return [{(node.name, i)} if node.name in spec.free else set() for i in range(size)]
+    parts = [places(spec, child, length) for child in children(node)]
+    if isinstance(node, Product):
+        return [set().union(*one) for one in itertools.product(*parts)]
+    return list(itertools.chain.from_iterable(parts))
+
+
+def moving(spec):
+    """{(key, axis): places} of the axes along which anything moves."""
+    return {
+        (key, d): found
+        for key, shape in spec.shapes.items()
+        for d, axis in enumerate(parse(spec.table.rows[key]))
+        if any(found := places(spec, axis, shape[d]))
+    }
+
+
+def disagreement(one, other):
+    """The first difference between two specs of one model, whose names are matched by where they stand; or None."""
+    a, b = moving(one), moving(other)
+    if a.keys() != b.keys():
+        return f"only one of them moves {sorted(a.keys() ^ b.keys())}"
+    partners = {}
+    for where in a:
+        for here, there in zip(a[where], b[where], strict=True):
+            if len(here) != len(there):
+                return f"{where}: {here} and {there}"
+            for name, place in here:
+                same = {theirs for theirs, p in there if p == place}
+                partners[name] = partners.get(name, same) & same
+    found = {}
+    while partners:
+        name = min(partners, key=lambda n: len(partners[n]))
+        left = partners.pop(name) - set(found.values())
+        if not left:
+            return f"nothing moves like {name}"
+        found[name] = min(left)
+    for name, theirs in found.items():
+        inside = {found[context] for context in one.symmetries[name].contexts if context in one.free}
+        if inside != {context for context in other.symmetries[theirs].contexts if context in other.free}:
+            return f"{name} is {one.symmetries[name].group}, {theirs} is {other.symmetries[theirs].group}"
+    return None
+
+
+def test_a_table_and_the_forward_pass_agree(tiny):
+    assert disagreement(spec_for(tiny), infer_spec(tiny)) is None
+
+
+@pytest.mark.parametrize("name", FIRST.values())
+def test_a_wrong_row_would_be_seen(name):
+    """Also where moving the weights shows nothing, as for the biases of keys."""
+    model = Checkpoint.open(TINY[name])
+    table, inferred = table_for(model.config), infer_spec(model)
+    rows = {tensor.row for tensor in spec_for(model).tensors}
+    unseen = []
+    for row in rows:
+        for _, what, mutant in mutations(table, row):
+            try:
+                if disagreement(bind_to(mutant, model), inferred) is None:
+                    unseen.append((row, what))
+            except RebasinError:
+                pass
+    assert unseen == []
+
+
+def test_a_wrong_context_would_be_seen():
+    model = Checkpoint.open(TINY["llama-0-LlamaForCausalLM"])
+    table = table_for(model.config)
+    flat = replace(table, groups={**table.groups, "group.*": "permutation"})
+    assert "group" in disagreement(bind_to(flat, model), infer_spec(model))
