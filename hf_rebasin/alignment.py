@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from . import registry
-from .binding import bind, read_spec, spec_of
+from .binding import bind, read_spec
 from .checkpoint import Checkpoint, Source
+from .describing import spec_of
 from .errors import CheckpointError, MismatchError, some
 from .groups import Element
 from .spec import Block, Dim, Labelled, Spec

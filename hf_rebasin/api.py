@@ -9,8 +9,9 @@ from typing import Any, cast
 import torch
 
 from . import registry
-from .binding import bind_to, inferred, spec_of
+from .binding import bind_to
 from .checkpoint import Checkpoint, Source
+from .describing import inferred, spec_of
 from .errors import OptionError
 from .inputs import Inputs
 from .knobs import knobs_for
@@ -126,10 +127,10 @@ def align(
     b = paired(a, b, assume)
     if isinstance(spec, Table):
         spec = bind_to(spec, a)
-    # one of the two may be a bare state dict
-    return _solved(
-        chosen, spec or spec_of(a if a.template or a.config or not b.template else b, inputs), a, b, seed, progress
-    )
+    if spec is None:
+        bare = a.template is None and a.config is None  # a state dict, whose symmetries the other may know
+        spec = spec_of(b if bare else a, inputs)
+    return _solved(chosen, spec, a, b, seed, progress)
 
 
 def _solved(solver: Solver, spec: Spec, fixed: Checkpoint, moving: Checkpoint, seed: int, progress: bool) -> Solution:

@@ -8,15 +8,12 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-import torch
-
 from .axes import READER, Leaf, Node, Sum, braces, compile_key, leaves, scoped, show, unmarked
 from .checkpoint import Checkpoint
-from .errors import MismatchError, SpecError, nearest
-from .inputs import Inputs, example_inputs
+from .errors import SpecError, nearest
 from .sizes import Equation, Sizes, solve_sizes
 from .spec import Block, Dim, Labelled, Norm, Shape, Spec, Symmetry
-from .table import KINDS, ROTATING, Row, Table, table_for
+from .table import KINDS, ROTATING, Row, Table
 
 
 def bind(table: Table, shapes: Mapping[str, Shape], ties: Mapping[str, str] | None = None) -> Spec:
@@ -63,53 +60,6 @@ def bind(table: Table, shapes: Mapping[str, Shape], ties: Mapping[str, str] | No
         prefix=table.prefix,
     )
     return Spec(bound, tensors, symmetries, norms, dict(shapes), ties)
-
-
-def spec_of(checkpoint: Checkpoint, inputs: Inputs | None = None) -> Spec:
-    """The spec of a checkpoint: by the table of its family, or inferred where there is none.
-
-    Raises:
-        MismatchError: there is neither a table nor a forward pass.
-        SpecError: the table does not fit its tensors, or the forward pass cannot be run without weights.
-    """
-    table = table_for(checkpoint.config)
-    return bind_to(table, checkpoint) if table is not None else inferred(checkpoint, inputs)
-
-
-def inferred(checkpoint: Checkpoint, inputs: Inputs | None = None) -> Spec:
-    """The spec that the forward pass of a checkpoint's module shows, on inputs that are made up if none are given.
-
-    Raises:
-        MismatchError: there is no module, or no inputs are known for it.
-        SpecError: the forward pass cannot be run without weights.
-    """
-    from .infer.inference import infer
-
-    if checkpoint.template is None and checkpoint.config is None:
-        raise MismatchError(
-            f"{checkpoint.name} is only tensors, without a forward pass that could show its symmetries; give a module "
-            "for one of the two, or its symmetries (spec=), or merge without alignment (--no-align)"
-        )
-    module, disk = checkpoint.skeleton()
-    if inputs is None:
-        if checkpoint.config is None:
-            raise MismatchError(
-                f"the symmetries of {checkpoint.name} are read off its forward pass; give inputs for one (inputs=): a "
-                "tensor, a tuple of them, or a dictionary of keyword arguments"
-            )
-        inputs = example_inputs(checkpoint.config, torch.Generator().manual_seed(0))
-    canonical = {key: name for name, key in checkpoint.canonical().items()}
-    keys = {key: canonical[stored] for key, stored in disk.items() if stored in canonical}
-    found = infer(module, inputs, keys)
-    # what a file has beyond its class: nothing is known of it
-    more = {name: "no part of its class" for name in canonical.values() if name not in found.table.rows}
-    shapes = {name: tuple(checkpoint.tensors[key].shape) for key, name in canonical.items()}
-    rows = {name: found.table.rows.get(name) or ", ".join("_" * len(shape)) for name, shape in shapes.items()}
-    ties = checkpoint.canonical_ties()
-    rows |= {target: rows[kept] for target, kept in ties.items() if target not in rows}
-    spec = bind(replace(found.table, rows=rows, prefix=checkpoint.base_prefix), shapes, ties)
-    pins = {name: tuple(why for _ in shapes[name]) for name, why in more.items()}
-    return replace(spec, pins=dict(found.pins) | pins, activations=found.activations)
 
 
 def bind_to(table: Table, checkpoint: Checkpoint) -> Spec:

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from .alignment import Alignment
-from .binding import spec_of
 from .checkpoint import Checkpoint, Source
+from .describing import spec_of
 from .errors import CheckpointError, MismatchError
 from .inputs import Inputs, example_inputs, outputs_in, run
 from .spec import Spec

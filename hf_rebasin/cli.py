@@ -56,17 +56,33 @@ def demo(
 def inspect(
     model: Annotated[str, typer.Argument(help=MODEL)],
     every: Annotated[bool, typer.Option("--all", help="One line per symmetry instead of one per family.")] = False,
+    infer: Annotated[
+        bool, typer.Option("--infer", help="Read them off the forward pass, also where there is a table.")
+    ] = False,
+    write_table: Annotated[
+        Path | None, typer.Option(help="With --infer: write what was found as a spec file, to be kept or edited.")
+    ] = None,
 ) -> None:
     """Show the symmetries of a model: name, group, size, tensors."""
-    from .binding import spec_of
+    from .describing import inferred, spec_of, written
 
+    if write_table is not None and not infer:
+        raise OptionError("--write-table writes what was inferred; give --infer, too")
+    if write_table is not None and write_table.exists():
+        raise OptionError(f"{write_table} is already there; name another file")
     checkpoint = _open(model)
-    spec = spec_of(checkpoint)
-    typer.echo(f"{model} ({type(checkpoint.config).__name__.removesuffix('Config')}): {spec}\n")
+    spec = inferred(checkpoint) if infer else spec_of(checkpoint)
+    how = ", inferred from its forward pass" if spec.pins else ""
+    typer.echo(f"{model} ({type(checkpoint.config).__name__.removesuffix('Config')}): {spec}{how}\n")
     for line in _symmetries(spec, every):
+        typer.echo(line)
+    for line in _held(spec):
         typer.echo(line)
     for target, kept in spec.ties.items():
         typer.echo(f"\ntied: {target} is {kept}")
+    if write_table is not None:
+        write_table.write_text(written(spec, checkpoint), encoding="utf-8")
+        typer.echo(f"\ntable: {write_table}")
 
 
 @app.command()
@@ -265,8 +281,8 @@ def _size(checkpoint: Checkpoint) -> str:
 
 def _plan(recipe: Recipe, out: Path) -> None:
     """What a merge would do; every check that needs no computation is made."""
-    from .binding import spec_of
     from .checkpoint import Checkpoint
+    from .describing import spec_of
     from .merging import lined_up, method_with
     from .pairing import paired
 
@@ -283,6 +299,24 @@ def _plan(recipe: Recipe, out: Path) -> None:
     typer.echo(
         f"would merge {1 + len(others)} models by {recipe.merge_method} to {out}/, {_size(first)} as in {first.name}"
     )
+
+
+def _held(spec: Spec) -> list[str]:
+    """Why the axes that do not move are held, those of one reason in one line."""
+    import re
+
+    from .text import columns
+
+    reasons: dict[str, list[str]] = {}
+    for key, axes in spec.pins.items():
+        for why in axes:
+            if why is not None:
+                reasons.setdefault(re.sub(r"\.\d+(?=\.|$|[ :,])", ".*", why), []).append(key)
+    if not reasons:
+        return []
+    rows = [("held because of", "axes", "such as")]
+    rows += [(why, str(len(keys)), keys[0]) for why, keys in reasons.items()]
+    return ["", *columns(rows, right=(1,))]
 
 
 def _symmetries(spec: Spec, every: bool) -> list[str]:

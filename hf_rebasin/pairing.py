@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 
 from .alignment import act
-from .binding import spec_of
 from .checkpoint import Checkpoint
+from .describing import spec_of
 from .errors import MismatchError, SpecError, some
 from .groups import Element
 from .groups.permutation import Element as Permutation

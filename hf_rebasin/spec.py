@@ -147,8 +147,8 @@ class Spec:
     """What may move in a model: its labelled tensors and its symmetries (contexts before what is nested in them).
 
     `table` is bound: its keys and names are literal, so it fits this model and says all that `bind` was told. Where it
-    was inferred, `pins` says for every axis of a tensor that is held which operation pinned it, and `activations` gives
-    the pattern of every module's output that carries a symmetry, by module name.
+    was inferred, `pins` says for every axis of a tensor that is held which operation pinned it, and `activations`
+    gives the pattern of every module's output that carries a symmetry, by module name.
     """
 
     table: Table

@@ -26,6 +26,7 @@ FLOORS = (
     {"units"},
     {"alignment"},
     {"groups"},
+    {"describing"},
     {"binding"},
     {"infer"},
     {"spec", "sizes"},
@@ -67,7 +68,18 @@ def test_imports_go_down(path):
         inside = target == room and path.name != "__init__.py" and len(parts) > 1
         if room == "__init__" or target == "__init__":
             continue
-        assert floor(target) > floor(room) or (inside and target == "groups"), f"{path.name} imports {target}"
+        assert floor(target) > floor(room) or (inside and target in ("groups", "infer")), (
+            f"{path.name} imports {target}"
+        )
+
+
+def test_inference_has_floors_of_its_own():
+    order = ("inference", "tracing", "aten", "nesting", "record", "unification", "naming", "writing", "__init__")
+    assert {path.stem for path in (PACKAGE / "infer").glob("*.py")} == set(order)
+    for place, name in enumerate(order):
+        for node in ast.walk(ast.parse((PACKAGE / "infer" / f"{name}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                assert order.index(node.module) > place, f"{name} imports {node.module}"
 
 
 def test_the_list_of_floors_is_whole():

@@ -61,8 +61,8 @@ def _unknown(record: Record, call: Call) -> None:
 
 
 @rule(
-    """abs acos acosh add addcdiv addcmul alias asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or ceil celu
-    clamp clamp_max clamp_min clone contiguous copy cos cosh detach div elu eq erf erfc exp exp2 expm1 fill floor
+    """abs acos acosh add addcdiv addcmul alias asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or ceil
+    celu clamp clamp_max clamp_min clone contiguous copy cos cosh detach div elu eq erf erfc exp exp2 expm1 fill floor
     floor_divide fmod ge gelu gt hardshrink hardsigmoid hardswish hardtanh isfinite isinf isnan le leaky_relu lerp lift
     lift_fresh lift_fresh_copy log log10 log1p log2 log_sigmoid_forward logical_and logical_not logical_or logical_xor
     logit lt masked_fill maximum minimum mish mul nan_to_num native_dropout ne neg pow _prelu_kernel reciprocal relu
@@ -104,7 +104,7 @@ def _share(
     operands = []
     for tensor, labels in terms:
         operand = []
-        for label, axis, size in zip(labels, record.of(tensor), tensor.shape, strict=True):
+        for label, axis in zip(labels, record.of(tensor), strict=True):
             if is_uniform(axis):
                 continue
             operand.append(((label, axis),))
@@ -153,9 +153,8 @@ def _mv(record: Record, call: Call) -> None:
 
 @rule("dot vdot")
 def _dot(record: Record, call: Call) -> None:
-    _contract(
-        record, call, [(call["self"], "k"), (call.arguments.get("tensor", call.tensors[1]), "k")], (call.out, "")
-    )
+    one, other = call.tensors
+    _contract(record, call, [(one, "k"), (other, "k")], (call.out, ""))
 
 
 def _right(labels: str, tensor: Tensor) -> str:
@@ -387,8 +386,8 @@ def _position(record: Record, call: Call) -> None:
 
 
 @rule(
-    """max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d
-    adaptive_avg_pool1d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d
+    """max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d
+    avg_pool3d adaptive_avg_pool1d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d
     upsample_linear1d upsample_bilinear2d _upsample_bilinear2d_aa upsample_bicubic2d _upsample_bicubic2d_aa
     upsample_trilinear3d upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact2d
     reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d"""

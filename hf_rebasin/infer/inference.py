@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,16 +59,15 @@ def infer(module: nn.Module, inputs: Any, keys: Mapping[str, str]) -> Inferred:
                     used.update(dict.fromkeys([*contexts[atom], atom]))
     names = dict(zip(used, names_for(_origins(list(used), traced, keys, contexts)), strict=True))
     marks = _marks(traced, keys)
+    outer = {context for atom in names for context in contexts[atom]}
     rows = {
-        key: show(tuple(_node(axis, names, marks.get((key, d), "")) for d, axis in enumerate(axes)))
+        key: show(tuple(_node(axis, names, marks.get((key, d), ""), outer) for d, axis in enumerate(axes)))
         for key, axes in parameters.items()
     }
     groups = {}
     for atom, name in names.items():
-        kind, inside = (
-            "held" if atom.pin is not None else "permutation",
-            [names[c] for c in contexts[atom] if c in names],
-        )
+        inside = [names[context] for context in contexts[atom] if context in names]
+        kind = "permutation" if atom.pin is None else "held"
         groups[name] = f"{kind} in {' '.join(inside)}" if inside else kind
     sizes = {name: atom.size for atom, name in names.items()}
     return Inferred(
@@ -86,19 +85,19 @@ def _reason(axis: Axis) -> str | None:
 def _activations(traced: Traced, names: Mapping[Atom, str]) -> Iterator[tuple[str, str]]:
     for module, axes in traced.outputs.items():
         if any(atom in names and atom.pin is None for axis in axes for atom in leaves(axis)):
-            yield module, show(tuple(_node(axis, names, "") for axis in axes))
+            yield module, show(tuple(_node(axis, names) for axis in axes))
 
 
-def _node(axis: Axis, names: Mapping[Atom, str], mark: str) -> Node:
+def _node(axis: Axis, names: Mapping[Atom, str], mark: str = "", unmarked: Set[Atom] = frozenset()) -> Node:
     """An axis as a pattern; held neighbours are one number, a wholly held axis is `_`."""
     if not any(atom in names for atom in leaves(axis)):
         return Leaf(None)
     items: list[Node] = []
     for atom in flat(axis):
         if atom in names:
-            items.append(Leaf(names[atom], mark if atom.pin is None else ""))
+            items.append(Leaf(names[atom], "" if atom in unmarked else mark))
         elif atom.parts is not None and any(leaf in names for leaf in leaves((atom,))):
-            items.append(Sum(tuple(_part(part, names, mark) for part in parts_of(atom))))
+            items.append(Sum(tuple(_part(part, names, mark, unmarked) for part in parts_of(atom))))
         elif items and isinstance(items[-1], Leaf) and items[-1].size is not None:
             items[-1] = Leaf(None, size=items[-1].size * atom.size)
         else:
@@ -106,8 +105,8 @@ def _node(axis: Axis, names: Mapping[Atom, str], mark: str) -> Node:
     return items[0] if len(items) == 1 else Product(tuple(items))
 
 
-def _part(part: Axis, names: Mapping[Atom, str], mark: str) -> Node:
-    node = _node(part, names, mark)
+def _part(part: Axis, names: Mapping[Atom, str], mark: str, unmarked: Set[Atom]) -> Node:
+    node = _node(part, names, mark, unmarked)
     return Leaf(None, size=size_of(part)) if node == Leaf(None) else node
 
 
@@ -132,27 +131,25 @@ def _origins(
     atoms: list[Atom], traced: Traced, keys: Mapping[str, str], contexts: Mapping[Atom, list[Atom]]
 ) -> list[Origin]:
     roles: dict[Atom, dict[str, None]] = {}
-    for role, axis in traced.record.roles:
+    for part, axis in traced.record.roles:
         for atom in leaves(axis):
-            roles.setdefault(atom, {})[role] = None
+            roles.setdefault(atom, {})[part] = None
     outer = {context for atom in atoms for context in contexts[atom]}
-    readers = {(traced.names[p], id(axis)) for p, axis in traced.record.readers}
-    readers |= {(traced.names[p], tuple(map(id, flat(axis)))) for p, axis in traced.record.readers}
+    read = {(traced.names[parameter], tuple(map(id, flat(axis)))) for parameter, axis in traced.record.readers}
     written: dict[Atom, list[str]] = {atom: [] for atom in atoms}
     seen: dict[Atom, str] = {}
     for name, axes in traced.parameters.items():
-        for axis in axes:
-            reads = (name, id(axis)) in readers or (name, tuple(map(id, flat(axis)))) in readers
+        for axis in axes if name in keys else ():
+            reads = (name, tuple(map(id, flat(axis)))) in read
             for atom in leaves(axis):
-                if name in keys:
-                    seen.setdefault(atom, keys[name])
-                    if atom in written and not reads and len(axes) > 1:
-                        written[atom].append(keys[name])
+                seen.setdefault(atom, keys[name])
+                if atom in written and not reads and len(axes) > 1:
+                    written[atom].append(keys[name])
     origins = []
     for atom in atoms:
         mine = roles.get(atom, {})
-        role = next((r for r in ("head", "qk", "ov") if r in mine), None)
-        if role != "head" and role is not None and not contexts[atom]:
+        role: str | None = next((r for r in ("head", "qk", "ov") if r in mine), None)
+        if role in ("qk", "ov") and not contexts[atom]:
             role = None
         if role is None and "residual" in mine and len({key.rpartition(".")[0] for key in written[atom]}) > 1:
             role = "residual"

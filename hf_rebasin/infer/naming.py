@@ -9,26 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 # Words that say nothing about which module it is.
-DULL = set(
-    [
-        "conv",
-        "convolution",
-        "conv1",
-        "conv2",
-        "dense",
-        "linear",
-        "proj",
-        "projection",
-        "fc",
-        "weight",
-        "module",
-        "model",
-        "layer",
-        "base",
-        "original0",
-    ]
-)
-DULL |= {"original1", "parametrizations", "0", "1", "weight_v", "weight_g", "bias", "in_proj", "net", "wrapped"}
+DULL = set("base conv convolution dense fc layer linear model module net proj projection".split())  # noqa: SIM905
 
 
 @dataclass
@@ -50,9 +31,10 @@ def names_for(origins: Sequence[Origin]) -> list[str]:
     bases = []
     for origin, path in zip(origins, paths, strict=True):
         words = [_word(part) for part in path if not part.isdigit()]
-        telling = [word for word in words if word and word not in DULL] or [word for word in words if word]
+        first = [_word(part) for part in _module(origin.writers[0]) if not part.isdigit()]
+        telling = next((t for t in (_telling(words), _telling(first), words, first) if t), None)
         role = origin.role if origin.role != "residual" or streams > 1 or len(set(origin.writers)) > 1 else None
-        bases.append(role or (telling[-1] if telling else "hidden"))
+        bases.append(role or (telling[-1] if telling else None) or "hidden")
     numbers = [[part for part in path if part.isdigit()] for path in paths]
     found = [".".join([base, *digits]) for base, digits in zip(bases, numbers, strict=True)]
     for name in [name for name, n in Counter(found).items() if n > 1]:
@@ -66,6 +48,10 @@ def names_for(origins: Sequence[Origin]) -> list[str]:
                 one for one in (".".join([f"{base}_{k}", *digits]) for k in itertools.count(n)) if one not in found
             )
     return found
+
+
+def _telling(words: Iterable[str]) -> list[str]:
+    return [word for word in words if word and word not in DULL]
 
 
 def _module(key: str) -> list[str]:

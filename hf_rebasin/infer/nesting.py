@@ -87,7 +87,7 @@ def _narrow(contexts: dict[Atom, set[Atom]], rank: dict[Atom, int], operands: li
     placed = []  # per operand and block: the choice, and for every (atom, place) where its possible contexts are
     for blocks in operands:
         placed.append([(choice, _contexts_in(atoms, rank)) for choice, atoms in blocks])
-    for choice, where in itertools.chain.from_iterable(placed):
+    for _, where in itertools.chain.from_iterable(placed):
         for (atom, _), there in where.items():
             contexts[atom] = contexts[atom] & there.keys() if atom in contexts else set(there)
     for one, other in itertools.combinations(placed, 2):

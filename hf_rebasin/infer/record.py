@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from .unification import Atom, Axis, flat, fresh, leaves, pin, unify
+from .unification import GIVEN, Atom, Axis, flat, fresh, leaves, pin, unify
 
 # One tensor as an operation sees it: for each of its axes the (index of the operation, axis) pairs it is made of.
 Operand: TypeAlias = tuple[tuple[tuple[Any, Axis], ...], ...]
@@ -73,7 +73,7 @@ class Record:
         if id(tensor) in self.stacks:
             return self._collapsed(tensor)
         if id(tensor) not in self._constants:
-            self._constants[id(tensor)] = [fresh(n, "an input or a constant") for n in tensor.shape]
+            self._constants[id(tensor)] = [fresh(n, GIVEN) for n in tensor.shape]
             self._kept.append(tensor)
         return self._constants[id(tensor)]
 

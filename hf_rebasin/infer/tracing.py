@@ -95,7 +95,7 @@ def _hollow(module: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
     """A copy of a module in evaluation mode whose parameters and stored buffers are shapes alone."""
     stored = set(module.state_dict())
     hollow: dict[int, Tensor] = {}
-    names = dict(module.named_parameters(remove_duplicate=False))
+    names: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     names |= {n: b for n, b in module.named_buffers(remove_duplicate=False) if n in stored}
     for tensor in names.values():
         if id(tensor) not in hollow:
@@ -171,17 +171,14 @@ class _Run(TorchDispatchMode):
             if id(tensor) in self.names:
                 self.used.setdefault(id(tensor))
         filled = name in FILLED
-        if filled or not known:
-            if kwargs.get("device") is not None and (filled or not shapes_only):
-                kwargs["device"] = torch.device("cpu")
+        hollow = not filled and (known or shapes_only)
+        if not hollow and kwargs.get("device") is not None:
+            kwargs["device"] = torch.device("cpu")
         strides = args[0].stride() if name == "as_strided_" else None  # of before it was called
-        if (known or shapes_only) and not filled:
-            out = self._without_values(op, args, kwargs)
-        else:
-            out = op(*args, **kwargs)
+        out = self._without_values(op, args, kwargs) if hollow else op(*args, **kwargs)
         if known or filled:
             declared = _parameters_of(op)
-            said = {key: default for key, default in declared} | kwargs
+            said = dict(declared) | kwargs
             said |= {key: value for (key, _), value in zip(declared, args, strict=False)}
             if strides is not None:
                 said["strides_before"] = strides
@@ -197,8 +194,7 @@ class _Run(TorchDispatchMode):
 
         def shape_of(tensor: Tensor) -> Tensor:
             if not tensor.is_meta:
-                twin = twins.setdefault(id(tensor), tensor.to("meta"))
-                return twin
+                return twins.setdefault(id(tensor), tensor.to("meta"))
             return tensor
 
         key = _signature(op, args, kwargs)
@@ -211,8 +207,8 @@ class _Run(TorchDispatchMode):
             hollow_kwargs["device"] = torch.device("meta")
         if op._schema.name in ("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero"):
             raise SpecError(
-                f"the forward pass asks for a value in {self.where} ({op}) that hangs on the weights, so it is not the "
-                "same computation for all of them, and no symmetry can be inferred"
+                f"the forward pass asks for a value in {self.where} ({op}) that hangs on the weights, so it is not "
+                "the same computation for all of them, and no symmetry can be inferred"
             )
         out = op(*hollow_args, **hollow_kwargs)
         if key is not None:

@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
+GIVEN = "an input or a constant"
+
 
 class Atom:
     """A factor of an axis. At most one of `same`, `factors` and `parts` is set."""
@@ -133,6 +135,8 @@ def _unify_atoms(a: Atom, b: Atom, why: str) -> None:
         b.same = a
         if reason is not None:
             pin((a,), reason)
+        if a.pin == GIVEN:
+            a.pin = f"{why}, with {GIVEN}"
         return
     pairs = _lined_up(parts_of(a), parts_of(b))
     if pairs is None:

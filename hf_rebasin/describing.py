@@ -1,0 +1,98 @@
+"""The spec of a checkpoint: by the table of its family, or inferred from its forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from .axes import Leaf, leaves, parse, show
+from .binding import bind, bind_to
+from .checkpoint import Checkpoint
+from .errors import MismatchError, SpecError
+from .inputs import Inputs, example_inputs
+from .spec import Shape, Spec
+from .table import Table, table_for
+
+
+def spec_of(checkpoint: Checkpoint, inputs: Inputs | None = None) -> Spec:
+    """The spec of a checkpoint: by the table of its family, or inferred where there is none.
+
+    Raises:
+        MismatchError: there is neither a table nor a forward pass.
+        SpecError: the table does not fit its tensors, or the forward pass cannot be run without weights.
+    """
+    table = table_for(checkpoint.config)
+    return bind_to(table, checkpoint) if table is not None else inferred(checkpoint, inputs)
+
+
+def inferred(checkpoint: Checkpoint, inputs: Inputs | None = None) -> Spec:
+    """The spec that the forward pass of a checkpoint's module shows, on inputs that are made up if none are given.
+
+    Raises:
+        MismatchError: there is no module, or no inputs are known for it.
+        SpecError: the forward pass cannot be run without weights.
+    """
+    from .infer.inference import infer
+
+    if checkpoint.template is None and checkpoint.config is None:
+        raise MismatchError(
+            f"{checkpoint.name} is only tensors, without a forward pass that could show its symmetries; give a module "
+            "for one of the two, or its symmetries (spec=), or merge without alignment (--no-align)"
+        )
+    module, disk = checkpoint.skeleton()
+    if inputs is None:
+        if checkpoint.config is None:
+            raise MismatchError(
+                f"the symmetries of {checkpoint.name} are read off its forward pass; give inputs for one (inputs=): a "
+                "tensor, a tuple of them, or a dictionary of keyword arguments"
+            )
+        inputs = example_inputs(checkpoint.config, torch.Generator().manual_seed(0))
+    canonical = {key: name for name, key in checkpoint.canonical().items()}
+    keys = {key: canonical[stored] for key, stored in disk.items() if stored in canonical}
+    found = infer(module, inputs, keys)
+    # what a file has beyond its class: nothing is known of it
+    more = {name: "no part of its class" for name in canonical.values() if name not in found.table.rows}
+    shapes = {name: tuple(checkpoint.tensors[key].shape) for key, name in canonical.items()}
+    rows = {name: found.table.rows.get(name) or ", ".join("_" * len(shape)) for name, shape in shapes.items()}
+    rows = {name: _by_string(row, found.pins.get(name, ()), shapes[name], checkpoint) for name, row in rows.items()}
+    named = {leaf.name for row in rows.values() for axis in parse(row) for leaf in leaves(axis)}
+    groups = {name: "held" for name in ("vocab", "label") if name in named}
+    ties = checkpoint.canonical_ties()
+    rows |= {target: rows[kept] for target, kept in ties.items() if target not in rows}
+    table = replace(found.table, rows=rows, groups=groups | dict(found.table.groups), prefix=checkpoint.base_prefix)
+    spec = bind(table, shapes, ties)
+    pins = {name: tuple(why for _ in shapes[name]) for name, why in more.items()}
+    return replace(spec, pins=dict(found.pins) | pins, activations=found.activations)
+
+
+def _by_string(row: str, pins: Sequence[str | None], shape: Shape, checkpoint: Checkpoint) -> str:
+    """A row whose held axes run over tokens or labels names them, so that they can be matched by string."""
+    config = getattr(checkpoint.config, "text_config", checkpoint.config)
+    others = {getattr(config, name, None) for name in ("max_position_embeddings", "type_vocab_size")}
+    axes = list(parse(row))
+    for d, (axis, why) in enumerate(zip(axes, pins, strict=False)):
+        output = why is not None and why.startswith("an output")
+        if axis == Leaf(None) and (output or (why is not None and why.endswith("looked up by number"))):
+            if shape[d] == getattr(config, "vocab_size", None) and shape[d] not in others:
+                axes[d] = Leaf("vocab")
+            elif output and d == 0 and shape[d] == len(checkpoint.settings.get("id2label") or ()):
+                axes[d] = Leaf("label") if "Classification" in str(checkpoint.config.architectures) else axes[d]
+    return show(tuple(axes))
+
+
+def written(spec: Spec, checkpoint: Checkpoint) -> str:
+    """A spec as the text of a file for `hf_rebasin/specs/`, with stars and braces; it is seen to say the same."""
+    from .infer.writing import spec_file
+
+    def fits(table: Table) -> bool:
+        try:
+            other = bind_to(table, checkpoint)
+        except SpecError:
+            return False
+        blocks = {tensor.bound: tensor.blocks for tensor in other.tensors}
+        return other.symmetries == spec.symmetries and all(blocks[t.bound] == t.blocks for t in spec.tensors)
+
+    class_name = type(checkpoint.skeleton()[0]).__name__
+    return spec_file(spec.table, checkpoint.config, class_name, fits)
