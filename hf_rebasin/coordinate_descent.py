@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from .api import align
+from .checkpoint import copied
 from .errors import OptionError
 from .inputs import Inputs
 from .modules import Device, merged, overwrite, refuse_unless_alike
@@ -68,7 +68,7 @@ class PermutationCoordinateDescent:
         """Find the permutations; `max_iterations` bounds the sweeps over all of them. Neither module changes."""
         fixed = self.model_a
         if self.device_a != self.device_b:
-            fixed = copy.deepcopy(fixed).to(self.device_b)
+            fixed = copied(fixed).to(self.device_b)
         options = {"inputs": self.input_data, "seed": self.seed, "progress": self.verbose} | self.options
         self.solution = self._to_apply = align(fixed, self.model_b, max_sweeps=max_iterations, **options)
 
@@ -149,7 +149,7 @@ class MergeMany:
         Returns:
             The working model, which is the merge now.
         """
-        models = [m if self.device is None else copy.deepcopy(m).to(self.device) for m in self.models]
+        models = [m if self.device is None else copied(m).to(self.device) for m in self.models]
         generator = torch.Generator().manual_seed(self.seed)
         options = {"inputs": self.input_data} | self.options
         placed = {0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,10 +11,12 @@ import torch
 from .axes import Leaf, leaves, parse, show
 from .binding import bind, bind_to
 from .checkpoint import Checkpoint
-from .errors import MismatchError, SpecError
+from .errors import MismatchError, SpecError, some
 from .inputs import Inputs, example_inputs
 from .spec import Shape, Spec
 from .table import Table, table_for
+
+logger = logging.getLogger(__name__)
 
 
 def spec_of(checkpoint: Checkpoint, inputs: Inputs | None = None) -> Spec:
@@ -52,6 +55,12 @@ def inferred(checkpoint: Checkpoint, inputs: Inputs | None = None) -> Spec:
     canonical = {key: name for name, key in checkpoint.canonical().items()}
     keys = {key: canonical[stored] for key, stored in disk.items() if stored in canonical}
     found = infer(module, inputs, keys)
+    if found.unused:
+        logger.warning(
+            "%s does not use %s on these inputs; that stays as it is, and would no longer fit where it is used",
+            type(module).__name__,
+            some(found.unused),
+        )
     # what a file has beyond its class: nothing is known of it
     more = {name: "no part of its class" for name in canonical.values() if name not in found.table.rows}
     shapes = {name: tuple(checkpoint.tensors[key].shape) for key, name in canonical.items()}

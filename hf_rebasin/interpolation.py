@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .checkpoint import copied
 from .errors import OptionError, nearest
-from .inputs import Inputs, run
 from .modules import Device, merged, refuse_unless_alike
 from .recalibrate import recalibrate
 
@@ -92,7 +91,7 @@ class LerpSimple:
         self.best_metric, self.best_model_name = math.nan, ""
         self.metrics: list[dict[float, float]] = []
         self.metrics_models = [
-            self._evaluate(copy.deepcopy(model).to(device).eval(), device, f"model_{i}.pt")
+            self._evaluate(copied(model).to(device).eval(), device, f"model_{i}.pt")
             for i, (model, device) in enumerate(zip(models, self.devices, strict=True))
         ]
 
@@ -136,8 +135,7 @@ class LerpSimple:
         device = self.devices[near] if self.device_interp is None else self.device_interp
         model = merged([self.models[near], self.models[far]], "lerp", t=way).to(device).eval()
         if self.train_dataloader is not None:
-            batches = ({"inputs": self._inputs(batch, device)} for batch in self.train_dataloader)
-            recalibrate(_Called(model), batches)
+            recalibrate(model, (self._inputs(batch, device) for batch in self.train_dataloader))
         name = f"interp_models_{i}_{i + 1}_perc_{t:.6g}.pt"
         if folder is not None:
             torch.save(model.state_dict(), folder / name)
@@ -174,14 +172,3 @@ def _folder(savedir: Path | str | None, save_all: bool) -> Path | None:
     if save_all and savedir is None:
         raise OptionError("save_all, but no savedir: say in which folder")
     return None if savedir is None else Path(savedir)
-
-
-class _Called(nn.Module):
-    """A model by the one keyword under which `recalibrate` gets inputs of any form."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: Inputs) -> Any:
-        return run(self.model, inputs)

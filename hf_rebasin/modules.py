@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, TypeAlias
@@ -10,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, copied
 from .errors import OptionError, some
 from .merging import lined_up, method_with
 
@@ -35,7 +34,7 @@ def merged(models: Sequence[nn.Module], method: str, **knobs: Any) -> nn.Module:
     `merge` gives a checkpoint, with what a file holds. Here buffers that are not stored count too, and whole numbers
     are the first module's without a question. What is equal in all stays as it is, be it infinite, as in masks.
     """
-    merge, out = method_with(method, knobs, len(models)), copy.deepcopy(models[0])
+    merge, out = method_with(method, knobs, len(models)), copied(models[0])
     for place, *tensors in _in_common(out, *models):
         wide = torch.promote_types(place.dtype, torch.float64)
         values = [tensor.to(place.device, wide) for tensor in tensors]

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import OptionError
+from .inputs import Inputs, run
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> int:
+def recalibrate(model: nn.Module, batches: Iterable[Inputs]) -> int:
     """Recompute running mean and variance of every BatchNorm layer, in place: their cumulative average over batches.
 
     Args:
         model: any module; its mode and its BatchNorm momenta are restored.
-        batches: keyword arguments of its forward pass.
+        batches: inputs of its forward pass: tensors, positional arguments, or mappings of keyword arguments.
 
     Returns:
         The number of BatchNorm layers; with none, no batch is read.
@@ -41,7 +42,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> in
             norm.momentum = None  # cumulative average
             norm.train()  # only these: dropout stays off
         while batch is not None:
-            model(**batch)
+            run(model, batch)
             batch = next(stream, None)
     except BaseException:
         for norm, buffers in zip(norms, before, strict=True):

@@ -13,13 +13,14 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from .record import Call, Record, Stack
+from .record import Call, Operand, Record, Stack
 from .unification import (
     Axis,
     cut,
     flat,
     fresh,
     is_uniform,
+    leaves,
     parts_of,
     piece,
     pin,
@@ -116,7 +117,7 @@ def _share(
     for tensor, labels in outs:
         sizes = zip(labels, tensor.shape, strict=True)
         record.set(tensor, [shared.get(label) or fresh(n, uniform=True) if n != 1 else () for label, n in sizes])
-        operands.append(tuple(((label, axis),) for label, axis in zip(labels, record.of(tensor), strict=True)))
+        operands.append(_labelled(labels, record.of(tensor)))
     record.relate(*operands)
 
 
@@ -125,14 +126,15 @@ def _contract(
 ) -> None:
     """A sum of products over the labels that the output lacks: each of them is one index, in any order."""
     _share(record, call, terms, [out])
+    attends = batch and all(record.origin(tensor) is None for tensor, _ in terms)
     for tensor, labels in terms:
         origin = record.origin(tensor)
         for label, axis in zip(labels, record.of(tensor), strict=True):
             if origin is not None and label not in out[1]:
                 record.readers.append((origin, axis))
-            if origin is None and label in batch:
+            if attends and label in batch:
                 record.roles.append(("head", axis))
-            elif origin is None and batch and label in "kj":
+            elif attends and label in "kj":
                 record.roles.append(("qk" if label == "k" else "ov", axis))
 
 
@@ -205,6 +207,7 @@ def _embedding(record: Record, call: Call) -> None:
     for axis in indices:
         pin(axis, f"{call.why}: numbers of rows")
     record.set(call.out, [*indices, weight[1]])
+    record.relate(_labelled(["row", "in"], weight), _labelled([*range(len(indices)), "in"], record.of(call.out)))
     if (origin := record.origin(call["weight"])) is not None:
         record.looked_up.add(origin)
 
@@ -215,6 +218,7 @@ def _embedding_bag(record: Record, call: Call) -> None:
     pin(weight[0], f"{call.why}: rows are looked up by number")
     out, *rest = call.outs
     record.set(out, [fresh(out.shape[0], call.why), weight[1]])
+    record.relate(_labelled(["row", "in"], weight), _labelled(["bag", "in"], record.of(out)))
     for other in rest:
         record.held(other, call.why)
 
@@ -259,16 +263,17 @@ def _convolution(record: Record, call: Call) -> None:
         record.readers.append((origin, second if transposed else w[1]))
 
 
+def _labelled(labels: Iterable[Any], axes: Iterable[Axis]) -> Operand:
+    """An operand whose axes have one index each."""
+    return tuple(((label, axis),) for label, axis in zip(labels, axes, strict=True))
+
+
 def _mixed(record: Record, x: Tensor, out: Tensor, dims: Iterable[int]) -> None:
-    """Along these dimensions an output needs all inputs: they are no longer the index that they were, so that nothing
-    outside them may move differently from place to place of theirs."""
+    """Along these dimensions an output needs other inputs than that of its own place: they are no longer the index
+    that they were, so that nothing outside them may move differently from place to place of theirs."""
     dims = set(dims)
-    record.relate(
-        *(
-            tuple((((when, d) if d in dims else d, axis),) for d, axis in enumerate(record.of(t)))
-            for when, t in (("before", x), ("after", out))
-        )
-    )
+    before, after = ([(when, d) if d in dims else d for d in range(x.dim())] for when in ("before", "after"))
+    record.relate(_labelled(before, record.of(x)), _labelled(after, record.of(out)))
 
 
 @rule("native_batch_norm _native_batch_norm_legit_no_training cudnn_batch_norm miopen_batch_norm")
@@ -280,6 +285,8 @@ def _batch_norm(record: Record, call: Call) -> None:
     affine = [t for t in (call["weight"], call["bias"], *stats) if t is not None]
     labels = ["n", "c", *range(2, x.dim())]
     _share(record, call, [(x, labels), *((t, "c") for t in affine)], [(call.outs[0], labels)])
+    if call.arguments.get("training", True):  # statistics of the batch, over all of it
+        _mixed(record, x, call.outs[0], [d for d in range(x.dim()) if d != 1])
     for rest in call.outs[1:]:
         record.set(rest, [record.of(x)[1]] if rest.numel() else [fresh(n) for n in rest.shape])
 
@@ -379,6 +386,7 @@ def _position(record: Record, call: Call) -> None:
             record.set(out, [axis for d, axis in enumerate(axes) if d != dim])
         else:
             record.set(out, [fresh(out.shape[d], call.why) if d == dim else axis for d, axis in enumerate(axes)])
+            _mixed(record, x, out, [dim])
     return None
 
 
@@ -401,6 +409,7 @@ def _neighbourhood(record: Record, call: Call) -> None:
         pin(axis, f"{call.why}: neighbours")
     for out in call.outs:
         record.set(out, [*axes[:-places], *(fresh(n, f"{call.why}: neighbours") for n in out.shape[-places:])])
+        _mixed(record, x, out, range(x.dim() - places, x.dim()))
 
 
 @rule("im2col")
@@ -411,6 +420,11 @@ def _im2col(record: Record, call: Call) -> None:
         pin(axis, f"{call.why}: neighbours")
     window = fresh(math.prod(call["kernel_size"]), f"{call.why}: neighbours")
     record.set(call.out, [*before, (*channel, *window), fresh(call.out.shape[-1], f"{call.why}: neighbours")])
+    labels = ("n",) if before else ()
+    record.relate(
+        _labelled([*labels, "c", "h", "w"], record.of(call["self"])),
+        _labelled([*labels, "c", "l"], record.of(call.out)),
+    )
 
 
 @rule("pixel_shuffle")
@@ -421,6 +435,7 @@ def _pixel_shuffle(record: Record, call: Call) -> None:
     for axis in (tile, height, width):
         pin(axis, f"{call.why}: neighbours")
     record.set(call.out, [*before, kept, *(fresh(n, f"{call.why}: neighbours") for n in call.out.shape[-2:])])
+    _mixed(record, call["self"], call.out, range(len(before) + 1, call.out.dim()))
 
 
 @rule("pixel_unshuffle")
@@ -431,6 +446,7 @@ def _pixel_unshuffle(record: Record, call: Call) -> None:
     tile = fresh(call["downscale_factor"] ** 2, f"{call.why}: neighbours")
     after = (fresh(n, f"{call.why}: neighbours") for n in call.out.shape[-2:])
     record.set(call.out, [*before, (*channel, *tile), *after])
+    _mixed(record, call["self"], call.out, range(len(before) + 1, call.out.dim()))
 
 
 @rule("roll flip cumsum cumprod logcumsumexp triu tril")
@@ -442,6 +458,9 @@ def _ordered(record: Record, call: Call) -> None:
         pin(axes[dim], f"{call.why}: has an order")
         axes[dim] = fresh(call["self"].shape[dim], f"{call.why}: has an order")
     record.set(call.out, axes)
+    _mixed(
+        record, call["self"], call.out, [d for d, axis in enumerate(axes) if axis is not record.of(call["self"])[d]]
+    )
 
 
 # --- the same numbers in other brackets -----------------------------------------------------------------------------
@@ -635,8 +654,10 @@ def _pieces(record: Record, call: Call, dim: int, bounds: Sequence[tuple[int, in
             record.set_stack(out, Stack(dim, stack.parts[start:stop]))
         else:
             axes = list(record.of(x))
-            axes[dim] = piece(axes[dim], start, stop, call.why)
+            whole, axes[dim] = axes[dim], piece(axes[dim], start, stop, call.why)
             record.set(out, axes)
+            if not set(leaves(axes[dim])) <= set(leaves(whole)):
+                _mixed(record, x, out, [dim])
         _seen_otherwise(record, x, out)
 
 
@@ -651,7 +672,8 @@ def _slice(record: Record, call: Call) -> None:
     axes = list(record.of(x))
     pin(axes[dim], f"{call.why}: takes every {step}th")
     axes[dim] = fresh(length, f"{call.why}: takes every {step}th")
-    return record.set(call.out, axes)
+    record.set(call.out, axes)
+    return _mixed(record, x, call.out, [dim])
 
 
 @rule("split split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk")
@@ -731,7 +753,11 @@ def _index(record: Record, call: Call) -> None:
     new = call.out.dim() - len(kept)
     place = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
     size = call.out.shape[place : place + new]
-    return record.set(call.out, [*kept[:place], *(fresh(n, call.why) for n in size), *kept[place:]])
+    record.set(call.out, [*kept[:place], *(fresh(n, call.why) for n in size), *kept[place:]])
+    labels: list[Any] = [d for d in range(x.dim()) if d not in at]
+    labels[place:place] = [("after", d) for d in range(new)]
+    before = [("before", d) if d in at else d for d in range(x.dim())]
+    return record.relate(_labelled(before, axes), _labelled(labels, record.of(call.out)))
 
 
 def _whole(index: Tensor) -> bool:
@@ -757,6 +783,7 @@ def _index_select(record: Record, call: Call) -> None:
     record.pin([call["index"]], f"{call.why}: numbers of rows")
     axes[dim] = fresh(call.out.shape[dim], call.why)
     record.set(call.out, axes)
+    _mixed(record, x, call.out, [dim])
 
 
 @rule("view_as_complex")

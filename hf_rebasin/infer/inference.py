@@ -24,11 +24,13 @@ class Inferred:
         table: rows for every tensor of the module, by the keys that were asked for.
         pins: `{key: for each axis why it is held, or None}`, for what is held.
         activations: `{module: pattern of its output}`, for outputs that carry a symmetry.
+        unused: keys of floating-point tensors with axes that the forward pass did not look at.
     """
 
     table: Table
     pins: Mapping[str, tuple[str | None, ...]]
     activations: Mapping[str, str]
+    unused: tuple[str, ...]
 
 
 def infer(module: nn.Module, inputs: Any, keys: Mapping[str, str]) -> Inferred:
@@ -74,6 +76,7 @@ def infer(module: nn.Module, inputs: Any, keys: Mapping[str, str]) -> Inferred:
         Table(rows, groups, sizes),
         {key: reasons for key, axes in parameters.items() if any(reasons := tuple(map(_reason, axes)))},
         dict(_activations(traced, names)),
+        tuple(key for name, key in keys.items() if name in traced.unused),
     )
 
 
@@ -97,7 +100,7 @@ def _node(axis: Axis, names: Mapping[Atom, str], mark: str = "", unmarked: Set[A
         if atom in names:
             items.append(Leaf(names[atom], "" if atom in unmarked else mark))
         elif atom.parts is not None and any(leaf in names for leaf in leaves((atom,))):
-            items.append(Sum(tuple(_part(part, names, mark, unmarked) for part in parts_of(atom))))
+            items.append(_sum([_part(part, names, mark, unmarked) for part in parts_of(atom)]))
         elif items and isinstance(items[-1], Leaf) and items[-1].size is not None:
             items[-1] = Leaf(None, size=items[-1].size * atom.size)
         else:
@@ -108,6 +111,18 @@ def _node(axis: Axis, names: Mapping[Atom, str], mark: str = "", unmarked: Set[A
 def _part(part: Axis, names: Mapping[Atom, str], mark: str, unmarked: Set[Atom]) -> Node:
     node = _node(part, names, mark, unmarked)
     return Leaf(None, size=size_of(part)) if node == Leaf(None) else node
+
+
+def _sum(terms: list[Node]) -> Sum:
+    """Terms end to end; held neighbours are one."""
+    merged: list[Node] = []
+    for term in terms:
+        last = merged[-1] if merged else None
+        if isinstance(last, Leaf) and isinstance(term, Leaf) and last.size is not None and term.size is not None:
+            merged[-1] = Leaf(None, size=last.size + term.size)
+        else:
+            merged.append(term)
+    return Sum(tuple(merged))
 
 
 def _marks(traced: Traced, keys: Mapping[str, str]) -> dict[tuple[str, int], str]:
@@ -149,8 +164,6 @@ def _origins(
     for atom in atoms:
         mine = roles.get(atom, {})
         role: str | None = next((r for r in ("head", "qk", "ov") if r in mine), None)
-        if role in ("qk", "ov") and not contexts[atom]:
-            role = None
         if role is None and "residual" in mine and len({key.rpartition(".")[0] for key in written[atom]}) > 1:
             role = "residual"
         if (atom in outer and role != "head") or (role == "head" and contexts[atom]):

@@ -70,7 +70,7 @@ def trace(module: nn.Module, inputs: Any, kept: set[str], blocks: Blocks) -> Tra
         torch.backends.mha.set_fastpath_enabled(fast)
     record.pin((t for t in outputs_in(out) if record.knows(t)), "an output of the model")
     by_name = {names[i]: record.axes[i] for i in run_.used}
-    unused = [name for i, name in names.items() if i not in run_.used]
+    unused = [n for i, n in names.items() if i not in run_.used and tensors[n].is_floating_point()]
     for i, name in names.items():
         if i not in run_.used:
             record.pin([tensors[name]], "the forward pass does not use it")
