@@ -102,7 +102,7 @@ def _share(
     """Einstein's way: equal labels are one index, whose axes are unified. What is the same everywhere along an index,
     of size one or expanded, does not say how it moves."""
     shared: dict[Any, Axis] = {}
-    operands = []
+    operands: list[Operand] = []
     for tensor, labels in terms:
         operand = []
         for label, axis in zip(labels, record.of(tensor), strict=True):
@@ -420,11 +420,9 @@ def _im2col(record: Record, call: Call) -> None:
         pin(axis, f"{call.why}: neighbours")
     window = fresh(math.prod(call["kernel_size"]), f"{call.why}: neighbours")
     record.set(call.out, [*before, (*channel, *window), fresh(call.out.shape[-1], f"{call.why}: neighbours")])
-    labels = ("n",) if before else ()
-    record.relate(
-        _labelled([*labels, "c", "h", "w"], record.of(call["self"])),
-        _labelled([*labels, "c", "l"], record.of(call.out)),
-    )
+    labels = [*(("n",) if before else ()), "c"]
+    read = _labelled([*labels, "height", "width"], record.of(call["self"]))
+    record.relate(read, _labelled([*labels, "place"], record.of(call.out)))
 
 
 @rule("pixel_shuffle")
@@ -452,15 +450,15 @@ def _pixel_unshuffle(record: Record, call: Call) -> None:
 @rule("roll flip cumsum cumprod logcumsumexp triu tril")
 def _ordered(record: Record, call: Call) -> None:
     """What comes out at a place hangs on which place it is, and is another place's."""
-    axes = list(record.of(call["self"]))
+    x = call["self"]
+    axes = list(record.of(x))
     dims = call.arguments.get("dims", call.arguments.get("dim", (-1, -2)))
-    for dim in [dims] if isinstance(dims, int) else dims or range(len(axes)):
-        pin(axes[dim], f"{call.why}: has an order")
-        axes[dim] = fresh(call["self"].shape[dim], f"{call.why}: has an order")
+    ordered = [d % x.dim() for d in ([dims] if isinstance(dims, int) else dims or range(x.dim()))]
+    for d in ordered:
+        pin(axes[d], f"{call.why}: has an order")
+        axes[d] = fresh(x.shape[d], f"{call.why}: has an order")
     record.set(call.out, axes)
-    _mixed(
-        record, call["self"], call.out, [d for d, axis in enumerate(axes) if axis is not record.of(call["self"])[d]]
-    )
+    _mixed(record, x, call.out, ordered)
 
 
 # --- the same numbers in other brackets -----------------------------------------------------------------------------
