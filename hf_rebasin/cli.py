@@ -311,7 +311,7 @@ def _held(spec: Spec) -> list[str]:
     for key, axes in spec.pins.items():
         for why in axes:
             if why is not None:
-                reasons.setdefault(re.sub(r"\.\d+(?=\.|$|[ :,])", ".*", why), []).append(key)
+                reasons.setdefault(re.sub(r"(?<=\.)\d+(?=[.\s:,]|$)", "*", why), []).append(key)
     if not reasons:
         return []
     rows = [("held because of", "axes", "such as")]
@@ -328,8 +328,9 @@ def _symmetries(spec: Spec, every: bool) -> list[str]:
 
     families: dict[tuple[str, ...], list[str]] = {}
     for name, symmetry in spec.symmetries.items():
-        family = name if every else re.sub(r"\d+(?=\.|$)", "*", name)
-        group = symmetry.group if every else re.sub(r"\d+(?=\.|$|\s)", "*", symmetry.group)
+        family, group = name, symmetry.group
+        if not every:  # ff.3 is one of ff.*, but fc1.3 one of fc1.*
+            family, group = (re.sub(r"(?<=\.)\d+(?=\.|\s|$)", "*", said) for said in (name, symmetry.group))
         moves = KINDS[symmetry.kind] if symmetry.moves else "held"
         families.setdefault((family, group, moves, str(symmetry.size)), []).append(name)
     rows = [("symmetry", "group", "moves by", "size", "how many", "tensors each", "such as")]

@@ -51,7 +51,9 @@ def inferred(checkpoint: Checkpoint, inputs: Inputs | None = None) -> Spec:
                 f"the symmetries of {checkpoint.name} are read off its forward pass; give inputs for one (inputs=): a "
                 "tensor, a tuple of them, or a dictionary of keyword arguments"
             )
-        inputs = example_inputs(checkpoint.config, torch.Generator().manual_seed(0))
+        dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+        made_up = example_inputs(checkpoint.config, torch.Generator().manual_seed(0))
+        inputs = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in made_up.items()}
     canonical = {key: name for name, key in checkpoint.canonical().items()}
     keys = {key: canonical[stored] for key, stored in disk.items() if stored in canonical}
     found = infer(module, inputs, keys)

@@ -7,10 +7,11 @@ from pathlib import Path
 from minihub import MiniHub
 
 HUB = MiniHub().start()
+CACHE = tempfile.TemporaryDirectory(prefix="hf-rebasin-tests-", ignore_cleanup_errors=True)
 os.environ.update(  # read when huggingface_hub is imported
     HF_ENDPOINT=HUB.url,
     HF_TOKEN=HUB.token,
-    HF_HOME=tempfile.mkdtemp(prefix="hf-rebasin-tests-"),
+    HF_HOME=CACHE.name,
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_HUB_DISABLE_UPDATE_CHECK="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1",

@@ -1,12 +1,17 @@
 """The command line, as a user types it."""
 
+import runpy
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
+import zoo
 from conftest import TINY, moved_copy, other_seed, same_tensors
+from transformers import AutoConfig, OPTForCausalLM
 from typer.testing import CliRunner
 
-from hf_rebasin import Alignment, Checkpoint, check
+from hf_rebasin import Alignment, Checkpoint, Table, check, spec_for
 from hf_rebasin.cli import app, main
 
 VERBS = ("demo", "inspect", "check", "align", "apply", "merge")
@@ -137,6 +142,41 @@ def test_inspect_shows_every_symmetry(run, pair):
         assert word in said
     assert "head.1" in run("inspect", pair[0], "--all")[1]
     assert "neither a folder here nor" in run("inspect", "no/such")[1]
+
+
+def test_inspect_infers_where_there_is_no_table_and_writes_one(run, tmp_path):
+    zoo.HF["opt"].build().save_pretrained(tmp_path / "opt")
+    status, said = run("inspect", str(tmp_path / "opt"))
+    assert status == 0
+    for word in ("inferred from its forward pass", "fc1.*", "permutation in head.*", "held because of", "tied:"):
+        assert word in said
+    file = tmp_path / "opt.py"
+    assert "give --infer" in run("inspect", str(tmp_path / "opt"), "--write-table", str(file))[1]
+    assert run("inspect", str(tmp_path / "opt"), "--infer", "--write-table", str(file))[0] == 0
+    assert "already there" in run("inspect", str(tmp_path / "opt"), "--infer", "--write-table", str(file))[1]
+    module = runpy.run_path(str(file))
+    assert module["MODEL_TYPES"] == ("opt",)
+    table = Table.of(SimpleNamespace(**module), AutoConfig.from_pretrained(tmp_path / "opt"))
+    assert spec_for(tmp_path / "opt", table).free == spec_for(tmp_path / "opt").free
+    config = AutoConfig.for_model("opt", **module["TINY"][0])
+    assert config.num_attention_heads == 3
+
+
+def test_inspect_infers_where_there_is_a_table_if_asked(run, pair):
+    status, said = run("inspect", pair[0], "--infer")
+    assert status == 0
+    assert "inferred from its forward pass" in said
+    assert "invertible" not in said
+
+
+def test_a_family_without_a_table_merges_on_the_command_line(run, tmp_path):
+    for seed in range(2):
+        torch.manual_seed(seed)
+        OPTForCausalLM(zoo.HF["opt"].build().config).save_pretrained(tmp_path / f"{seed}")
+    status, said = run("merge", str(tmp_path / "0"), str(tmp_path / "1"), "-o", str(tmp_path / "m"))
+    assert status == 0, said
+    assert "symmetries moved" in said
+    assert run("check", str(tmp_path / "m"))[0] == 0
 
 
 def test_check_proves_or_fails(run, pair, monkeypatch):
