@@ -86,11 +86,12 @@ def check(source: Source, *, spec: Spec | None = None, inputs: Inputs | None = N
     generator = torch.Generator().manual_seed(seed)
     model = checkpoint.model(torch.float64).eval()
     # a file may hold more than its class computes with, such as a pooler: what is checked is what is computed
+    if inputs is not None:
+        inputs = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
     spec = spec or spec_of(Checkpoint.open(model), inputs)
     alignment = Alignment.random(spec, generator)
     if inputs is None:
         inputs = example_inputs(_config_of(model), generator)
-    inputs = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
     before, float32_inside = outputs(model, inputs)
     if not before.any():
         raise CheckpointError(f"{checkpoint.name} gives nothing but zeros, which would prove nothing; train it first")
