@@ -15,6 +15,8 @@ from .nesting import nested
 from .tracing import Blocks, Traced, trace, wanted_blocks
 from .unification import Atom, Axis, flat, leaves, parts_of, size_of
 
+HELD = ("vocab", "label")  # rows that are matched by string; no symmetry is called so
+
 
 @dataclass(frozen=True)
 class Inferred:
@@ -59,7 +61,7 @@ def infer(module: nn.Module, inputs: Any, keys: Mapping[str, str]) -> Inferred:
             for atom in leaves(axis):
                 if atom.pin is None:
                     used.update(dict.fromkeys([*contexts[atom], atom]))
-    names = dict(zip(used, names_for(_origins(list(used), traced, keys, contexts)), strict=True))
+    names = dict(zip(used, names_for(_origins(list(used), traced, keys, contexts), HELD), strict=True))
     marks = _marks(traced, keys)
     outer = {context for atom in names for context in contexts[atom]}
     rows = {

@@ -20,21 +20,20 @@ class Origin:
     writers: list[str] = field(default_factory=list)  # the tensors it is an output axis of, in order of use
 
 
-def names_for(origins: Sequence[Origin]) -> list[str]:
+def names_for(origins: Sequence[Origin], taken: Sequence[str] = ()) -> list[str]:
     """One name for each, all different, as `hf_rebasin.axes` wants them: words and numbers with dots between.
 
     The numbers are those that all writers have in common, so that the name fits a row with stars: what
     `encoder.layer.3.intermediate.dense` writes is `intermediate.3`, a stream that every layer writes has none.
     """
     paths = [_common([_module(key) for key in origin.writers]) for origin in origins]
-    streams = Counter(origin.role for origin in origins)["residual"]
     bases = []
     for origin, path in zip(origins, paths, strict=True):
         words = [_word(part) for part in path if not part.isdigit()]
         first = [_word(part) for part in _module(origin.writers[0]) if not part.isdigit()]
         telling = next((t for t in (_telling(words), _telling(first), words, first) if t), None)
-        role = origin.role if origin.role != "residual" or streams > 1 or len(set(origin.writers)) > 1 else None
-        bases.append(role or (telling[-1] if telling else None) or "hidden")
+        base = origin.role or (telling[-1] if telling else None) or "hidden"
+        bases.append(f"{base}_units" if base in taken else base)
     numbers = [[part for part in path if part.isdigit()] for path in paths]
     found = [".".join([base, *digits]) for base, digits in zip(bases, numbers, strict=True)]
     for name in [name for name, n in Counter(found).items() if n > 1]:

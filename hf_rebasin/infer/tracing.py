@@ -47,6 +47,7 @@ def trace(module: nn.Module, inputs: Any, kept: set[str], blocks: Blocks) -> Tra
     """
     record = Record()
     twin, tensors = _hollow(module)
+    inputs = tree_map_only(Tensor, Tensor.cpu, inputs)
     names: dict[int, str] = {}
     for name, tensor in tensors.items():
         if name in kept and id(tensor) not in names:
@@ -57,7 +58,7 @@ def trace(module: nn.Module, inputs: Any, kept: set[str], blocks: Blocks) -> Tra
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # one operation that nobody could see into
-        with torch.no_grad(), run_.watching(twin), run_:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), run_.watching(twin), run_:
             out = run(twin, inputs)
     except SpecError:
         raise
@@ -70,18 +71,18 @@ def trace(module: nn.Module, inputs: Any, kept: set[str], blocks: Blocks) -> Tra
         torch.backends.mha.set_fastpath_enabled(fast)
     record.pin((t for t in outputs_in(out) if record.knows(t)), "an output of the model")
     by_name = {names[i]: record.axes[i] for i in run_.used}
-    unused = [n for i, n in names.items() if i not in run_.used and tensors[n].is_floating_point()]
-    for i, name in names.items():
-        if i not in run_.used:
-            record.pin([tensors[name]], "the forward pass does not use it")
-            by_name[name] = record.axes[i]
+    unused = [name for i, name in names.items() if i not in run_.used]
+    for name in unused:
+        record.pin([tensors[name]], "the forward pass does not use it")
+        by_name[name] = record.of(tensors[name])
+    for name, tensor in module.state_dict().items():
+        if name not in tensors and isinstance(tensor, Tensor):
+            by_name[name] = [fresh(n, "not a floating-point tensor") for n in tensor.shape]
     return Traced(record, by_name, unused, run_.outputs, names)
 
 
 def _first_axes(name: str, tensor: Tensor, blocks: Blocks) -> list[Axis]:
     axes = [fresh(n) for n in tensor.shape]
-    if not tensor.is_floating_point():
-        return [fresh(n, "not a floating-point tensor") for n in tensor.shape]
     for d, n in enumerate(tensor.shape):
         if (name, d) in blocks:
             before, count = blocks[name, d]
@@ -92,20 +93,25 @@ def _first_axes(name: str, tensor: Tensor, blocks: Blocks) -> list[Axis]:
 
 
 def _hollow(module: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A copy of a module in evaluation mode whose parameters and stored buffers are shapes alone."""
+    """A copy of a module in evaluation mode whose parameters and stored buffers are shapes alone: those that move,
+    which whole numbers do not. Everything else is on the CPU."""
     stored = set(module.state_dict())
     hollow: dict[int, Tensor] = {}
-    names: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
-    names |= {n: b for n, b in module.named_buffers(remove_duplicate=False) if n in stored}
+    everything: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    everything |= {n: b for n, b in module.named_buffers(remove_duplicate=False) if n in stored}
+    names = {name: tensor for name, tensor in everything.items() if tensor.is_floating_point()}
     for tensor in names.values():
         if id(tensor) not in hollow:
             empty = torch.empty_like(tensor, device="meta", requires_grad=False)
             is_parameter = isinstance(tensor, nn.Parameter)
             hollow[id(tensor)] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
     twin = copied(module, hollow).eval()
-    for part in twin.modules():  # a cache is nothing that a model computes
+    for part in twin.modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                part._buffers[name] = buffer.cpu()
         if hasattr(getattr(part, "config", None), "use_cache"):
-            part.config.use_cache = False
+            part.config.use_cache = False  # a cache is nothing that a model computes
     return twin, {name: hollow[id(tensor)] for name, tensor in names.items()}
 
 
