@@ -19,7 +19,6 @@ from .unification import (
     cut,
     flat,
     fresh,
-    is_uniform,
     leaves,
     parts_of,
     piece,
@@ -46,7 +45,15 @@ def rule(names: str) -> Callable[[Rule], Rule]:
 def apply_rule(record: Record, call: Call) -> None:
     """What one call says; in-place variants (`add_`) say what the others do."""
     name = call.name if call.name in RULES else call.name.removesuffix("_")
-    RULES.get(name, _unknown)(record, call)
+    one = RULES.get(name, _unknown)
+    written = [(out, list(record.of(out))) for out in call.written]
+    one(record, call)
+    for out, before in written:  # whoever else sees that memory sees what was written
+        for old, new in zip(before, record.of(out), strict=True):
+            unify(old, new, call.why)
+    if one is not _elementwise:
+        for out in (out for out in call.outs if id(out) in record.axes):
+            record.relate(_labelled(range(out.dim()), record.of(out)))  # it may have lost what something hung on
 
 
 def _unknown(record: Record, call: Call) -> None:
@@ -74,18 +81,16 @@ def _elementwise(record: Record, call: Call) -> None:
     """Output [i, j] needs the inputs at [i, j] (or at [j], or [i, 0], by broadcasting): one index per axis."""
     tensors, outs = call.tensors, call.outs
     if len(tensors) == 1:
-        stack = record.stacks.get(id(tensors[0]))
+        stack, uniform = record.stacks.get(id(tensors[0])), record.uniform(tensors[0])
         for out in outs:
             if stack is not None:
                 record.set_stack(out, stack)
             else:
                 record.set(out, record.of(tensors[0]))
+            record.set_uniform(out, uniform)
             if record.origin(tensors[0]) is not None and call.name in ("clone", "_to_copy", "alias", "detach"):
                 record.origins[id(out)] = record.origins[id(tensors[0])]
         return
-    for tensor in tensors:
-        if any(tensor is out for out in outs):
-            record.written_to(tensor)
     if call.name in ("mul", "mul_"):
         record.gains |= {origin for t in tensors if (origin := record.origin(t)) is not None and t.numel() > 1}
     _share(record, call, [(t, range(-t.dim(), 0)) for t in tensors], [(out, range(-out.dim(), 0)) for out in outs])
@@ -105,8 +110,9 @@ def _share(
     operands: list[Operand] = []
     for tensor, labels in terms:
         operand = []
-        for label, axis in zip(labels, record.of(tensor), strict=True):
-            if is_uniform(axis):
+        uniform = record.uniform(tensor)
+        for d, (label, axis) in enumerate(zip(labels, record.of(tensor), strict=True)):
+            if d in uniform or tensor.shape[d] == 1:
                 continue
             operand.append(((label, axis),))
             if label in shared:
@@ -115,8 +121,9 @@ def _share(
                 shared[label] = axis
         operands.append(tuple(operand))
     for tensor, labels in outs:
-        sizes = zip(labels, tensor.shape, strict=True)
-        record.set(tensor, [shared.get(label) or fresh(n, uniform=True) if n != 1 else () for label, n in sizes])
+        sizes = list(zip(labels, tensor.shape, strict=True))
+        record.set(tensor, [() if n == 1 else shared.get(label) or fresh(n) for label, n in sizes])
+        record.set_uniform(tensor, [d for d, (label, n) in enumerate(sizes) if n != 1 and label not in shared])
         operands.append(_labelled(labels, record.of(tensor)))
     record.relate(*operands)
 
@@ -130,8 +137,10 @@ def _contract(
     for tensor, labels in terms:
         origin = record.origin(tensor)
         for label, axis in zip(labels, record.of(tensor), strict=True):
-            if origin is not None and label not in out[1]:
-                record.readers.append((origin, axis))
+            if label not in out[1]:
+                record.consumed.append(axis)
+                if origin is not None:
+                    record.readers.append((origin, axis))
             if attends and label in batch:
                 record.roles.append(("head", axis))
             elif attends and label in "kj":
@@ -235,6 +244,7 @@ def _convolution(record: Record, call: Call) -> None:
     first, second = regroup([w[0]], [groups, shape[0] // groups], call.why)
     unify(group, first, call.why)
     unify(into, second if transposed else w[1], call.why)
+    record.consumed.append(into)
     out = w[1] if transposed else second
     written: Axis = (*first, *out)
     if bias is not None:
@@ -272,6 +282,7 @@ def _mixed(record: Record, x: Tensor, out: Tensor, dims: Iterable[int]) -> None:
     """Along these dimensions an output needs other inputs than that of its own place: they are no longer the index
     that they were, so that nothing outside them may move differently from place to place of theirs."""
     dims = set(dims)
+    record.consumed += [axis for d, axis in enumerate(record.of(x)) if d in dims]
     before, after = ([(when, d) if d in dims else d for d in range(x.dim())] for when in ("before", "after"))
     record.relate(_labelled(before, record.of(x)), _labelled(after, record.of(out)))
 
@@ -321,6 +332,7 @@ def _group_norm(record: Record, call: Call) -> None:
         for when in ("before", "after")
     )
     record.relate(before, after)
+    record.consumed += [inside, *places]
     _share(record, call, [(out, labels), *((t, "c") for t in affine)], [(out, labels)])
     for stat in stats:
         record.held(stat, call.why)
@@ -361,6 +373,7 @@ def _reduction(record: Record, call: Call) -> None:
     dims = range(x.dim()) if dims is None or isinstance(dims, bool) or dims == [] else dims
     gone = {d % max(x.dim(), 1) for d in ([dims] if isinstance(dims, int) else dims)}
     keep = bool(call.arguments.get("keepdim"))
+    record.consumed += [axes[d] for d in gone if d < len(axes)]
     for out in call.outs:
         record.set(out, [() if d in gone else axis for d, axis in enumerate(axes) if keep or d not in gone])
 
@@ -375,8 +388,9 @@ def _position(record: Record, call: Call) -> None:
     if dim is None:
         if call.name.startswith("arg"):
             record.pin([x], call.why)
+        record.consumed += record.of(x)
         for out in call.outs:
-            record.set(out, [])
+            record.set(out, [()] * out.dim())
         return None
     dim %= x.dim()
     axes = record.of(x)
@@ -499,17 +513,20 @@ def _transpose(record: Record, call: Call) -> None:
 def _squeeze(record: Record, call: Call) -> None:
     """Axes of size one come and go."""
     x, out = call["self"], call.out
+    stack = record.stacks.get(id(x))
+    axes = [*stack.parts[0]] if stack is not None else record.of(x)  # x itself may have changed its shape in place
+    if stack is not None:
+        axes.insert(stack.dim, fresh(len(stack.parts)))
+    n = len(axes)
     if call.name.startswith("unsqueeze"):
-        at = [call["dim"] % out.dim()]
-        kept = [d for d in range(out.dim()) if d not in at]  # places of x's dimensions in the output
+        at = call["dim"] % out.dim()
+        kept = [d for d in range(out.dim()) if d != at]  # the places of x's dimensions in the output
     else:
         dims = call.arguments.get("dim")
-        dims = range(x.dim()) if dims is None else [dims] if isinstance(dims, int) else dims
-        gone = [d for d in (d % max(x.dim(), 1) for d in dims) if x.dim() and x.shape[d] == 1]
-        kept, at = [], []
-        for d in range(x.dim()):
-            kept.append(-1 if d in gone else sum(k >= 0 for k in kept))
-    stack = record.stacks.get(id(x))
+        dims = range(n) if dims is None else [dims] if isinstance(dims, int) else dims
+        gone = {d % n for d in dims if n and size_of(axes[d]) == 1}
+        left = iter(range(n))
+        kept = [-1 if d in gone else next(left) for d in range(n)]
 
     def placed(axes: Sequence[Axis], where: Sequence[int], length: int) -> list[Axis]:
         found: list[Axis] = [()] * length
@@ -519,7 +536,7 @@ def _squeeze(record: Record, call: Call) -> None:
         return found
 
     if stack is None:
-        record.set(out, placed(record.of(x), kept, out.dim()))
+        record.set(out, placed(axes, kept, out.dim()))
     else:
         new = kept[stack.dim]
         where = [k - (k > new) for d, k in enumerate(kept) if d != stack.dim]
@@ -596,10 +613,7 @@ def _expand(record: Record, call: Call) -> None:
     new = out.dim() - x.dim()
     record.set(
         out,
-        [
-            fresh(n, uniform=True) if d < new or x.shape[d - new] != n else axes[d - new]
-            for d, n in enumerate(out.shape)
-        ],
+        [fresh(n) if d < new or x.shape[d - new] != n else axes[d - new] for d, n in enumerate(out.shape)],
     )
     if list(out.shape) == list(x.shape):
         _seen_otherwise(record, x, out)
@@ -610,7 +624,7 @@ def _repeat(record: Record, call: Call) -> None:
     """The axis is (copy, axis), and the copies are equal."""
     x, out = call["self"], call.out
     axes = [()] * (out.dim() - x.dim()) + record.of(x)
-    record.set(out, [(*fresh(n, uniform=True), *axis) for n, axis in zip(call["repeats"], axes, strict=True)])
+    record.set(out, [(*fresh(n, numbers=True), *axis) for n, axis in zip(call["repeats"], axes, strict=True)])
 
 
 @rule("select")
@@ -802,7 +816,8 @@ def _as_real(record: Record, call: Call) -> None:
 )
 def _filled(record: Record, call: Call) -> None:
     """The same value everywhere (or none yet): any order will do."""
-    record.set(call.out, [fresh(n, uniform=True) for n in call.out.shape])
+    record.set(call.out, [fresh(n) for n in call.out.shape])
+    record.set_uniform(call.out, range(call.out.dim()))
 
 
 FILLED = frozenset(name for name, one in RULES.items() if one is _filled)

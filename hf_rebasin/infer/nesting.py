@@ -113,7 +113,7 @@ def _contexts_in(
     found = {}
     for atom, place, axis in atoms:
         there: dict[Atom, Place] = {}
-        for other in {a for a, _, _ in atoms if a is not atom}:
+        for other in {a for a, _, _ in atoms if a is not atom and not a.numbers}:
             own = [p for a, p, d in atoms if a is other and d == axis]
             all_ = [p for a, p, _ in atoms if a is other]
             if own or len(all_) == 1:

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
-from .unification import GIVEN, Atom, Axis, flat, fresh, leaves, pin, unify
+from .unification import GIVEN, Atom, Axis, flat, fresh, pin, unify
 
 # One tensor as an operation sees it: for each of its axes the (index of the operation, axis) pairs it is made of.
 Operand: TypeAlias = tuple[tuple[tuple[Any, Axis], ...], ...]
@@ -23,6 +24,7 @@ class Call:
     arguments: dict[str, Any]
     out: Any
     why: str  # what a reason says: the operation and the module it ran in
+    written: tuple[Tensor, ...] = ()  # arguments that were written to, in the shape that they have
 
     def __getitem__(self, argument: str) -> Any:
         return self.arguments[argument]
@@ -60,6 +62,8 @@ class Record:
     gains: set[int] = field(default_factory=set)  # parameters that scale
     looked_up: set[int] = field(default_factory=set)  # parameters whose rows are looked up by number
     roles: list[tuple[str, Axis]] = field(default_factory=list)
+    consumed: list[Axis] = field(default_factory=list)  # summed over, or mixed: what nobody consumes is not used
+    _uniform: dict[int, tuple[frozenset[int], int]] = field(default_factory=dict)
     _constants: dict[int, list[Axis]] = field(default_factory=dict)
     _kept: list[Tensor] = field(default_factory=list)  # or an id might be given again
 
@@ -84,7 +88,7 @@ class Record:
             for x, y in zip(first, other, strict=True):
                 unify(x, y, "slices of one tensor")
         axes = [tuple(flat(axis)) for axis in first]
-        axes.insert(stack.dim, fresh(len(stack.parts), "slices of one tensor"))
+        axes.insert(stack.dim, fresh(len(stack.parts), "slices of one tensor", numbers=True))
         self.axes[id(tensor)] = axes
         return axes
 
@@ -104,12 +108,6 @@ class Record:
             self.stacks[id(tensor)] = stack
             self._kept.append(tensor)
 
-    def written_to(self, tensor: Tensor) -> None:
-        """It may not be the same everywhere any more."""
-        for axis in self.of(tensor):
-            for atom in (*axis, *leaves(axis)):
-                atom.uniform = False
-
     def pin(self, tensors: Iterable[Tensor], why: str) -> None:
         for tensor in tensors:
             for axis in self.of(tensor):
@@ -118,6 +116,20 @@ class Record:
     def held(self, tensor: Tensor, why: str) -> None:
         """A new tensor of which nothing may move."""
         self.set(tensor, [fresh(n, why) for n in tensor.shape])
+
+    def set_uniform(self, tensor: Tensor, dims: Iterable[int]) -> None:
+        """A tensor with values that are the same everywhere along these dimensions, whatever the inputs are."""
+        if not tensor.is_meta:
+            self._uniform[id(tensor)] = frozenset(dims), tensor._version
+            self._kept.append(tensor)
+
+    def uniform(self, tensor: Tensor) -> frozenset[int]:
+        """The dimensions along which a tensor is the same everywhere, so that its order there says nothing. Who writes
+        to it, or to a view of it, ends that."""
+        dims, version = self._uniform.get(id(tensor), (frozenset(), 0))
+        if not dims or tensor._version != version:
+            return frozenset()
+        return frozenset(d for d in dims if torch.equal(tensor, tensor.narrow(d, 0, 1).expand_as(tensor)))
 
     def relate(self, *operands: Operand) -> None:
         self.relations.append(operands)

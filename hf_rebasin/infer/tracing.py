@@ -19,7 +19,7 @@ from ..errors import SpecError
 from ..inputs import outputs_in, run
 from .aten import FILLED, apply_rule
 from .record import Call, Record, tensors_in
-from .unification import Atom, Axis, flat, fresh, root, sum_of
+from .unification import Atom, Axis, flat, fresh, leaves, pin, root, sum_of
 
 # Axes of parameters to begin with as equal blocks: {(name, axis): (sizes of the factors before, number of blocks)}.
 Blocks = dict[tuple[str, int], tuple[tuple[int, ...], int]]
@@ -47,7 +47,7 @@ def trace(module: nn.Module, inputs: Any, kept: set[str], blocks: Blocks) -> Tra
     """
     record = Record()
     twin, tensors = _hollow(module)
-    inputs = tree_map_only(Tensor, Tensor.cpu, inputs)
+    inputs = tree_map_only(Tensor, lambda t: t.detach().cpu().clone(), inputs)  # a model may write to them
     names: dict[int, str] = {}
     for name, tensor in tensors.items():
         if name in kept and id(tensor) not in names:
@@ -78,6 +78,11 @@ def trace(module: nn.Module, inputs: Any, kept: set[str], blocks: Blocks) -> Tra
     for name, tensor in module.state_dict().items():
         if name not in tensors and isinstance(tensor, Tensor):
             by_name[name] = [fresh(n, "not a floating-point tensor") for n in tensor.shape]
+    consumed = {atom for axis in record.consumed for atom in leaves(axis)}
+    for axes in by_name.values():
+        for atom in (atom for axis in axes for atom in leaves(axis)):
+            if atom not in consumed:  # the end of a table of positions; more of it on other inputs
+                pin((atom,), "nothing reads it on these inputs")
     return Traced(record, by_name, unused, run_.outputs, names)
 
 
@@ -118,6 +123,14 @@ def _hollow(module: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
 @cache
 def _parameters_of(op: Any) -> list[tuple[str, Any]]:
     return [(a.name, a.default_value if a.has_default_value() else None) for a in op._schema.arguments]
+
+
+@cache
+def _written(op: Any) -> list[str]:
+    """The arguments whose values an operation writes; changing only how they are seen (`squeeze_`) is no writing."""
+    if torch.Tag.inplace_view in op.tags:
+        return []
+    return [a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
 
 
 class _Run(TorchDispatchMode):
@@ -177,18 +190,19 @@ class _Run(TorchDispatchMode):
             if id(tensor) in self.names:
                 self.used.setdefault(id(tensor))
         filled = name in FILLED
-        hollow = not filled and (known or shapes_only)
-        if not hollow and kwargs.get("device") is not None:
+        hollow = shapes_only and not filled
+        declared = _parameters_of(op)
+        if not hollow and (kwargs.get("device") is not None or (filled and any(n == "device" for n, _ in declared))):
             kwargs["device"] = torch.device("cpu")
         strides = args[0].stride() if name == "as_strided_" else None  # of before it was called
         out = self._without_values(op, args, kwargs) if hollow else op(*args, **kwargs)
         if known or filled:
-            declared = _parameters_of(op)
             said = dict(declared) | kwargs
             said |= {key: value for (key, _), value in zip(declared, args, strict=False)}
             if strides is not None:
                 said["strides_before"] = strides
-            apply_rule(self.record, Call(name, said, out, f"{name} in {self.where}"))
+            written = tuple(tensors_in(said[a] for a in _written(op)))
+            apply_rule(self.record, Call(name, said, out, f"{name} in {self.where}", written))
         return out
 
     def _is_shape(self, tensor: Tensor) -> bool:
@@ -243,7 +257,7 @@ def _signature(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return one.shape, one.stride(), one.dtype
         return tuple(map(seen, one)) if isinstance(one, list | tuple) else (type(one), one)  # 1 is not 1.0
 
-    if any(argument.alias_info is not None and argument.alias_info.is_write for argument in op._schema.arguments):
+    if op._schema.is_mutable:
         return None
     try:
         key = (op, seen(args), tuple((name, seen(value)) for name, value in kwargs.items()))

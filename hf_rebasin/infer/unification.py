@@ -17,15 +17,18 @@ from typing import TypeAlias
 GIVEN = "an input or a constant"
 
 
+DEEPEST = 50  # sums in sums: `x[1:] - x[:-1]` would cut an axis into its places, one by one
+
+
 class Atom:
     """A factor of an axis. At most one of `same`, `factors` and `parts` is set."""
 
-    __slots__ = ("factors", "parts", "pin", "same", "size", "uniform")
+    __slots__ = ("factors", "numbers", "parts", "pin", "same", "size")
 
-    def __init__(self, size: int, pin: str | None = None, uniform: bool = False):
+    def __init__(self, size: int, pin: str | None = None, numbers: bool = False):
         self.size = size
         self.pin = pin  # why it may not move
-        self.uniform = uniform  # tensors with this very atom are the same everywhere along it
+        self.numbers = numbers  # it numbers copies or blocks, each of which is there without it: nothing hangs on it
         self.same: Atom | None = None
         self.factors: Axis | None = None
         self.parts: tuple[Axis, ...] | None = None
@@ -34,14 +37,9 @@ class Atom:
 Axis: TypeAlias = tuple[Atom, ...]
 
 
-def fresh(size: int, pin: str | None = None, uniform: bool = False) -> Axis:
+def fresh(size: int, pin: str | None = None, numbers: bool = False) -> Axis:
     """An axis nothing is known of."""
-    return () if size == 1 else (Atom(size, pin, uniform),)
-
-
-def is_uniform(axis: Axis) -> bool:
-    """Whether a tensor is the same everywhere along this axis of it, which nothing has been made to follow yet."""
-    return all(a.uniform and a.same is a.factors is a.parts is None for a in axis)
+    return () if size == 1 else (Atom(size, pin, numbers),)
 
 
 def size_of(axis: Iterable[Atom]) -> int:
@@ -105,9 +103,12 @@ def pin(axis: Iterable[Atom], why: str) -> None:
             atom.pin = why
 
 
-def unify(x: Iterable[Atom], y: Iterable[Atom], why: str) -> None:
+def unify(x: Iterable[Atom], y: Iterable[Atom], why: str, depth: int = 0) -> None:
     """Two axes that one index runs over move together; where they do not fit into each other, neither moves."""
     left, right = deque(flat(x)), deque(flat(y))
+    if depth > DEEPEST:
+        pin((*left, *right), f"{why}: shifts an axis against itself")
+        return
     while left and right:
         a, b = root(left[0]), root(right[0])
         if a.factors is not None or b.factors is not None:  # refined by what came before in this loop
@@ -117,22 +118,22 @@ def unify(x: Iterable[Atom], y: Iterable[Atom], why: str) -> None:
         elif a.size == b.size:
             left.popleft()
             right.popleft()
-            _unify_atoms(a, b, why)
+            _unify_atoms(a, b, why, depth)
         elif not (split(b, a.size, why) if a.size < b.size else split(a, b.size, why)):
             pin((*left, *right), f"{why}: {size_of(left)} and {size_of(right)} do not fit into each other")
             return
 
 
-def _unify_atoms(a: Atom, b: Atom, why: str) -> None:
+def _unify_atoms(a: Atom, b: Atom, why: str, depth: int) -> None:
     if a is b:
         return
     if a.parts is None:
         a, b = b, a
     if b.parts is None:  # a leaf becomes what the other is
-        if is_uniform((a,)):  # but one that is not the same everywhere is not to be taken for one that is
-            a, b = b, a
         reason = a.pin or b.pin
         b.same = a
+        for leaf in leaves((a,)):
+            leaf.numbers |= b.numbers
         if reason is not None:
             pin((a,), reason)
         if a.pin == GIVEN:
@@ -145,7 +146,7 @@ def _unify_atoms(a: Atom, b: Atom, why: str) -> None:
     a.parts = tuple(p for p, _ in pairs)
     b.parts, b.same = None, a
     for p, q in pairs:
-        unify(p, q, why)
+        unify(p, q, why, depth + 1)
 
 
 def _lined_up(one: Iterable[Axis], other: Iterable[Axis]) -> list[tuple[Axis, Axis]] | None:
@@ -175,7 +176,7 @@ def split(atom: Atom, outer: int, why: str) -> bool:
         return False
     inner = atom.size // outer
     if atom.parts is None:
-        atom.factors = (*fresh(outer, atom.pin, atom.uniform), *fresh(inner, atom.pin, atom.uniform))
+        atom.factors = (*fresh(outer, atom.pin, atom.numbers), *fresh(inner, atom.pin, atom.numbers))
         return True
     halves = [split_axis(part, size_of(part) // inner, why) for part in parts_of(atom) if not size_of(part) % inner]
     if len(halves) < len(parts_of(atom)) or None in halves:
@@ -184,7 +185,7 @@ def split(atom: Atom, outer: int, why: str) -> bool:
     for other in inners[1:]:
         unify(inners[0], other, why)
     if all(size_of(o) == 1 for o in outers):
-        outside = fresh(outer, f"{why}: takes blocks for rows")
+        outside = fresh(outer, f"{why}: takes blocks for rows", numbers=True)
     else:
         outside = sum_of(list(outers))
     atom.parts, atom.factors = None, (*outside, *inners[0])
@@ -220,8 +221,7 @@ def cut(axis: Axis, at: int) -> tuple[Axis, Axis] | None:
         halves = cut((first,), at // inner)
         return None if halves is None else ((*halves[0], *rest), (*halves[1], *rest))
     if first.parts is None:
-        left = fresh(at, first.pin, first.uniform)
-        right = fresh(first.size - at, first.pin, first.uniform)
+        left, right = fresh(at, first.pin, first.numbers), fresh(first.size - at, first.pin, first.numbers)
         first.parts = (left, right)
         return left, right
     before: list[Axis] = []
@@ -261,6 +261,8 @@ def regroup(axes: Iterable[Axis], shape: Iterable[int], why: str) -> list[Axis]:
     """The axes of a row-major `view`: the same atoms in the same order, otherwise in brackets."""
     rest: Axis = tuple(atom for axis in axes for atom in flat(axis))
     shape = list(shape)
+    if 0 in shape:
+        return [fresh(n, why) for n in shape]
     found: list[Axis] = []
     for size in shape:
         halves = split_axis(rest, size, why)
