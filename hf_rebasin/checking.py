@@ -92,11 +92,11 @@ def check(source: Source, *, spec: Spec | None = None, inputs: Inputs | None = N
     alignment = Alignment.random(spec, generator)
     if inputs is None:
         inputs = example_inputs(_config_of(model), generator)
+    moved = alignment.apply(Checkpoint.open(model)).model(torch.float64).eval()  # before a run that may change buffers
     before, float32_inside = outputs(model, inputs)
     if not before.any():
         raise CheckpointError(f"{checkpoint.name} gives nothing but zeros, which would prove nothing; train it first")
-    state = Checkpoint.open(model)
-    after, _ = outputs(alignment.apply(state).model(torch.float64).eval(), inputs)
+    after, _ = outputs(moved, inputs)
     return Check(
         checkpoint.name,
         len(alignment.moved),

@@ -349,7 +349,7 @@ def _tied(model: Any) -> dict[str, str]:
     for key, tensor in state.items():
         if tensor.numel():
             place = id(own.get(key, tensor)) if tensor.is_meta else tensor.data_ptr()  # no memory, no place in it
-            kept = first.setdefault((place, tensor.shape), key)
+            kept = first.setdefault((place, tensor.shape, tensor.stride()), key)
             if kept != key:
                 tied[key] = kept
     return tied
@@ -394,6 +394,11 @@ def _module_names(model: nn.Module) -> dict[str, str] | None:
 
 def _of_module(module: nn.Module) -> Checkpoint:
     """A module under its own class: a configuration keeps the class of the file it was read from."""
+    lazy = [n for n, p in module.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+    if lazy:
+        raise CheckpointError(
+            f"{type(module).__name__} has no {some(lazy)} yet; run it once, so that shapes are known"
+        )
     config: Any = copy.deepcopy(module.config) if hasattr(module, "base_model_prefix") else None
     name = type(module).__name__
     if config is not None:

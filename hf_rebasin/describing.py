@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -56,6 +57,10 @@ def inferred(checkpoint: Checkpoint, inputs: Inputs | None = None) -> Spec:
         inputs = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in made_up.items()}
     canonical = {key: name for name, key in checkpoint.canonical().items()}
     keys = {key: canonical[stored] for key, stored in disk.items() if stored in canonical}
+    if odd := [key for key in keys.values() if not re.fullmatch(r"[^*<>{}\s]+", key)]:
+        raise SpecError(
+            f"{some(map(repr, odd))}: names with * < > {{ }} or spaces cannot be said in a table; rename them"
+        )
     found = infer(module, inputs, keys)
     if found.unused:
         logger.warning(

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from .record import Call, Operand, Record, Stack
@@ -221,10 +222,11 @@ def _embedding(record: Record, call: Call) -> None:
         record.looked_up.add(origin)
 
 
-@rule("_embedding_bag")
+@rule("_embedding_bag _embedding_bag_forward_only")
 def _embedding_bag(record: Record, call: Call) -> None:
     weight = record.of(call["weight"])
     pin(weight[0], f"{call.why}: rows are looked up by number")
+    record.pin([t for t in call.tensors if t is not call["weight"]], f"{call.why}: numbers of rows")
     out, *rest = call.outs
     record.set(out, [fresh(out.shape[0], call.why), weight[1]])
     record.relate(_labelled(["row", "in"], weight), _labelled(["bag", "in"], record.of(out)))
@@ -749,31 +751,92 @@ def _pad(record: Record, call: Call) -> None:
     record.set(call.out, axes)
 
 
-@rule("index")
-def _index(record: Record, call: Call) -> None:
-    """Rows by their numbers; the axes that are not indexed go through."""
+def _indexed(record: Record, call: Call) -> tuple[list[int], list[Axis], list[Any]]:
+    """What `x[indices]` is: the indexed dimensions, its axes, and its labels where those of x are its dimensions."""
     x, indices = call["self"], list(call["indices"])
-    if any(i is not None and not _whole(i) for i in indices):
-        return _unknown(record, call)
-    axes = record.of(x)
-    indices += [None] * (x.dim() - len(indices))
-    at = [d for d, i in enumerate(indices) if i is not None]
+    axes, at = record.of(x), [d for d, i in enumerate(indices) if i is not None]
     for d in at:
         pin(axes[d], f"{call.why}: rows are looked up by number")
         record.pin([indices[d]], f"{call.why}: numbers of rows")
-    kept = [axis for d, axis in enumerate(axes) if d not in at]
-    new = call.out.dim() - len(kept)
+    new = torch.broadcast_shapes(*(indices[d].shape for d in at))
     place = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
-    size = call.out.shape[place : place + new]
-    record.set(call.out, [*kept[:place], *(fresh(n, call.why) for n in size), *kept[place:]])
-    labels: list[Any] = [d for d in range(x.dim()) if d not in at]
-    labels[place:place] = [("after", d) for d in range(new)]
+    kept: list[Any] = [d for d in range(x.dim()) if d not in at]
+    found = [axes[d] for d in kept]
+    found[place:place] = [fresh(n, f"{call.why}: numbers of rows") for n in new]
+    kept[place:place] = [("after", d) for d in range(len(new))]
+    return at, found, kept
+
+
+@rule("index _unsafe_index")
+def _index(record: Record, call: Call) -> None:
+    """Rows by their numbers; the axes that are not indexed go through."""
+    x = call["self"]
+    if any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in call["indices"]):
+        return _unknown(record, call)
+    at, axes, labels = _indexed(record, call)
+    record.set(call.out, axes)
     before = [("before", d) if d in at else d for d in range(x.dim())]
-    return record.relate(_labelled(before, axes), _labelled(labels, record.of(call.out)))
+    return record.relate(_labelled(before, record.of(x)), _labelled(labels, axes))
 
 
-def _whole(index: Tensor) -> bool:
-    return not index.is_floating_point() and index.element_size() > 1
+@rule("index_put _unsafe_index_put")
+def _index_put(record: Record, call: Call) -> None:
+    """Rows written by their numbers; along the other axes the values are at their own place."""
+    x, values = call["self"], call["values"]
+    if any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in call["indices"]):
+        return _unknown(record, call)
+    _, axes, labels = _indexed(record, call)
+    whole = record.of(x)
+    given = []
+    for axis, d in zip(reversed(record.of(values)), range(-1, -values.dim() - 1, -1), strict=True):
+        if values.shape[d] != 1:
+            unify(axes[d], axis, call.why)
+            given.append(((labels[d], axis),))
+    record.set(call.out, whole)
+    return record.relate(_labelled(range(x.dim()), whole), tuple(given))
+
+
+def _along(record: Record, call: Call, tensors: Sequence[Tensor]) -> int:
+    """Along all axes but one the places of `self`, an index and a source are the same; along that one they are picked
+    by number."""
+    x, index, dim = call["self"], call["index"], call["dim"] % max(call["self"].dim(), 1)
+    uniform = record.uniform(index)
+    for d in range(x.dim()):
+        if d == dim:
+            for tensor in (*tensors, index):
+                pin(record.of(tensor)[d], f"{call.why}: places are picked by number")
+        elif not (d in uniform and all(t.shape[d] == index.shape[d] for t in tensors)):
+            for tensor in (*tensors[1:], index):
+                unify(record.of(x)[d], record.of(tensor)[d], call.why)
+        else:
+            for tensor in tensors[1:]:
+                unify(record.of(x)[d], record.of(tensor)[d], call.why)
+    return dim
+
+
+@rule("gather")
+def _gather(record: Record, call: Call) -> None:
+    x, out = call["self"], call.out
+    dim = _along(record, call, [x])
+    axes = [fresh(out.shape[d], call.why) if d == dim else axis for d, axis in enumerate(record.of(x))]
+    cut = [d for d, (n, m) in enumerate(zip(x.shape, out.shape, strict=True)) if d != dim and n != m]
+    for d in cut:
+        pin(axes[d], call.why)
+        axes[d] = fresh(out.shape[d], call.why)
+    record.set(out, axes)
+    _mixed(record, x, out, [dim, *cut])
+
+
+@rule("scatter scatter_add index_add index_copy")
+def _scatter(record: Record, call: Call) -> None:
+    """Written by number along one axis, at their own place along the others."""
+    x = call["self"]
+    source = next((call.arguments[k] for k in ("src", "source") if isinstance(call.arguments.get(k), Tensor)), None)
+    if source is None or source.dim() != x.dim() or call["index"].dim() != x.dim():
+        return _unknown(record, call)
+    before = record.of(x)
+    _along(record, call, [x, source])
+    return record.set(call.out, before)
 
 
 @rule("as_strided")

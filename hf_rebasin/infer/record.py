@@ -119,9 +119,8 @@ class Record:
 
     def set_uniform(self, tensor: Tensor, dims: Iterable[int]) -> None:
         """A tensor with values that are the same everywhere along these dimensions, whatever the inputs are."""
-        if not tensor.is_meta:
-            self._uniform[id(tensor)] = frozenset(dims), tensor._version
-            self._kept.append(tensor)
+        self._uniform[id(tensor)] = frozenset(dims), tensor._version
+        self._kept.append(tensor)
 
     def uniform(self, tensor: Tensor) -> frozenset[int]:
         """The dimensions along which a tensor is the same everywhere, so that its order there says nothing. Who writes
@@ -129,7 +128,12 @@ class Record:
         dims, version = self._uniform.get(id(tensor), (frozenset(), 0))
         if not dims or tensor._version != version:
             return frozenset()
-        return frozenset(d for d in dims if torch.equal(tensor, tensor.narrow(d, 0, 1).expand_as(tensor)))
+        if tensor.is_meta:
+            return dims
+        same = frozenset(d for d in dims if torch.equal(tensor, tensor.narrow(d, 0, 1).expand_as(tensor)))
+        for d in dims - same:
+            pin(self.of(tensor)[d], "written to where nobody could see it")
+        return same
 
     def relate(self, *operands: Operand) -> None:
         self.relations.append(operands)

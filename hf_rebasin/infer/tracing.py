@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 from ..checkpoint import copied
@@ -45,9 +46,14 @@ def trace(module: nn.Module, inputs: Any, kept: set[str], blocks: Blocks) -> Tra
     Raises:
         SpecError: the forward pass fails, or asks for a value that hangs on the weights.
     """
+    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+        raise SpecError(
+            f"{type(module).__name__} is compiled and hides its operations; give the module it was made of"
+        )
     record = Record()
     twin, tensors = _hollow(module)
-    inputs = tree_map_only(Tensor, lambda t: t.detach().cpu().clone(), inputs)  # a model may write to them
+    with torch.inference_mode(False):
+        inputs = tree_map_only(Tensor, lambda t: t.detach().cpu().clone(), inputs)  # a model may write to them
     names: dict[int, str] = {}
     for name, tensor in tensors.items():
         if name in kept and id(tensor) not in names:
@@ -58,7 +64,14 @@ def trace(module: nn.Module, inputs: Any, kept: set[str], blocks: Blocks) -> Tra
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # one operation that nobody could see into
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), run_.watching(twin), run_:
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[]),
+            run_.watching(twin),
+            _OneDevice(record),
+            run_,
+        ):
             out = run(twin, inputs)
     except SpecError:
         raise
@@ -133,6 +146,12 @@ def _written(op: Any) -> list[str]:
     return [a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
 
 
+@cache
+def _aliases(op: Any) -> bool:
+    """Whether an operation writes, or gives what shares memory with what it got."""
+    return op._schema.is_mutable or any(out.alias_info is not None for out in op._schema.returns)
+
+
 class _Run(TorchDispatchMode):
     """Sees every operation below the module's own code."""
 
@@ -189,6 +208,8 @@ class _Run(TorchDispatchMode):
             shapes_only |= self._is_shape(tensor)
             if id(tensor) in self.names:
                 self.used.setdefault(id(tensor))
+        if name in ("index", "index_put_", "index_put", "_unsafe_index"):
+            args = (args[0], _numbers(args[1]), *args[2:])
         filled = name in FILLED
         hollow = shapes_only and not filled
         declared = _parameters_of(op)
@@ -196,6 +217,8 @@ class _Run(TorchDispatchMode):
             kwargs["device"] = torch.device("cpu")
         strides = args[0].stride() if name == "as_strided_" else None  # of before it was called
         out = self._without_values(op, args, kwargs) if hollow else op(*args, **kwargs)
+        if name in ("empty", "empty_like", "new_empty", "empty_strided") and not out.is_meta:
+            out.zero_()
         if known or filled:
             said = dict(declared) | kwargs
             said |= {key: value for (key, _), value in zip(declared, args, strict=False)}
@@ -220,8 +243,6 @@ class _Run(TorchDispatchMode):
         key = _signature(op, args, kwargs)
         if key is not None and key in self.shapes:
             return _like(self.shapes[key])
-        if op._schema.name == "aten::index":  # a mask picks what is true in it, which a shape does not say
-            args = (args[0], [_numbers(i) for i in args[1]])
         hollow_args, hollow_kwargs = tree_map_only(Tensor, shape_of, (args, kwargs))
         if hollow_kwargs.get("device") is not None:
             hollow_kwargs["device"] = torch.device("meta")
@@ -247,8 +268,34 @@ class _Run(TorchDispatchMode):
         return out
 
 
+class _OneDevice(TorchFunctionMode):
+    """Some functions look at devices before the operations in them are seen: they get shapes alone."""
+
+    NAMES = ("lstm", "gru", "rnn_tanh", "rnn_relu", "scaled_dot_product_attention", "quantile", "nanquantile")
+
+    def __init__(self, record: Record):
+        super().__init__()
+        self.record = record
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", "") in self.NAMES:
+            args, kwargs = tree_map_only(Tensor, self._shape_of, (args, kwargs))
+        return function(*args, **kwargs)
+
+    def _shape_of(self, tensor: Tensor) -> Tensor:
+        if tensor.is_meta or not tensor.is_floating_point():  # whole numbers may be lengths
+            return tensor
+        with _disable_current_modes():
+            shape = tensor.to("meta")
+        if self.record.knows(tensor):
+            self.record.set(shape, self.record.of(tensor))
+            self.record.set_uniform(shape, self.record.uniform(tensor))
+        return shape
+
+
 def _signature(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """What an operation's output shapes hang on; None where it writes, or gets values."""
+    """What an operation's output shapes hang on; None where memory is shared, or where it gets values."""
 
     def seen(one: Any) -> Any:
         if isinstance(one, Tensor):
@@ -257,7 +304,7 @@ def _signature(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return one.shape, one.stride(), one.dtype
         return tuple(map(seen, one)) if isinstance(one, list | tuple) else (type(one), one)  # 1 is not 1.0
 
-    if op._schema.is_mutable:
+    if _aliases(op):
         return None
     try:
         key = (op, seen(args), tuple((name, seen(value)) for name, value in kwargs.items()))
@@ -274,11 +321,15 @@ def _like(out: Any) -> Any:
     return type(out)(map(_like, out)) if isinstance(out, list | tuple) else out
 
 
-def _numbers(index: Any) -> Any:
-    """An index that is one mask over one axis, as numbers."""
-    if isinstance(index, Tensor) and index.dtype is torch.bool and index.dim() == 1 and not index.is_meta:
-        return index.nonzero().squeeze(1)
-    return index
+def _numbers(indices: Any) -> list[Any]:
+    """Indices with masks as numbers: a mask picks what is true in it, which a shape does not say."""
+    found: list[Any] = []
+    for index in indices:
+        if isinstance(index, Tensor) and index.dtype is torch.bool and not index.is_meta:
+            found += index.nonzero(as_tuple=True)
+        else:
+            found.append(index)
+    return found
 
 
 def wanted_blocks(traced: Traced, blocks: Blocks) -> Blocks:
