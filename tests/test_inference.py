@@ -17,7 +17,7 @@ from torch import nn
 from hf_rebasin import Alignment, Checkpoint, Status, align, check, infer_spec, merge, spec_for
 from hf_rebasin.checking import outputs
 from hf_rebasin.describing import inferred, written
-from hf_rebasin.errors import MismatchError, SpecError
+from hf_rebasin.errors import CheckpointError, MismatchError, SpecError
 from hf_rebasin.table import table_for
 
 ZOO = zoo.HF | zoo.MODULES
@@ -219,6 +219,207 @@ def test_reasons_name_the_operation(op, said):
     assert spec.free == frozenset()
     assert spec.pins["first.bias"] == (said,)
     assert spec.pins["second.bias"] == ("an output of the model",)
+
+
+# --- what is easily taken for a symmetry -----------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """Any forward pass over some layers and parameters."""
+
+    def __init__(self, forward, **parts):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        for name, (kind, *shape) in parts.items():
+            setattr(self, name, nn.Parameter(torch.empty(shape)) if kind == P else kind(*shape))
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.7
+        self.run = forward
+        self.double().eval()
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+L, P = nn.Linear, "p"
+X = torch.randn(5, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+SEQUENCE = torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+IDS = torch.tensor([[0, 2, 1, 4], [3, 3, 0, 1]])
+
+
+def one_hot(s, x):
+    return s.o((nn.functional.one_hot(IDS, 5).double() @ s.w).relu())
+
+
+def sinusoid(s, x):
+    table = torch.zeros(x.shape[1], 6, dtype=x.dtype)
+    where = torch.arange(x.shape[1], dtype=x.dtype)[:, None] * torch.arange(1, 4)
+    table[:, 0::2], table[:, 1::2] = where.sin(), where.cos()
+    return s.o((s.a(x) + table).relu())
+
+
+def scattered(s, x):
+    return s.o(s.a(x).relu() * x.new_zeros(6).scatter_(0, torch.tensor([1, 3]), 1.0))
+
+
+def put(s, x):
+    z = x.new_zeros(6)
+    z[torch.tensor([0, 2])] = 1.0
+    return s.o(s.a(x).relu() * z)
+
+
+def diagonal(s, x):
+    z = torch.zeros(6, 6, dtype=x.dtype)
+    z.diagonal().add_(1.0)
+    z.diagonal(1).add_(2.0)
+    return s.o(s.a(x).relu() @ z)
+
+
+def out_of_sight(s, x):
+    z = x.new_zeros(6)
+    z.numpy()[:] = range(6)
+    return s.o(s.a(x).relu() * z)
+
+
+def summed(reduce):
+    return lambda s, x: reduce(s.a(x).view(-1, 4, 3)).relu().sum(-1, keepdim=True)
+
+
+def padded_shortcut(s, x):
+    h = s.a(x).relu()
+    y = torch.cat([h, torch.zeros_like(h)], 1)
+    y = y + s.f(y)
+    u, v = y.chunk(2, 1)
+    return s.o(s.g(u).relu()) + (v * torch.arange(1.0, 5)).relu().sum(1, keepdim=True)
+
+
+def read_in_groups(join):
+    def forward(s, x):
+        y = s.a(x).tanh()
+        y = nn.functional.linear(y, join(s.c)).tanh() + y
+        return s.k(y[:, :, None]).flatten(1).tanh()
+
+    return forward
+
+
+def into_a_view(s, x):
+    z = x.new_zeros(5, 6)
+    z[:].addmm_(s.a(x), s.w)
+    return s.o(z.relu() * s.b(x))
+
+
+def out_argument(s, x):
+    z = x.new_zeros(5, 6)
+    torch.mm(s.a(x), s.w, out=z[:])
+    return s.o(z.relu() * s.b(x))
+
+
+LAYER = dict(a=(L, 3, 6), o=(L, 6, 2))
+GROUPS = dict(a=(L, 3, 6), c=(P, 3, 6), k=(nn.Conv1d, 6, 2, 1, 1, 0, 1, 2))
+VIEW = dict(a=(L, 3, 4), w=(P, 4, 6), b=(L, 3, 6), o=(L, 6, 2))
+
+
+@pytest.mark.parametrize(
+    ("forward", "parts", "inputs", "most"),
+    [
+        (one_hot, dict(w=(P, 5, 6), o=(L, 6, 3)), X, 1),
+        (sinusoid, LAYER, SEQUENCE, 0),
+        (scattered, LAYER, X, 0),
+        (put, LAYER, X, 0),
+        (diagonal, LAYER, X, 0),
+        (out_of_sight, LAYER, X, 0),
+        (summed(lambda y: y.amax(1)), dict(a=(L, 3, 12)), X, 2),
+        (summed(lambda y: y.mean(1)), dict(a=(L, 3, 12)), X, 2),
+        (summed(lambda y: y.max(1).values), dict(a=(L, 3, 12)), X, 1),
+        (summed(lambda y: y.sort(1).values[:, 3]), dict(a=(L, 3, 12)), X, 1),
+        (padded_shortcut, dict(a=(L, 3, 4), f=(L, 8, 8), g=(L, 4, 5), o=(L, 5, 1)), X, 2),
+        (read_in_groups(lambda c: torch.cat([c, c.tanh()])), GROUPS, X, 1),
+        (read_in_groups(lambda c: c.repeat(2, 1)), GROUPS, X, 1),
+        (read_in_groups(lambda c: torch.stack([c, c.tanh()]).flatten(0, 1)), GROUPS, X, 1),
+        (into_a_view, VIEW, X, 2),
+        (out_argument, VIEW, X, 2),
+        (lambda s, x: s.o((x.new_zeros(6) + s.a(x)).relu()), LAYER, X, 1),
+    ],
+)
+def test_writes_copies_and_sums_invent_nothing(forward, parts, inputs, most):
+    model = Net(forward, **parts)
+    spec = infer_spec(model, inputs)
+    assert len(spec.free) <= most, dict(spec.table.rows)
+    for seed in range(4):
+        assert check(model, spec=spec, inputs=inputs, seed=seed).holds, dict(spec.table.rows)
+
+
+PICKED = torch.tensor([[0, 4], [1, 3]])
+QKV = dict(k=(L, 3, 3), v=(L, 3, 6), o=(L, 6, 2))
+
+
+@pytest.mark.parametrize(
+    ("forward", "parts"),
+    [
+        (lambda s, x: s.o(s.r(x)[0]), dict(r=(nn.LSTM, 3, 6), o=(L, 6, 2))),
+        (lambda s, x: s.o(s.r(x)[0]), dict(r=(nn.GRU, 3, 6), o=(L, 6, 2))),
+        (lambda s, x: s.o(nn.functional.scaled_dot_product_attention(x, s.k(x), s.v(x))), QKV),
+        (lambda s, x: s.o(s.b(IDS)), dict(b=(nn.EmbeddingBag, 5, 6), o=(L, 6, 2))),
+        (lambda s, x: s.o(s.a(x).gather(1, PICKED[..., None].expand(-1, -1, 6)).relu()), LAYER),
+        (lambda s, x: s.o(s.a(x)[x[..., 0] > 0].relu().sum(0)), LAYER),
+        (
+            lambda s, x: s.o(s.a(x).index_put((torch.tensor([0]), torch.tensor([2])), s.m).relu()),
+            LAYER | dict(m=(P, 6)),
+        ),
+    ],
+)
+def test_common_operations_keep_their_symmetries(forward, parts):
+    model = Net(forward, **parts)
+    spec = infer_spec(model, SEQUENCE)
+    assert spec.free, dict(spec.pins)
+    for seed in range(2):
+        assert check(model, spec=spec, inputs=SEQUENCE, seed=seed).holds, dict(spec.table.rows)
+
+
+def test_what_other_inputs_would_read_is_held():
+    """The end of a table of positions: free on short inputs, it would not fit on longer ones."""
+    model = Net(lambda s, x: s.o((s.e(x) + s.p[: x.shape[1]]).relu().mean(1)), e=(L, 3, 6), p=(P, 7, 6), o=(L, 6, 2))
+    spec = infer_spec(model, SEQUENCE[:, :3])
+    assert spec.pins["p"][0] is not None
+    assert len(spec.free) == 1
+    for seed in range(2):
+        assert check(model, spec=spec, inputs=SEQUENCE, seed=seed).holds
+
+
+def test_layers_may_be_called_like_rows_matched_by_string():
+    model = Net(lambda s, x: s.o(s.label(x).relu() * s.vocab(x)), label=(L, 3, 6), vocab=(L, 3, 6), o=(L, 6, 2))
+    assert not {"label", "vocab"} & set(infer_spec(model, X).symmetries)
+
+
+def test_inputs_caches_and_random_numbers_are_left_alone():
+    x = X.clone()
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 4), nn.Linear(4, 2)).double()
+    assert len(infer_spec(model, x).free) == 1
+    assert torch.equal(x, X)
+    kept = {}
+
+    def masked(s, x):
+        if "mask" not in kept:
+            kept["mask"] = torch.full((6, 6), 0.5).triu(1)
+        return s.o(s.a(x).relu() @ kept["mask"].double() + torch.rand(6))
+
+    model = Net(masked, **LAYER)
+    state = torch.random.get_rng_state()
+    infer_spec(model, X)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not kept["mask"].is_meta
+    assert model(X).isfinite().all()
+
+
+def test_what_cannot_be_read_is_said():
+    with pytest.raises(SpecError, match="compiled"):
+        infer_spec(torch.jit.script(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))), X.float())
+    with pytest.raises(CheckpointError, match=r"has no 0.weight, 0.bias yet; run it once"):
+        infer_spec(nn.Sequential(nn.LazyLinear(3)), X.float())
+    odd = nn.Sequential()
+    odd.add_module("a{b}", nn.Linear(3, 4))
+    with pytest.raises(SpecError, match=r"'a\{b\}.weight', 'a\{b\}.bias': names with .* cannot be said in a table"):
+        infer_spec(odd, X.float())
 
 
 # --- what it needs, and what it leaves alone ----------------------------------------------------------------------

@@ -219,6 +219,9 @@ class _Run(TorchDispatchMode):
         out = self._without_values(op, args, kwargs) if hollow else op(*args, **kwargs)
         if name in ("empty", "empty_like", "new_empty", "empty_strided") and not out.is_meta:
             out.zero_()
+        if name in ("expand", "repeat") and not known:
+            new = out.dim() - args[0].dim()
+            self.record.set_uniform(out, [d for d in range(out.dim()) if d < new or args[0].shape[d - new] == 1])
         if known or filled:
             said = dict(declared) | kwargs
             said |= {key: value for (key, _), value in zip(declared, args, strict=False)}
@@ -288,9 +291,9 @@ class _OneDevice(TorchFunctionMode):
             return tensor
         with _disable_current_modes():
             shape = tensor.to("meta")
-        if self.record.knows(tensor):
-            self.record.set(shape, self.record.of(tensor))
-            self.record.set_uniform(shape, self.record.uniform(tensor))
+            if self.record.knows(tensor):
+                self.record.set(shape, self.record.of(tensor))
+                self.record.set_uniform(shape, self.record.uniform(tensor))
         return shape
 
 
