@@ -22,6 +22,7 @@ CANCELLED = {
     "encoder.layer.*.attention.self.key.bias": {1},
     "encoder.layer.*.attention.attention.key.bias": {1},
     "h.*.attn.c_attn.bias": {3},
+    "layers.*.attention.query_key_value.bias": {6},
 }
 
 
