@@ -1,12 +1,11 @@
-"""Llama: RMSNorm decoder, grouped-query attention, RoPE on the pairs (i, i + d/2), gated MLP."""
+"""Llama, Mistral, Qwen2: RMSNorm decoders, grouped-query attention, RoPE on the pairs (i, i + d/2), gated MLP."""
 
-MODEL_TYPES = ("llama",)
+MODEL_TYPES = ("llama", "mistral", "qwen2")
 PREFIX = ("model.", "transformer.")  # the question-answering class has another base prefix
-HEADS = (
-    "LlamaForCausalLM",
-    "LlamaForSequenceClassification",
-    "LlamaForTokenClassification",
-    "LlamaForQuestionAnswering",
+HEADS = tuple(
+    f"{family}For{task}"
+    for family in ("Llama", "Mistral", "Qwen2")
+    for task in ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
 )
 
 
@@ -85,4 +84,9 @@ TINY = [
     dict(architectures=["LlamaForTokenClassification"], num_labels=3, **_TINY),
     dict(architectures=["LlamaForQuestionAnswering"], **_TINY),
     dict(architectures=["LlamaForCausalLM"], **(_TINY | dict(num_key_value_heads=1, num_attention_heads=4))),
+    dict(model_type="mistral", architectures=["MistralForCausalLM"], head_dim=6, **_TINY),
+    dict(model_type="mistral", architectures=["MistralForTokenClassification"], num_labels=3, **_TINY),
+    dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"], tie_word_embeddings=True, **_TINY),
+    dict(model_type="qwen2", architectures=["Qwen2Model"], **_TINY),
+    dict(model_type="qwen2", architectures=["Qwen2ForQuestionAnswering"], **_TINY),
 ]
