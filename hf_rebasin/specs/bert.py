@@ -1,7 +1,7 @@
-"""BERT: post-LayerNorm encoder, so the residual stream takes permutations only."""
+"""BERT, RoBERTa, XLM-RoBERTa: post-LayerNorm encoders, so the residual stream takes permutations only."""
 
-MODEL_TYPES = ("bert",)
-PREFIX = "bert."
+MODEL_TYPES = ("bert", "roberta", "xlm-roberta")
+PREFIX = ("bert.", "roberta.")
 
 # `classifier.weight` reads the pooler in some classes and the stream in others; in an unknown class both are held.
 POOLED = (
@@ -10,7 +10,12 @@ POOLED = (
     "BertForNextSentencePrediction",
     "BertForPreTraining",
 )
-STREAM = ("BertForMaskedLM", "BertForTokenClassification", "BertForQuestionAnswering")
+STREAM = tuple(
+    f"{family}For{task}"
+    for family in ("Bert", "Roberta", "XLMRoberta")
+    for task in ("MaskedLM", "TokenClassification", "QuestionAnswering", "SequenceClassification")
+    if (family, task) != ("Bert", "SequenceClassification")
+)
 
 
 def _architecture(config):
@@ -45,6 +50,15 @@ def table(config):
         "pooler.dense.bias": "pool",
         "classifier.weight": f"label, {classifier}",
         "classifier.bias": "label",
+        "classifier.dense.weight": "pool, residual'",
+        "classifier.dense.bias": "pool",
+        "classifier.out_proj.weight": "label, pool'",
+        "classifier.out_proj.bias": "label",
+        "lm_head.dense.weight": f"{mlm}, residual'",
+        "lm_head.dense.bias": mlm,
+        "lm_head.layer_norm.{weight,bias}": mlm,
+        "lm_head.{bias,decoder.bias}": "vocab",
+        "lm_head.decoder.weight": f"vocab, {mlm}'",
         "qa_outputs.weight": "_, residual'",
         "qa_outputs.bias": "_",
         "cls.seq_relationship.weight": "_, pool'",
@@ -77,7 +91,7 @@ _TINY = dict(
     hidden_size=24,
     intermediate_size=20,
     num_attention_heads=4,
-    max_position_embeddings=16,
+    max_position_embeddings=20,
     vocab_size=97,
 )
 TINY = [
@@ -88,4 +102,16 @@ TINY = [
     dict(architectures=["BertForSequenceClassification"], num_labels=3, **_TINY),
     dict(architectures=["BertForTokenClassification"], num_labels=3, **_TINY),
     dict(architectures=["BertForQuestionAnswering"], **_TINY),
+    *(
+        dict(model_type="roberta", architectures=[f"Roberta{task}"], pad_token_id=1, **{**_TINY, **more})
+        for task, more in (
+            ("Model", {}),
+            ("ForMaskedLM", {}),
+            ("ForMaskedLM", dict(tie_word_embeddings=False)),
+            ("ForSequenceClassification", dict(num_labels=3)),
+            ("ForTokenClassification", dict(num_labels=3)),
+            ("ForQuestionAnswering", {}),
+        )
+    ),
+    dict(model_type="xlm-roberta", architectures=["XLMRobertaForMaskedLM"], pad_token_id=1, **_TINY),
 ]
