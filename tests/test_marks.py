@@ -21,6 +21,7 @@ from hf_rebasin.table import table_for
 CANCELLED = {
     "encoder.layer.*.attention.self.key.bias": {1},
     "encoder.layer.*.attention.attention.key.bias": {1},
+    "transformer.layer.*.attention.k_lin.bias": {1},
     "h.*.attn.c_attn.bias": {3},
     "layers.*.attention.query_key_value.bias": {6},
 }
