@@ -74,7 +74,7 @@ def test_a_written_table_is_as_short_as_one_by_hand(name):
     text = written(inferred(checkpoint), checkpoint)
     mine = text[text.index("def table") : text.index("def groups")].count("\n        ")
     used = {tensor.row for tensor in spec_for(checkpoint).tensors}
-    assert mine <= 1.6 * len(used) + 2
+    assert mine <= 2 * len(used)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)

@@ -143,10 +143,11 @@ def test_the_declared_groups_keep_the_function(name):
 
 @pytest.mark.parametrize("name", sorted({name.split("-")[0] for name in TINY}))
 def test_every_wrong_mark_is_seen(name):
-    todo = {}
+    todo, kinds = {}, set()
     for model in (unit_norms(model) for key, model in TINY.items() if key.startswith(f"{name}-")):
         table = table_for(model.config)
         spec = spec_for(model)
+        kinds |= {symmetry.kind for symmetry in spec.symmetries.values()}
         for row in {tensor.row for tensor in spec.tensors}:
             for leaf, what, mutant in wrong_marks(table, row):
                 todo.setdefault((row, leaf, what), []).append((model, mutant))
@@ -159,5 +160,5 @@ def test_every_wrong_mark_is_seen(name):
         return relative > 1e-4
 
     unseen = [case for case, ways in todo.items() if not any(is_seen(*way) for way in ways)]
-    assert len(todo) >= 10
+    assert len(todo) >= 10 or kinds <= {"held", "permutation"}
     assert [case for case in unseen if case[1] not in CANCELLED.get(case[0], ())] == []
