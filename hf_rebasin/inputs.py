@@ -76,7 +76,9 @@ def example_inputs(config: Any, generator: torch.Generator) -> dict[str, Tensor]
         if any("MaskedImageModeling" in name for name in getattr(config, "architectures", None) or []):
             patches = math.prod(side // config.patch_size for side in sides)
             inputs["bool_masked_pos"] = torch.arange(2 * patches).reshape(2, patches) % 3 == 0
-    if "input_ids" in inputs and getattr(config, "is_encoder_decoder", False):
+    kind = (getattr(config, "architectures", None) or [""])[0]
+    encoder_only = kind.endswith(("EncoderModel", "ForTokenClassification"))  # T5 counts as both there, too
+    if "input_ids" in inputs and getattr(config, "is_encoder_decoder", False) and not encoder_only:
         inputs["decoder_input_ids"] = inputs["input_ids"].roll(1, -1)
     if not inputs:
         raise CheckpointError(f"no inputs are known for model_type {config.model_type!r}; give them (inputs=)")

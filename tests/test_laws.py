@@ -202,7 +202,7 @@ def test_token_rows_follow_the_tokens(tiny):
     order = [0, 1, *(2 + torch.arange(tiny.config.vocab_size - 2).roll(5)).tolist()]  # padding stays
     place = torch.tensor(order).argsort()
     before = logits(tiny, inputs)
-    after = logits(with_rows(tiny, "vocab", order), {"input_ids": place[inputs["input_ids"]]})
+    after = logits(with_rows(tiny, "vocab", order), {name: place[ids] for name, ids in inputs.items()})
     speaks = before.shape[-1] == tiny.config.vocab_size
     torch.testing.assert_close(after, before[..., order] if speaks else before)
 
