@@ -62,11 +62,12 @@ def test_the_alignment_does_not_hang_on_the_hash_seed(solver, tmp_path):
         "model = TINY['bert-1-BertForMaskedLM']\n"
         f"align(model, other_seed(model), solver={solver!r}).alignment.save(sys.argv[1])"
     )
-    files = []
-    for seed in ("1", "2"):
-        files.append(tmp_path / f"{seed}.safetensors")
-        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.path.dirname(__file__)}
-        subprocess.run([sys.executable, "-c", script, str(files[-1])], check=True, env=environment)
+    files = [tmp_path / f"{seed}.safetensors" for seed in (1, 2)]
+    running = []
+    for file in files:
+        environment = os.environ | {"PYTHONHASHSEED": file.stem, "PYTHONPATH": os.path.dirname(__file__)}
+        running.append(subprocess.Popen([sys.executable, "-c", script, str(file)], env=environment))
+    assert [process.wait() for process in running] == [0, 0]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
