@@ -85,9 +85,9 @@ def check(source: Source, *, spec: Spec | None = None, inputs: Inputs | None = N
     checkpoint = Checkpoint.open(source)
     generator = torch.Generator().manual_seed(seed)
     model = checkpoint.model(torch.float64).eval()
-    # a file may hold more than its class computes with, such as a pooler: what is checked is what is computed
     if inputs is not None:
         inputs = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
+    # a file may hold more than its class computes with, such as a pooler: what is checked is what is computed
     spec = spec or spec_of(Checkpoint.open(model), inputs)
     alignment = Alignment.random(spec, generator)
     if inputs is None:
@@ -121,7 +121,7 @@ def tiny_models() -> Iterator[tuple[str, nn.Module]]:
 
 
 @torch.no_grad()
-def scramble(model: nn.Module, generator: torch.Generator, inputs: Inputs | None = None) -> None:
+def scramble(model: nn.Module, generator: torch.Generator) -> None:
     """Weights ×10; norms, biases and statistics random: at initialisation many a wrong table would not be seen."""
 
     def noise(like: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def scramble(model: nn.Module, generator: torch.Generator, inputs: Inputs | None
     if batch_norms:  # statistics near the true ones, so that the signal reaches the end, then noise on them
         for norm in batch_norms:
             norm.momentum = 1.0
-        run(model.train(), example_inputs(_config_of(model), generator) if inputs is None else inputs)
+        run(model.train(), example_inputs(_config_of(model), generator))
         model.eval()
         for norm in batch_norms:
             mean, var = norm.running_mean, norm.running_var

@@ -123,10 +123,16 @@ class Checkpoint:
         return key
 
     @cached_property
+    def owner(self) -> Any:
+        """The class of its module; None where none is known."""
+        if self.template is not None:
+            return type(self.template)
+        return None if self.config is None else _class_of(self.config)
+
+    @cached_property
     def base_prefix(self) -> str:
         """What transformers puts before the keys of the base model in a model with a head: `"bert."`."""
-        owner = _class_of(self.config) if self.template is None and self.config is not None else self.template
-        prefix = getattr(owner, "base_model_prefix", "")
+        prefix = getattr(self.owner, "base_model_prefix", "")
         return f"{prefix}." if prefix else ""
 
     def state(self, prefix: str | tuple[str, ...] | None = None) -> dict[str, Tensor]:
@@ -191,8 +197,7 @@ class Checkpoint:
             )
         if dtype is None:
             dtype = self.dtypes.pop() if len(self.dtypes) == 1 else torch.float32
-        owner: Any = _class_of(self.config) if self.template is None else type(self.template)
-        model, info = owner.from_pretrained(
+        model, info = self.owner.from_pretrained(
             None,
             config=copy.deepcopy(self.config),
             state_dict=dict(self.tensors),

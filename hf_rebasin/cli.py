@@ -301,17 +301,22 @@ def _plan(recipe: Recipe, out: Path) -> None:
     )
 
 
-def _held(spec: Spec) -> list[str]:
-    """Why the axes that do not move are held, those of one reason in one line."""
+def _family(said: str) -> str:
+    """With stars for numbers: ff.3 is one of ff.*, but fc1.3 one of fc1.*."""
     import re
 
+    return re.sub(r"(?<=\.)\d+(?=[.\s:,]|$)", "*", said)
+
+
+def _held(spec: Spec) -> list[str]:
+    """Why the axes that do not move are held, those of one reason in one line."""
     from .text import columns
 
     reasons: dict[str, list[str]] = {}
     for key, axes in spec.pins.items():
         for why in axes:
             if why is not None:
-                reasons.setdefault(re.sub(r"(?<=\.)\d+(?=[.\s:,]|$)", "*", why), []).append(key)
+                reasons.setdefault(_family(why), []).append(key)
     if not reasons:
         return []
     rows = [("held because of", "axes", "such as")]
@@ -321,16 +326,14 @@ def _held(spec: Spec) -> list[str]:
 
 def _symmetries(spec: Spec, every: bool) -> list[str]:
     """The symmetries as a table, those of one family (`ff.0`, `ff.1`, …) in one line."""
-    import re
-
     from .table import KINDS
     from .text import columns
 
     families: dict[tuple[str, ...], list[str]] = {}
     for name, symmetry in spec.symmetries.items():
         family, group = name, symmetry.group
-        if not every:  # ff.3 is one of ff.*, but fc1.3 one of fc1.*
-            family, group = (re.sub(r"(?<=\.)\d+(?=\.|\s|$)", "*", said) for said in (name, symmetry.group))
+        if not every:
+            family, group = _family(name), _family(symmetry.group)
         moves = KINDS[symmetry.kind] if symmetry.moves else "held"
         families.setdefault((family, group, moves, str(symmetry.size)), []).append(name)
     rows = [("symmetry", "group", "moves by", "size", "how many", "tensors each", "such as")]

@@ -110,5 +110,4 @@ def written(spec: Spec, checkpoint: Checkpoint) -> str:
         blocks = {tensor.bound: tensor.blocks for tensor in other.tensors}
         return other.symmetries == spec.symmetries and all(blocks[t.bound] == t.blocks for t in spec.tensors)
 
-    class_name = type(checkpoint.skeleton()[0]).__name__
-    return spec_file(spec.table, checkpoint.config, class_name, fits)
+    return spec_file(spec.table, checkpoint.config, checkpoint.owner.__name__, fits)

@@ -12,7 +12,7 @@ positions, pixels and kernels are held.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,9 @@ import torch.nn.functional as F
 from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor, nn
+
+from hf_rebasin.checking import outputs
+from hf_rebasin.inputs import run
 
 Inputs = tuple[Tensor, ...] | dict[str, Any]
 
@@ -44,26 +47,6 @@ class Family:
 
 HF: dict[str, Family] = {}
 MODULES: dict[str, Family] = {}
-
-
-def call(model: nn.Module, inputs: Inputs) -> Any:
-    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
-
-
-def tensors(said: Any) -> Iterator[Tensor]:
-    """Every floating-point tensor of what a model returned."""
-    if isinstance(said, Tensor):
-        if said.is_floating_point():
-            yield said
-    elif isinstance(said, Mapping | tuple | list):
-        for item in said.values() if isinstance(said, Mapping) else said:
-            yield from tensors(item)
-
-
-@torch.no_grad()
-def outputs(model: nn.Module, inputs: Inputs) -> Tensor:
-    """All floating-point outputs in one vector."""
-    return torch.cat([t.reshape(-1).double() for t in tensors(call(model, inputs))])
 
 
 @torch.no_grad()
@@ -93,7 +76,7 @@ def randomise(model: nn.Module, generator: torch.Generator, inputs: Inputs | Non
             return noise(16, *x.shape[1:]) if isinstance(x, Tensor) and x.is_floating_point() else x
 
         several = {k: alike(x) for k, x in inputs.items()} if isinstance(inputs, dict) else tuple(map(alike, inputs))
-        call(model.train(), several)
+        run(model.train(), several)
         model.eval()
     for norm in norms:
         mean, var = norm.running_mean, norm.running_var
@@ -107,7 +90,7 @@ def randomise(model: nn.Module, generator: torch.Generator, inputs: Inputs | Non
 def sees(model: nn.Module, inputs: Inputs, seed: int = 0) -> dict[str, bool]:
     """For each matrix, whether outputs change when its rows (its first axis longer than 1) are permuted at random."""
     generator = torch.Generator().manual_seed(seed)
-    before = outputs(model, inputs)
+    before = outputs(model, inputs)[0]
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2 or parameter.numel() < 2:
@@ -119,7 +102,7 @@ def sees(model: nn.Module, inputs: Inputs, seed: int = 0) -> dict[str, bool]:
             order = order.flip(0)
         kept = parameter.detach().clone()
         parameter.copy_(parameter.index_select(axis, order))
-        found[name] = bool((outputs(model, inputs) - before).abs().max() > 1e-4 * before.abs().max())
+        found[name] = bool((outputs(model, inputs)[0] - before).abs().max() > 1e-4 * before.abs().max())
         parameter.copy_(kept)
     return found
 
@@ -1449,7 +1432,7 @@ def modules(draw: Any) -> tuple[nn.Module, tuple[Tensor, ...]]:
     model.structure = f"inputs {start}, seed {model.seed}: {model}"
     randomise(model, torch.Generator().manual_seed(model.seed))
     inputs = reals(start, seed=model.seed)
-    out = outputs(model, inputs)
+    out = outputs(model, inputs)[0]
     assume(bool(torch.isfinite(out).all()) and bool(out.any()))
     return model, inputs
 
@@ -1460,7 +1443,7 @@ def main() -> None:
     began = time.monotonic()
     for name, family in [*HF.items(), *MODULES.items()]:
         model, inputs = family.build(), family.inputs()
-        out, found = outputs(model, inputs), sees(model, inputs)
+        out, found = outputs(model, inputs)[0], sees(model, inputs)
         blind = [key for key, seen in found.items() if not seen]
         assert torch.isfinite(out).all(), name
         assert out.any(), name

@@ -58,7 +58,6 @@ def apply_rule(record: Record, call: Call) -> None:
 
 
 def _unknown(record: Record, call: Call) -> None:
-    record.unknown[call.why] += 1
     why = f"{call.why}, which has no rule"
     record.pin(call.tensors, why)
     for out in call.outs:
@@ -89,8 +88,8 @@ def _elementwise(record: Record, call: Call) -> None:
             else:
                 record.set(out, record.of(tensors[0]))
             record.set_uniform(out, uniform)
-            if record.origin(tensors[0]) is not None and call.name in ("clone", "_to_copy", "alias", "detach"):
-                record.origins[id(out)] = record.origins[id(tensors[0])]
+            if call.name in ("clone", "_to_copy", "alias", "detach"):
+                _seen_otherwise(record, tensors[0], out)
         return
     if call.name in ("mul", "mul_"):
         record.gains |= {origin for t in tensors if (origin := record.origin(t)) is not None and t.numel() > 1}
@@ -269,7 +268,7 @@ def _convolution(record: Record, call: Call) -> None:
         weight = (write, (("in", w[1]),), *kernel)
     record.relate(((("n", x[0]),), read, *around), weight, ((("n", x[0]),), write, *further))
     if bias is not None:
-        record.relate(((("group", first), ("out", out)),), ((("group", first), ("out", out)),))
+        record.relate((write,))
     origin = record.origin(call["weight"])
     if origin is not None:
         record.readers.append((origin, second if transposed else w[1]))
@@ -287,6 +286,16 @@ def _mixed(record: Record, x: Tensor, out: Tensor, dims: Iterable[int]) -> None:
     record.consumed += [axis for d, axis in enumerate(record.of(x)) if d in dims]
     before, after = ([(when, d) if d in dims else d for d in range(x.dim())] for when in ("before", "after"))
     record.relate(_labelled(before, record.of(x)), _labelled(after, record.of(out)))
+
+
+def _other_places(record: Record, x: Tensor, out: Tensor, dims: Iterable[int], why: str) -> None:
+    """Along these dimensions the output has places of its own, which hang on the order of those of x."""
+    dims = set(dims)
+    axes = record.of(x)
+    for d in dims:
+        pin(axes[d], why)
+    record.set(out, [fresh(out.shape[d], why) if d in dims else axis for d, axis in enumerate(axes)])
+    _mixed(record, x, out, dims)
 
 
 @rule("native_batch_norm _native_batch_norm_legit_no_training cudnn_batch_norm miopen_batch_norm")
@@ -349,8 +358,7 @@ def _weight_norm(record: Record, call: Call) -> None:
     record.set(out, record.of(v))
     _mixed(record, v, out, [d for d in labels if d != call["dim"] % v.dim()])
     _share(record, call, [(out, labels), (g, labels)], [(out, labels), (norms, labels)])
-    if record.origin(v) is not None:
-        record.origins[id(out)] = record.origins[id(v)]
+    _seen_otherwise(record, v, out)
     if record.origin(g) is not None:
         record.gains.add(record.origins[id(g)])
 
@@ -395,14 +403,12 @@ def _position(record: Record, call: Call) -> None:
             record.set(out, [()] * out.dim())
         return None
     dim %= x.dim()
-    axes = record.of(x)
-    pin(axes[dim], call.why)
     for out in call.outs:
         if out.dim() < x.dim():
-            record.set(out, [axis for d, axis in enumerate(axes) if d != dim])
+            pin(record.of(x)[dim], call.why)
+            record.set(out, [axis for d, axis in enumerate(record.of(x)) if d != dim])
         else:
-            record.set(out, [fresh(out.shape[d], call.why) if d == dim else axis for d, axis in enumerate(axes)])
-            _mixed(record, x, out, [dim])
+            _other_places(record, x, out, [dim], call.why)
     return None
 
 
@@ -420,12 +426,8 @@ def _neighbourhood(record: Record, call: Call) -> None:
     """Every channel for itself; places have an order."""
     x = call.tensors[0]
     places = int(next(c for c in call.name if c.isdigit()))
-    axes = record.of(x)
-    for axis in axes[-places:]:
-        pin(axis, f"{call.why}: neighbours")
     for out in call.outs:
-        record.set(out, [*axes[:-places], *(fresh(n, f"{call.why}: neighbours") for n in out.shape[-places:])])
-        _mixed(record, x, out, range(x.dim() - places, x.dim()))
+        _other_places(record, x, out, range(x.dim() - places, x.dim()), f"{call.why}: neighbours")
 
 
 @rule("im2col")
@@ -467,14 +469,9 @@ def _pixel_unshuffle(record: Record, call: Call) -> None:
 def _ordered(record: Record, call: Call) -> None:
     """What comes out at a place hangs on which place it is, and is another place's."""
     x = call["self"]
-    axes = list(record.of(x))
     dims = call.arguments.get("dims", call.arguments.get("dim", (-1, -2)))
     ordered = [d % x.dim() for d in ([dims] if isinstance(dims, int) else dims or range(x.dim()))]
-    for d in ordered:
-        pin(axes[d], f"{call.why}: has an order")
-        axes[d] = fresh(x.shape[d], f"{call.why}: has an order")
-    record.set(call.out, axes)
-    _mixed(record, x, call.out, ordered)
+    _other_places(record, x, call.out, ordered, f"{call.why}: has an order")
 
 
 # --- the same numbers in other brackets -----------------------------------------------------------------------------
@@ -683,11 +680,7 @@ def _slice(record: Record, call: Call) -> None:
     start = min(max((call["start"] or 0) + (n if (call["start"] or 0) < 0 else 0), 0), n)
     if step == 1 or length == 1:
         return _pieces(record, call, dim, [(start, start + length)])
-    axes = list(record.of(x))
-    pin(axes[dim], f"{call.why}: takes every {step}th")
-    axes[dim] = fresh(length, f"{call.why}: takes every {step}th")
-    record.set(call.out, axes)
-    return _mixed(record, x, call.out, [dim])
+    return _other_places(record, x, call.out, [dim], f"{call.why}: takes every {step}th")
 
 
 @rule("split split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk")
@@ -726,7 +719,7 @@ def _cat(record: Record, call: Call) -> None:
         else:
             for t in tensors[1:]:
                 unify(record.of(tensors[0])[d], record.of(t)[d], call.why)
-            axes.append(tuple(flat(record.of(tensors[0])[d])))
+            axes.append(record.of(tensors[0])[d])
     record.set(call.out, axes)
 
 
@@ -796,35 +789,28 @@ def _index_put(record: Record, call: Call) -> None:
     return record.relate(_labelled(range(x.dim()), whole), tuple(given))
 
 
-def _along(record: Record, call: Call, tensors: Sequence[Tensor]) -> int:
+def _along(record: Record, call: Call, source: Tensor | None = None) -> int:
     """Along all axes but one the places of `self`, an index and a source are the same; along that one they are picked
     by number."""
     x, index, dim = call["self"], call["index"], call["dim"] % max(call["self"].dim(), 1)
-    uniform = record.uniform(index)
+    sources, uniform = [] if source is None else [source], record.uniform(index)
     for d in range(x.dim()):
         if d == dim:
-            for tensor in (*tensors, index):
+            for tensor in (x, *sources, index):
                 pin(record.of(tensor)[d], f"{call.why}: places are picked by number")
-        elif not (d in uniform and all(t.shape[d] == index.shape[d] for t in tensors)):
-            for tensor in (*tensors[1:], index):
-                unify(record.of(x)[d], record.of(tensor)[d], call.why)
-        else:
-            for tensor in tensors[1:]:
-                unify(record.of(x)[d], record.of(tensor)[d], call.why)
+            continue
+        says_nothing = d in uniform and all(t.shape[d] == index.shape[d] for t in (x, *sources))
+        for tensor in (*sources, *([] if says_nothing else [index])):
+            unify(record.of(x)[d], record.of(tensor)[d], call.why)
     return dim
 
 
 @rule("gather")
 def _gather(record: Record, call: Call) -> None:
     x, out = call["self"], call.out
-    dim = _along(record, call, [x])
-    axes = [fresh(out.shape[d], call.why) if d == dim else axis for d, axis in enumerate(record.of(x))]
-    cut = [d for d, (n, m) in enumerate(zip(x.shape, out.shape, strict=True)) if d != dim and n != m]
-    for d in cut:
-        pin(axes[d], call.why)
-        axes[d] = fresh(out.shape[d], call.why)
-    record.set(out, axes)
-    _mixed(record, x, out, [dim, *cut])
+    dim = _along(record, call)
+    shorter = [d for d, (n, m) in enumerate(zip(x.shape, out.shape, strict=True)) if n != m]
+    _other_places(record, x, out, {dim, *shorter}, call.why)
 
 
 @rule("scatter scatter_add index_add index_copy")
@@ -835,7 +821,7 @@ def _scatter(record: Record, call: Call) -> None:
     if source is None or source.dim() != x.dim() or call["index"].dim() != x.dim():
         return _unknown(record, call)
     before = record.of(x)
-    _along(record, call, [x, source])
+    _along(record, call, source)
     return record.set(call.out, before)
 
 
@@ -852,13 +838,9 @@ def _as_strided(record: Record, call: Call) -> None:
 
 @rule("index_select")
 def _index_select(record: Record, call: Call) -> None:
-    x, dim = call["self"], call["dim"] % call["self"].dim()
-    axes = list(record.of(x))
-    pin(axes[dim], f"{call.why}: rows are looked up by number")
+    x = call["self"]
     record.pin([call["index"]], f"{call.why}: numbers of rows")
-    axes[dim] = fresh(call.out.shape[dim], call.why)
-    record.set(call.out, axes)
-    _mixed(record, x, call.out, [dim])
+    _other_places(record, x, call.out, [call["dim"] % x.dim()], f"{call.why}: rows are looked up by number")
 
 
 @rule("view_as_complex")

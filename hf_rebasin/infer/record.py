@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -10,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .unification import GIVEN, Atom, Axis, flat, fresh, pin, unify
+from .unification import GIVEN, Atom, Axis, fresh, pin, unify
 
 # One tensor as an operation sees it: for each of its axes the (index of the operation, axis) pairs it is made of.
 Operand: TypeAlias = tuple[tuple[tuple[Any, Axis], ...], ...]
@@ -54,7 +53,6 @@ class Record:
     axes: dict[int, list[Axis]] = field(default_factory=dict)
     stacks: dict[int, Stack] = field(default_factory=dict)
     relations: list[tuple[Operand, ...]] = field(default_factory=list)
-    unknown: Counter[str] = field(default_factory=Counter)  # operations without a rule, and where
     unstacked: list[Atom] = field(default_factory=list)  # composite axes that were taken apart slice by slice
     # what names and marks are made of
     origins: dict[int, int] = field(default_factory=dict)  # a tensor that is a parameter seen otherwise: its id
@@ -87,7 +85,7 @@ class Record:
         for other in others:
             for x, y in zip(first, other, strict=True):
                 unify(x, y, "slices of one tensor")
-        axes = [tuple(flat(axis)) for axis in first]
+        axes = list(first)
         axes.insert(stack.dim, fresh(len(stack.parts), "slices of one tensor", numbers=True))
         self.axes[id(tensor)] = axes
         return axes

@@ -60,20 +60,13 @@ class _Row:
     parts: tuple[str, ...]
     axes: tuple[Node, ...]
 
-    @property
-    def form(self) -> tuple[str, ...]:
-        return tuple("*" if part.isdigit() else part for part in self.parts)
-
 
 def _starred(rows: Mapping[str, tuple[Node, ...]]) -> dict[str, str]:
     """Rows that say the same in every layer, once."""
-    forms: dict[tuple[str, ...], list[_Row]] = {}
-    for key, axes in rows.items():
-        row = _Row(tuple(key.split(".")), axes)
-        forms.setdefault(row.form, []).append(row)
     found: dict[str, str] = {}
-    for form, alike in forms.items():
-        digits = tuple(i for i, part in enumerate(form) if part == "*")
+    for form, keys in _by_form(rows).items():
+        alike = [_Row(tuple(key.split(".")), axes) for key, axes in keys.items()]
+        digits = tuple(i for i, part in enumerate(form.split(".")) if part == "*")
         found |= _fewest(alike, digits if len(alike) > 1 else ())
     return found
 
@@ -198,14 +191,12 @@ def _globs_of_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def _by_form(said: Mapping[str, _Said]) -> dict[str, dict[str, _Said]]:
+    """What is said of names and keys that differ in their numbers only, together."""
     forms: dict[str, dict[str, _Said]] = {}
     for name, value in said.items():
-        forms.setdefault(_form(name), {})[name] = value
+        form = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        forms.setdefault(form, {})[name] = value
     return forms
-
-
-def _form(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _without_numbers(table: Table, fits: Fits) -> Table:
