@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar, cast, overload
 
@@ -17,6 +20,7 @@ from .checkpoint import Checkpoint, Source
 from .describing import spec_of
 from .errors import CheckpointError, MismatchError, some
 from .groups import Element
+from .lazy import Computed, Tensors, parts_of
 from .spec import Block, Dim, Labelled, Spec
 from .table import KINDS, table_for
 
@@ -175,8 +179,8 @@ class Alignment:
                 symmetries.
 
         Returns:
-            The same kind of thing, a checkpoint for a folder or Hub id. Tensors that no moving symmetry touches are
-            passed on as they are.
+            The same kind of thing, a checkpoint for a folder or Hub id, whose tensors are moved when they are read or
+            saved. Tensors that no moving symmetry touches are passed on as they are.
 
         Raises:
             MismatchError: the model has symmetries that the alignment has not, or others; names the first. What the
@@ -197,8 +201,7 @@ class Alignment:
             if all(own.get(key, row) == row for key, row in spec.table.rows.items()):  # else it has a table of its own
                 spec.refuse_unless_within(self.spec, checkpoint.name)
                 return spec
-        names = checkpoint.canonical(self.spec.table.prefix)
-        shapes = {name: tuple(checkpoint.tensors[key].shape) for name, key in names.items()}
+        shapes = checkpoint.shapes(self.spec.table.prefix)
         for tensor in self.spec.tensors:
             for key in tensor.keys.values():
                 carries = f"carries {' and '.join(map(repr, sorted(tensor.names))) or 'no symmetry'}"
@@ -218,14 +221,53 @@ class Alignment:
         return self.spec
 
 
-def act(spec: Spec, elements: Mapping[str, Element], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """g · state, by canonical keys. Outer symmetries act first; an inner element is indexed by the new outer place."""
+def act(spec: Spec, elements: Mapping[str, Element], state: Mapping[str, Tensor]) -> Tensors:
+    """g · state, by canonical keys, each tensor computed when it is asked for.
+
+    Outer symmetries act first; an inner element is indexed by the new outer place.
+    """
     moving = {name: element for name, element in elements.items() if not element.is_identity()}
-    out = dict(state)
+    parts = dict(parts_of(state))
+    moved = dict(parts)
     for tensor in spec.tensors:
         if not tensor.names.isdisjoint(moving):
-            out.update(tensor.scatter(act_on(spec, moving, tensor, tensor.gather(state))))
-    return {key: out[key] for key in state}
+            for index, key in tensor.keys.items():
+                source, one, inside = _of_one_key(spec, moving, tensor, index)
+                part = parts[source]
+                moved[key] = Computed(part.shape, part.dtype, [part], partial(_moved, spec, inside, one))
+    return Tensors(moved)
+
+
+def _moved(spec: Spec, elements: Mapping[str, Element], tensor: Labelled, inputs: Sequence[Tensor]) -> Tensor:
+    return act_on(spec, elements, tensor, inputs[0].contiguous())
+
+
+def _of_one_key(
+    spec: Spec, elements: Mapping[str, Element], tensor: Labelled, index: tuple[int, ...]
+) -> tuple[str, Labelled, Mapping[str, Element]]:
+    """(the key whose tensor comes to this place along the key axes, the tensor of one key, what moves inside it)."""
+    if not index:
+        return tensor.key, tensor, elements
+    n = len(index)
+    counts = tensor.shape[:n]
+    block = tensor.blocks[0]
+    places = torch.arange(math.prod(counts)).reshape(counts)
+    for name, place, dim in _in_order(spec, block):
+        if place < n and name in elements:
+            places = _act_along(places, elements[name], place, dim.contexts, "")
+    source = tuple(int(i) for i in torch.unravel_index(places[index], counts))
+    inside = dict(elements)
+    for name, place, dim in _in_order(spec, block):
+        if place >= n and name in elements and any(context < n for context in dim.contexts):
+            at = tuple(index[context] if context < n else slice(None) for context in dim.contexts)
+            inside[name] = elements[name].map(itemgetter(at))
+
+    def cut(dim: Dim) -> Dim:
+        return replace(dim, axis=dim.axis - n, contexts=tuple(place - n for place in dim.contexts if place >= n))
+
+    blocks = tuple(Block(b.offset, tuple(map(cut, b.dims[n:]))) for b in tensor.blocks)
+    one = replace(tensor, keys={(): tensor.keys[source]}, shape=tensor.shape[n:], axes=tensor.axes[n:], blocks=blocks)
+    return one.key, one, inside
 
 
 def act_on(spec: Spec, elements: Mapping[str, Element], tensor: Labelled, x: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,10 +16,11 @@ from .describing import inferred, spec_of
 from .errors import OptionError
 from .inputs import Inputs
 from .knobs import knobs_for
+from .lazy import Tensors
 from .merging import combine, lined_up, method_with
 from .pairing import Assumption, paired
 from .recipe import Recipe
-from .solving import Problem, Solution, Solver
+from .solving import Device, Problem, Solution, Solver
 from .spec import Spec
 from .table import Table
 
@@ -88,6 +90,8 @@ def align(
     inputs: Inputs | None = None,
     seed: int = 0,
     assume: Iterable[Assumption] = (),
+    backbone_only: bool = False,
+    device: Device = None,
     progress: bool = False,
     **knobs: Any,
 ) -> Solution:
@@ -102,6 +106,9 @@ def align(
         inputs: for that forward pass; see `infer_spec`.
         seed: of everything random in the solver; the same seed gives the same alignment.
         assume: what to take for the same without looking: "config", "labels", "vocabulary".
+        backbone_only: match base models alone, whatever their heads are.
+        device: where similarities are computed, such as `accelerator.device`; by default where the tensors are. What
+            is read from disk goes there block by block.
         progress: show a progress bar (on a terminal).
         knobs: of the solver, such as `starts=1`.
 
@@ -124,20 +131,35 @@ def align(
     a, b = Checkpoint.open(fixed), Checkpoint.open(moving)
     for checkpoint in (a, b):
         checkpoint.refuse_broken()
-    b = paired(a, b, assume)
+    b = paired(a, b, assume, backbone_only=backbone_only)
     if isinstance(spec, Table):
         spec = bind_to(spec, a)
     if spec is None:
         bare = a.template is None and a.config is None  # a state dict, whose symmetries the other may know
         spec = spec_of(b if bare else a, inputs)
-    return _solved(chosen, spec, a, b, seed, progress)
+    return _solved(chosen, spec, a, b, seed=seed, device=device, backbone_only=backbone_only, progress=progress)
 
 
-def _solved(solver: Solver, spec: Spec, fixed: Checkpoint, moving: Checkpoint, seed: int, progress: bool) -> Solution:
+def _solved(
+    solver: Solver,
+    spec: Spec,
+    fixed: Checkpoint,
+    moving: Checkpoint,
+    *,
+    seed: int,
+    device: Device,
+    backbone_only: bool = False,
+    progress: bool = False,
+) -> Solution:
     """Align two checkpoints that are known to be sound and to mean the same."""
     prefix = spec.table.prefix
+    names, theirs = fixed.canonical(prefix), lined_up(fixed, moving, prefix, backbone_only=backbone_only)
+    there = Tensors({name: theirs[key] for name, key in names.items() if key in theirs})
+    # heads that are not merged do not say either which features are alike
+    matched = replace(spec, tensors=tuple(t for t in spec.tensors if all(key in there for key in t.keys.values())))
     generator = torch.Generator().manual_seed(seed)
-    return solver.solve(Problem(spec, fixed.state(prefix), lined_up(fixed, moving, prefix), generator, progress))
+    solution = solver.solve(Problem(matched, fixed.state(prefix), there, generator, device, progress))
+    return replace(solution, alignment=replace(solution.alignment, spec=spec))
 
 
 def merge(
@@ -146,7 +168,7 @@ def merge(
     *,
     dtype: torch.dtype | None = None,
     assume: Iterable[Assumption] = (),
-    progress: bool = False,
+    backbone_only: bool = False,
     **knobs: Any,
 ) -> Checkpoint:
     """Merge models that share their coordinates already (align them first).
@@ -157,15 +179,17 @@ def merge(
         method: a file of `hf_rebasin/merge_methods/`: "linear", "lerp", "slerp".
         dtype: of the floating-point tensors of the result, by default what the first model has.
         assume: what to take for the same without looking: "config", "labels", "vocabulary".
-        progress: show a progress bar (on a terminal).
+        backbone_only: keep the first model's head; the others may have another, or none.
         knobs: of the method, such as `t=0.3`.
 
     Returns:
-        A `Checkpoint`: `.save(out)` writes a folder that `from_pretrained` loads, `.model()` makes a module.
+        A `Checkpoint`: `.save(out)` writes a folder that `from_pretrained` loads, `.model()` makes a module. What is
+        merged from folders and Hub ids is computed then, as it is written; what involves a module or a state dict,
+        which may change, is computed now.
 
     Raises:
         MismatchError: tensors that are missing, left over or of another shape, or models that cannot mean the same.
-        CheckpointError: NaN or Inf.
+        CheckpointError: a quantised model; NaN or Inf, as soon as they are read.
         UnknownNameError, OptionError: the method or a knob.
 
     Example: `merge([a, b])` of weights 2 and 6 has (2 + 6) / 2 = 4; `merge([a, b], "lerp", t=0.25)` has 3.
@@ -173,7 +197,8 @@ def merge(
     if not models:
         raise OptionError("nothing to merge: give at least one model")
     first, *others = (Checkpoint.open(model) for model in models)
-    return combine([first, *(paired(first, c, assume) for c in others)], method, knobs, dtype=dtype, progress=progress)
+    moved = [paired(first, other, assume, backbone_only=backbone_only) for other in others]
+    return combine([first, *moved], method, knobs, dtype=dtype, backbone_only=backbone_only)
 
 
 @dataclass(frozen=True)
@@ -185,21 +210,30 @@ class Merged:
     solutions: tuple[Solution, ...]
 
 
-def run(recipe: Recipe, *, progress: bool = False) -> Merged:
-    """Open the models of a recipe, align all to the first (or to its `base_model`), and merge."""
+def run(recipe: Recipe, *, device: Device = None, progress: bool = False) -> Merged:
+    """Open the models of a recipe, align all to the first (or to its `base_model`), and merge when it is saved."""
     entries = recipe.in_order()
     method_with(recipe.merge_method, recipe.method_knobs(), len(entries))  # what it cannot do is said before the work
     first, *others = (Checkpoint.open(entry.model, revision=entry.revision) for entry in entries)
+    backbone_only = recipe.backbone_only
     for checkpoint in (first, *others):
-        checkpoint.refuse_broken()
+        checkpoint.refuse_quantised()
     solutions: list[Solution] = []
-    moved = [paired(first, other, recipe.assume) for other in others]
+    moved = [paired(first, other, recipe.assume, backbone_only=backbone_only) for other in others]
+    for other in moved:
+        lined_up(first, other, backbone_only=backbone_only)  # what does not fit is said before the work
     if recipe.align is not None:
+        for checkpoint in (first, *others):
+            checkpoint.refuse_broken()
         solver, spec = solver_with(recipe.align.solver, recipe.align.knobs()), spec_of(first)
-        solutions = [_solved(solver, spec, first, other, recipe.align.seed, progress) for other in moved]
+        solve = partial(
+            _solved, solver, spec, first, seed=recipe.align.seed, device=device, backbone_only=backbone_only
+        )
+        solutions = [solve(other, progress=progress) for other in moved]
         moved = [solution.apply(other) for solution, other in zip(solutions, moved, strict=True)]
     dtype = None if recipe.dtype is None else getattr(torch, recipe.dtype)
-    merged = combine([first, *moved], recipe.merge_method, recipe.method_knobs(), dtype=dtype, progress=progress)
+    knobs = recipe.method_knobs()
+    merged = combine([first, *moved], recipe.merge_method, knobs, dtype=dtype, backbone_only=backbone_only)
     return Merged(merged, (first, *others), tuple(solutions))
 
 

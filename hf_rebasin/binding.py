@@ -64,8 +64,7 @@ def bind(table: Table, shapes: Mapping[str, Shape], ties: Mapping[str, str] | No
 
 def bind_to(table: Table, checkpoint: Checkpoint) -> Spec:
     """A table bound to a checkpoint."""
-    shapes = {name: tuple(checkpoint.tensors[key].shape) for name, key in checkpoint.canonical(table.prefix).items()}
-    return bind(table, shapes, checkpoint.canonical_ties(table.prefix))
+    return bind(table, checkpoint.shapes(table.prefix), checkpoint.canonical_ties(table.prefix))
 
 
 def read_spec(text: str) -> Spec:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -31,6 +32,7 @@ from .folder import (
     replacing,
     write_tensors,
 )
+from .lazy import Lazy, Tensors, composed, parts_of
 
 OLD_SPELLINGS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
@@ -39,11 +41,15 @@ OLD_SPELLINGS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "Layer
 class Checkpoint:
     """A model's tensors under their on-disk names, with all that makes them a model.
 
+    One of a folder or Hub id is lazy: opening it reads headers alone, and what is made from it (`Alignment.apply`,
+    `merge`) is computed when `save` or `model` asks for it, tensor by tensor.
+
     Args:
-        tensors: `{disk key: tensor}`; a tied tensor is there once.
-        config: the transformers configuration; None for what transformers does not know.
+        tensors: `{disk key: tensor}`; a tied tensor is there once. Lazy ones are read each time they are asked for.
+        given_config: the transformers configuration; by default that of `folder`.
         name: what messages call it: a path, a Hub id, a class.
-        ties: `{disk key that is not stored: the disk key whose tensor it shares}`.
+        given_ties: `{disk key that is not stored: the disk key whose tensor it shares}`; by default those of the class
+            that the configuration names.
         folder: where its other files are (tokenizer, generation settings); `save` copies them.
         template: the module it came from; `model()` makes a copy of it.
         sources: all folders it was made from; `save` never writes over them.
@@ -56,10 +62,10 @@ class Checkpoint:
         torch.Size([768])
     """
 
-    tensors: Mapping[str, Tensor]
-    config: Any = None
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    given_config: Any = field(default=None, repr=False)
     name: str = "a state dict"
-    ties: Mapping[str, str] = field(default_factory=dict)
+    given_ties: Mapping[str, str] | None = field(default=None, repr=False)
     folder: Path | None = None
     template: nn.Module | None = field(default=None, repr=False)
     sources: tuple[Path, ...] = ()
@@ -69,7 +75,7 @@ class Checkpoint:
         """Open a folder, a Hub id, a module, a state dict, or return a checkpoint as it is.
 
         Raises:
-            CheckpointError: nothing there, weights that are not safetensors, a shard that is missing or unreadable.
+            CheckpointError: nothing there, no weights, a shard that is missing, unreadable or cut short.
         """
         if isinstance(source, Checkpoint):
             return source
@@ -87,11 +93,42 @@ class Checkpoint:
             raise CheckpointError(f"{source} is a folder here, which has no revision {revision!r}")
         if not folder.is_dir():
             folder = download(str(source), revision, token)
-        config = _config(folder)
-        tensors = read_tensors(folder)
-        ties = _class_ties(config) if config is not None else {}
-        ties = {target: kept for target, kept in ties.items() if target not in tensors}
-        return Checkpoint(tensors, config, str(source), ties, folder, sources=(folder,))
+        read_json(folder / "config.json")  # what is no JSON is said here
+        return Checkpoint(Tensors(read_tensors(folder)), name=str(source), folder=folder, sources=(folder,))
+
+    # --- what it is ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def parts(self) -> Mapping[str, Lazy]:
+        """Shape, dtype and origin of every tensor; asking for them reads nothing."""
+        return parts_of(self.tensors)
+
+    @cached_property
+    def config(self) -> Any:
+        """The transformers configuration; None where there is none, or none that transformers knows."""
+        if self.given_config is not None or self.folder is None:
+            return self.given_config
+        return _config(self.folder)
+
+    @cached_property
+    def ties(self) -> Mapping[str, str]:
+        """`{disk key that is not stored: the disk key whose tensor it shares}`."""
+        if self.given_ties is not None:
+            return self.given_ties
+        tied = {} if self.config is None else _class_ties(self.config)
+        return {target: kept for target, kept in tied.items() if target not in self.tensors}
+
+    @cached_property
+    def said(self) -> dict[str, Any]:
+        """The configuration as it is written, without the defaults of its class where those are left out."""
+        if self.given_config is not None:
+            return dict(self.given_config.to_dict())
+        return read_json(self.folder / "config.json") if self.folder is not None else {}
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The configuration with its defaults; as it is written where transformers does not know it."""
+        return dict(self.config.to_dict()) if self.config is not None else self.said
 
     # --- names ---------------------------------------------------------------------------------------------------
 
@@ -102,8 +139,8 @@ class Checkpoint:
         canonical key. Two disk keys for one tensor raise CheckpointError.
         """
         names: dict[str, str] = {}
-        for key, tensor in self.tensors.items():
-            if not _recomputed(key, tensor):
+        for key, part in self.parts.items():
+            if not recomputed(key, part):
                 name = self._canonical(key, prefix)
                 if name in names:
                     raise CheckpointError(
@@ -135,9 +172,13 @@ class Checkpoint:
         prefix = getattr(self.owner, "base_model_prefix", "")
         return f"{prefix}." if prefix else ""
 
-    def state(self, prefix: str | tuple[str, ...] | None = None) -> dict[str, Tensor]:
-        """`{canonical key: tensor}`."""
-        return {name: self.tensors[key] for name, key in self.canonical(prefix).items()}
+    def state(self, prefix: str | tuple[str, ...] | None = None) -> Tensors:
+        """`{canonical key: tensor}`, read each time they are asked for where they are lazy."""
+        return Tensors({name: self.parts[key] for name, key in self.canonical(prefix).items()})
+
+    def shapes(self, prefix: str | tuple[str, ...] | None = None) -> dict[str, tuple[int, ...]]:
+        """`{canonical key: shape}`."""
+        return {name: self.parts[key].shape for name, key in self.canonical(prefix).items()}
 
     def canonical_ties(self, prefix: str | tuple[str, ...] | None = None) -> dict[str, str]:
         """`ties` by canonical keys."""
@@ -145,38 +186,51 @@ class Checkpoint:
 
     def with_state(self, state: Mapping[str, Tensor], prefix: str | tuple[str, ...] | None = None) -> Checkpoint:
         """The same checkpoint with other values, given by canonical keys; all its keys must be there."""
-        names = self.canonical(prefix)
-        return replace(self, tensors=dict(self.tensors) | {key: state[name] for name, key in names.items()})
+        names, parts = self.canonical(prefix), parts_of(state)
+        return self.with_parts({key: parts[name] for name, key in names.items()})
+
+    def with_parts(self, parts: Mapping[str, Lazy], **other: Any) -> Checkpoint:
+        """The same checkpoint with other values, given by disk keys, and other fields.
+
+        What is computed from folders alone stays to be computed; what hangs on a tensor in memory, which somebody may
+        change, is computed now.
+        """
+        return replace(self, tensors=composed(dict(self.parts) | dict(parts)), **other)
 
     # --- values --------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def settings(self) -> dict[str, Any]:
-        """The configuration as a dictionary; that of the file where transformers does not know it, or nothing."""
-        if self.config is not None:
-            return dict(self.config.to_dict())
-        return read_json(self.folder / "config.json") if self.folder is not None else {}
 
     @property
     def dtypes(self) -> set[torch.dtype]:
         """Of its floating-point tensors, without what is recomputed anyway."""
-        return {t.dtype for key, t in self.tensors.items() if t.is_floating_point() and not _recomputed(key, t)}
+        return {p.dtype for key, p in self.parts.items() if p.dtype.is_floating_point and not recomputed(key, p)}
+
+    def refuse_quantised(self) -> None:
+        """Raise CheckpointError for a quantised model."""
+        narrow = sorted(str(kind) for kind in self.dtypes if kind.itemsize < 2)
+        packed = [key for key in self.parts if key.endswith((".qweight", ".qzeros", ".weight_packed"))]
+        if narrow or packed or self.said.get("quantization_config") is not None:
+            why = some(narrow or packed, 1) or "its configuration says so"
+            raise CheckpointError(
+                f"{self.name} is quantised ({why}), and quantised weights cannot be moved or averaged; "
+                "use the original"
+            )
 
     def refuse_broken(self) -> None:
         """Raise CheckpointError for a quantised model, or that names the first tensor with NaN or Inf in it."""
-        narrow = [kind for kind in self.dtypes if kind.itemsize < 2]
-        if narrow or getattr(self.config, "quantization_config", None) is not None:
+        self.refuse_quantised()
+        for key, part in self.parts.items():
+            if part.dtype.is_floating_point and not all(map(all_finite, part.chunks())):
+                self.refuse_tensor(key)
+
+    def refuse_tensor(self, key: str) -> None:
+        """Raise CheckpointError if a tensor has NaN or Inf in it."""
+        part = self.parts[key]
+        bad = sum((~torch.isfinite(chunk)).sum().item() for chunk in part.chunks())
+        if bad:
             raise CheckpointError(
-                f"{self.name} is quantised ({some(map(str, narrow)) or 'its configuration says so'}), and quantised "
-                "weights cannot be moved or averaged; use the original"
+                f"{self.name}: {key} {part.shape} has {bad} values that are NaN or infinite of {part.numel}; a merge "
+                "would spread them. Repair or replace that tensor first"
             )
-        for key, tensor in self.tensors.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                bad = (~torch.isfinite(tensor)).sum().item()
-                raise CheckpointError(
-                    f"{self.name}: {key} {tuple(tensor.shape)} has {bad} values that are NaN or infinite of "
-                    f"{tensor.numel()}; a merge would spread them. Repair or replace that tensor first"
-                )
 
     # --- out -----------------------------------------------------------------------------------------------------
 
@@ -196,7 +250,7 @@ class Checkpoint:
                 f"{self.name} has no configuration that transformers knows, so no module can be built"
             )
         if dtype is None:
-            dtype = self.dtypes.pop() if len(self.dtypes) == 1 else torch.float32
+            dtype = next(iter(self.dtypes)) if len(self.dtypes) == 1 else torch.float32
         model, info = self.owner.from_pretrained(
             None,
             config=copy.deepcopy(self.config),
@@ -241,27 +295,36 @@ class Checkpoint:
             place.data = tensor.to(place.device, kind, copy=True)
         return model
 
-    def save(self, out: str | os.PathLike[str], overwrite: bool = False, max_shard_size: str = "5GB") -> Path:
+    def save(
+        self,
+        out: str | os.PathLike[str],
+        overwrite: bool = False,
+        max_shard_size: str = "5GB",
+        progress: bool = False,
+    ) -> Path:
         """Write an ordinary folder: weights in safetensors, configuration, and the other files of `folder`.
 
-        It is written beside the target and renamed at the end, so the target is complete or absent.
+        What is lazy is computed on the way, a chunk or a tensor at a time. The folder is written beside the target and
+        renamed at the end, so the target is complete or absent. `SHA256SUMS` in it is for `sha256sum --check`.
 
         Raises:
             TargetExistsError: the target is there and `overwrite` is not set, or it holds what is not a model's.
+            NoSpaceError: the disk has no room for it.
+            CheckpointError: an input that cannot be read to its end, or NaN or Inf in a merge; nothing is written.
         """
         target = Path(out).resolve()
         put_back(target)
         refuse_target(out, overwrite, self.sources)
         with replacing(target) as partial:
             self._write_side_files(partial)
-            write_tensors(partial, self.tensors, max_shard_size)
+            write_tensors(partial, self.parts, max_shard_size, progress)
         return Path(out)
 
     def _write_side_files(self, folder: Path) -> None:
         if self.folder is not None:
             copy_side_files(self.folder, folder)
-        if self.config is not None and (self.folder is None or self.template is not None):
-            self.config.save_pretrained(folder)
+        if self.given_config is not None and (self.folder is None or self.template is not None):
+            self.given_config.save_pretrained(folder)
             generation = getattr(self.template, "generation_config", None)
             if generation is not None:
                 generation.save_pretrained(folder)
@@ -270,8 +333,8 @@ class Checkpoint:
     def _write_dtype(self, file: Path) -> None:
         """The configuration names the dtype of the weights, so that "auto" loads what was written."""
         said = read_json(file)
-        if len(self.dtypes) == 1 and (self.config is not None or "dtype" in said or "torch_dtype" in said):
-            dtype = str(self.dtypes.pop()).removeprefix("torch.")
+        if len(self.dtypes) == 1 and not said.keys().isdisjoint(("model_type", "dtype", "torch_dtype")):
+            dtype = str(next(iter(self.dtypes))).removeprefix("torch.")
             if said.get("dtype", said.get("torch_dtype")) != dtype:
                 said.pop("torch_dtype", None)
                 file.write_text(json.dumps(said | {"dtype": dtype}, indent=2, sort_keys=True) + "\n")
@@ -280,11 +343,19 @@ class Checkpoint:
 Source: TypeAlias = str | os.PathLike[str] | nn.Module | Mapping[str, Tensor] | Checkpoint
 
 
-def _recomputed(key: str, tensor: Tensor) -> bool:
+def recomputed(key: str, part: Lazy) -> bool:
     """Buffers that old versions of transformers stored: causal masks, position ids, rotary frequencies."""
     if re.search(r"(^|\.)(attn|attention)\.(masked_)?bias$", key):
-        return tensor.dim() in (0, 4)
+        return len(part.shape) in (0, 4)
     return re.search(r"(^|\.)(embeddings\.position_ids|rotary_emb\.inv_freq)$", key) is not None
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether there is no NaN and no Inf; one pass, without a mask of the size of the tensor."""
+    if not values.numel():
+        return True
+    low, high = values.aminmax()
+    return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
 def _config(folder: Path) -> Any:

@@ -35,6 +35,10 @@ Seed = Annotated[
     int, typer.Option(min=0, max=2**63 - 1, help="Of everything random; the same seed gives the same bytes.")
 ]
 SolverName = Annotated[str, typer.Option(help="How the coordinates are found.")]
+BackboneOnly = Annotated[
+    bool,
+    typer.Option("--backbone-only", help="Keep the first model's head; only base models are brought together."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is there.")]
 
 
@@ -113,6 +117,7 @@ def align(
     solver: SolverName = "weight_matching",
     seed: Seed = 0,
     assume: Assume = None,
+    backbone_only: BackboneOnly = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Bring one model to the coordinates of another; its function stays exactly the same."""
@@ -129,12 +134,21 @@ def align(
     a, b = _open(fixed), _open(moving)
     if out is not None:
         refuse_target(out, overwrite, (*a.sources, *b.sources))
-    solution = find(a, b, solver=solver, seed=seed, assume=_assumed(assume), progress=True)
+    solution = find(
+        a,
+        b,
+        solver=solver,
+        seed=seed,
+        assume=_assumed(assume),
+        backbone_only=backbone_only,
+        device=_device(),
+        progress=True,
+    )
     _tell(solution, moving)
     if alignment is not None:
         typer.echo(f"alignment: {solution.alignment.save(alignment)}")
     if out is not None:
-        typer.echo(f"moved model: {solution.apply(b).save(out, overwrite=overwrite)}/")
+        typer.echo(f"moved model: {solution.apply(b).save(out, overwrite=overwrite, progress=True)}/")
 
 
 @app.command()
@@ -150,7 +164,7 @@ def apply(
     checkpoint = _open(model)
     refuse_target(out, overwrite, checkpoint.sources)
     moved = Alignment.load(alignment).apply(checkpoint)
-    typer.echo(f"moved model: {moved.save(out, overwrite=overwrite)}/")
+    typer.echo(f"moved model: {moved.save(out, overwrite=overwrite, progress=True)}/")
 
 
 @app.command()
@@ -170,6 +184,7 @@ def merge(
         str | None, typer.Option(help="Of the result: float32, float16, bfloat16; by default the first's.")
     ] = None,
     assume: Assume = None,
+    backbone_only: BackboneOnly = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")
     ] = False,
@@ -192,16 +207,17 @@ def merge(
                 "align": {"solver": solver, "seed": seed} if align else False,
                 "dtype": dtype,
                 "assume": list(assume or []),
+                "backbone_only": backbone_only,
             }
         )
     refuse_target(out, overwrite, [Path(entry.model) for entry in recipe.models if Path(entry.model).is_dir()])
     if dry_run:
         _plan(recipe, out)
         return
-    merged = run(recipe, progress=True)
+    merged = run(recipe, device=None if recipe.align is None else _device(), progress=True)
     for solution, model in zip(merged.solutions, merged.models[1:], strict=False):
         _tell(solution, model.name)
-    folder = merged.checkpoint.save(out, overwrite=overwrite)
+    folder = merged.checkpoint.save(out, overwrite=overwrite, progress=True)
     typer.echo(f"merged model ({recipe.merge_method}): {folder}/, {_size(merged.checkpoint)}")
 
 
@@ -224,6 +240,17 @@ def _open(model: str) -> Checkpoint:
     return Checkpoint.open(entry.model, revision=entry.revision)
 
 
+def _device() -> Any:
+    """Where accelerate places work, if there is an accelerator."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        return None
+    from accelerate import Accelerator
+
+    return Accelerator().device
+
+
 def _recipe(said: dict[str, Any]) -> Recipe:
     from .recipe import Recipe
 
@@ -238,10 +265,10 @@ def _recipe_file(path: str) -> Recipe:
 
 def _refuse_options_beside_a_recipe(context: typer.Context) -> None:
     """What a recipe says is not said again on the command line."""
-    for name in ("method", "parameter", "align", "solver", "seed", "dtype", "assume"):
+    for name in ("method", "parameter", "align", "solver", "seed", "dtype", "assume", "backbone_only"):
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
-            raise OptionError(f"--{name} is given beside a recipe; write it into the recipe")
+            raise OptionError(f"--{name.replace('_', '-')} is given beside a recipe; write it into the recipe")
 
 
 def _parameters(said: list[str]) -> dict[str, Any]:
@@ -274,9 +301,9 @@ def _tell(solution: Solution, model: str) -> None:
 
 
 def _size(checkpoint: Checkpoint) -> str:
-    total = sum(t.numel() * t.element_size() for t in checkpoint.tensors.values())
+    total = sum(part.nbytes for part in checkpoint.parts.values())
     unit, scale = ("GB", 1e9) if total >= 1e9 else ("MB", 1e6) if total >= 1e6 else ("kB", 1e3)
-    return f"{len(checkpoint.tensors)} tensors, {total / scale:.1f} {unit}"
+    return f"{len(checkpoint.parts)} tensors, {total / scale:.1f} {unit}"
 
 
 def _plan(recipe: Recipe, out: Path) -> None:
@@ -291,7 +318,8 @@ def _plan(recipe: Recipe, out: Path) -> None:
     for checkpoint in (first, *others):
         checkpoint.refuse_broken()
     for other in others:
-        lined_up(first, paired(first, other, recipe.assume))
+        other = paired(first, other, recipe.assume, backbone_only=recipe.backbone_only)
+        lined_up(first, other, backbone_only=recipe.backbone_only)
     if recipe.align is not None:
         typer.echo(f"would align {', '.join(o.name for o in others)} to {first.name} by {recipe.align.solver}:")
         for line in _symmetries(spec_of(first), every=False):

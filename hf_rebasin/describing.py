@@ -70,7 +70,7 @@ def inferred(checkpoint: Checkpoint, inputs: Inputs | None = None) -> Spec:
         )
     # what a file has beyond its class: nothing is known of it
     more = {name: "no part of its class" for name in canonical.values() if name not in found.table.rows}
-    shapes = {name: tuple(checkpoint.tensors[key].shape) for key, name in canonical.items()}
+    shapes = checkpoint.shapes()
     rows = {name: found.table.rows.get(name) or ", ".join("_" * len(shape)) for name, shape in shapes.items()}
     rows = {name: _by_string(row, found.pins.get(name, ()), shapes[name], checkpoint) for name, row in rows.items()}
     named = {leaf.name for row in rows.values() for axis in parse(row) for leaf in leaves(axis)}

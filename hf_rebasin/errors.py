@@ -8,7 +8,8 @@
     ├── MismatchError (ValueError)    two things that do not belong together: models, or an alignment and a model
     ├── OptionError (ValueError)      an option nobody knows, or a value it cannot take
     ├── RecipeError (ValueError)      a recipe with mistakes, all of them listed
-    └── TargetExistsError (FileExistsError)  an output that is already there
+    ├── TargetExistsError (FileExistsError)  an output that is already there
+    └── NoSpaceError (OSError)        a disk that has no room for the output
 
 Messages say what was asked, what was found (names, shapes, numbers) and what to do.
 """
@@ -56,6 +57,10 @@ class RecipeError(RebasinError, ValueError):
 
 class TargetExistsError(RebasinError, FileExistsError):
     """The output is already there and was not to be overwritten."""
+
+
+class NoSpaceError(RebasinError, OSError):
+    """The disk has no room for the output; nothing was written."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

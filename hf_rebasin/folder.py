@@ -1,4 +1,4 @@
-"""Folders: reading models from them, and writing them so that a target is complete or absent."""
+"""Folders: which tensors they have, and writing them so that a target is complete or absent."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import fnmatch
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from .errors import CheckpointError, TargetExistsError, some
+from .errors import CheckpointError, NoSpaceError, TargetExistsError, some
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from .lazy import Lazy
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+OLD_INDEX, OLD_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
+SUMS = "SHA256SUMS"
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 # What a model is besides its weights: configuration, generation settings, tokenizer, processor, code, and the parts of
 # a sentence transformer. These go along with a merge, and these alone may be overwritten.
 SIDE_FILES = (
@@ -43,16 +46,22 @@ SIDE_FILES = (
 
 
 def download(repo: str, revision: str | None, token: str | None) -> Path:
+    """The folder of a repository of the Hub at one commit, with what a model needs; `.bin` if that is all there is."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        patterns = [*SIDE_FILES, INDEX, "model*.safetensors"]
-        return Path(snapshot_download(repo, revision=revision, token=token, allow_patterns=patterns))
+        patterns = [*SIDE_FILES, *ADAPTER, INDEX, "model*.safetensors"]
+        folder = Path(snapshot_download(repo, revision=revision, token=token, allow_patterns=patterns))
+        if not any((folder / name).is_file() for name in (SINGLE, INDEX, *ADAPTER)):
+            patterns = [OLD_INDEX, "pytorch_model*.bin"]
+            commit = folder.name if folder.parent.name == "snapshots" else revision
+            snapshot_download(repo, revision=commit, token=token, allow_patterns=patterns)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise CheckpointError(
             f"{repo!r} is neither a folder here nor a repository on the Hub that can be read ({type(error).__name__})"
         ) from error
+    return folder
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -66,29 +75,65 @@ def read_json(file: Path) -> dict[str, Any]:
     return said
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, memory-mapped."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def read_tensors(folder: Path) -> dict[str, Lazy]:
+    """All tensors of a folder, not read yet; those of a `.bin` file, which has no ranges, are mapped.
 
-    files = [SINGLE]
-    if not (folder / SINGLE).is_file():
-        if not (folder / INDEX).is_file():
-            found = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
-            raise CheckpointError(
-                f"{folder} has no {SINGLE} and no {INDEX}, only {some(found) or 'nothing'}; save the model with "
-                "save_pretrained of transformers to get one"
-            )
-        files = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
-    tensors: dict[str, Tensor] = {}
-    for name in files:
+    Raises:
+        CheckpointError: there are no weights, or only an adapter's; a shard is missing, unreadable, cut short or said
+            to lie elsewhere; the index names tensors that are not there.
+    """
+    from .files import read_file
+
+    found = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
+    for single, index, read in ((SINGLE, INDEX, read_file), (OLD_SINGLE, OLD_INDEX, _read_old)):
+        if single in found:
+            return dict(read(folder / single))
+        if index in found:
+            return _read_shards(folder, index, read)
+    if not set(found).isdisjoint(ADAPTER):
+        base = read_json(folder / ADAPTER[0]).get("base_model_name_or_path", "its base model")
+        raise CheckpointError(
+            f"{folder} is an adapter of {base}, not a model: merge it into that model first (merge_and_unload of "
+            "peft) and save the result"
+        )
+    raise CheckpointError(
+        f"{folder} has no {SINGLE} and no {INDEX}, only {some(found) or 'nothing'}; save the model with "
+        "save_pretrained of transformers to get one"
+    )
+
+
+def _read_shards(folder: Path, index: str, read: Callable[[Path], Mapping[str, Lazy]]) -> dict[str, Lazy]:
+    places = read_json(folder / index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{folder / index} has no weight_map that says which tensor is in which file")
+    tensors: dict[str, Lazy] = {}
+    for name in sorted(set(places.values())):
         if Path(name).name != name:
-            raise CheckpointError(f"{folder / INDEX} points outside its folder: {name!r}")
-        try:
-            tensors |= load_file(folder / name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{folder / name} cannot be read: {error}") from error
+            raise CheckpointError(f"{folder / index} points outside its folder: {name!r}")
+        tensors |= read(folder / name)
+    if missing := sorted(places.keys() - tensors.keys()):
+        raise CheckpointError(f"{folder / index} names tensors that its files have not: {some(missing)}")
     return tensors
+
+
+def _read_old(file: Path) -> dict[str, Lazy]:
+    """A pickle of tensors, and of nothing else: `weights_only` runs no code."""
+    import pickle
+
+    import torch
+
+    from .lazy import Here
+
+    try:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # written before torch 1.6, which cannot be mapped
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise CheckpointError(f"{file} is no state dict: it holds other things than tensors by name")
+    return {name: Here.of(tensor, own=True) for name, tensor in state.items()}
 
 
 def refuse_target(out: str | os.PathLike[str], overwrite: bool, sources: Iterable[Path] = ()) -> None:
@@ -124,7 +169,7 @@ def _is_of_a_model(path: Path) -> bool:
     if path.is_dir():
         return _is_side_folder(path)
     name = path.name
-    return _is_side_file(name) or fnmatch.fnmatch(name, "model*.safetensors") or name in (INDEX, "README.md")
+    return _is_side_file(name) or fnmatch.fnmatch(name, "model*.safetensors") or name in (INDEX, SUMS, "README.md")
 
 
 def _is_side_file(name: str) -> bool:
@@ -146,28 +191,51 @@ def copy_side_files(source: Path, folder: Path) -> None:
             shutil.copytree(file, folder / file.name)
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_size: str) -> None:
-    """Write safetensors, in shards with an index where they are larger than one."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
+def write_tensors(folder: Path, parts: Mapping[str, Lazy], max_shard_size: str, progress: bool = False) -> None:
+    """Stream tensors to safetensors files, in shards with an index where they are larger than one, and their sha256.
 
-    ready: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for key, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        # a state dict may hold one tensor under two keys; a file holds two
-        ready[key] = tensor.clone() if tensor.data_ptr() in seen else tensor
-        seen.add(tensor.data_ptr())
-    split = split_torch_state_dict_into_shards(
-        ready, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
-    )
-    for file, keys in split.filename_to_tensors.items():
-        save_file({key: ready[key] for key in keys}, str(folder / file), metadata={"format": "pt"})
-        (folder / file).chmod(folder.stat().st_mode & 0o666)  # as other files here; safetensors makes them private
-    if split.is_sharded:
-        total = {"total_parameters": sum(t.numel() for t in ready.values())}
-        index = {"metadata": split.metadata | total, "weight_map": split.tensor_to_filename}
+    Raises:
+        NoSpaceError: the disk has less room than they need (before anything is written), or runs full.
+    """
+    from tqdm import tqdm
+
+    from .files import write_file
+    from .lazy import one_thread
+
+    total = sum(part.nbytes for part in parts.values())
+    free = shutil.disk_usage(folder).free
+    if total > free:
+        raise NoSpaceError(f"{folder.parent} has {free / 1e9:.2f} GB left, and {total / 1e9:.2f} GB are to be written")
+    shards = _shards(parts, max_shard_size)
+    sums = {}
+    with (
+        one_thread(),
+        tqdm(
+            total=total, desc="writing", unit="B", unit_scale=True, leave=False, disable=None if progress else True
+        ) as bar,
+    ):
+        for file, names in shards.items():
+            sums[file] = write_file(folder / file, {name: parts[name] for name in names}, bar.update)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_parameters": sum(part.numel for part in parts.values()), "total_size": total},
+            "weight_map": {name: file for file, names in shards.items() for name in names},
+        }
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    (folder / SUMS).write_text("".join(f"{digest}  {file}\n" for file, digest in sums.items()))
+
+
+def _shards(parts: Mapping[str, Lazy], max_shard_size: str) -> dict[str, list[str]]:
+    """`{file: names}`, as transformers cuts them."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    cut = split_state_dict_into_shards_factory(
+        cast("dict[str, Any]", parts),
+        get_storage_size=lambda part: part.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    return dict(cut.filename_to_tensors)
 
 
 def _beside(target: Path) -> tuple[Path, Path]:

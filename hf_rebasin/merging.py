@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from . import registry
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, all_finite, recomputed
 from .errors import CheckpointError, MismatchError, some
 from .knobs import knobs_for
+from .lazy import Computed, Lazy
 
 
 def combine(
@@ -22,9 +22,9 @@ def combine(
     knobs: Mapping[str, Any] | None = None,
     *,
     dtype: torch.dtype | None = None,
-    progress: bool = False,
+    backbone_only: bool = False,
 ) -> Checkpoint:
-    """Merge checkpoints tensor by tensor.
+    """Merge checkpoints tensor by tensor; those of folders when the result is saved or asked for.
 
     Sums are taken in float64 (in float32 for half precision) and rounded once, to the dtype that the first model has
     for that key or to `dtype`. What is no floating-point tensor (token ids, batch counts) is the first model's.
@@ -34,50 +34,77 @@ def combine(
         method: a file of `merge_methods/`.
         knobs: its keyword arguments.
         dtype: of the floating-point tensors of the result.
-        progress: show a progress bar (on a terminal).
+        backbone_only: keep the first model's head; the others may have another, or none.
 
     Raises:
-        CheckpointError: NaN or Inf in a model, or in the result (an overflow of `dtype`).
+        CheckpointError: a quantised model. When values are computed: NaN or Inf in a model, or in the result (an
+            overflow of `dtype`).
         MismatchError: tensors that are missing, left over or of another shape.
         UnknownNameError, OptionError: the method or a knob.
     """
     merge = method_with(method, knobs or {}, len(checkpoints))
+    elementwise = getattr(registry.find("merge_methods", method), "ELEMENTWISE", False)
     first = checkpoints[0]
     for checkpoint in checkpoints:
-        checkpoint.refuse_broken()
-    states = [first.state(), *(lined_up(first, other) for other in checkpoints[1:])]
-    merged: dict[str, Tensor] = {}
-    for key in tqdm(
-        states[0], desc=f"merging ({method})", unit="tensor", leave=False, disable=None if progress else True
-    ):
-        one = states[0][key]
-        if not one.is_floating_point():
-            _refuse_if_it_matters(key, [state[key] for state in states], checkpoints)
-            merged[key] = one
-            continue
-        wide = torch.float64 if one.dtype in (torch.float32, torch.float64) else torch.float32
-        out = merge([state[key].to(wide) for state in states])
-        merged[key] = out.to(one.dtype if dtype is None else dtype)
-        if not torch.isfinite(merged[key]).all():
-            raise CheckpointError(
-                f"{key} of the merge has values that do not fit {merged[key].dtype} (up to {out.abs().max():.3g}); "
-                "write a wider dtype"
-            )
-    return replace(
-        first.with_state(merged),
+        checkpoint.refuse_quantised()
+    lined = [lined_up(first, checkpoint, backbone_only=backbone_only) for checkpoint in checkpoints]
+    parts: dict[str, Lazy] = {}
+    for key, one in first.parts.items():
+        if not one.dtype.is_floating_point:
+            if key in lined[-1]:
+                _refuse_if_it_matters(key, [model[key] for model in lined], checkpoints)
+        elif key in lined[-1]:  # they all have the same keys
+            inputs = [model[key] for model in lined]
+            compute = _Merge(key, merge, inputs, checkpoints, one.dtype if dtype is None else dtype)
+            parts[key] = Computed(one.shape, compute.dtype, inputs, compute, elementwise)
+        elif dtype is not None and dtype != one.dtype and not recomputed(key, one):  # of the head that is kept
+            alone = _Merge(key, lambda tensors: tensors[0], [one], checkpoints, dtype)
+            parts[key] = Computed(one.shape, alone.dtype, [one], alone, True)
+    return first.with_parts(
+        parts,
         name=f"{method} of {', '.join(c.name for c in checkpoints)}",
         sources=tuple(source for c in checkpoints for source in c.sources),
     )
 
 
-def _refuse_if_it_matters(key: str, tensors: Sequence[Tensor], checkpoints: Sequence[Checkpoint]) -> None:
+@dataclass(frozen=True)
+class _Merge:
+    """What is done to the tensors of one key, or to a chunk of each."""
+
+    key: str
+    merge: Callable[[Sequence[Tensor]], Tensor]
+    inputs: Sequence[Lazy]
+    checkpoints: Sequence[Checkpoint]
+    dtype: torch.dtype
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
+        wide = torch.float64 if self.inputs[0].dtype in (torch.float32, torch.float64) else torch.float32
+        values = [tensor.to(wide) for tensor in tensors]
+        for value, part, checkpoint in zip(values, self.inputs, self.checkpoints, strict=False):
+            if not all_finite(value):
+                checkpoint.refuse_tensor(next((key for key, one in checkpoint.parts.items() if one is part), self.key))
+        merged = self.merge(values)
+        out = merged.to(self.dtype)
+        if self.dtype != wide and not all_finite(out):
+            raise CheckpointError(
+                f"{self.key} of the merge has values that do not fit {self.dtype} (up to {merged.abs().max():.3g}); "
+                "write a wider dtype"
+            )
+        return out
+
+
+def _refuse_if_it_matters(key: str, parts: Sequence[Lazy], checkpoints: Sequence[Checkpoint]) -> None:
     """Whole numbers are not averaged, so apart from counts they have to be the same: quantised weights are not."""
-    for tensor, checkpoint in zip(tensors, checkpoints, strict=True):
-        if not key.endswith("num_batches_tracked") and not torch.equal(tensor, tensors[0]):
+    for part, checkpoint in zip(parts, checkpoints, strict=True):
+        if not key.endswith("num_batches_tracked") and not _equal(part, parts[0]):
             raise MismatchError(
-                f"{key} ({tensor.dtype}) differs between {checkpoints[0].name} and {checkpoint.name}, and whole "
+                f"{key} ({part.dtype}) differs between {checkpoints[0].name} and {checkpoint.name}, and whole "
                 "numbers cannot be averaged; if the models are quantised, merge the originals"
             )
+
+
+def _equal(one: Lazy, other: Lazy) -> bool:
+    return one is other or all(torch.equal(a, b) for a, b in zip(one.chunks(), other.chunks(), strict=True))
 
 
 def method_with(name: str, knobs: Mapping[str, Any], models: int) -> Callable[[Sequence[Tensor]], Tensor]:
@@ -88,26 +115,48 @@ def method_with(name: str, knobs: Mapping[str, Any], models: int) -> Callable[[S
     return lambda tensors: cast(Tensor, merge(tensors, **values))
 
 
-def lined_up(first: Checkpoint, other: Checkpoint, prefix: str | tuple[str, ...] | None = None) -> dict[str, Tensor]:
-    """The other's tensors by the first's canonical keys; a tied tensor may be stored by one and not by the other.
+def head_of(checkpoint: Checkpoint, prefix: str) -> set[str]:
+    """The disk keys that do not belong to the base model; none where no key says that there is a head."""
+    inside = {key for key in checkpoint.parts if key.startswith(prefix)}
+    return set(checkpoint.parts) - inside if inside else set()
+
+
+def lined_up(
+    first: Checkpoint,
+    other: Checkpoint,
+    prefix: str | tuple[str, ...] | None = None,
+    *,
+    backbone_only: bool = False,
+) -> dict[str, Lazy]:
+    """The other's tensors by the first's disk keys; a tied tensor may be stored by one and not by the other.
+
+    What old versions of transformers stored and new ones recompute is left out, and so is the head if only the
+    backbone is wanted. Where both files have the same keys nothing else is looked at, no class and no configuration.
 
     Raises:
         MismatchError: tensors that are missing, left over, stored apart though tied in the first, or of another shape.
     """
-    prefix = first.base_prefix if prefix is None else prefix  # a state dict knows none of its own
-    mine, theirs = first.state(prefix), other.state(prefix)
-    ties = first.canonical_ties(prefix)
-    for target, kept in other.canonical_ties(prefix).items():
-        if target in mine and target not in theirs and kept in theirs:
-            theirs[target] = theirs[kept]
+    ties: Mapping[str, str] = {}
+    if first.parts.keys() == other.parts.keys():
+        mine = {key: key for key, part in first.parts.items() if not recomputed(key, part)}
+        theirs = {key: other.parts[key] for key in mine}
+    else:
+        prefix = first.base_prefix if prefix is None else prefix  # a state dict knows none of its own
+        mine, theirs = first.canonical(prefix), dict(other.state(prefix).parts)
+        ties = first.canonical_ties(prefix)
+        for target, kept in other.canonical_ties(prefix).items():
+            if target in mine and target not in theirs and kept in theirs:
+                theirs[target] = theirs[kept]
+    if backbone_only:
+        mine, theirs = _backbones(first, other, mine, theirs, prefix)
     missing = [key for key in mine if key not in theirs]
     left = [key for key in theirs if key not in mine]
     extra = [key for key in left if ties.get(key) not in mine]
-    untied = [key for key in left if ties.get(key) in mine and not torch.equal(theirs[key], theirs[ties[key]])]
+    untied = [key for key in left if ties.get(key) in mine and not _equal(theirs[key], theirs[ties[key]])]
     shapes = [
-        f"{key} {tuple(theirs[key].shape)} instead of {tuple(tensor.shape)}"
-        for key, tensor in mine.items()
-        if key in theirs and theirs[key].shape != tensor.shape
+        f"{key} {theirs[key].shape} instead of {first.parts[disk].shape}"
+        for key, disk in mine.items()
+        if key in theirs and theirs[key].shape != first.parts[disk].shape
     ]
     problems = [
         f"{what}: {some(keys)}"
@@ -120,5 +169,28 @@ def lined_up(first: Checkpoint, other: Checkpoint, prefix: str | tuple[str, ...]
         if keys
     ]
     if problems:
-        raise MismatchError(f"{other.name} cannot be merged into {first.name}; {'; '.join(problems)}")
-    return {key: theirs[key] for key in mine}
+        raise MismatchError(
+            f"{other.name} cannot be merged into {first.name}; {'; '.join(problems)}. Where only the heads differ, "
+            f"that of {first.name} can be kept (--backbone-only)"
+        )
+    return {disk: theirs[key] for key, disk in mine.items()}
+
+
+def _backbones(
+    first: Checkpoint,
+    other: Checkpoint,
+    mine: Mapping[str, str],
+    theirs: Mapping[str, Lazy],
+    prefix: str | tuple[str, ...] | None,
+) -> tuple[dict[str, str], dict[str, Lazy]]:
+    """Both without their heads."""
+    base = first.base_prefix or other.base_prefix
+    if not base:
+        raise MismatchError(f"no class is known of {first.name}, so its head cannot be told from its backbone")
+    heads = head_of(first, base)
+    kept = {key for key, disk in mine.items() if disk in heads}
+    left_out = {id(other.parts[key]) for key in head_of(other, base)}
+    return (
+        {key: disk for key, disk in mine.items() if key not in kept},
+        {key: part for key, part in theirs.items() if key not in kept and id(part) not in left_out},
+    )

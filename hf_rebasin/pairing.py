@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import fnmatch
 import logging
 import re
@@ -62,27 +63,36 @@ TOKENIZER_FILES = (
 )
 
 
-def paired(fixed: Checkpoint, moving: Checkpoint, assume: Iterable[Assumption] = ()) -> Checkpoint:
+def paired(
+    fixed: Checkpoint, moving: Checkpoint, assume: Iterable[Assumption] = (), *, backbone_only: bool = False
+) -> Checkpoint:
     """The moving model with its vocabulary and label rows in the fixed model's order.
 
     Args:
         fixed: the model whose configuration and tokenizer the result will have.
         moving: the other.
         assume: what is taken to be the same without looking: "config", "labels", "vocabulary".
+        backbone_only: only their base models are to be brought together, so their heads may differ.
 
     Raises:
         MismatchError: they cannot mean the same; says in what they differ.
     """
     assume = set(assume)
-    if not fixed.settings or not moving.settings:
+    if not fixed.said or not moving.said:
         return moving  # plain modules and state dicts come without a word of what they mean
-    _refuse_other_architecture(fixed, moving, assume)
-    if "config" not in assume:
+    _refuse_other_architecture(fixed, moving, assume | ({"config"} if backbone_only else set()))
+    if "config" not in assume and _flat(fixed.said) != _flat(moving.said):
         _refuse_other_settings(fixed, moving)
-    spec = _spec_or_none(fixed)
     orders: dict[str, list[int]] = {}
-    for what, name, compare in (("labels", "label", _labels), ("vocabulary", "vocab", _vocabularies)):
-        if what not in assume and (spec is None or name in spec.symmetries):
+    # What is written alike means the same; only where it is not are classes, tables and tokenizers asked.
+    for what, name, alike, compare in (
+        ("labels", "label", _same_labels, _labels),
+        ("vocabulary", "vocab", _same_tokenizer, _vocabularies),
+    ):
+        if what in assume or alike(fixed, moving) or (backbone_only and what == "labels"):
+            continue
+        spec = _spec_or_none(fixed)
+        if spec is None or name in spec.symmetries:
             order = compare(fixed, moving)
             if order is not None and spec is None:
                 raise MismatchError(
@@ -109,9 +119,9 @@ def _reordered(moving: Checkpoint, orders: Mapping[str, list[int]], fixed: Check
             raise MismatchError(f"the {name} rows of {moving.name} are numbered with other gaps than in {fixed.name}")
         elements[name] = Permutation(torch.tensor(rows))
     state = act(spec, elements, moving.state(spec.table.prefix))
-    config = fixed.config if "label" in orders else moving.config
+    given = {"given_config": fixed.config} if "label" in orders else {}
     folder = fixed.folder if "vocab" in orders else moving.folder
-    return replace(moving.with_state(state, spec.table.prefix), config=config, folder=folder)
+    return replace(moving.with_state(state, spec.table.prefix), folder=folder, **given)
 
 
 def _spec_or_none(checkpoint: Checkpoint) -> Spec | None:
@@ -124,7 +134,7 @@ def _spec_or_none(checkpoint: Checkpoint) -> Spec | None:
 
 def _refuse_other_architecture(fixed: Checkpoint, moving: Checkpoint, assume: Set[str]) -> None:
     for what in ("model_type", "architectures"):
-        a, b = fixed.settings.get(what), moving.settings.get(what)
+        a, b = fixed.said.get(what), moving.said.get(what)
         if a and b and a != b and (what == "model_type" or "config" not in assume):
             raise MismatchError(
                 f"{moving.name} is another architecture than {fixed.name}: {what} is {b}, not {a}"
@@ -183,23 +193,43 @@ def _matched(
     return order
 
 
+def _same_labels(fixed: Checkpoint, moving: Checkpoint) -> bool:
+    return all(fixed.said.get(key) == moving.said.get(key) for key in ("id2label", "num_labels", "_num_labels"))
+
+
 def _labels(fixed: Checkpoint, moving: Checkpoint) -> list[int] | None:
     a, b = (
         {str(label): int(row) for row, label in (c.settings.get("id2label") or {}).items()} for c in (fixed, moving)
     )
-    if len(a) == len(b):
-        for mine, theirs, nameless in ((a, b, fixed), (b, a, moving)):
-            if mine != theirs and all(re.fullmatch(r"LABEL_\d+", label) for label in mine):
-                raise MismatchError(
-                    f"{nameless.name} does not name its labels, the other does ({some(map(repr, theirs))}); if they "
-                    "mean the same in the same order, say so (--assume labels)"
-                )
+    if len(a) != len(b):
+        raise MismatchError(
+            f"{moving.name} has {len(b)} labels and {fixed.name} has {len(a)}, so their heads cannot be averaged; the "
+            f"one of {fixed.name} can be kept (--backbone-only)"
+        )
+    for mine, theirs, nameless in ((a, b, fixed), (b, a, moving)):
+        if mine != theirs and all(re.fullmatch(r"LABEL_\d+", label) for label in mine):
+            raise MismatchError(
+                f"{nameless.name} does not name its labels, the other does ({some(map(repr, theirs))}); if they "
+                "mean the same in the same order, say so (--assume labels)"
+            )
     return _matched(a, b, "labels", fixed, moving)
+
+
+def _same_tokenizer(fixed: Checkpoint, moving: Checkpoint) -> bool:
+    """Whether both come with the same files of a tokenizer, byte by byte, or as folders without one."""
+    a, b = _tokenizer_folder(fixed), _tokenizer_folder(moving)
+    if a is None or b is None:
+        return a is b and fixed.given_config is None and moving.given_config is None
+    both = [(a / name, b / name) for name in TOKENIZER_FILES]
+    return a == b or all(
+        x.is_file() == y.is_file() and (not x.is_file() or filecmp.cmp(x, y, shallow=False)) for x, y in both
+    )
 
 
 def _vocabularies(fixed: Checkpoint, moving: Checkpoint) -> list[int] | None:
     a, b = _tokenizer_folder(fixed), _tokenizer_folder(moving)
-    names = [getattr(c.config, "name_or_path", None) for c in (fixed, moving)]
+    # of a folder it is known that there is none; a module may have lost sight of its own
+    names = [getattr(c.given_config, "name_or_path", None) for c in (fixed, moving)]
     if a is None and b is None and any(names):
         logger.warning(
             "no tokenizer of %s or %s is here, so the vocabularies were not compared", fixed.name, moving.name
@@ -210,7 +240,7 @@ def _vocabularies(fixed: Checkpoint, moving: Checkpoint) -> list[int] | None:
         without = fixed if a is None else moving
         logger.warning("%s comes without a tokenizer, so the vocabularies were not compared", without.name)
         return None
-    return None if a == b else _matched(_tokens(a), _tokens(b), "vocabulary", fixed, moving)
+    return _matched(_tokens(a), _tokens(b), "vocabulary", fixed, moving)
 
 
 def _tokenizer_folder(checkpoint: Checkpoint) -> Path | None:

@@ -66,6 +66,7 @@ class Recipe(_Strict):
         parameters: of the merge method, such as `t`.
         align: how the other models are brought to the first one's coordinates; `false` leaves them as they are.
         assume: what is taken for the same without looking: `config`, `labels`, `vocabulary`.
+        backbone_only: keep the first model's head; the others may have another, or none.
         dtype: of the result, by default that of the first model.
 
     Example:
@@ -84,6 +85,7 @@ class Recipe(_Strict):
     parameters: dict[str, Any] = {}
     align: AlignSettings | None = AlignSettings()
     assume: tuple[Literal["config", "labels", "vocabulary"], ...] = ()
+    backbone_only: bool = False
     dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = None
 
     @field_validator("models", mode="before")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, overload
+from typing import Any, Protocol, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from .checkpoint import Checkpoint
 from .groups import Element
 from .spec import Labelled, Spec, Unit
 from .units import Elements, Nested, Similarity, solve, value
+
+Device: TypeAlias = torch.device | str | None
 
 
 class Status(enum.Enum):
@@ -40,6 +42,7 @@ class Problem:
         fixed: the model that stays, `{canonical key: tensor}`.
         moving: the model that moves.
         generator: all randomness of a solver comes from here.
+        device: where similarities are computed; by default where the tensors are.
         progress: show a progress bar (on a terminal).
     """
 
@@ -47,7 +50,14 @@ class Problem:
     fixed: Mapping[str, Tensor]
     moving: Mapping[str, Tensor]
     generator: torch.Generator
+    device: Device = None
     progress: bool = False
+
+    def tensors(self, tensor: Labelled) -> tuple[Tensor, Tensor]:
+        """The two of one labelled tensor, in their own dtypes, on the device."""
+        fixed, moving = tensor.gather(self.fixed), tensor.gather(self.moving)
+        place = fixed.device if self.device is None else self.device
+        return fixed.to(place), moving.to(place)
 
 
 @dataclass(frozen=True)
@@ -271,7 +281,7 @@ def objective(problem: Problem, elements: Mapping[str, Element], tensors: Sequen
     moving = {name: element for name, element in elements.items() if not element.is_identity()}
     total = 0.0
     for tensor in matched_tensors(problem.spec) if tensors is None else tensors:
-        a, b = tensor.gather(problem.fixed).float(), tensor.gather(problem.moving).float()
+        a, b = problem.tensors(tensor)
         if not tensor.names.isdisjoint(moving):
             b = act_on(problem.spec, moving, tensor, b)
         total += _dot(a, b)
@@ -291,20 +301,12 @@ def _dot(a: Tensor, b: Tensor) -> float:
 
 def _bound(problem: Problem) -> float:
     """½(‖fixed‖² + ‖moving‖²): what the objective reaches when the two become equal, and never exceeds."""
-    return 0.5 * sum(
-        _dot(x, x)
-        for tensor in matched_tensors(problem.spec)
-        for x in (tensor.gather(problem.fixed).float(), tensor.gather(problem.moving).float())
-    )
+    return 0.5 * sum(_dot(x, x) for tensor in matched_tensors(problem.spec) for x in problem.tensors(tensor))
 
 
 def _equal(problem: Problem, elements: Elements) -> bool:
-    return all(
-        torch.equal(
-            tensor.gather(problem.fixed), act_on(problem.spec, elements, tensor, tensor.gather(problem.moving))
-        )
-        for tensor in problem.spec.tensors
-    )
+    pairs = ((tensor, *problem.tensors(tensor)) for tensor in problem.spec.tensors)
+    return all(torch.equal(a, act_on(problem.spec, elements, tensor, b)) for tensor, a, b in pairs)
 
 
 def _sizes(spec: Spec, unit: Unit) -> Iterator[tuple[int, set[str | None]]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -114,11 +114,6 @@ class Labelled:
         for index, key in self.keys.items():
             stacked[index] = state[key]
         return stacked
-
-    def scatter(self, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The inverse of `gather`: (key, tensor) pairs."""
-        for index, key in self.keys.items():
-            yield key, tensor[index].clone() if index else tensor
 
 
 @dataclass(frozen=True)

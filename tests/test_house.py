@@ -35,7 +35,8 @@ FLOORS = (
     {"specs"},
     {"checkpoint"},
     {"folder"},
-    {"text", "registry", "knobs", "inputs"},
+    {"files"},
+    {"lazy", "text", "registry", "knobs", "inputs"},
     {"errors"},
 )
 

@@ -171,7 +171,7 @@ def test_tied_weights_stay_tied_and_unequal_ones_are_refused(bert, tmp_path):
     a = Checkpoint.open(bert)
     both = dict(a.tensors) | {"cls.predictions.decoder.weight": a.tensors["bert.embeddings.word_embeddings.weight"]}
     assert same_tensors(merge([a, replace(a, tensors=both)]), a), "stored twice, but the same"
-    again = merge([replace(a, tensors=both, ties={}), a])
+    again = merge([replace(a, tensors=both, given_ties={}), a])
     assert again.tensors.keys() == both.keys(), "the first stores it twice, so the merge does"
     both["cls.predictions.decoder.weight"] = both["cls.predictions.decoder.weight"] * 2
     with pytest.raises(MismatchError, match=r"has values of its own for what .* ties: cls.predictions.decoder.weight"):

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 
@@ -33,6 +32,8 @@ class Element:
         Rows and columns are first shifted to a minimum of 0, which changes no assignment and keeps the numbers that
         scipy's shortest augmenting paths compare small.
         """
+        from scipy.optimize import linear_sum_assignment  # merging what is aligned needs none of it
+
         cost = similarity.to(torch.float64).neg()
         cost -= cost.amin(1, keepdim=True)
         cost -= cost.amin(0, keepdim=True)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..errors import OptionError
 
+ELEMENTWISE = True
+
 
 def merge(tensors: Sequence[Tensor], *, t: float = 0.5) -> Tensor:
     """(1 − t) θ_A + t θ_B; t = 0 is A and t = 1 is B, bit for bit.

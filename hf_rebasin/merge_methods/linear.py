@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ..errors import OptionError
 
+ELEMENTWISE = True
+
 
 def merge(tensors: Sequence[Tensor], *, weights: Sequence[float] | None = None, normalize: bool = True) -> Tensor:
     """Σ wᵢ θᵢ, divided by Σ wᵢ if `normalize`.
@@ -30,5 +32,5 @@ def merge(tensors: Sequence[Tensor], *, weights: Sequence[float] | None = None, 
         raise OptionError(f"linear got weights {weights}, which sum to 0 and cannot be normalised")
     merged = tensors[0] * weights[0]
     for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-        merged += tensor * weight
-    return merged / total
+        merged += tensor if weight == 1 else tensor * weight
+    return merged.div_(total)

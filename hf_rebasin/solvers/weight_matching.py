@@ -21,6 +21,8 @@ from ..solving import Problem, Solution, coordinate_ascent, matched_tensors
 from ..spec import Block, Unit
 from ..units import Similarity
 
+PIECE = 1 << 24  # elements of a tensor that are widened to float32 at a time
+
 
 @dataclass(frozen=True)
 class Solver:
@@ -64,7 +66,7 @@ def weight_similarity(
             blocks = [b for b in blocks if (spec.free - known - {*unit.names}).isdisjoint(b.names)]
         if not blocks:
             continue
-        fixed, moving = tensor.gather(problem.fixed).float(), tensor.gather(problem.moving).float()
+        fixed, moving = problem.tensors(tensor)
         for block in blocks:
             a, b = block.view(fixed), act_on_block(spec, outside, block, block.view(moving))
             parts = _parts(block, unit)
@@ -75,7 +77,7 @@ def weight_similarity(
                 places = sorted(part, key=lambda i: unit.names.index(block.dims[i].name or ""))
                 names = tuple(block.dims[i].name or "" for i in places)
                 product = _product(a, there, places)
-                total[names] = total[names].add_(product) if names in total else product.double()
+                total[names] = total[names].add_(product) if names in total else product
     return total, exact
 
 
@@ -93,9 +95,19 @@ def _parts(block: Block, unit: Unit) -> list[list[int]]:
 
 
 def _product(a: Tensor, b: Tensor, places: list[int]) -> Tensor:
-    """a (p..., rest) and b (p'..., rest) to (p..., p'...), contracted over the rest, in float32."""
+    """a (p..., rest) and b (p'..., rest) to (p..., p'...), contracted over the rest.
+
+    Products are taken in float32, of as much of the rest at a time as makes some large but not huge matrices, and
+    summed in float64.
+    """
     front = list(range(len(places)))
     sizes = [a.shape[i] for i in places]
     n = math.prod(sizes)
     x, y = (t.movedim(places, front).reshape(n, -1) for t in (a, b))
-    return torch.mm(x, y.T.to(x.device)).reshape(*sizes, *sizes).cpu()
+    step = max(PIECE // n, 1)
+    total: Tensor | None = None
+    for at in range(0, x.shape[1], step):
+        product = torch.mm(x[:, at : at + step].float(), y[:, at : at + step].float().T)
+        total = product.double() if total is None else total.add_(product)
+    assert total is not None
+    return total.reshape(*sizes, *sizes).cpu()

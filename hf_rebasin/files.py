@@ -1,0 +1,217 @@
+"""Safetensors files: read by their header, one range at a time, and written header first, one chunk at a time.
+
+The format is 8 bytes with the length of a JSON header, the header, the data. Ranges are read with `pread`, not mapped,
+so the memory a process is seen to hold is what it works on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .errors import CheckpointError
+from .lazy import Lazy
+
+# The dtypes of the format, in the order in which the safetensors library lays tensors out: the widest come first.
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "C64": torch.complex64,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LONGEST_HEADER = 100_000_000
+
+
+class File:
+    """An open file, closed when nothing reads from it any more. What replaces it under its name is not seen."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
+        self.size = os.fstat(self.descriptor).st_size
+
+    def fill(self, buffer: memoryview, offset: int) -> None:
+        """Read as many bytes as the buffer has."""
+        done = 0
+        try:
+            while done < len(buffer):
+                got = os.preadv(self.descriptor, [buffer[done:]], offset + done)
+                if not got:
+                    raise CheckpointError(f"{self.path} ends at byte {offset + done}, where a tensor goes on")
+                done += got
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error}") from error
+
+
+@dataclass(frozen=True)
+class Stored(Lazy):
+    """A tensor in a file."""
+
+    file: File
+    offset: int
+
+    @property
+    def lasting(self) -> bool:
+        return True
+
+    def ready(self) -> Lazy:
+        return self
+
+    def chunk(self, start: int, stop: int) -> Tensor:
+        out = torch.empty(stop - start, dtype=self.dtype)
+        self.file.fill(_bytes(out), self.offset + start * self.dtype.itemsize)
+        return out
+
+
+def _bytes(flat: Tensor) -> memoryview:
+    """The memory of a contiguous flat tensor."""
+    return cast(Any, flat.view(torch.uint8).numpy()).data
+
+
+def read_file(path: Path) -> dict[str, Stored]:
+    """The tensors of a file, not read yet.
+
+    Raises:
+        CheckpointError: it cannot be opened, is cut short, or its header does not describe it.
+    """
+    try:
+        file = File(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    try:
+        header, begin = _header(file)
+        return {name: _stored(file, name, said, begin) for name, said in header.items() if name != "__metadata__"}
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} cannot be read: no header of a safetensors file ({error!r})") from error
+
+
+def _header(file: File) -> tuple[dict[str, Any], int]:
+    """(header, where the data begin)"""
+    length = bytearray(8)
+    if file.size < 8:
+        raise CheckpointError(f"{file.path} cannot be read: it has {file.size} bytes, too few for a safetensors file")
+    file.fill(memoryview(length), 0)
+    n = int.from_bytes(length, "little")
+    if n > min(LONGEST_HEADER, file.size - 8):
+        raise CheckpointError(
+            f"{file.path} cannot be read: it has {file.size} bytes, and would need a header of {n}; it is cut short, "
+            "or no safetensors file"
+        )
+    text = bytearray(n)
+    file.fill(memoryview(text), 8)
+    return dict(json.loads(text)), 8 + n
+
+
+def _stored(file: File, name: str, said: Mapping[str, Any], begin: int) -> Stored:
+    if said["dtype"] not in DTYPES:
+        raise CheckpointError(f"{file.path} cannot be read: {name} is {said['dtype']}, a dtype that is not known here")
+    shape, dtype = tuple(map(int, said["shape"])), DTYPES[said["dtype"]]
+    first, last = said["data_offsets"]
+    if min(first, *shape, 0) < 0 or last - first != math.prod(shape) * dtype.itemsize:
+        raise CheckpointError(
+            f"{file.path} cannot be read: {name} {shape} of {said['dtype']} is said to lie in bytes {first} to {last}"
+        )
+    if begin + last > file.size:
+        raise CheckpointError(
+            f"{file.path} cannot be read: it is cut short, {name} {shape} ends at byte {begin + last} of {file.size}"
+        )
+    return Stored(shape, dtype, file, begin + first)
+
+
+def write_file(path: Path, parts: Mapping[str, Lazy], written: Callable[[int], object]) -> str:
+    """Write tensors as they come and return the file's sha256; the bytes are those the safetensors library writes.
+
+    Args:
+        path: of the file.
+        parts: `{name: tensor to come}`.
+        written: called with the number of bytes, every now and then.
+    """
+    order = {dtype: i for i, dtype in enumerate(NAMES)}
+    other = {str(part.dtype) for part in parts.values() if part.dtype not in NAMES}
+    if other:
+        raise CheckpointError(f"safetensors files have no {', '.join(sorted(other))}")
+    names = sorted(parts, key=lambda name: (-order[parts[name].dtype], name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name in names:
+        part = parts[name]
+        header[name] = {
+            "dtype": NAMES[part.dtype],
+            "shape": list(part.shape),
+            "data_offsets": [at, at + part.nbytes],
+        }
+        at += part.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with _Sink(path) as sink:
+        sink.put(memoryview(len(text).to_bytes(8, "little") + text))
+        for name in names:
+            for chunk in parts[name].chunks():
+                sink.put(_bytes(chunk.cpu()))
+            written(parts[name].nbytes)
+    return sink.sha256.hexdigest()
+
+
+class _Sink:
+    """A file that is hashed and written by a thread of its own, while the next chunk is read and computed."""
+
+    def __init__(self, path: Path):
+        self.path, self.sha256 = path, hashlib.sha256()
+        self.queue: Queue[memoryview | None] = Queue(maxsize=8)
+        self.error: OSError | None = None
+        self.thread = threading.Thread(target=self._drain, name=f"write {path.name}", daemon=True)
+
+    def __enter__(self) -> _Sink:
+        self.file = self.path.open("wb", buffering=0)
+        self.thread.start()
+        return self
+
+    def put(self, data: memoryview) -> None:
+        if self.error is not None:
+            raise self.error
+        self.queue.put(data)
+
+    def _drain(self) -> None:
+        while (data := self.queue.get()) is not None:
+            if self.error is None:
+                try:
+                    self.sha256.update(data)
+                    while data:
+                        data = data[self.file.write(data) :]
+                except OSError as error:
+                    self.error = error
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.queue.put(None)
+        self.thread.join()
+        self.file.close()
+        if self.error is not None and kind is None:
+            raise self.error
