@@ -72,6 +72,22 @@ ARCHITECTURES = {
     "xlnet": ("XLNetLMHeadModel", dict(vocab_size=51, d_model=16, n_layer=2, n_head=2, d_inner=24)),
     "mpnet": ("MPNetForMaskedLM", TEXT),
     "modernbert": ("ModernBertForMaskedLM", TEXT | dict(global_attn_every_n_layers=2, cls_token_id=1, sep_token_id=2)),
+    "deberta": (
+        "DebertaForMaskedLM",
+        TEXT | dict(relative_attention=True, pos_att_type=["p2c", "c2p"], max_relative_positions=4),
+    ),
+    "squeezebert": ("SqueezeBertForMaskedLM", TEXT | dict(embedding_size=16, q_groups=2, k_groups=2, v_groups=2)),
+    "funnel": (
+        "FunnelForMaskedLM",
+        dict(vocab_size=51, block_sizes=[1, 1], d_model=16, n_head=2, d_head=8, d_inner=24),
+    ),
+    "canine": ("CanineForSequenceClassification", TEXT | CLASSES | dict(num_hash_buckets=16, num_hash_functions=4)),
+    "layoutlmv3": (
+        "LayoutLMv3ForTokenClassification",
+        TEXT
+        | CLASSES
+        | dict(max_2d_position_embeddings=16, coordinate_size=2, shape_size=4, input_size=16, patch_size=8),
+    ),
     # --- decoders of text
     "gpt2": ("GPT2LMHeadModel", dict(vocab_size=51, n_embd=16, n_layer=2, n_head=2, n_inner=24, n_positions=24)),
     "gpt-neo": (
@@ -101,6 +117,14 @@ ARCHITECTURES = {
         "Mamba2ForCausalLM",
         dict(vocab_size=51, hidden_size=16, num_hidden_layers=2, state_size=4, num_heads=4, head_dim=8, n_groups=1),
     ),
+    "rwkv": ("RwkvForCausalLM", dict(vocab_size=51, hidden_size=16, num_hidden_layers=2, context_length=16)),
+    "recurrent-gemma": ("RecurrentGemmaForCausalLM", DECODER | dict(lru_width=16, head_dim=8)),
+    "zamba2": (  # layers that share their weights, each with an adapter of its own
+        "Zamba2ForCausalLM",
+        dict(vocab_size=51, hidden_size=16, num_hidden_layers=2, layers_block_type=["mamba", "hybrid"])
+        | dict(num_attention_heads=2, num_key_value_heads=2, intermediate_size=24, attention_head_dim=16)
+        | dict(mamba_d_state=4, n_mamba_heads=2, mamba_headdim=16, mamba_ngroups=1, num_mem_blocks=1, adapter_rank=4),
+    ),
     # --- mixtures of experts
     "mixtral": ("MixtralForCausalLM", GATED | dict(num_local_experts=3, num_experts_per_tok=2)),
     "qwen2-moe": ("Qwen2MoeForCausalLM", EXPERTS | dict(shared_expert_intermediate_size=8)),
@@ -114,6 +138,21 @@ ARCHITECTURES = {
         | dict(topk_group=1, num_experts_per_tok=2, first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8)
         | dict(qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8),
     ),
+    "llama4": (
+        "Llama4ForCausalLM",
+        GATED | dict(intermediate_size_mlp=24, num_local_experts=3, interleave_moe_layer_step=2),
+    ),
+    "jetmoe": (
+        "JetMoeForCausalLM",
+        dict(vocab_size=51, hidden_size=16, num_hidden_layers=2, num_key_value_heads=2, kv_channels=8)
+        | dict(intermediate_size=24, num_local_experts=3),
+    ),
+    "jamba": (
+        "JambaForCausalLM",
+        DECODER
+        | dict(num_hidden_layers=2, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4, mamba_dt_rank=4)
+        | dict(expert_layer_period=2, expert_layer_offset=1, num_experts=3, use_mamba_kernels=False),
+    ),
     # --- encoder and decoder
     "t5": (
         "T5ForConditionalGeneration",
@@ -124,6 +163,22 @@ ARCHITECTURES = {
     "marian": ("MarianMTModel", SEQ2SEQ | dict(decoder_vocab_size=51)),
     "pegasus": ("PegasusForConditionalGeneration", SEQ2SEQ),
     "m2m-100": ("M2M100ForConditionalGeneration", SEQ2SEQ),
+    "longt5": (
+        "LongT5ForConditionalGeneration",
+        dict(vocab_size=51, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0),
+    ),
+    "switch": (
+        "SwitchTransformersForConditionalGeneration",
+        dict(vocab_size=51, d_model=8, d_kv=4, d_ff=12, num_layers=2, num_heads=2, num_experts=3)
+        | dict(decoder_start_token_id=0, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1),
+    ),
+    "bert-to-bert": (  # a configuration made of two others
+        "EncoderDecoderModel",
+        dict(
+            encoder=TEXT | dict(model_type="bert"),
+            decoder=TEXT | dict(model_type="bert", is_decoder=True, add_cross_attention=True),
+        ),
+    ),
     # --- images
     "vit": ("ViTForImageClassification", IMAGE | CLASSES),
     "deit": ("DeiTForImageClassificationWithTeacher", IMAGE | CLASSES),
@@ -159,6 +214,23 @@ ARCHITECTURES = {
         | dict(num_block_repeats=[1, 1], depthwise_padding=[], hidden_dim=24, width_coefficient=1.0)
         | dict(depth_coefficient=1.0, depth_divisor=8)
         | CLASSES,
+    ),
+    "dinov3": ("DINOv3ViTModel", IMAGE),  # without register tokens: a tensor without elements
+    "hiera": (
+        "HieraForImageClassification",
+        dict(image_size=[32, 32], embed_dim=4, depths=[1, 1], num_heads=[1, 2], num_query_pool=1) | CLASSES,
+    ),
+    "levit": (
+        "LevitForImageClassificationWithTeacher",
+        dict(image_size=64, hidden_sizes=[8, 16, 16], num_attention_heads=[1, 2, 2], depths=[1, 1, 1])
+        | dict(key_dim=[4, 4, 4])
+        | CLASSES,
+    ),
+    "vit-mae": (
+        "ViTMAEForPreTraining",
+        IMAGE
+        | dict(decoder_hidden_size=16, decoder_num_attention_heads=2, decoder_num_hidden_layers=1)
+        | dict(decoder_intermediate_size=16),
     ),
     "detr": (
         "DetrForObjectDetection",
@@ -196,6 +268,35 @@ ARCHITECTURES = {
             image_token_index=50,
         ),
     ),
+    "paligemma": (
+        "PaliGemmaForConditionalGeneration",
+        dict(
+            text_config=GATED | dict(model_type="gemma"),
+            vision_config=IMAGE | dict(model_type="siglip_vision_model"),
+            projection_dim=16,
+            image_token_index=50,
+        ),
+    ),
+    "qwen2-vl": (
+        "Qwen2VLForConditionalGeneration",
+        dict(
+            text_config=DECODER
+            | dict(rope_parameters=dict(rope_type="default", mrope_section=[1, 1, 2], rope_theta=1e4)),
+            vision_config=dict(depth=1, embed_dim=16, hidden_size=16, num_heads=2, mlp_ratio=2, patch_size=4),
+            image_token_id=50,
+            video_token_id=49,
+            vision_start_token_id=48,
+            vision_end_token_id=47,
+        ),
+    ),
+    "vit-to-gpt2": (
+        "VisionEncoderDecoderModel",
+        dict(
+            encoder=IMAGE | dict(model_type="vit"),
+            decoder=dict(model_type="gpt2", vocab_size=51, n_embd=16, n_layer=1, n_head=2, n_positions=24)
+            | dict(add_cross_attention=True),
+        ),
+    ),
     # --- sound
     "whisper": (
         "WhisperForConditionalGeneration",
@@ -204,4 +305,9 @@ ARCHITECTURES = {
     ),
     "wav2vec2": ("Wav2Vec2ForCTC", SOUND),
     "hubert": ("HubertForCTC", SOUND),
+    "encodec": (
+        "EncodecModel",
+        dict(num_filters=2, hidden_size=8, upsampling_ratios=[2, 2], num_lstm_layers=1, codebook_size=8)
+        | dict(codebook_dim=8),
+    ),
 }

@@ -145,7 +145,7 @@ def test_the_merge_has_the_keys_of_the_first_and_the_mean_of_both(pair, dtype, t
 
 
 def merges_with(settings, a, b, out):
-    """Whether two folders merge when their configurations say something else; the files of weights are as they were."""
+    """Whether two folders merge when their configurations say something else beside the same weights."""
     for folder in (a, b):
         said = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({k: x for k, x in (said | settings).items() if x is not None}))
