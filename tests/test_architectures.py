@@ -6,6 +6,8 @@ What is right is said here without the package: files are read with safetensors,
 import json
 import shutil
 from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -109,57 +111,65 @@ def wrong(merged, a, b):
     return said
 
 
-@pytest.fixture(params=DTYPES.values(), ids=DTYPES)
-def dtype(request):
-    return request.param
+class Pair(NamedTuple):
+    """Folders of two models of one class and one dtype, saved by transformers, and how many parameters each has."""
+
+    owner: type
+    dtype: torch.dtype
+    a: Path
+    b: Path
+    parameters: int
 
 
-@pytest.fixture(params=ARCHITECTURES)
-def pair(request, dtype, tmp_path):
-    """(name, folder, folder) of two models of one architecture, saved by transformers."""
-    model = build(request.param).to(dtype)
-    for seed, folder in enumerate(("a", "b"), 3):
-        randomise(model, seed).save_pretrained(tmp_path / folder)
-    return request.param, tmp_path / "a", tmp_path / "b"
+def saved(model, folder):
+    for seed, name in enumerate(("a", "b"), 3):
+        randomise(model, seed).save_pretrained(folder / name)
+    return folder / "a", folder / "b"
 
 
-def test_the_merge_has_the_keys_of_the_first_and_the_mean_of_both(pair, dtype, tmp_path):
-    name, a, b = pair
-    first, second = read(a), read(b)
+@pytest.fixture(scope="module", params=[(name, dtype) for name in ARCHITECTURES for dtype in DTYPES], ids="-".join)
+def pair(request, tmp_path_factory):
+    """Not to be changed: all tests see the same."""
+    name, dtype = request.param
+    model = build(name).to(DTYPES[dtype])
+    folders = saved(model, tmp_path_factory.mktemp(name))
+    return Pair(type(model), DTYPES[dtype], *folders, len(list(model.parameters())))
+
+
+def test_the_merge_has_the_keys_of_the_first_and_the_mean_of_both(pair, tmp_path):
+    first, second = read(pair.a), read(pair.b)
     assert first.keys() == second.keys()
     floating = [key for key, tensor in first.items() if tensor.is_floating_point()]
-    assert {first[key].dtype for key in floating} == {dtype}
+    assert {first[key].dtype for key in floating} == {pair.dtype}
     assert not any(same_bits(first[key], second[key]) for key in floating if first[key].numel()), "nothing is the same"
-    out = merge([a, b]).save(tmp_path / "out")
+    out = merge([pair.a, pair.b]).save(tmp_path / "out")
     merged = read(out)
     assert wrong(merged, first, second) == []
-    assert json.loads((out / "config.json").read_text()) == json.loads((a / "config.json").read_text())
+    assert json.loads((out / "config.json").read_text()) == json.loads((pair.a / "config.json").read_text())
 
-    owner = getattr(transformers, ARCHITECTURES[name][0])
-    model, info = owner.from_pretrained(out, dtype=dtype, output_loading_info=True)
+    model, info = pair.owner.from_pretrained(out, dtype=pair.dtype, output_loading_info=True)
     assert {what: keys for what, keys in info.items() if keys} == {}, "it loads clean"
     model.save_pretrained(tmp_path / "again")
     again = read(tmp_path / "again")
     assert again.keys() == merged.keys()  # with the values of the file; a few classes widen some to float32
     assert all(same_bits(again[key].double(), tensor.double()) for key, tensor in merged.items())
-    assert len(list(model.parameters())) == len(list(build(name).parameters())), "what was tied is tied"
+    assert len(list(model.parameters())) == pair.parameters, "what was tied is tied"
 
 
-def merges_with(settings, a, b, out):
+def merges_with(settings, folders, copies):
     """Whether two folders merge when their configurations say something else beside the same weights."""
+    a, b = (shutil.copytree(folder, copies / folder.name) for folder in folders)
     for folder in (a, b):
         said = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({k: x for k, x in (said | settings).items() if x is not None}))
-    merge([a, b]).save(out)
+    out = merge([a, b]).save(copies / "out")
     assert json.loads((out / "config.json").read_text()) == json.loads((a / "config.json").read_text())
     return wrong(read(out), read(a), read(b)) == []
 
 
-@pytest.mark.parametrize("dtype", [torch.float32], ids=["float32"], indirect=True)
 def test_it_takes_no_class(pair, tmp_path):
     """The same files under a name that no transformers knows."""
-    _, a, b = pair
-    assert merges_with({"model_type": "of-tomorrow", "architectures": ["New"]}, a, b, tmp_path / "out")
+    assert merges_with({"model_type": "of-tomorrow", "architectures": ["New"]}, (pair.a, pair.b), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -176,9 +186,7 @@ def test_it_takes_no_class(pair, tmp_path):
 )
 def test_what_cannot_be_built_here_merges(name, settings, tmp_path):
     """Transformers knows the type, and cannot build the model; a mean needs none."""
-    for seed, folder in enumerate(("a", "b"), 3):
-        randomise(build(name), seed).save_pretrained(tmp_path / folder)
-    assert merges_with(settings, tmp_path / "a", tmp_path / "b", tmp_path / "out")
+    assert merges_with(settings, saved(build(name), tmp_path / "as built"), tmp_path)
 
 
 def test_there_are_many_architectures():
@@ -286,11 +294,9 @@ def test_dtypes_may_be_mixed(tmp_path):
 
 def test_weights_alone_are_enough(tmp_path):
     """A folder of nothing but weights, as some training loops write it."""
-    for seed, folder in enumerate(("a", "b"), 3):
-        randomise(build("vit"), seed).save_pretrained(tmp_path / "whole" / folder)
-        (tmp_path / folder).mkdir()
-        shutil.copy(tmp_path / "whole" / folder / "model.safetensors", tmp_path / folder)
-    a, b, out = (tmp_path / folder for folder in ("a", "b", "out"))
-    merge([a, b]).save(out)
+    a, b = saved(build("vit"), tmp_path)
+    for folder in (a, b):
+        (folder / "config.json").unlink()
+    out = merge([a, b]).save(tmp_path / "out")
     assert not list(out.glob("*config*")), "none is made up"
     assert wrong(read(out), read(a), read(b)) == []
