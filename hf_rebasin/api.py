@@ -130,13 +130,15 @@ def align(
     chosen = solver_with(solver, knobs) if isinstance(solver, str) else solver
     a, b = Checkpoint.open(fixed), Checkpoint.open(moving)
     for checkpoint in (a, b):
-        checkpoint.refuse_broken()
+        checkpoint.refuse_quantised()
     b = paired(a, b, assume, backbone_only=backbone_only)
     if isinstance(spec, Table):
         spec = bind_to(spec, a)
     if spec is None:
         bare = a.template is None and a.config is None  # a state dict, whose symmetries the other may know
         spec = spec_of(b if bare else a, inputs)
+    for checkpoint in (a, b):
+        checkpoint.refuse_broken()
     return _solved(chosen, spec, a, b, seed=seed, device=device, backbone_only=backbone_only, progress=progress)
 
 
@@ -197,6 +199,8 @@ def merge(
     if not models:
         raise OptionError("nothing to merge: give at least one model")
     first, *others = (Checkpoint.open(model) for model in models)
+    for checkpoint in (first, *others):
+        checkpoint.refuse_quantised()
     moved = [paired(first, other, assume, backbone_only=backbone_only) for other in others]
     return combine([first, *moved], method, knobs, dtype=dtype, backbone_only=backbone_only)
 

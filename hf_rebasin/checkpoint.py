@@ -34,6 +34,8 @@ from .folder import (
 )
 from .lazy import Lazy, Tensors, composed, parts_of
 
+# What GPTQ, AWQ, bitsandbytes and compressed-tensors store beside or instead of weights.
+QUANTISED = (".qweight", ".qzeros", ".weight_packed", ".absmax", ".SCB", ".weight_scale", ".weight_scale_inv")
 OLD_SPELLINGS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
@@ -207,7 +209,11 @@ class Checkpoint:
     def refuse_quantised(self) -> None:
         """Raise CheckpointError for a quantised model."""
         narrow = sorted(str(kind) for kind in self.dtypes if kind.itemsize < 2)
-        packed = [key for key in self.parts if key.endswith((".qweight", ".qzeros", ".weight_packed"))]
+        packed = [
+            key
+            for key, part in self.parts.items()
+            if key.endswith(QUANTISED) or (key.endswith("weight") and part.dtype.itemsize == 1 and len(part.shape) > 1)
+        ]
         if narrow or packed or self.said.get("quantization_config") is not None:
             why = some(narrow or packed, 1) or "its configuration says so"
             raise CheckpointError(

@@ -206,8 +206,8 @@ class _Sink:
                     self.sha256.update(data)
                     while data:
                         data = data[self.file.write(data) :]
-                except OSError as error:
-                    self.error = error
+                except OSError as error:  # to be raised by the one that puts
+                    self.error = OSError(error.errno, error.strerror, str(self.path))
 
     def __exit__(self, kind: object, *_: object) -> None:
         self.queue.put(None)

@@ -45,8 +45,6 @@ def combine(
     merge = method_with(method, knobs or {}, len(checkpoints))
     elementwise = getattr(registry.find("merge_methods", method), "ELEMENTWISE", False)
     first = checkpoints[0]
-    for checkpoint in checkpoints:
-        checkpoint.refuse_quantised()
     lined = [lined_up(first, checkpoint, backbone_only=backbone_only) for checkpoint in checkpoints]
     parts: dict[str, Lazy] = {}
     for key, one in first.parts.items():
@@ -78,14 +76,18 @@ class _Merge:
     dtype: torch.dtype
 
     def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
-        wide = torch.float64 if self.inputs[0].dtype in (torch.float32, torch.float64) else torch.float32
+        half = self.inputs[0].dtype not in (torch.float32, torch.float64)
+        wide = torch.float32 if half else torch.float64
         values = [tensor.to(wide) for tensor in tensors]
         for value, part, checkpoint in zip(values, self.inputs, self.checkpoints, strict=False):
             if not all_finite(value):
                 checkpoint.refuse_tensor(next((key for key, one in checkpoint.parts.items() if one is part), self.key))
         merged = self.merge(values)
         out = merged.to(self.dtype)
-        if self.dtype != wide and not all_finite(out):
+        if half and not all_finite(out):  # bfloat16 reaches as far as float32, so sums of masks do not fit that
+            merged = self.merge([value.double() for value in values])
+            out = merged.to(self.dtype)
+        if not all_finite(out):
             raise CheckpointError(
                 f"{self.key} of the merge has values that do not fit {self.dtype} (up to {merged.abs().max():.3g}); "
                 "write a wider dtype"

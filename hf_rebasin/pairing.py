@@ -202,9 +202,15 @@ def _labels(fixed: Checkpoint, moving: Checkpoint) -> list[int] | None:
         {str(label): int(row) for row, label in (c.settings.get("id2label") or {}).items()} for c in (fixed, moving)
     )
     if len(a) != len(b):
+        shapes = [
+            f"{key} {moving.parts[key].shape} instead of {part.shape}"
+            for key, part in fixed.parts.items()
+            if key in moving.parts and moving.parts[key].shape != part.shape
+        ]
         raise MismatchError(
-            f"{moving.name} has {len(b)} labels and {fixed.name} has {len(a)}, so their heads cannot be averaged; the "
-            f"one of {fixed.name} can be kept (--backbone-only)"
+            f"{moving.name} has {len(b)} labels and {fixed.name} has {len(a)}, so their heads cannot be averaged "
+            f"({some(shapes) or 'though their shapes are the same'}); that of {fixed.name} can be kept "
+            "(--backbone-only)"
         )
     for mine, theirs, nameless in ((a, b, fixed), (b, a, moving)):
         if mine != theirs and all(re.fullmatch(r"LABEL_\d+", label) for label in mine):

@@ -16,7 +16,7 @@ CLASSIFIER = "bert-4-BertForSequenceClassification"
 def with_config(model, **settings):
     checkpoint = Checkpoint.open(model)
     config = type(checkpoint.config)(**(checkpoint.config.to_dict() | settings))
-    return replace(checkpoint, config=config)
+    return replace(checkpoint, given_config=config)
 
 
 @pytest.mark.parametrize(
