@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .alignment import Alignment
-    from .api import align, infer_spec, merge, spec_for
+    from .api import align, compare, infer_spec, merge, spec_for
     from .checking import Check, check
     from .checkpoint import Checkpoint
+    from .comparing import Comparison, Verdict
     from .coordinate_descent import MergeMany, PermutationCoordinateDescent
     from .errors import RebasinError
     from .recipe import Recipe
@@ -22,6 +23,7 @@ __all__ = [
     "Alignment",
     "Check",
     "Checkpoint",
+    "Comparison",
     "MergeMany",
     "PermutationCoordinateDescent",
     "Problem",
@@ -31,8 +33,10 @@ __all__ = [
     "Spec",
     "Status",
     "Table",
+    "Verdict",
     "align",
     "check",
+    "compare",
     "infer_spec",
     "merge",
     "spec_for",
@@ -43,6 +47,7 @@ _HOME = {
     "Alignment": "alignment",
     "Check": "checking",
     "Checkpoint": "checkpoint",
+    "Comparison": "comparing",
     "MergeMany": "coordinate_descent",
     "PermutationCoordinateDescent": "coordinate_descent",
     "Problem": "solving",
@@ -52,8 +57,10 @@ _HOME = {
     "Spec": "spec",
     "Status": "solving",
     "Table": "table",
+    "Verdict": "comparing",
     "align": "api",
     "check": "checking",
+    "compare": "api",
     "infer_spec": "api",
     "merge": "api",
     "spec_for": "api",

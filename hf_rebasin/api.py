@@ -12,6 +12,7 @@ import torch
 from . import registry
 from .binding import bind_to
 from .checkpoint import Checkpoint, Source
+from .comparing import Comparison, compared
 from .describing import inferred, spec_of
 from .errors import OptionError
 from .inputs import Inputs
@@ -157,8 +158,7 @@ def _solved(
     prefix = spec.table.prefix
     names, theirs = fixed.canonical(prefix), lined_up(fixed, moving, prefix, backbone_only=backbone_only)
     there = Tensors({name: theirs[key] for name, key in names.items() if key in theirs})
-    # heads that are not merged do not say either which features are alike
-    matched = replace(spec, tensors=tuple(t for t in spec.tensors if all(key in there for key in t.keys.values())))
+    matched = spec.within(there)  # heads that are not merged do not say either which features are alike
     generator = torch.Generator().manual_seed(seed)
     solution = solver.solve(Problem(matched, fixed.state(prefix), there, generator, device, progress))
     return replace(solution, alignment=replace(solution.alignment, spec=spec))
@@ -203,6 +203,39 @@ def merge(
         checkpoint.refuse_quantised()
     moved = [paired(first, other, assume, backbone_only=backbone_only) for other in others]
     return combine([first, *moved], method, knobs, dtype=dtype, backbone_only=backbone_only)
+
+
+def compare(fixed: Source, moving: Source, *, device: Device = None, progress: bool = False) -> Comparison:
+    """Look at two models side by side: are they of one base, trained apart, or different things?
+
+    Every tensor is read once, and for some symmetries of every family it is counted how many units are most alike to
+    the unit in the same place. In fine-tunes of one base nearly all are, and aligning could only harm; in models that
+    were trained apart as few as chance gives.
+
+    Args:
+        fixed: a folder, Hub id, module, state dict or checkpoint.
+        moving: the other.
+        device: where similarities are computed, such as `accelerator.device`.
+        progress: show progress bars (on a terminal).
+
+    Returns:
+        A `Comparison`: `.verdict`, `.advice` (the verdict in a sentence), and the numbers it rests on.
+
+    Raises:
+        CheckpointError: one of them cannot be read, or is quantised.
+
+    Example: a model, and the same model moved. The function is the same, and still none of it is in its place.
+
+        >>> g = Alignment.random(spec_for(model), torch.Generator().manual_seed(0))
+        >>> compare(model, g.apply(model)).verdict
+        <Verdict.TRAINED_APART: 'trained apart: align before merging'>
+        >>> compare(model, model).verdict
+        <Verdict.EQUAL: 'equal: nothing to align, nothing to merge'>
+    """
+    a, b = Checkpoint.open(fixed), Checkpoint.open(moving)
+    for checkpoint in (a, b):
+        checkpoint.refuse_quantised()
+    return compared(a, b, device=device, progress=progress)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,10 @@ from .errors import OptionError, RebasinError
 from .folder import refuse_target
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from .checkpoint import Checkpoint
+    from .comparing import Comparison, Nearness, Standing
     from .recipe import Recipe
     from .solving import Solution
     from .spec import Spec
@@ -54,6 +57,20 @@ def demo(
     from . import demo as demonstration
 
     demonstration.run(out, kinds or demonstration.DEMO, seeds, say=typer.echo)
+
+
+@app.command()
+def compare(
+    fixed: Annotated[str, typer.Argument(help=MODEL)],
+    moving: Annotated[str, typer.Argument(help="The other model.")],
+) -> None:
+    """Are two models of one base, trained apart, or different? One screen, and a verdict."""
+    from .api import compare as look
+
+    a, b = _open(fixed), _open(moving)
+    comparison = look(a, b, device=_device(), progress=True)
+    for line in _side_by_side(a, b, comparison):
+        typer.echo(line)
 
 
 @app.command()
@@ -350,6 +367,52 @@ def _held(spec: Spec) -> list[str]:
     rows = [("held because of", "axes", "such as")]
     rows += [(why, str(len(keys)), keys[0]) for why, keys in reasons.items()]
     return ["", *columns(rows, right=(1,))]
+
+
+def _side_by_side(a: Checkpoint, b: Checkpoint, comparison: Comparison) -> Iterator[str]:
+    """A comparison on one screen."""
+    from .text import columns
+
+    yield from columns([("A", a.name, _size(a)), ("B", b.name, _size(b))])
+    yield ""
+    yield from columns(list(comparison.findings.items()))
+    if comparison.parts:
+        rows = [("weights", "‖A − B‖ ÷ ‖A‖", "cosine", "numbers")]
+        for name, near in (*_few(list(comparison.parts.items())), ("all matrices", comparison.whole)):
+            if near is not None:
+                rows.append((name, f"{near.distance:.3g}", f"{near.cosine:.3f}", f"{near.elements:,}"))
+        yield ""
+        yield from columns(rows, right=(1, 2, 3))
+    if comparison.standings:
+        families: dict[str, list[Standing]] = {}
+        for name, standing in comparison.standings.items():
+            families.setdefault(_family(name), []).append(standing)
+        table = [("symmetry", "looked at", "units", "best where they are", "by chance", "identity ÷ best")]
+        for name, those in families.items():
+            units, own, chance = (sum(getattr(s, what) for s in those) for what in ("units", "own", "chance"))
+            worth, share, luck = (
+                sum(s.ratio for s in those) / len(those),
+                f"{own / units:.0%}",
+                f"{chance / units:.0%}",
+            )
+            table.append((name, str(len(those)), str(units), share, luck, f"{worth:.2f}"))
+        yield ""
+        yield from columns(table, right=(1, 2, 3, 4, 5))
+    yield f"\nverdict: {comparison.advice}"
+    from .comparing import Verdict
+
+    command = f"hf-rebasin merge {a.name} {b.name} -o merged"
+    if comparison.verdict is Verdict.SAME_BASE:
+        yield f"         {command} --no-align"
+    elif comparison.verdict in (Verdict.TRAINED_APART, Verdict.BETWEEN):
+        yield f"         {command}"
+
+
+def _few(parts: list[tuple[str, Nearness]], limit: int = 14) -> list[tuple[str, Nearness]]:
+    """At most so many of them, first and last among them."""
+    if len(parts) <= limit:
+        return parts
+    return [parts[round(i * (len(parts) - 1) / (limit - 1))] for i in range(limit)]
 
 
 def _symmetries(spec: Spec, every: bool) -> list[str]:

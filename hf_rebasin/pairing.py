@@ -80,14 +80,14 @@ def paired(
     assume = set(assume)
     if not fixed.said or not moving.said:
         return moving  # plain modules and state dicts come without a word of what they mean
-    _refuse_other_architecture(fixed, moving, assume | ({"config"} if backbone_only else set()))
+    refuse_other_architecture(fixed, moving, assume | ({"config"} if backbone_only else set()))
     if "config" not in assume and _flat(fixed.said) != _flat(moving.said):
-        _refuse_other_settings(fixed, moving)
+        refuse_other_settings(fixed, moving)
     orders: dict[str, list[int]] = {}
     # What is written alike means the same; only where it is not are classes, tables and tokenizers asked.
     for what, name, alike, compare in (
-        ("labels", "label", _same_labels, _labels),
-        ("vocabulary", "vocab", _same_tokenizer, _vocabularies),
+        ("labels", "label", _same_labels, labels),
+        ("vocabulary", "vocab", same_tokenizer, vocabularies),
     ):
         if what in assume or alike(fixed, moving) or (backbone_only and what == "labels"):
             continue
@@ -132,7 +132,7 @@ def _spec_or_none(checkpoint: Checkpoint) -> Spec | None:
         return None
 
 
-def _refuse_other_architecture(fixed: Checkpoint, moving: Checkpoint, assume: Set[str]) -> None:
+def refuse_other_architecture(fixed: Checkpoint, moving: Checkpoint, assume: Set[str] = frozenset()) -> None:
     for what in ("model_type", "architectures"):
         a, b = fixed.said.get(what), moving.said.get(what)
         if a and b and a != b and (what == "model_type" or "config" not in assume):
@@ -146,7 +146,7 @@ def _refuse_other_architecture(fixed: Checkpoint, moving: Checkpoint, assume: Se
             )
 
 
-def _refuse_other_settings(fixed: Checkpoint, moving: Checkpoint) -> None:
+def refuse_other_settings(fixed: Checkpoint, moving: Checkpoint) -> None:
     a, b = _flat(fixed.settings), _flat(moving.settings)
     # what only one says and its class does not know is a remnant of another version, and computes nothing
     known = a.keys() | b.keys()
@@ -197,7 +197,7 @@ def _same_labels(fixed: Checkpoint, moving: Checkpoint) -> bool:
     return all(fixed.said.get(key) == moving.said.get(key) for key in ("id2label", "num_labels", "_num_labels"))
 
 
-def _labels(fixed: Checkpoint, moving: Checkpoint) -> list[int] | None:
+def labels(fixed: Checkpoint, moving: Checkpoint) -> list[int] | None:
     a, b = (
         {str(label): int(row) for row, label in (c.settings.get("id2label") or {}).items()} for c in (fixed, moving)
     )
@@ -221,9 +221,9 @@ def _labels(fixed: Checkpoint, moving: Checkpoint) -> list[int] | None:
     return _matched(a, b, "labels", fixed, moving)
 
 
-def _same_tokenizer(fixed: Checkpoint, moving: Checkpoint) -> bool:
+def same_tokenizer(fixed: Checkpoint, moving: Checkpoint) -> bool:
     """Whether both come with the same files of a tokenizer, byte by byte, or as folders without one."""
-    a, b = _tokenizer_folder(fixed), _tokenizer_folder(moving)
+    a, b = tokenizer_folder(fixed), tokenizer_folder(moving)
     if a is None or b is None:
         return a is b and fixed.given_config is None and moving.given_config is None
     both = [(a / name, b / name) for name in TOKENIZER_FILES]
@@ -232,8 +232,8 @@ def _same_tokenizer(fixed: Checkpoint, moving: Checkpoint) -> bool:
     )
 
 
-def _vocabularies(fixed: Checkpoint, moving: Checkpoint) -> list[int] | None:
-    a, b = _tokenizer_folder(fixed), _tokenizer_folder(moving)
+def vocabularies(fixed: Checkpoint, moving: Checkpoint) -> list[int] | None:
+    a, b = tokenizer_folder(fixed), tokenizer_folder(moving)
     # of a folder it is known that there is none; a module may have lost sight of its own
     names = [getattr(c.given_config, "name_or_path", None) for c in (fixed, moving)]
     if a is None and b is None and any(names):
@@ -249,7 +249,7 @@ def _vocabularies(fixed: Checkpoint, moving: Checkpoint) -> list[int] | None:
     return _matched(_tokens(a), _tokens(b), "vocabulary", fixed, moving)
 
 
-def _tokenizer_folder(checkpoint: Checkpoint) -> Path | None:
+def tokenizer_folder(checkpoint: Checkpoint) -> Path | None:
     folder = checkpoint.folder
     return folder if folder and any((folder / file).is_file() for file in TOKENIZER_FILES) else None
 

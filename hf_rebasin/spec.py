@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Container, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -177,6 +177,10 @@ class Spec:
                 unit = members.setdefault(top(name), [])
                 unit += [n for n in (*symmetry.contexts, name) if n not in unit]
         return tuple(Unit(tuple(n for n in self.symmetries if n in unit)) for unit in members.values())
+
+    def within(self, keys: Container[str]) -> Spec:
+        """The same symmetries, with the tensors alone whose keys are among those given."""
+        return replace(self, tensors=tuple(t for t in self.tensors if all(key in keys for key in t.keys.values())))
 
     @cached_property
     def free(self) -> frozenset[str]:

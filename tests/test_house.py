@@ -19,7 +19,7 @@ FLOORS = (
     {"cli"},
     {"demo", "coordinate_descent", "interpolation"},
     {"api"},
-    {"evaluate", "recalibrate", "recipe", "modules"},
+    {"comparing", "evaluate", "recalibrate", "recipe", "modules"},
     {"solvers"},
     {"checking", "solving", "pairing", "merging"},
     {"merge_methods"},

@@ -1,0 +1,301 @@
+"""Are two models of one base, trained apart, or different things, and is aligning them worth it?"""
+
+from __future__ import annotations
+
+import enum
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from string import ascii_letters
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .checkpoint import Checkpoint
+from .describing import spec_of
+from .errors import MismatchError, SpecError
+from .lazy import Lazy, Tensors
+from .merging import lined_up
+from .pairing import (
+    labels,
+    refuse_other_architecture,
+    refuse_other_settings,
+    same_tokenizer,
+    tokenizer_folder,
+    vocabularies,
+)
+from .solvers.weight_matching import weight_similarity
+from .solving import Device, Problem
+from .spec import Spec, Unit
+from .table import ROTATING
+
+UNITS = 4  # of every family of symmetries, spread over the depth; the others are like them
+
+
+class Verdict(enum.Enum):
+    """What to make of two models; the value says what to do. `Comparison.advice` adds the numbers that speak for it."""
+
+    EQUAL = "equal: nothing to align, nothing to merge"
+    SAME_BASE = "same base, do not align: merge them as they are"
+    BETWEEN = "neither of one base nor unrelated: merge them both ways, and measure"
+    TRAINED_APART = "trained apart: align before merging"
+    DIFFERENT = "different architecture: they cannot be merged"
+
+
+@dataclass(frozen=True)
+class Nearness:
+    """How near the tensors of one part of two models are, as vectors.
+
+    Args:
+        distance: ‖A − B‖ / ‖A‖.
+        cosine: ⟨A, B⟩ / (‖A‖ ‖B‖).
+        elements: how many numbers there are.
+    """
+
+    distance: float
+    cosine: float
+    elements: int
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How the units of one symmetry stand to each other, everything else left as it is.
+
+    Args:
+        units: how many there are, in all contexts.
+        own: how many are no more alike to any other than to the one in the same place.
+        chance: how many that would be if their order meant nothing.
+        ratio: Σᵢ Sᵢᵢ / Σᵢ maxⱼ Sᵢⱼ, the identity against what no alternative can exceed; 1 is the most. NaN where no
+            units are alike at all.
+    """
+
+    units: int
+    own: int
+    chance: float
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models side by side.
+
+    Args:
+        findings: `{what: what was found}` for architecture, settings, labels, tokenizer, tensors and symmetries.
+        difference: the first thing that forbids a merge; None if nothing does.
+        whole: nearness of all matrices (what is trained from zeros and ones is near in any two models).
+        parts: the same for all tensors, by layer, in the order of the file.
+        standings: by symmetry; of large families some.
+        rotated: whether its stream has a larger group than the permutations.
+        equal: whether all tensors are the same.
+    """
+
+    findings: Mapping[str, str]
+    difference: str | None = None
+    whole: Nearness | None = None
+    parts: Mapping[str, Nearness] = field(default_factory=dict)
+    standings: Mapping[str, Standing] = field(default_factory=dict)
+    rotated: bool = False
+    equal: bool = False
+
+    @property
+    def units(self) -> int:
+        """How many units were looked at."""
+        return sum(standing.units for standing in self.standings.values())
+
+    @property
+    def own(self) -> int:
+        """How many of them are no more alike to any other than to the one in the same place."""
+        return sum(standing.own for standing in self.standings.values())
+
+    @property
+    def chance(self) -> float:
+        """How many that would be if their order meant nothing."""
+        return sum(standing.chance for standing in self.standings.values())
+
+    @property
+    def at_home(self) -> float | None:
+        """The share of units that are best where they are, beyond what chance gives; None if there are no units."""
+        return (self.own - self.chance) / (self.units - self.chance) if self.units > self.chance else None
+
+    @property
+    def verdict(self) -> Verdict:
+        """By the units; where no symmetries are known, by the cosine of all matrices."""
+        if self.difference is not None or self.whole is None:
+            return Verdict.DIFFERENT
+        if self.equal:
+            return Verdict.EQUAL
+        share = self.whole.cosine if self.at_home is None else self.at_home
+        if share >= 0.5:
+            return Verdict.SAME_BASE
+        by_luck = self.own - self.chance <= 3 * math.sqrt(self.chance)  # three standard deviations
+        return Verdict.TRAINED_APART if share <= 0.1 or by_luck else Verdict.BETWEEN
+
+    @property
+    def advice(self) -> str:
+        """The verdict in a sentence, with the numbers it rests on and what to do."""
+        if self.difference is not None or self.whole is None:
+            return f"different architecture: {self.difference}"
+        if self.at_home is None:
+            why = f"no symmetries are known, and the cosine of their matrices is {self.whole.cosine:.2f}"
+        else:
+            why = f"{self.own} of {self.units} units are most alike to the one in the same place"
+        said = f"{self.verdict.value}; {why}, relative distance {self.whole.distance:.2g}"
+        if self.verdict in (Verdict.TRAINED_APART, Verdict.BETWEEN) and self.rotated:
+            said += (
+                ". Its residual stream may also be rotated, which permutations do not undo: by weight_matching, and "
+                "measure the merge before it is trusted"
+            )
+        elif self.verdict is Verdict.TRAINED_APART:
+            said += ". By weight_matching, which permutes units"
+        return said
+
+
+def compared(fixed: Checkpoint, moving: Checkpoint, *, device: Device = None, progress: bool = False) -> Comparison:
+    """Compare two checkpoints; tensors are read one after the other."""
+    findings: dict[str, str] = {}
+    try:
+        refuse_other_architecture(fixed, moving)
+        findings["architecture"] = " ".join(fixed.said.get("architectures") or [fixed.said.get("model_type", "")])
+        refuse_other_settings(fixed, moving)
+        findings["settings"] = "the same, but for what does not change the function"
+    except MismatchError as error:
+        findings["settings" if "architecture" in findings else "architecture"] = "different"
+        return Comparison(findings, str(error).partition(". If ")[0])
+    findings["labels"] = _found(lambda: labels(fixed, moving), "the same")
+    findings["tokenizer"] = _tokenizers(fixed, moving)
+    backbone_only = False
+    try:
+        theirs = lined_up(fixed, moving)
+        findings["tensors"] = "the same keys and shapes"
+    except MismatchError as error:
+        try:
+            theirs, backbone_only = lined_up(fixed, moving, backbone_only=True), True
+            findings["tensors"] = f"other heads, which are left out here (--backbone-only): {_differs(error)}"
+        except MismatchError:
+            findings["tensors"] = "different"
+            return Comparison(findings, _differs(error))
+    mine = {key: fixed.parts[key] for key in theirs if fixed.parts[key].dtype.is_floating_point}
+    sums = {
+        key: _sums(one, theirs[key])
+        for key, one in tqdm(
+            mine.items(), desc="comparing", unit="tensor", leave=False, disable=None if progress else True
+        )
+    }
+    matrices = [key for key in mine if len(mine[key].shape) > 1] or list(mine)
+    layers: dict[str, list[str]] = {}
+    for key in mine:
+        layers.setdefault(_layer(key), []).append(key)
+    standings: dict[str, Standing] = {}
+    rotated = False
+    try:
+        spec = spec_of(fixed)
+        rotated = any(symmetry.kind in ROTATING for symmetry in spec.symmetries.values())
+        findings["symmetries"] = str(spec) + (", inferred from its forward pass" if spec.pins else "")
+        standings = dict(_standings(spec, fixed, theirs, device, progress))
+    except (MismatchError, SpecError) as error:
+        findings["symmetries"] = f"not known: {error}"
+    return Comparison(
+        findings,
+        whole=_nearness(sums, matrices),
+        parts={layer: _nearness(sums, keys) for layer, keys in layers.items()},
+        standings=standings,
+        rotated=rotated,
+        equal=not backbone_only and all(different == 0 for _, _, different, _ in sums.values()),
+    )
+
+
+def _found(compare: Callable[[], list[int] | None], same: str) -> str:
+    try:
+        order = compare()
+    except MismatchError as error:
+        return f"different: {error}"
+    return same if order is None else f"{same}, in another order: its rows are matched by string"
+
+
+def _tokenizers(fixed: Checkpoint, moving: Checkpoint) -> str:
+    with_one = [c for c in (fixed, moving) if tokenizer_folder(c) is not None]
+    if len(with_one) < 2:
+        return "none with either" if not with_one else f"only with {with_one[0].name}, so not compared"
+    if same_tokenizer(fixed, moving):
+        return "the same, byte by byte"
+    return _found(lambda: vocabularies(fixed, moving), "the same strings")
+
+
+def _differs(error: MismatchError) -> str:
+    return str(error).partition("; ")[2].partition(". Where only")[0]
+
+
+def _layer(key: str) -> str:
+    """The first parts of a key, up to its number if it has one: `encoder.layer.3`, `pooler`."""
+    numbered = re.match(r".*?\.\d+(?=\.)|\d+(?=\.)", key)
+    return numbered[0] if numbered else key.rpartition(".")[0] or key
+
+
+def _sums(one: Lazy, other: Lazy) -> tuple[float, float, float, int]:
+    """(‖A‖², ‖B‖², ‖A − B‖², number of elements)"""
+    total = torch.zeros(3, dtype=torch.float64)
+    for a, b in zip(one.chunks(), other.chunks(), strict=True):
+        x, y = a.double(), b.double()
+        total += torch.stack([x.dot(x), y.dot(y), (x - y).square().sum()])
+    a2, b2, d2 = total.tolist()
+    return a2, b2, d2, one.numel
+
+
+def _nearness(sums: Mapping[str, tuple[float, float, float, int]], keys: list[str]) -> Nearness:
+    a, b, d, n = (sum(sums[key][i] for key in keys) for i in range(4))
+    cosine = (a + b - d) / (2 * math.sqrt(a * b)) if a * b else float(d == 0)
+    return Nearness(math.sqrt(d / a) if a else math.inf * bool(d), cosine, int(n))
+
+
+def _standings(
+    spec: Spec, fixed: Checkpoint, theirs: Mapping[str, Lazy], device: Device, progress: bool
+) -> Iterator[tuple[str, Standing]]:
+    prefix = spec.table.prefix
+    there = Tensors({name: theirs[key] for name, key in fixed.canonical(prefix).items() if key in theirs})
+    matched = spec.within(there)
+    problem = Problem(matched, fixed.state(prefix), there, torch.Generator(), device)
+    for unit in tqdm(
+        _spread(matched), desc="symmetries", unit="unit", leave=False, disable=None if progress else True
+    ):
+        similarity, _ = weight_similarity(problem, unit, {})
+        for name in unit.names:
+            if name in spec.free and (along := _along(spec, name, similarity)) is not None:
+                best = along.amax(-1)
+                at_home = along.diagonal(dim1=-2, dim2=-1)
+                n = along.shape[-1]
+                yield (
+                    name,
+                    Standing(best.numel(), int((at_home >= best).sum()), best.numel() / n, _ratio(at_home, best)),
+                )
+
+
+def _ratio(at_home: Tensor, best: Tensor) -> float:
+    return at_home.sum().item() / best.sum().item() if best.sum() > 0 else math.nan
+
+
+def _along(spec: Spec, name: str, similarity: Mapping[tuple[str, ...], Tensor]) -> Tensor | None:
+    """The similarity along one symmetry, (*contexts, n, n), all others at the identity."""
+    contexts = spec.symmetries[name].contexts
+    total: Tensor | None = None
+    for names, tensor in similarity.items():
+        if name in names:
+            left = dict(zip(names, ascii_letters, strict=False))
+            right = "".join("Z" if other == name else left[other] for other in names)
+            out = "".join(left[context] for context in contexts) + left[name] + "Z"
+            part = torch.einsum(f"{''.join(left.values())}{right}->{out}", tensor)
+            total = part if total is None else total + part
+    return total
+
+
+def _spread(spec: Spec) -> list[Unit]:
+    """Some units of every family, first and last among them."""
+    families: dict[str, list[Unit]] = {}
+    for unit in spec.units:
+        families.setdefault(re.sub(r"\d+", "*", unit.outer), []).append(unit)
+    chosen = []
+    for units in families.values():
+        k = min(UNITS, len(units))
+        chosen += [units[round(i * (len(units) - 1) / max(k - 1, 1))] for i in range(k)]
+    return chosen
