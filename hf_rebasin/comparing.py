@@ -35,7 +35,7 @@ UNITS = 4  # of every family of symmetries, spread over the depth; the others ar
 
 
 class Verdict(enum.Enum):
-    """What to make of two models; the value says what to do. `Comparison.advice` adds the numbers that speak for it."""
+    """What to make of two models; the value says what to do. `Comparison.advice` adds the numbers it rests on."""
 
     EQUAL = "equal: nothing to align, nothing to merge"
     SAME_BASE = "same base, do not align: merge them as they are"

@@ -64,16 +64,17 @@ def measure(folder: Path) -> None:
     solution = align(fixed, moving, seed=0)
     total = time.perf_counter() - start
     start = time.perf_counter()
-    moved = solution.apply(moving)
+    moved = solution.apply(moving).save(folder / "moved")
     apply = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    moved = Checkpoint.open(moved)
     l1 = sum((moved.tensors[k].double() - t.double()).abs().sum().item() for k, t in fixed.tensors.items())
     print(
         json.dumps(
             {
                 "align s": round(total, 1),
                 **{f"{what} s": round(seconds, 1) for what, seconds in solution.seconds.items()},
-                "apply s": round(apply, 1),
+                "apply and save s": round(apply, 1),
                 "peak GB": round(peak / 2**20, 2),
                 "L1": l1,
                 "status": solution.status.name,

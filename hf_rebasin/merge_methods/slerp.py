@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import OptionError
 
+PIECE = 1 << 18
 COLLINEAR = 0.9995  # beyond this cosine the sine is too small to divide by, and the arc is a line anyway
 
 
@@ -30,11 +31,15 @@ def merge(tensors: Sequence[Tensor], *, t: float = 0.5) -> Tensor:
     if t in (0, 1):  # arithmetic would lose the sign of a zero
         return tensors[int(t)]
     a, b = tensors
-    x, y = a.reshape(-1).double(), b.reshape(-1).double()
-    norms = x.norm() * y.norm()
-    cosine = torch.dot(x, y) / norms if norms > 0 else torch.ones((), dtype=torch.float64)
-    if cosine.abs() > COLLINEAR:
+    norms = math.sqrt(_dot(a, a) * _dot(b, b))
+    cosine = _dot(a, b) / norms if norms > 0 else 1.0
+    if abs(cosine) > COLLINEAR:
         return torch.lerp(a, b, t)
-    angle = torch.arccos(cosine)
-    to_a, to_b = torch.sin((1 - t) * angle) / torch.sin(angle), torch.sin(t * angle) / torch.sin(angle)
-    return a * to_a.item() + b * to_b.item()
+    angle = math.acos(cosine)
+    return (a * (math.sin((1 - t) * angle) / math.sin(angle))).add_(b, alpha=math.sin(t * angle) / math.sin(angle))
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    """⟨a, b⟩ in float64, in pieces, so that there is no float64 copy of a large tensor."""
+    pieces = zip(a.reshape(-1).split(PIECE), b.reshape(-1).split(PIECE), strict=True)
+    return sum(torch.dot(x.double(), y.double()).item() for x, y in pieces)
