@@ -191,13 +191,18 @@ class Spec:
         """Raise MismatchError that names the first symmetry of this spec that an alignment's lacks or has otherwise.
 
         What is held here and unknown there, or the other way round held there, is no matter: nothing would move it.
+        Nor is the size of what is held in both, such as the rows of another head.
         """
         for symmetry in self.symmetries.values():
             theirs = other.symmetries.get(symmetry.name)
             said = f"symmetry {symmetry.name!r} is {symmetry.group} of size {symmetry.size} in {name}"
             if theirs is None and symmetry.moves:
                 raise MismatchError(f"{said}, and unknown to the alignment{nearest(symmetry.name, other.symmetries)}")
-            if theirs is not None and theirs != symmetry and (theirs.moves or theirs.size != symmetry.size):
+            if (
+                theirs is not None
+                and theirs != symmetry
+                and (theirs.moves or (symmetry.moves and theirs.size != symmetry.size))
+            ):
                 raise MismatchError(f"{said}, {theirs.group} of size {theirs.size} in the alignment")
 
     def to_json(self) -> str:

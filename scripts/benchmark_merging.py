@@ -4,8 +4,8 @@
 
 Weights are random, nothing is downloaded. For every size (GB a model, in shards of 500 MB) the commands take turns, so
 that what else the machine does falls on all of them: copying one model, a loop over safetensors files that does
-nothing but average, this package, and mergekit where COMMAND (its mergekit-yaml) is given. Medians of all runs, and the
-ratio to the loop. The averages are compared, number by number. --align merges two models of 1.1 billion parameters
+nothing but average, this package, and mergekit where COMMAND (its mergekit-yaml) is given. Medians of all runs, and
+the ratio to the loop. The averages are compared, number by number. --align merges two models of 1.1 billion parameters
 after aligning them; that takes some minutes.
 """
 

@@ -195,3 +195,26 @@ def test_check_without_a_model_checks_every_table(run):
     status, said = run("check")
     assert status == 0, said
     assert len(said.splitlines()) == len(TINY)
+
+
+def test_another_head_can_be_left_out(run, tmp_path):
+    a = TINY["bert-4-BertForSequenceClassification"]
+    torch.manual_seed(0)
+    b = type(a)(type(a.config)(**(a.config.to_dict() | {"num_labels": 7}))).to(a.dtype)
+    for name, model in (("a", a), ("b", b)):
+        Checkpoint.open(model).save(tmp_path / name)
+    command = ("merge", str(tmp_path / "a"), str(tmp_path / "b"), "-o", str(tmp_path / "out"))
+    status, said = run(*command)
+    assert status == 1
+    assert "(--backbone-only)" in said
+    assert not (tmp_path / "out").exists()
+    status, said = run(*command, "--backbone-only")
+    assert status == 0, said
+    head, kept = (Checkpoint.open(tmp_path / name).tensors["classifier.weight"] for name in ("out", "a"))
+    assert torch.equal(head, kept)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"models: [{tmp_path / 'a'}, {tmp_path / 'b'}]\nbackbone_only: true\nalign: false\n")
+    assert run("merge", str(recipe), "-o", str(tmp_path / "again"))[0] == 0
+    status, said = run("merge", str(recipe), "-o", str(tmp_path / "x"), "--backbone-only")
+    assert status == 1
+    assert "--backbone-only is given beside a recipe" in said

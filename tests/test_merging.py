@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import moved_copy, other_seed, same_tensors
+from conftest import TINY, moved_copy, other_seed, same_tensors
 from safetensors.torch import load_file, save_file
 
 from hf_rebasin import Alignment, Checkpoint, align, merge, registry, spec_for
@@ -207,3 +207,46 @@ def test_gpt2_masks_are_passed_on(tmp_path):
     assert same_tensors(solution.apply(moved), gpt2)
     merged = merge([a, solution.apply(moved)])
     assert torch.equal(merged.tensors["transformer.h.0.attn.bias"], tensors["transformer.h.0.attn.bias"])
+
+
+@pytest.fixture
+def two_heads():
+    """A classifier, and the same backbone in other coordinates under a head of seven classes."""
+    a = TINY["bert-4-BertForSequenceClassification"]
+    torch.manual_seed(0)
+    b = type(a)(type(a.config)(**(a.config.to_dict() | {"num_labels": 7}))).to(a.dtype).eval()
+    b.bert.load_state_dict(moved_copy(a)[0].bert.state_dict())
+    return a, b
+
+
+def test_backbones_merge_under_the_head_of_the_first(two_heads, tmp_path):
+    a, b = two_heads
+    with pytest.raises(MismatchError, match=r"classifier.weight \(7, 24\) instead of .*--backbone-only"):
+        merge([a, b])
+    out = merge([a, b], backbone_only=True).save(tmp_path / "out")
+    merged, mine, theirs = (Checkpoint.open(model).tensors for model in (out, a, b))
+    assert merged.keys() == mine.keys()
+    for key in mine:
+        head = key.startswith("classifier")
+        expected = mine[key] if head else (mine[key] + theirs[key]) / 2
+        torch.testing.assert_close(merged[key], expected, rtol=1e-15, atol=1e-15)
+    narrow = merge([a, b], backbone_only=True, dtype=torch.bfloat16).save(tmp_path / "narrow")
+    assert {t.dtype for t in Checkpoint.open(narrow).tensors.values()} == {torch.bfloat16}
+    bare = a.bert
+    assert same_tensors(merge([a, bare], backbone_only=True), a), "a bare model is all backbone"
+    assert same_tensors(merge([bare, a], backbone_only=True), bare)
+    with pytest.raises(MismatchError, match="no class is known"):
+        merge([dict(mine), dict(theirs)], backbone_only=True)
+
+
+def test_heads_that_are_not_merged_do_not_decide_an_alignment(two_heads, tmp_path):
+    a, b = two_heads
+    with pytest.raises(MismatchError, match="labels"):
+        align(a, b)
+    solution = align(a, b, backbone_only=True)
+    moved = solution.apply(b)
+    assert same_tensors(moved.bert, a.bert)
+    assert moved.num_labels == 7
+    again = Alignment.load(solution.alignment.save(tmp_path / "g.safetensors"))
+    assert same_tensors(again.apply(b).bert, a.bert)
+    assert same_tensors(merge([a, moved], backbone_only=True), a)
