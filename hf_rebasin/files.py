@@ -186,7 +186,7 @@ class _Sink:
     def __init__(self, path: Path):
         self.path, self.sha256 = path, hashlib.sha256()
         self.queue: Queue[memoryview | None] = Queue(maxsize=8)
-        self.error: OSError | None = None
+        self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._drain, name=f"write {path.name}", daemon=True)
 
     def __enter__(self) -> _Sink:
@@ -208,6 +208,8 @@ class _Sink:
                         data = data[self.file.write(data) :]
                 except OSError as error:  # to be raised by the one that puts
                     self.error = OSError(error.errno, error.strerror, str(self.path))
+                except BaseException as error:  # what is put has to be taken, or the other one waits forever
+                    self.error = error
 
     def __exit__(self, kind: object, *_: object) -> None:
         self.queue.put(None)
