@@ -86,6 +86,7 @@ CANCELLED = {
     "transformer.layer.*.attention.k_lin.bias": {0, 1, None},
     "h.*.attn.c_attn.bias": {2, 3},  # query, key, value: two leaves each
     "layers.*.attention.query_key_value.bias": {6},  # what RoPE does not turn of a key
+    "decoder.layers.*.self_attn.k_proj.bias": {0, 1, None},
 }
 
 

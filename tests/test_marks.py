@@ -24,6 +24,7 @@ CANCELLED = {
     "transformer.layer.*.attention.k_lin.bias": {1},
     "h.*.attn.c_attn.bias": {3},
     "layers.*.attention.query_key_value.bias": {6},
+    "decoder.layers.*.self_attn.k_proj.bias": {1},
 }
 
 
@@ -109,9 +110,9 @@ def unit_norms(model):
     with torch.no_grad():
         for module in model.modules():
             if "Norm" in type(module).__name__ and not isinstance(module, torch.nn.BatchNorm2d):
-                module.weight.fill_(1)
-                if getattr(module, "bias", None) is not None:
-                    module.bias.zero_()
+                for name, value in (("weight", 1), ("bias", 0)):
+                    if getattr(module, name, None) is not None:
+                        getattr(module, name).fill_(value)
     return model
 
 
