@@ -15,8 +15,11 @@ from .errors import CheckpointError
 # A tensor, a sequence of positional arguments, or a mapping of keyword arguments.
 Inputs: TypeAlias = "Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]"
 
-# What transformers models hand out beside what they compute: moving a model moves these.
-INNER = re.compile(r"(^|_)hidden_states$|attentions$|past_key_values$|cache_params$|_model_output$")
+# What transformers models hand out beside what they compute: moving a model moves these. (The auxiliary loss adds up,
+# by number, experts of different layers.)
+INNER = re.compile(
+    r"(^|_)hidden_states$|attentions$|past_key_values$|cache_params$|_model_output$|router_logits$|^aux_loss$"
+)
 
 
 def run(module: nn.Module, inputs: Inputs) -> Any:

@@ -25,8 +25,9 @@ import pytest
 import torch
 import transformers
 
-from hf_rebasin import Alignment, Checkpoint, spec_for
+from hf_rebasin import Alignment, Checkpoint, infer_spec, spec_for
 from hf_rebasin.checking import tiny_models
+from hf_rebasin.errors import CheckpointError
 
 torch.set_num_threads(1)
 transformers.logging.disable_progress_bar()
@@ -90,3 +91,13 @@ def same_tensors(a, b):
     """Whether two models, checkpoints or folders hold the same bytes under the same disk keys."""
     a, b = Checkpoint.open(a).tensors, Checkpoint.open(b).tensors
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+def forward_pass(model):
+    """The spec that a forward pass shows; skips where modules fuse what the disk has apart, so that none can be."""
+    checkpoint = Checkpoint.open(model)
+    try:
+        checkpoint.skeleton()
+    except CheckpointError as error:
+        pytest.skip(str(error))
+    return infer_spec(checkpoint)

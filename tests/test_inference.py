@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 import zoo
-from conftest import ROOT, TINY, same_tensors
+from conftest import ROOT, TINY, forward_pass, same_tensors
 from hypothesis import HealthCheck, assume, given, settings
 from torch import nn
 
@@ -71,7 +71,7 @@ def test_what_is_found_can_be_written_as_a_spec_file(case):
 @pytest.mark.parametrize("name", TINY)
 def test_a_written_table_is_as_short_as_one_by_hand(name):
     checkpoint = Checkpoint.open(TINY[name])
-    text = written(inferred(checkpoint), checkpoint)
+    text = written(forward_pass(checkpoint), checkpoint)
     mine = text[text.index("def table") : text.index("def groups")].count("\n        ")
     used = {tensor.row for tensor in spec_for(checkpoint).tensors}
     assert mine <= 2 * len(used)

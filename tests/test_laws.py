@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from conftest import TINY, moved_copy, same_tensors
+from conftest import FIRST, TINY, moved_copy, same_tensors
 
 from hf_rebasin import Alignment, Checkpoint, RebasinError, Status, align, check, spec_for
 from hf_rebasin.alignment import act
@@ -254,6 +254,12 @@ def test_an_unknown_class_is_held_rather_than_guessed(name, tmp_path):
     before, float32_inside = outputs(model, inputs)
     after, _ = outputs(g.apply(checkpoint).model(torch.float64), inputs)
     assert (before - after).abs().max() <= (1e-5 if float32_inside else 1e-10) * before.abs().max()
+
+
+def test_what_a_router_reports_is_not_an_output():
+    model = Checkpoint.open(TINY[FIRST["mixtral"]]).model()
+    model.config.output_router_logits = True
+    assert check(model).holds
 
 
 def test_a_file_with_more_than_its_class_is_checked_and_aligned(tmp_path):
