@@ -64,7 +64,10 @@ class Table:
 
     @staticmethod
     def of(module: ModuleType, config: Any = None) -> Table:
-        """The table a spec file gives for a configuration; `sizes`, `norms` and `PREFIX` may be missing there."""
+        """The table a spec file gives for a configuration; `sizes`, `norms` and the prefix may be missing there.
+
+        The prefix is `PREFIX`, or `prefix(config)` where it hangs on the configuration.
+        """
 
         def said(name: str) -> Any:
             return getattr(module, name)(config) if hasattr(module, name) else {}
@@ -74,7 +77,7 @@ class Table:
             groups=module.groups(config),
             sizes=said("sizes"),
             norms=said("norms"),
-            prefix=getattr(module, "PREFIX", ()),
+            prefix=said("prefix") or getattr(module, "PREFIX", ()),
         )
 
     @cached_property

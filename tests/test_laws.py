@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -87,6 +88,9 @@ CANCELLED = {
     "h.*.attn.c_attn.bias": {2, 3},  # query, key, value: two leaves each
     "layers.*.attention.query_key_value.bias": {6},  # what RoPE does not turn of a key
     "decoder.layers.*.self_attn.k_proj.bias": {0, 1, None},
+    "encoder.layers.*.self_attn.k_proj.bias": {0, 1, None},
+    "text_model.encoder.layers.*.self_attn.k_proj.bias": {0, 1, None},
+    "vision_model.encoder.layers.*.self_attn.k_proj.bias": {0, 1, None},
 }
 
 
@@ -133,15 +137,20 @@ def deranged(alignment):
     return Alignment(alignment.spec, {name: e.map(moved) for name, e in alignment.elements.items()})
 
 
+@cache
+def unmoved(model):
+    """(its checkpoint, inputs, what it gives for them)"""
+    inputs = example_inputs(model.config, torch.Generator().manual_seed(0))
+    return Checkpoint.open(model), inputs, outputs(model, inputs)[0]
+
+
 def is_seen(model, table):
     """Whether binding refuses a table, or the function of a model moved by it changes."""
-    checkpoint = Checkpoint.open(model)
+    checkpoint, inputs, before = unmoved(model)
     try:
         spec = bind_to(table, checkpoint)
     except RebasinError:
         return True
-    inputs = example_inputs(model.config, torch.Generator().manual_seed(0))
-    before, _ = outputs(model, inputs)
     for seed in range(2):
         g = deranged(Alignment.random(spec, torch.Generator().manual_seed(seed)))
         moved = checkpoint.with_state(act(spec, g.elements, checkpoint.state(spec.table.prefix)), spec.table.prefix)
@@ -196,15 +205,17 @@ def test_label_rows_order_the_logits(tiny):
 
 
 def test_token_rows_follow_the_tokens(tiny):
-    if not hasattr(tiny.config, "vocab_size"):
+    inputs = example_inputs(tiny.config, torch.Generator().manual_seed(0))
+    if "input_ids" not in inputs:
         assert "vocab" not in spec_for(tiny).symmetries
         return
-    inputs = example_inputs(tiny.config, torch.Generator().manual_seed(0))
-    order = [0, 1, *(2 + torch.arange(tiny.config.vocab_size - 2).roll(5)).tolist()]  # padding stays
+    vocabulary = getattr(tiny.config, "text_config", tiny.config).vocab_size
+    order = [0, 1, *(2 + torch.arange(vocabulary - 2).roll(5)).tolist()]  # padding stays
     place = torch.tensor(order).argsort()
     before = logits(tiny, inputs)
-    after = logits(with_rows(tiny, "vocab", order), {name: place[ids] for name, ids in inputs.items()})
-    speaks = before.shape[-1] == tiny.config.vocab_size
+    renamed = {name: x if x.is_floating_point() else place[x] for name, x in inputs.items()}
+    after = logits(with_rows(tiny, "vocab", order), renamed)
+    speaks = before.shape[-1] == vocabulary
     torch.testing.assert_close(after, before[..., order] if speaks else before)
 
 
@@ -254,6 +265,20 @@ def test_an_unknown_class_is_held_rather_than_guessed(name, tmp_path):
     before, float32_inside = outputs(model, inputs)
     after, _ = outputs(g.apply(checkpoint).model(torch.float64), inputs)
     assert (before - after).abs().max() <= (1e-5 if float32_inside else 1e-10) * before.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("name", "tower"),
+    [("clip-2-CLIPTextModel", "text_model."), ("clip-4-CLIPVisionModel", "vision_model.")],
+)
+def test_a_tower_is_known_as_a_part_of_the_whole_too(name, tower, tmp_path):
+    """Files of one tower that older versions of transformers wrote, such as the text encoders of diffusion models."""
+    checkpoint = Checkpoint.open(TINY[name])
+    old = replace(checkpoint, tensors={tower + key: tensor for key, tensor in checkpoint.tensors.items()})
+    folder = old.save(tmp_path / "old")
+    assert check(folder).holds
+    assert spec_for(folder).symmetries == spec_for(TINY[name]).symmetries
+    assert align(TINY[name], moved_copy(folder)[0]).status is Status.EQUAL
 
 
 def test_what_a_router_reports_is_not_an_output():

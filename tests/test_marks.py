@@ -25,6 +25,9 @@ CANCELLED = {
     "h.*.attn.c_attn.bias": {3},
     "layers.*.attention.query_key_value.bias": {6},
     "decoder.layers.*.self_attn.k_proj.bias": {1},
+    "encoder.layers.*.self_attn.k_proj.bias": {1},
+    "text_model.encoder.layers.*.self_attn.k_proj.bias": {1},
+    "vision_model.encoder.layers.*.self_attn.k_proj.bias": {1},
 }
 
 
