@@ -17,6 +17,7 @@ from hf_rebasin.alignment import act
 from hf_rebasin.axes import Leaf, Product, Sum, children, leaves, map_leaves, parse, show, unmarked
 from hf_rebasin.binding import bind_to, read_spec
 from hf_rebasin.checking import example_inputs, outputs
+from hf_rebasin.errors import CheckpointError
 from hf_rebasin.groups.permutation import Element as Permutation
 from hf_rebasin.table import KINDS, families, table_for
 
@@ -153,17 +154,42 @@ def unmoved(model):
     return Checkpoint.open(model), inputs, *outputs(model, inputs)
 
 
+@cache
+def workbench(model):
+    """(a copy of the model, its tensors by disk keys; None where those are put together from several)"""
+    copy = Checkpoint.open(model).model()
+    try:
+        _, disk = Checkpoint.open(copy).skeleton()
+    except CheckpointError:
+        return copy, None
+    state = copy.state_dict()
+    return copy, {disk[key]: state[key] for key in disk}
+
+
+@torch.no_grad()
+def outputs_moved(model, spec, elements):
+    """What a model gives in other coordinates; to make a copy of it every time would take longer than all the rest."""
+    checkpoint, inputs, *_ = unmoved(model)
+    moved = checkpoint.with_state(act(spec, elements, checkpoint.state(spec.table.prefix)), spec.table.prefix)
+    copy, places = workbench(model)
+    if places is None:
+        copy = moved.model()
+    else:
+        for key, place in places.items():
+            place.copy_(moved.tensors[key])
+    return outputs(copy, inputs)[0]
+
+
 def is_seen(model, table):
     """Whether binding refuses a table, or the function of a model moved by it changes."""
-    checkpoint, inputs, before, _ = unmoved(model)
+    checkpoint, _, before, _ = unmoved(model)
     try:
         spec = bind_to(table, checkpoint)
     except RebasinError:
         return True
     for seed in range(2):
         g = deranged(Alignment.random(spec, torch.Generator().manual_seed(seed)))
-        moved = checkpoint.with_state(act(spec, g.elements, checkpoint.state(spec.table.prefix)), spec.table.prefix)
-        after, _ = outputs(moved.model(), inputs)
+        after = outputs_moved(model, spec, g.elements)
         if (before - after).abs().max() > 1e-5 * before.abs().max():
             return True
     return False
