@@ -15,8 +15,11 @@ from .errors import CheckpointError
 # A tensor, a sequence of positional arguments, or a mapping of keyword arguments.
 Inputs: TypeAlias = "Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]"
 
-# What transformers models hand out beside what they compute: moving a model moves these.
-INNER = re.compile(r"(^|_)hidden_states$|attentions$|past_key_values$|cache_params$|_model_output$")
+# What transformers models hand out beside what they compute: moving a model moves these. (The auxiliary loss adds up,
+# by number, experts of different layers.)
+INNER = re.compile(
+    r"(^|_)hidden_states$|attentions$|past_key_values$|cache_params$|_model_output$|router_logits$|^aux_loss$"
+)
 
 
 def run(module: nn.Module, inputs: Inputs) -> Any:
@@ -63,11 +66,15 @@ def example_inputs(config: Any, generator: torch.Generator) -> dict[str, Tensor]
     """
     text = getattr(config, "text_config", config)
     vision = getattr(config, "vision_config", config)
+    kind = (getattr(config, "architectures", None) or [""])[0]
     inputs: dict[str, Tensor] = {}
-    if getattr(text, "vocab_size", None):
+    if getattr(text, "vocab_size", None) and not kind.endswith("ForImageClassification"):
         length = min(16, getattr(text, "max_position_embeddings", None) or 16)
         several = 2 if getattr(text, "pad_token_id", None) is not None or vision is not config else 1
         inputs["input_ids"] = torch.randint(text.vocab_size, (several, length), generator=generator)
+        end = getattr(text, "eos_token_id", None)
+        if isinstance(end, int) and 0 <= end < text.vocab_size:
+            inputs["input_ids"][:, -1] = end  # some take what they say from there
     if getattr(vision, "num_channels", None):
         size = getattr(vision, "image_size", 64)
         sides = (size, size) if isinstance(size, int) else tuple(size)
@@ -76,7 +83,6 @@ def example_inputs(config: Any, generator: torch.Generator) -> dict[str, Tensor]
         if any("MaskedImageModeling" in name for name in getattr(config, "architectures", None) or []):
             patches = math.prod(side // config.patch_size for side in sides)
             inputs["bool_masked_pos"] = torch.arange(2 * patches).reshape(2, patches) % 3 == 0
-    kind = (getattr(config, "architectures", None) or [""])[0]
     encoder_only = kind.endswith(("EncoderModel", "ForTokenClassification"))  # T5 counts as both there, too
     if "input_ids" in inputs and getattr(config, "is_encoder_decoder", False) and not encoder_only:
         inputs["decoder_input_ids"] = inputs["input_ids"].roll(1, -1)

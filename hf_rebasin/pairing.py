@@ -50,6 +50,10 @@ HARMLESS = (
     "output_hidden_states",
     "chunk_size_feed_forward",
     "*attn_implementation*",
+    "*experts_implementation*",
+    "output_router_logits",
+    "router_aux_loss_coef",
+    "router_jitter_noise",
     "_commit_hash",
     "model_card*",
 )

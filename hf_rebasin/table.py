@@ -64,7 +64,10 @@ class Table:
 
     @staticmethod
     def of(module: ModuleType, config: Any = None) -> Table:
-        """The table a spec file gives for a configuration; `sizes`, `norms` and `PREFIX` may be missing there."""
+        """The table a spec file gives for a configuration; `sizes`, `norms` and the prefix may be missing there.
+
+        The prefix is `PREFIX`, or `prefix(config)` where it hangs on the configuration.
+        """
 
         def said(name: str) -> Any:
             return getattr(module, name)(config) if hasattr(module, name) else {}
@@ -74,7 +77,7 @@ class Table:
             groups=module.groups(config),
             sizes=said("sizes"),
             norms=said("norms"),
-            prefix=getattr(module, "PREFIX", ()),
+            prefix=said("prefix") or getattr(module, "PREFIX", ()),
         )
 
     @cached_property
@@ -96,12 +99,20 @@ class Table:
         """The rows without wildcards, by their key."""
         return {row.key.text: row for row in self.parsed if not row.key.wildcards}
 
+    @cached_property
+    def alike(self) -> dict[str, list[Row]]:
+        """The rows by their key without its numbers and wildcards: those that a key can match are few."""
+        rows: dict[str, list[Row]] = {}
+        for row in self.parsed:
+            rows.setdefault(_without_numbers(row.key.text), []).append(row)
+        return rows
+
     def row_for(self, key: str, shape: tuple[int, ...] | None = None) -> Row:
         """The row with the fewest wildcards that matches a canonical key; none or a tie is an error."""
         if key in self.literal:
             return self.literal[key]
         what = key if shape is None else f"{key} {tuple(shape)}"
-        hits = [row for row in self.parsed if row.key.match(key)]
+        hits = [row for row in self.alike.get(_without_numbers(key), ()) if row.key.match(key)]
         if not hits:
             raise SpecError(f"no row for {what}{nearest(key, [row.key.text for row in self.parsed])}")
         fewest = min(len(row.key.wildcards) for row in hits)
@@ -127,6 +138,10 @@ class Table:
         """The size said for a bound name, if one is."""
         hit = lookup(self.sizes, name, "the size")
         return hit[0] if hit else OWN_SIZE.get(self.group_of(name)[0])
+
+
+def _without_numbers(key: str) -> str:
+    return re.sub(r"\d+|\*|<[^<>]*>", "#", key)
 
 
 def lookup(globs: Mapping[str, Any], name: str, what: str) -> tuple[Any, tuple[str, ...]] | None:

@@ -1,8 +1,10 @@
 """Set-up of the tests: a local Hub instead of the real one, one thread, TINY models of every table."""
 
+import itertools
 import os
 import tempfile
 from pathlib import Path
+from random import Random
 
 from minihub import MiniHub
 
@@ -25,8 +27,9 @@ import pytest
 import torch
 import transformers
 
-from hf_rebasin import Alignment, Checkpoint, spec_for
+from hf_rebasin import Alignment, Checkpoint, infer_spec, spec_for
 from hf_rebasin.checking import tiny_models
+from hf_rebasin.errors import CheckpointError
 
 torch.set_num_threads(1)
 transformers.logging.disable_progress_bar()
@@ -90,3 +93,34 @@ def same_tensors(a, b):
     """Whether two models, checkpoints or folders hold the same bytes under the same disk keys."""
     a, b = Checkpoint.open(a).tensors, Checkpoint.open(b).tensors
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+ALL_OR_SOME = pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.slow)])
+
+
+def drawn(cases, everything, models):
+    """Of wrong tables `(row, ...)` as many as there is time for, one or more for every row; or all of them.
+
+    To try one takes about as long as the model has tensors. Most tables are tried in every way there is; those that
+    have rows for every block of a large network are not, but with --slow.
+    """
+    affordable = 30_000 // max(len(Checkpoint.open(model).tensors) for model in models)
+    if everything or len(cases) <= affordable:
+        return list(cases)
+    rows = {}
+    for case in sorted(cases, key=str):
+        rows.setdefault(case[0], []).append(case)
+    for some in rows.values():
+        Random(0).shuffle(some)
+    in_turn = [case for turn in itertools.zip_longest(*rows.values()) for case in turn if case is not None]
+    return in_turn[: max(affordable, len(rows))]
+
+
+def forward_pass(model):
+    """The spec that a forward pass shows; skips where modules fuse what the disk has apart, so that none can be."""
+    checkpoint = Checkpoint.open(model)
+    try:
+        checkpoint.skeleton()
+    except CheckpointError as error:
+        pytest.skip(str(error))
+    return infer_spec(checkpoint)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import zoo
 from conftest import TINY, moved_copy, other_seed, same_tensors
-from transformers import AutoConfig, OPTForCausalLM
+from transformers import AutoConfig, BioGptForCausalLM
 from typer.testing import CliRunner
 
 from hf_rebasin import Alignment, Checkpoint, Table, check, spec_for
@@ -145,20 +145,20 @@ def test_inspect_shows_every_symmetry(run, pair):
 
 
 def test_inspect_infers_where_there_is_no_table_and_writes_one(run, tmp_path):
-    zoo.HF["opt"].build().save_pretrained(tmp_path / "opt")
-    status, said = run("inspect", str(tmp_path / "opt"))
+    zoo.HF["biogpt"].build().save_pretrained(tmp_path / "biogpt")
+    status, said = run("inspect", str(tmp_path / "biogpt"))
     assert status == 0
     for word in ("inferred from its forward pass", "fc1.*", "permutation in head.*", "held because of", "tied:"):
         assert word in said
-    file = tmp_path / "opt.py"
-    assert "give --infer" in run("inspect", str(tmp_path / "opt"), "--write-table", str(file))[1]
-    assert run("inspect", str(tmp_path / "opt"), "--infer", "--write-table", str(file))[0] == 0
-    assert "already there" in run("inspect", str(tmp_path / "opt"), "--infer", "--write-table", str(file))[1]
+    file = tmp_path / "biogpt.py"
+    assert "give --infer" in run("inspect", str(tmp_path / "biogpt"), "--write-table", str(file))[1]
+    assert run("inspect", str(tmp_path / "biogpt"), "--infer", "--write-table", str(file))[0] == 0
+    assert "already there" in run("inspect", str(tmp_path / "biogpt"), "--infer", "--write-table", str(file))[1]
     module = runpy.run_path(str(file))
-    assert module["MODEL_TYPES"] == ("opt",)
-    table = Table.of(SimpleNamespace(**module), AutoConfig.from_pretrained(tmp_path / "opt"))
-    assert spec_for(tmp_path / "opt", table).free == spec_for(tmp_path / "opt").free
-    config = AutoConfig.for_model("opt", **module["TINY"][0])
+    assert module["MODEL_TYPES"] == ("biogpt",)
+    table = Table.of(SimpleNamespace(**module), AutoConfig.from_pretrained(tmp_path / "biogpt"))
+    assert spec_for(tmp_path / "biogpt", table).free == spec_for(tmp_path / "biogpt").free
+    config = AutoConfig.for_model("biogpt", **module["TINY"][0])
     assert config.num_attention_heads == 3
 
 
@@ -172,7 +172,7 @@ def test_inspect_infers_where_there_is_a_table_if_asked(run, pair):
 def test_a_family_without_a_table_merges_on_the_command_line(run, tmp_path):
     for seed in range(2):
         torch.manual_seed(seed)
-        OPTForCausalLM(zoo.HF["opt"].build().config).save_pretrained(tmp_path / f"{seed}")
+        BioGptForCausalLM(zoo.HF["biogpt"].build().config).save_pretrained(tmp_path / f"{seed}")
     status, said = run("merge", str(tmp_path / "0"), str(tmp_path / "1"), "-o", str(tmp_path / "m"))
     assert status == 0, said
     assert "symmetries moved" in said

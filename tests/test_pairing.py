@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY, other_seed, same_tensors
+from conftest import FIRST, TINY, other_seed, same_tensors
 
 from hf_rebasin import Alignment, Checkpoint, Status, align, merge, spec_for
 from hf_rebasin.errors import MismatchError
@@ -45,6 +45,15 @@ def test_settings_that_change_the_meaning_are_refused(name, setting):
 def test_settings_of_training_are_not_in_the_way(bert):
     other = with_config(bert, hidden_dropout_prob=0.5, initializer_range=1.0, use_cache=False, classifier_dropout=0.3)
     merge([bert, other])
+    experts = TINY[FIRST["mixtral"]]
+    merge(
+        [
+            experts,
+            with_config(experts, router_aux_loss_coef=0.02, router_jitter_noise=0.1, _experts_implementation=None),
+        ]
+    )
+    with pytest.raises(MismatchError, match="num_experts_per_tok"):
+        merge([experts, with_config(experts, num_experts_per_tok=3)])
 
 
 def test_another_head_is_another_architecture():

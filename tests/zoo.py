@@ -240,6 +240,19 @@ _hf(
     **_OPT,
 )
 _hf(
+    "biogpt",
+    "BioGptForCausalLM",
+    _text(47, use_cache=False),
+    9,
+    _LAYERS,
+    vocab_size=47,
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    intermediate_size=26,
+    max_position_embeddings=16,
+)
+_hf(
     "gpt_neox",
     "GPTNeoXForCausalLM",
     _text(71, use_cache=False),

@@ -1,0 +1,101 @@
+"""MobileNetV2: narrow linear streams between wide blocks, whose depthwise convolutions keep their channels."""
+
+from itertools import pairwise
+
+MODEL_TYPES = ("mobilenet_v2",)
+PREFIX = "mobilenet_v2."
+_WIDTHS = (16, 24, 24, 32, 32, 32, 64, 64, 64, 64, 96, 96, 96, 160, 160, 160, 320)
+_STRIDES = (2, 1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1)
+
+
+def _width(config, channels):
+    step, wanted = config.depth_divisible_by, round(channels * config.depth_multiplier)
+    found = max(config.min_depth or step, int(wanted + step / 2) // step * step)
+    return found + step if found < 0.9 * wanted else found
+
+
+def _streams(config):
+    """The number of the stream before every block, and of the last: adding a block's input to its output keeps it."""
+    widths, streams, shrunk = [_width(config, channels) for channels in _WIDTHS], [0], 2
+    for i, said in enumerate(_STRIDES):
+        stride = 1 if shrunk == config.output_stride else said
+        shrunk *= stride
+        streams.append(streams[-1] if stride == 1 and widths[i] == widths[i + 1] else i + 1)
+    return streams
+
+
+def _normed(keys, axis):
+    return {
+        f"{keys}.normalization.{{weight,bias}}": axis,
+        f"{keys}.normalization.{{running_mean,running_var}}": f"{axis}~",
+        f"{keys}.normalization.num_batches_tracked": "",
+    }
+
+
+def table(config):
+    streams = _streams(config)
+    stem = "first" if config.first_layer_is_expansion else "expanded"
+    rows = {
+        "conv_stem.first_conv.convolution.weight": "first~, _, _, _",
+        "conv_stem.expand_1x1.convolution.weight": "expanded~, first', _, _",
+        "conv_stem.conv_3x3.convolution.weight": f"{stem}', 1, _, _",
+        "conv_stem.reduce_1x1.convolution.weight": f"stream.0~, {stem}', _, _",
+        "layer.*.conv_3x3.convolution.weight": "wide.*', 1, _, _",
+        "conv_1x1.convolution.weight": f"last~, stream.{streams[-1]}', _, _",
+        "classifier.weight": "label, last'",
+        "classifier.bias": "label",
+        "segmentation_head.conv_pool.convolution.weight": f"pool~, stream.{streams[-1]}', _, _",
+        "segmentation_head.conv_aspp.convolution.weight": f"aspp~, stream.{streams[-1]}', _, _",
+        "segmentation_head.conv_projection.convolution.weight": "projection~, pool' + aspp', _, _",
+        "segmentation_head.classifier.convolution.weight": "label, projection', _, _",
+        "segmentation_head.classifier.convolution.bias": "label",
+    }
+    for i, (before, after) in enumerate(pairwise(streams)):
+        rows[f"layer.{i}.expand_1x1.convolution.weight"] = f"wide.{i}~, stream.{before}', _, _"
+        rows[f"layer.{i}.reduce_1x1.convolution.weight"] = f"stream.{after}~, wide.{i}', _, _"
+    for stream in dict.fromkeys(streams[1:]):
+        written = ",".join(str(i) for i, after in enumerate(streams[1:]) if after == stream)
+        rows |= _normed(f"layer.{{{written}}}.reduce_1x1", f"stream.{stream}")
+    for keys, axis in (
+        ("conv_stem.first_conv", "first"),
+        ("conv_stem.{expand_1x1,conv_3x3}", stem),
+        ("conv_stem.reduce_1x1", "stream.0"),
+        ("layer.*.{expand_1x1,conv_3x3}", "wide.*"),
+        ("conv_1x1", "last"),
+        *((f"segmentation_head.conv_{part}", part) for part in ("pool", "aspp", "projection")),
+    ):
+        rows |= _normed(keys, axis)
+    return rows
+
+
+def groups(config):
+    # ReLU6 lets no scales through; a stream has no activation, and lets signs through, too
+    wide = "scaled" if config.hidden_act == "relu" else "permutation"
+    # the last feature maps are what a bare model computes, and any other class may; for segmentation nobody reads them
+    free = (config.architectures or [None])[0] == "MobileNetV2ForImageClassification"
+    return {
+        "label": "held",
+        "first": wide,
+        "expanded": wide,
+        "stream.*": "nonzero",
+        "wide.*": wide,
+        "last": wide if free else "held",
+        "pool": "scaled",
+        "aspp": "scaled",
+        "projection": "scaled",
+    }
+
+
+_TINY = dict(
+    depth_multiplier=0.125,
+    depth_divisible_by=1,
+    min_depth=2,
+    expand_ratio=2.0,
+    finegrained_output=False,
+    image_size=64,
+)
+TINY = [
+    dict(architectures=["MobileNetV2ForImageClassification"], num_labels=5, **_TINY),
+    dict(architectures=["MobileNetV2Model"], first_layer_is_expansion=False, hidden_act="relu", **_TINY),
+    dict(architectures=["MobileNetV2ForSemanticSegmentation"], num_labels=5, output_stride=16, **_TINY),
+]
