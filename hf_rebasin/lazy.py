@@ -89,11 +89,16 @@ class Here(Lazy):
 
 @dataclass(frozen=True)
 class Computed(Lazy):
-    """`compute` of other tensors: of all of each at once, or chunk by chunk where it is elementwise."""
+    """`compute` of other tensors: of all of each at once, or chunk by chunk where it is elementwise.
+
+    With `prepare`, which may look at all chunks of the inputs, it is elementwise only afterwards: `prepare` gives what
+    is then computed.
+    """
 
     inputs: Sequence[Lazy]
     compute: Callable[[Sequence[Tensor]], Tensor]
     elementwise: bool = False
+    prepare: Callable[[Sequence[Lazy]], Callable[[Sequence[Tensor]], Tensor]] | None = None
 
     @property
     def lasting(self) -> bool:
@@ -101,7 +106,9 @@ class Computed(Lazy):
 
     def ready(self) -> Lazy:
         if self.elementwise:
-            return Computed(self.shape, self.dtype, [one.ready() for one in self.inputs], self.compute, True)
+            inputs = [one.ready() for one in self.inputs]
+            compute = self.compute if self.prepare is None else self.prepare(inputs)
+            return Computed(self.shape, self.dtype, inputs, compute, True)
         return Here.of(self.compute([one.read() for one in self.inputs]), own=True)
 
     def chunk(self, start: int, stop: int) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,9 @@ def combine(
         UnknownNameError, OptionError: the method or a knob.
     """
     merge = method_with(method, knobs or {}, len(checkpoints))
-    elementwise = getattr(registry.find("merge_methods", method), "ELEMENTWISE", False)
+    module = registry.find("merge_methods", method)
+    sums = getattr(module, "sums", None)
+    elementwise = getattr(module, "ELEMENTWISE", False) or sums is not None
     first = checkpoints[0]
     lined = [lined_up(first, checkpoint, backbone_only=backbone_only) for checkpoint in checkpoints]
     parts: dict[str, Lazy] = {}
@@ -54,7 +57,8 @@ def combine(
         elif key in lined[-1]:  # they all have the same keys
             inputs = [model[key] for model in lined]
             compute = _Merge(key, merge, inputs, checkpoints, one.dtype if dtype is None else dtype)
-            parts[key] = Computed(one.shape, compute.dtype, inputs, compute, elementwise)
+            prepare = None if sums is None else partial(compute.with_sums, sums)
+            parts[key] = Computed(one.shape, compute.dtype, inputs, compute, elementwise, prepare)
         elif dtype is not None and dtype != one.dtype and not recomputed(key, one):  # of the head that is kept
             alone = _Merge(key, lambda tensors: tensors[0], [one], checkpoints, dtype)
             parts[key] = Computed(one.shape, alone.dtype, [one], alone, True)
@@ -70,21 +74,35 @@ class _Merge:
     """What is done to the tensors of one key, or to a chunk of each."""
 
     key: str
-    merge: Callable[[Sequence[Tensor]], Tensor]
+    merge: Callable[..., Tensor]
     inputs: Sequence[Lazy]
     checkpoints: Sequence[Checkpoint]
     dtype: torch.dtype
 
+    @property
+    def half(self) -> bool:
+        """Whether the first model has half precision."""
+        return self.inputs[0].dtype not in (torch.float32, torch.float64)
+
+    def _widened(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        wide = torch.float32 if self.half else torch.float64
+        return [tensor.to(wide) for tensor in tensors]
+
+    def with_sums(self, sums: Callable[[Sequence[Tensor]], Tensor], inputs: Sequence[Lazy]) -> _Merge:
+        """The same for chunks, with what has to be known of the whole tensors."""
+        total = torch.zeros((), dtype=torch.float64)
+        for chunks in zip(*(one.chunks() for one in inputs), strict=True):
+            total = total + sums(self._widened(chunks))
+        return replace(self, merge=lambda tensors: self.merge(tensors, total))
+
     def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
-        half = self.inputs[0].dtype not in (torch.float32, torch.float64)
-        wide = torch.float32 if half else torch.float64
-        values = [tensor.to(wide) for tensor in tensors]
+        values = self._widened(tensors)
         for value, part, checkpoint in zip(values, self.inputs, self.checkpoints, strict=False):
             if not all_finite(value):
                 checkpoint.refuse_tensor(next((key for key, one in checkpoint.parts.items() if one is part), self.key))
         merged = self.merge(values)
         out = merged.to(self.dtype)
-        if half and not all_finite(out):  # bfloat16 reaches as far as float32, so sums of masks do not fit that
+        if self.half and not all_finite(out):  # bfloat16 reaches as far as float32, so sums of masks do not fit that
             merged = self.merge([value.double() for value in values])
             out = merged.to(self.dtype)
         if not all_finite(out):
@@ -109,12 +127,12 @@ def _equal(one: Lazy, other: Lazy) -> bool:
     return one is other or all(torch.equal(a, b) for a, b in zip(one.chunks(), other.chunks(), strict=True))
 
 
-def method_with(name: str, knobs: Mapping[str, Any], models: int) -> Callable[[Sequence[Tensor]], Tensor]:
+def method_with(name: str, knobs: Mapping[str, Any], models: int) -> Callable[..., Tensor]:
     """A merge method with its knobs, tried on that many scalars; what it cannot do raises OptionError here."""
     merge = registry.find("merge_methods", name).merge
     values = knobs_for(f"merge method {name!r}", merge, knobs)
     merge([torch.zeros(())] * models, **values)
-    return lambda tensors: cast(Tensor, merge(tensors, **values))
+    return partial(merge, **values)
 
 
 def head_of(checkpoint: Checkpoint, prefix: str) -> set[str]:

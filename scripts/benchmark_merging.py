@@ -92,8 +92,11 @@ def same(one: Path, other: Path) -> bool:
     import torch
 
     from hf_rebasin import Checkpoint
+    from hf_rebasin.files import read_file
+    from hf_rebasin.lazy import Tensors
 
-    a, b = Checkpoint.open(one).tensors, Checkpoint.open(other).tensors
+    a = Tensors({key: part for file in one.glob("*.safetensors") for key, part in read_file(file).items()})
+    b = Checkpoint.open(other).tensors
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 

@@ -47,6 +47,9 @@ class Matrix:
     def is_identity(self):
         return False
 
+    def map(self, change):
+        return Matrix(change(self.g))
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -60,6 +63,9 @@ class Scale:
 
     def is_identity(self):
         return False
+
+    def map(self, change):
+        return Scale(change(self.s))
 
 
 def rotation(n, generator):

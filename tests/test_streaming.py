@@ -114,14 +114,17 @@ def test_streamed_is_in_memory(method, pair, tmp_path, monkeypatch):
 def test_elementwise_methods_are_elementwise():
     """What a method promises is seen to hold; one that looks at whole tensors would be cut wrong."""
 
-    def in_pieces(merge, tensors):
-        return torch.cat([merge(pieces) for pieces in zip(*(t.split(10) for t in tensors), strict=True)])
-
     tensors = list(torch.randn(2, 101, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
-    promised = {name for name in METHODS if getattr(registry.find("merge_methods", name), "ELEMENTWISE", False)}
+    pieces = list(zip(*(t.split(10) for t in tensors), strict=True))
     for name in METHODS:
-        merge = registry.find("merge_methods", name).merge
-        assert torch.equal(in_pieces(merge, tensors), merge(tensors)) == (name in promised), name
+        method = registry.find("merge_methods", name)
+        whole, apart = method.merge(tensors), torch.cat([method.merge(piece) for piece in pieces])
+        assert torch.equal(apart, whole) == getattr(method, "ELEMENTWISE", False), name
+        if hasattr(method, "sums"):
+            total = sum(method.sums(piece) for piece in pieces)
+            torch.testing.assert_close(total, method.sums(tensors), rtol=1e-14, atol=0)
+            together = torch.cat([method.merge(piece, method.sums(tensors)) for piece in pieces])
+            assert torch.equal(together, whole), name
 
 
 def test_tensors_in_memory_are_merged_as_they_are_now():

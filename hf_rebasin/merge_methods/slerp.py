@@ -14,10 +14,20 @@ PIECE = 1 << 18
 COLLINEAR = 0.9995  # beyond this cosine the sine is too small to divide by, and the arc is a line anyway
 
 
-def merge(tensors: Sequence[Tensor], *, t: float = 0.5) -> Tensor:
+def sums(tensors: Sequence[Tensor]) -> Tensor:
+    """(‖a‖², ‖b‖², ⟨a, b⟩) in float64, in pieces, so that there is no float64 copy of a large tensor."""
+    total = torch.zeros(3, dtype=torch.float64)
+    for a, b in zip(*(tensor.reshape(-1).split(PIECE) for tensor in tensors), strict=True):
+        x, y = a.double(), b.double()
+        total += torch.stack([x.dot(x), y.dot(y), x.dot(y)]).cpu()
+    return total
+
+
+def merge(tensors: Sequence[Tensor], whole: Tensor | None = None, *, t: float = 0.5) -> Tensor:
     """sin((1 − t)Ω)/sin Ω · θ_A + sin(tΩ)/sin Ω · θ_B, with Ω the angle between the two tensors as vectors.
 
-    Tensors that are zero, or point the same or opposite ways, are interpolated linearly. t = 0 is A, t = 1 is B.
+    The angle is that of the whole tensors, given by their `sums`, also where a piece of them is merged. Tensors that
+    are zero, or point the same or opposite ways, are interpolated linearly. t = 0 is A, t = 1 is B.
 
     Raises:
         OptionError: not two models, or a t that is no finite number.
@@ -31,15 +41,9 @@ def merge(tensors: Sequence[Tensor], *, t: float = 0.5) -> Tensor:
     if t in (0, 1):  # arithmetic would lose the sign of a zero
         return tensors[int(t)]
     a, b = tensors
-    norms = math.sqrt(_dot(a, a) * _dot(b, b))
-    cosine = _dot(a, b) / norms if norms > 0 else 1.0
+    a2, b2, ab = (sums(tensors) if whole is None else whole).tolist()
+    cosine = ab / math.sqrt(a2 * b2) if a2 * b2 > 0 else 1.0
     if abs(cosine) > COLLINEAR:
         return torch.lerp(a, b, t)
     angle = math.acos(cosine)
     return (a * (math.sin((1 - t) * angle) / math.sin(angle))).add_(b, alpha=math.sin(t * angle) / math.sin(angle))
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    """⟨a, b⟩ in float64, in pieces, so that there is no float64 copy of a large tensor."""
-    pieces = zip(a.reshape(-1).split(PIECE), b.reshape(-1).split(PIECE), strict=True)
-    return sum(torch.dot(x.double(), y.double()).item() for x, y in pieces)
