@@ -15,6 +15,7 @@ from .checkpoint import Checkpoint, all_finite, recomputed
 from .errors import CheckpointError, MismatchError, some
 from .knobs import knobs_for
 from .lazy import Computed, Lazy
+from .table import table_for
 
 
 def combine(
@@ -161,7 +162,9 @@ def lined_up(
         mine = {key: key for key, part in first.parts.items() if not recomputed(key, part)}
         theirs = {key: other.parts[key] for key in mine}
     else:
-        prefix = first.base_prefix if prefix is None else prefix  # a state dict knows none of its own
+        if prefix is None:  # that of the table also knows old spellings; a state dict has none of its own
+            table = table_for(first.config)
+            prefix = first.base_prefix if table is None else table.prefix or first.base_prefix
         mine, theirs = first.canonical(prefix), dict(other.state(prefix).parts)
         ties = first.canonical_ties(prefix)
         for target, kept in other.canonical_ties(prefix).items():

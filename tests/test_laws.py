@@ -12,7 +12,7 @@ import torch
 import transformers
 from conftest import ALL_OR_SOME, FIRST, TINY, drawn, moved_copy, same_tensors
 
-from hf_rebasin import Alignment, Checkpoint, RebasinError, Status, align, check, spec_for
+from hf_rebasin import Alignment, Checkpoint, RebasinError, Status, align, check, merge, spec_for
 from hf_rebasin.alignment import act
 from hf_rebasin.axes import Leaf, Product, Sum, children, leaves, map_leaves, parse, show, unmarked
 from hf_rebasin.binding import bind_to, read_spec
@@ -317,6 +317,8 @@ def test_a_tower_is_known_as_a_part_of_the_whole_too(name, tower, tmp_path):
     assert check(folder).holds
     assert spec_for(folder).symmetries == spec_for(TINY[name]).symmetries
     assert align(TINY[name], moved_copy(folder)[0]).status is Status.EQUAL
+    assert same_tensors(merge([TINY[name], folder]), TINY[name])
+    assert same_tensors(merge([folder, TINY[name]]), folder)
 
 
 def test_what_a_router_reports_is_not_an_output():
