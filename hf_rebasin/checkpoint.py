@@ -16,11 +16,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from .classes import class_of, class_ties, config_in, copied, module_names, stored, ties_of, to_disk, without_weights
 from .errors import CheckpointError, some
 from .folder import (
     copy_side_files,
@@ -110,14 +111,14 @@ class Checkpoint:
         """The transformers configuration; None where there is none, or none that transformers knows."""
         if self.given_config is not None or self.folder is None:
             return self.given_config
-        return _config(self.folder)
+        return config_in(self.folder)
 
     @cached_property
     def ties(self) -> Mapping[str, str]:
         """`{disk key that is not stored: the disk key whose tensor it shares}`."""
         if self.given_ties is not None:
             return self.given_ties
-        tied = {} if self.config is None else _class_ties(self.config)
+        tied = {} if self.config is None else class_ties(self.config)
         return {target: kept for target, kept in tied.items() if target not in self.tensors}
 
     @cached_property
@@ -166,7 +167,7 @@ class Checkpoint:
         """The class of its module; None where none is known."""
         if self.template is not None:
             return type(self.template)
-        return None if self.config is None else _class_of(self.config)
+        return None if self.config is None else class_of(self.config)
 
     @cached_property
     def base_prefix(self) -> str:
@@ -249,7 +250,7 @@ class Checkpoint:
         Raises:
             CheckpointError: no class is known, or tensors are missing or of another shape.
         """
-        if self.template is not None and (names := _module_names(self.template)) is not None:
+        if self.template is not None and (names := module_names(self.template)) is not None:
             return self._into_copy(self.template, names, dtype)
         if self.config is None:
             raise CheckpointError(
@@ -283,8 +284,8 @@ class Checkpoint:
         if module is None:
             if self.config is None:
                 raise CheckpointError(f"{self.name} has no class that transformers knows, and so no forward pass")
-            module = _without_weights(self.config)
-        names = _module_names(module)
+            module = without_weights(self.config)
+        names = module_names(module)
         if names is None:
             raise CheckpointError(f"{type(module).__name__} stores its tensors otherwise than it computes with them")
         return module, {key: disk for disk, key in names.items()}
@@ -364,116 +365,6 @@ def all_finite(values: Tensor) -> bool:
     return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
-def _config(folder: Path) -> Any:
-    """The transformers configuration of a folder; None where there is none, or none that transformers knows."""
-    said = read_json(folder / "config.json")
-    if "model_type" not in said:
-        return None
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING, AutoConfig
-
-    if said["model_type"] not in CONFIG_MAPPING:
-        return None
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
-        raise CheckpointError(f"transformers cannot use {folder / 'config.json'}: {error}") from error
-
-
-def _class_of(config: Any) -> Any:
-    """The class a configuration names, else the bare model of its type."""
-    import transformers
-
-    for name in config.architectures or []:
-        named = getattr(transformers, name, None)
-        if isinstance(named, type) and getattr(named, "config_class", None) is type(config):
-            return named
-    try:
-        return transformers.MODEL_MAPPING[type(config)]
-    except KeyError:
-        raise CheckpointError(
-            f"this transformers ({transformers.__version__}) has no class {some(config.architectures or ['?'])}"
-        ) from None
-
-
-def _class_ties(config: Any) -> dict[str, str]:
-    """The ties of the class a configuration names, by disk keys."""
-    return _ties(_without_weights(config))
-
-
-def _without_weights(config: Any) -> Any:
-    """A module of the class a configuration names, on the meta device."""
-    owner = _class_of(config)
-    try:
-        with torch.device("meta"):
-            return owner(copy.deepcopy(config)).eval()
-    except (ValueError, TypeError, AttributeError, KeyError, ImportError, RuntimeError) as error:
-        raise CheckpointError(f"{owner.__name__} cannot be built from its configuration: {error!r}") from error
-
-
-def copied(module: nn.Module, instead: Mapping[int, Tensor] | None = None) -> Any:
-    """A deep copy of a module, with other tensors for some, given by their ids."""
-    memo: dict[int, Any] = dict(instead or {})
-    for part in module.modules():  # what a hook computed from parameters is no leaf, which deepcopy would refuse
-        memo |= {id(t): t.detach().clone() for t in vars(part).values() if isinstance(t, Tensor) and not t.is_leaf}
-    return copy.deepcopy(module, memo)
-
-
-def _tied(model: Any) -> dict[str, str]:
-    """`{module key that is not stored: module key it shares}`, as transformers declares it, else as memory shows."""
-    state = model.state_dict()
-    if hasattr(model, "all_tied_weights_keys"):  # declared; but loading unequal tensors unties them
-        declared = model.all_tied_weights_keys.items()
-        return {target: kept for target, kept in declared if state[target].data_ptr() == state[kept].data_ptr()}
-    first: dict[Any, str] = {}
-    tied = {}
-    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    for key, tensor in state.items():
-        if tensor.numel():
-            place = id(own.get(key, tensor)) if tensor.is_meta else tensor.data_ptr()  # no memory, no place in it
-            kept = first.setdefault((place, tensor.shape, tensor.stride()), key)
-            if kept != key:
-                tied[key] = kept
-    return tied
-
-
-def _ties(model: Any) -> dict[str, str]:
-    """The same by disk keys."""
-    tied = _tied(model)
-    if not tied:
-        return {}
-    state = model.state_dict()
-    # A tied key shares its tensor, so it is told apart by giving it one of its own.
-    distinct = {key: torch.empty(1, device="meta") if key in tied else tensor for key, tensor in state.items()}
-    names = {id(tensor): key for key, tensor in _to_disk(model, distinct).items()}
-    return {names[id(distinct[target])]: names[id(distinct[kept])] for target, kept in tied.items()}
-
-
-def _to_disk(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict by disk keys; what is only renamed stays the same tensor object."""
-    if not hasattr(model, "save_pretrained") or not hasattr(model, "base_model_prefix"):
-        return dict(state)
-    from transformers.core_model_loading import revert_weight_conversion
-
-    return cast("dict[str, Tensor]", revert_weight_conversion(model, dict(state)))
-
-
-def _stored(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict by module keys, with a tied tensor once."""
-    tied = _tied(model)
-    return {key: tensor for key, tensor in model.state_dict().items() if key not in tied}
-
-
-def _module_names(model: nn.Module) -> dict[str, str] | None:
-    """`{disk key: module key}`; None where a conversion does more than rename."""
-    state = _stored(model)
-    names = {id(tensor): key for key, tensor in state.items()}
-    disk = _to_disk(model, state)
-    if len(disk) != len(state) or not all(id(tensor) in names for tensor in disk.values()):
-        return None
-    return {key: names[id(tensor)] for key, tensor in disk.items()}
-
-
 def _of_module(module: nn.Module) -> Checkpoint:
     """A module under its own class: a configuration keeps the class of the file it was read from."""
     lazy = [n for n, p in module.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
@@ -486,8 +377,8 @@ def _of_module(module: nn.Module) -> Checkpoint:
     if config is not None:
         config.architectures = [name]
         name += f" of {config.name_or_path}" if config.name_or_path else ""
-    tensors = {key: tensor.detach() for key, tensor in _to_disk(module, _stored(module)).items()}
+    tensors = {key: tensor.detach() for key, tensor in to_disk(module, stored(module)).items()}
     # the folder it was loaded from has its tokenizer
     folder = Path(config.name_or_path) if config is not None and config.name_or_path else None
     folder = folder if folder is not None and folder.is_dir() else None
-    return Checkpoint(tensors, config, name, _ties(module), folder, module, sources=(folder,) if folder else ())
+    return Checkpoint(tensors, config, name, ties_of(module), folder, module, sources=(folder,) if folder else ())

@@ -12,13 +12,8 @@ from .errors import OptionError, RebasinError
 from .folder import refuse_target
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from .checkpoint import Checkpoint
-    from .comparing import Comparison, Nearness, Standing
     from .recipe import Recipe
-    from .solving import Solution
-    from .spec import Spec
 
 app = typer.Typer(
     name="hf-rebasin",
@@ -65,11 +60,12 @@ def compare(
     moving: Annotated[str, typer.Argument(help="The other model.")],
 ) -> None:
     """Are two models of one base, trained apart, or different? One screen, and a verdict."""
+    from . import showing
     from .api import compare as look
 
     a, b = _open(fixed), _open(moving)
     comparison = look(a, b, device=_device(), progress=True)
-    for line in _side_by_side(a, b, comparison):
+    for line in showing.side_by_side(a, b, comparison):
         typer.echo(line)
 
 
@@ -85,6 +81,7 @@ def inspect(
     ] = None,
 ) -> None:
     """Show the symmetries of a model: name, group, size, tensors."""
+    from . import showing
     from .describing import inferred, spec_of, written
 
     if write_table is not None and not infer:
@@ -95,9 +92,9 @@ def inspect(
     spec = inferred(checkpoint) if infer else spec_of(checkpoint)
     how = ", inferred from its forward pass" if spec.pins else ""
     typer.echo(f"{model} ({type(checkpoint.config).__name__.removesuffix('Config')}): {spec}{how}\n")
-    for line in _symmetries(spec, every):
+    for line in showing.symmetries(spec, every):
         typer.echo(line)
-    for line in _held(spec):
+    for line in showing.held(spec):
         typer.echo(line)
     for target, kept in spec.ties.items():
         typer.echo(f"\ntied: {target} is {kept}")
@@ -138,6 +135,7 @@ def align(
     overwrite: Overwrite = False,
 ) -> None:
     """Bring one model to the coordinates of another; its function stays exactly the same."""
+    from . import showing
     from .api import align as find
 
     if out is None and alignment is None:
@@ -161,7 +159,8 @@ def align(
         device=_device(),
         progress=True,
     )
-    _tell(solution, moving)
+    for line in showing.solved(solution, moving):
+        typer.echo(line)
     if alignment is not None:
         typer.echo(f"alignment: {solution.alignment.save(alignment)}")
     if out is not None:
@@ -208,6 +207,7 @@ def merge(
     overwrite: Overwrite = False,
 ) -> None:
     """Merge models that were trained apart into one that from_pretrained loads."""
+    from . import showing
     from .api import run
 
     if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
@@ -229,13 +229,15 @@ def merge(
         )
     refuse_target(out, overwrite, [Path(entry.model) for entry in recipe.models if Path(entry.model).is_dir()])
     if dry_run:
-        _plan(recipe, out)
+        for line in showing.plan(recipe, out):
+            typer.echo(line)
         return
     merged = run(recipe, device=None if recipe.align is None else _device(), progress=True)
     for solution, model in zip(merged.solutions, merged.models[1:], strict=False):
-        _tell(solution, model.name)
+        for line in showing.solved(solution, model.name):
+            typer.echo(line)
     folder = merged.checkpoint.save(out, overwrite=overwrite, progress=True)
-    typer.echo(f"merged model ({recipe.merge_method}): {folder}/, {_size(merged.checkpoint)}")
+    typer.echo(f"merged model ({recipe.merge_method}): {folder}/, {showing.size(merged.checkpoint)}")
 
 
 def main() -> None:
@@ -305,130 +307,3 @@ def _parameters(said: list[str]) -> dict[str, Any]:
 
 def _assumed(assume: list[str] | None) -> Any:
     return _recipe({"models": ["x"], "assume": list(assume or [])}).assume
-
-
-def _tell(solution: Solution, model: str) -> None:
-    moved = solution.alignment.moved
-    seconds = sum(solution.seconds.values())
-    gain = f", objective {solution.history[0]:.5g} → {solution.objective:.5g}" if solution.history else ""
-    typer.echo(
-        f"aligned {model}: {len(moved)} of {len(solution.alignment.elements)} symmetries moved{gain}, {seconds:.0f} s"
-    )
-    typer.echo(f"  {solution.status.value}")
-
-
-def _size(checkpoint: Checkpoint) -> str:
-    total = sum(part.nbytes for part in checkpoint.parts.values())
-    unit, scale = ("GB", 1e9) if total >= 1e9 else ("MB", 1e6) if total >= 1e6 else ("kB", 1e3)
-    return f"{len(checkpoint.parts)} tensors, {total / scale:.1f} {unit}"
-
-
-def _plan(recipe: Recipe, out: Path) -> None:
-    """What a merge would do; every check that needs no computation is made."""
-    from .checkpoint import Checkpoint
-    from .describing import spec_of
-    from .merging import lined_up, method_with
-    from .pairing import paired
-
-    method_with(recipe.merge_method, recipe.method_knobs(), len(recipe.models))
-    first, *others = (Checkpoint.open(entry.model, revision=entry.revision) for entry in recipe.in_order())
-    for checkpoint in (first, *others):
-        checkpoint.refuse_broken()
-    for other in others:
-        other = paired(first, other, recipe.assume, backbone_only=recipe.backbone_only)
-        lined_up(first, other, backbone_only=recipe.backbone_only)
-    if recipe.align is not None:
-        typer.echo(f"would align {', '.join(o.name for o in others)} to {first.name} by {recipe.align.solver}:")
-        for line in _symmetries(spec_of(first), every=False):
-            typer.echo(f"  {line}")
-    typer.echo(
-        f"would merge {1 + len(others)} models by {recipe.merge_method} to {out}/, {_size(first)} as in {first.name}"
-    )
-
-
-def _family(said: str) -> str:
-    """With stars for numbers: ff.3 is one of ff.*, but fc1.3 one of fc1.*."""
-    import re
-
-    return re.sub(r"(?<=\.)\d+(?=[.\s:,]|$)", "*", said)
-
-
-def _held(spec: Spec) -> list[str]:
-    """Why the axes that do not move are held, those of one reason in one line."""
-    from .text import columns
-
-    reasons: dict[str, list[str]] = {}
-    for key, axes in spec.pins.items():
-        for why in axes:
-            if why is not None:
-                reasons.setdefault(_family(why), []).append(key)
-    if not reasons:
-        return []
-    rows = [("held because of", "axes", "such as")]
-    rows += [(why, str(len(keys)), keys[0]) for why, keys in reasons.items()]
-    return ["", *columns(rows, right=(1,))]
-
-
-def _side_by_side(a: Checkpoint, b: Checkpoint, comparison: Comparison) -> Iterator[str]:
-    """A comparison on one screen."""
-    from .text import columns
-
-    yield from columns([("A", a.name, _size(a)), ("B", b.name, _size(b))])
-    yield ""
-    yield from columns(list(comparison.findings.items()))
-    if comparison.parts:
-        rows = [("weights", "‖A − B‖ ÷ ‖A‖", "cosine", "numbers")]
-        for name, near in (*_few(list(comparison.parts.items())), ("all matrices", comparison.whole)):
-            if near is not None:
-                rows.append((name, f"{near.distance:.3g}", f"{near.cosine:.3f}", f"{near.elements:,}"))
-        yield ""
-        yield from columns(rows, right=(1, 2, 3))
-    if comparison.standings:
-        families: dict[str, list[Standing]] = {}
-        for name, standing in comparison.standings.items():
-            families.setdefault(_family(name), []).append(standing)
-        table = [("symmetry", "looked at", "units", "best where they are", "by chance", "identity ÷ best")]
-        for name, those in families.items():
-            units, own, chance = (sum(getattr(s, what) for s in those) for what in ("units", "own", "chance"))
-            worth, share, luck = (
-                sum(s.ratio for s in those) / len(those),
-                f"{own / units:.0%}",
-                f"{chance / units:.0%}",
-            )
-            table.append((name, str(len(those)), str(units), share, luck, f"{worth:.2f}"))
-        yield ""
-        yield from columns(table, right=(1, 2, 3, 4, 5))
-    yield f"\nverdict: {comparison.advice}"
-    from .comparing import Verdict
-
-    command = f"hf-rebasin merge {a.name} {b.name} -o merged"
-    if comparison.verdict is Verdict.SAME_BASE:
-        yield f"         {command} --no-align"
-    elif comparison.verdict in (Verdict.TRAINED_APART, Verdict.BETWEEN):
-        yield f"         {command}"
-
-
-def _few(parts: list[tuple[str, Nearness]], limit: int = 14) -> list[tuple[str, Nearness]]:
-    """At most so many of them, first and last among them."""
-    if len(parts) <= limit:
-        return parts
-    return [parts[round(i * (len(parts) - 1) / (limit - 1))] for i in range(limit)]
-
-
-def _symmetries(spec: Spec, every: bool) -> list[str]:
-    """The symmetries as a table, those of one family (`ff.0`, `ff.1`, …) in one line."""
-    from .table import KINDS
-    from .text import columns
-
-    families: dict[tuple[str, ...], list[str]] = {}
-    for name, symmetry in spec.symmetries.items():
-        family, group = name, symmetry.group
-        if not every:
-            family, group = _family(name), _family(symmetry.group)
-        moves = KINDS[symmetry.kind] if symmetry.moves else "held"
-        families.setdefault((family, group, moves, str(symmetry.size)), []).append(name)
-    rows = [("symmetry", "group", "moves by", "size", "how many", "tensors each", "such as")]
-    for (family, group, moves, size), names in families.items():
-        tensors = [t for t in spec.tensors if names[0] in t.names]
-        rows.append((family, group, moves, size, str(len(names)), str(len(tensors)), tensors[0].key))
-    return list(columns(rows, right=(3, 4, 5)))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .api import align
-from .checkpoint import copied
+from .classes import copied
 from .errors import OptionError
 from .inputs import Inputs
 from .modules import Device, merged, overwrite, refuse_unless_alike

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoint import copied
+from .classes import copied
 from .errors import OptionError, nearest
 from .modules import Device, merged, refuse_unless_alike
 from .recalibrate import recalibrate

@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import Checkpoint, copied
+from .checkpoint import Checkpoint
+from .classes import copied
 from .errors import OptionError, some
 from .merging import lined_up, method_with
 

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "hf_rebasin"
 FLOORS = (
     {"__init__", "__main__"},
     {"cli"},
+    {"showing"},
     {"demo", "coordinate_descent", "interpolation"},
     {"api"},
     {"comparing", "evaluate", "recalibrate", "recipe", "modules"},
@@ -34,6 +35,7 @@ FLOORS = (
     {"axes"},
     {"specs"},
     {"checkpoint"},
+    {"classes"},
     {"folder"},
     {"files"},
     {"lazy", "text", "registry", "knobs", "inputs"},

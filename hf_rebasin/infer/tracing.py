@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
-from ..checkpoint import copied
+from ..classes import copied
 from ..errors import SpecError
 from ..inputs import outputs_in, run
 from .aten import FILLED, apply_rule

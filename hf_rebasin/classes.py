@@ -1,0 +1,127 @@
+"""Classes of transformers, and modules: which tensors they tie, and what they call on disk what they hold.
+
+The names of a module may change from one version of transformers to the next; those on disk stay.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CheckpointError, some
+from .folder import read_json
+
+
+def config_in(folder: Path) -> Any:
+    """The transformers configuration of a folder; None where there is none, or none that transformers knows."""
+    said = read_json(folder / "config.json")
+    if "model_type" not in said:
+        return None
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if said["model_type"] not in CONFIG_MAPPING:
+        return None
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
+        raise CheckpointError(f"transformers cannot use {folder / 'config.json'}: {error}") from error
+
+
+def class_of(config: Any) -> Any:
+    """The class a configuration names, else the bare model of its type."""
+    import transformers
+
+    for name in config.architectures or []:
+        named = getattr(transformers, name, None)
+        if isinstance(named, type) and getattr(named, "config_class", None) is type(config):
+            return named
+    try:
+        return transformers.MODEL_MAPPING[type(config)]
+    except KeyError:
+        raise CheckpointError(
+            f"this transformers ({transformers.__version__}) has no class {some(config.architectures or ['?'])}"
+        ) from None
+
+
+def without_weights(config: Any) -> Any:
+    """A module of the class a configuration names, on the meta device."""
+    owner = class_of(config)
+    try:
+        with torch.device("meta"):
+            return owner(copy.deepcopy(config)).eval()
+    except (ValueError, TypeError, AttributeError, KeyError, ImportError, RuntimeError) as error:
+        raise CheckpointError(f"{owner.__name__} cannot be built from its configuration: {error!r}") from error
+
+
+def copied(module: nn.Module, instead: Mapping[int, Tensor] | None = None) -> Any:
+    """A deep copy of a module, with other tensors for some, given by their ids."""
+    memo: dict[int, Any] = dict(instead or {})
+    for part in module.modules():  # what a hook computed from parameters is no leaf, which deepcopy would refuse
+        memo |= {id(t): t.detach().clone() for t in vars(part).values() if isinstance(t, Tensor) and not t.is_leaf}
+    return copy.deepcopy(module, memo)
+
+
+def _tied(model: Any) -> dict[str, str]:
+    """`{module key that is not stored: module key it shares}`, as transformers declares it, else as memory shows."""
+    state = model.state_dict()
+    if hasattr(model, "all_tied_weights_keys"):  # declared; but loading unequal tensors unties them
+        declared = model.all_tied_weights_keys.items()
+        return {target: kept for target, kept in declared if state[target].data_ptr() == state[kept].data_ptr()}
+    first: dict[Any, str] = {}
+    tied = {}
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    for key, tensor in state.items():
+        if tensor.numel():
+            place = id(own.get(key, tensor)) if tensor.is_meta else tensor.data_ptr()  # no memory, no place in it
+            kept = first.setdefault((place, tensor.shape, tensor.stride()), key)
+            if kept != key:
+                tied[key] = kept
+    return tied
+
+
+def ties_of(model: Any) -> dict[str, str]:
+    """The same by disk keys."""
+    tied = _tied(model)
+    if not tied:
+        return {}
+    state = model.state_dict()
+    # A tied key shares its tensor, so it is told apart by giving it one of its own.
+    distinct = {key: torch.empty(1, device="meta") if key in tied else tensor for key, tensor in state.items()}
+    names = {id(tensor): key for key, tensor in to_disk(model, distinct).items()}
+    return {names[id(distinct[target])]: names[id(distinct[kept])] for target, kept in tied.items()}
+
+
+def class_ties(config: Any) -> dict[str, str]:
+    """The ties of the class a configuration names, by disk keys."""
+    return ties_of(without_weights(config))
+
+
+def to_disk(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict by disk keys; what is only renamed stays the same tensor object."""
+    if not hasattr(model, "save_pretrained") or not hasattr(model, "base_model_prefix"):
+        return dict(state)
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return cast("dict[str, Tensor]", revert_weight_conversion(model, dict(state)))
+
+
+def stored(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict by module keys, with a tied tensor once."""
+    tied = _tied(model)
+    return {key: tensor for key, tensor in model.state_dict().items() if key not in tied}
+
+
+def module_names(model: nn.Module) -> dict[str, str] | None:
+    """`{disk key: module key}`; None where a conversion does more than rename."""
+    state = stored(model)
+    names = {id(tensor): key for key, tensor in state.items()}
+    disk = to_disk(model, state)
+    if len(disk) != len(state) or not all(id(tensor) in names for tensor in disk.values()):
+        return None
+    return {key: names[id(tensor)] for key, tensor in disk.items()}

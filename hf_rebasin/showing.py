@@ -1,0 +1,124 @@
+"""What the command line shows: solutions, plans, comparisons and symmetries as lines of text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from .checkpoint import Checkpoint
+from .comparing import Comparison, Nearness, Standing, Verdict
+from .describing import spec_of
+from .merging import lined_up, method_with
+from .pairing import paired
+from .recipe import Recipe
+from .solving import Solution
+from .spec import Spec
+from .table import KINDS
+from .text import columns
+
+
+def solved(solution: Solution, model: str) -> Iterator[str]:
+    """What an alignment came to."""
+    moved, of = len(solution.alignment.moved), len(solution.alignment.elements)
+    seconds = sum(solution.seconds.values())
+    gain = f", objective {solution.history[0]:.5g} → {solution.objective:.5g}" if solution.history else ""
+    yield f"aligned {model}: {moved} of {of} symmetries moved{gain}, {seconds:.0f} s"
+    yield f"  {solution.status.value}"
+
+
+def plan(recipe: Recipe, out: Path) -> Iterator[str]:
+    """What a merge would do; every check that needs no computation is made."""
+    method_with(recipe.merge_method, recipe.method_knobs(), len(recipe.models))
+    first, *others = (Checkpoint.open(entry.model, revision=entry.revision) for entry in recipe.in_order())
+    for checkpoint in (first, *others):
+        checkpoint.refuse_broken()
+    for other in others:
+        other = paired(first, other, recipe.assume, backbone_only=recipe.backbone_only)
+        lined_up(first, other, backbone_only=recipe.backbone_only)
+    if recipe.align is not None:
+        yield f"would align {', '.join(o.name for o in others)} to {first.name} by {recipe.align.solver}:"
+        for line in symmetries(spec_of(first), every=False):
+            yield f"  {line}"
+    yield f"would merge {1 + len(others)} models by {recipe.merge_method} to {out}/, {size(first)} as in {first.name}"
+
+
+def side_by_side(a: Checkpoint, b: Checkpoint, comparison: Comparison) -> Iterator[str]:
+    """A comparison on one screen."""
+    yield from columns([("A", a.name, size(a)), ("B", b.name, size(b))])
+    yield ""
+    yield from columns(list(comparison.findings.items()))
+    if comparison.parts:
+        rows = [("weights", "‖A − B‖ ÷ ‖A‖", "cosine", "numbers")]
+        for name, near in (*_few(list(comparison.parts.items())), ("all matrices", comparison.whole)):
+            if near is not None:
+                rows.append((name, f"{near.distance:.3g}", f"{near.cosine:.3f}", f"{near.elements:,}"))
+        yield ""
+        yield from columns(rows, right=(1, 2, 3))
+    if comparison.standings:
+        families: dict[str, list[Standing]] = {}
+        for name, standing in comparison.standings.items():
+            families.setdefault(_family(name), []).append(standing)
+        table = [("symmetry", "looked at", "units", "best where they are", "by chance", "identity ÷ best")]
+        for name, those in families.items():
+            units, own, chance = (sum(getattr(s, what) for s in those) for what in ("units", "own", "chance"))
+            worth = f"{sum(s.ratio for s in those) / len(those):.2f}"
+            table.append((name, str(len(those)), str(units), f"{own / units:.0%}", f"{chance / units:.0%}", worth))
+        yield ""
+        yield from columns(table, right=(1, 2, 3, 4, 5))
+    yield f"\nverdict: {comparison.advice}"
+    command = f"hf-rebasin merge {a.name} {b.name} -o merged"
+    if comparison.verdict is Verdict.SAME_BASE:
+        yield f"         {command} --no-align"
+    elif comparison.verdict in (Verdict.TRAINED_APART, Verdict.BETWEEN):
+        yield f"         {command}"
+
+
+def _few(parts: list[tuple[str, Nearness]], limit: int = 14) -> list[tuple[str, Nearness]]:
+    """At most so many of them, first and last among them."""
+    if len(parts) <= limit:
+        return parts
+    return [parts[round(i * (len(parts) - 1) / (limit - 1))] for i in range(limit)]
+
+
+def symmetries(spec: Spec, every: bool) -> Iterator[str]:
+    """The symmetries as a table, those of one family (`ff.0`, `ff.1`, …) in one line."""
+    families: dict[tuple[str, str, str, str], list[str]] = {}
+    for name, symmetry in spec.symmetries.items():
+        family, group = name, symmetry.group
+        if not every:
+            family, group = _family(name), _family(symmetry.group)
+        moves = KINDS[symmetry.kind] if symmetry.moves else "held"
+        families.setdefault((family, group, moves, str(symmetry.size)), []).append(name)
+    rows = [("symmetry", "group", "moves by", "size", "how many", "tensors each", "such as")]
+    for (family, group, moves, n), names in families.items():
+        tensors = [t for t in spec.tensors if names[0] in t.names]
+        rows.append((family, group, moves, n, str(len(names)), str(len(tensors)), tensors[0].key))
+    return columns(rows, right=(3, 4, 5))
+
+
+def held(spec: Spec) -> Iterator[str]:
+    """Why the axes that do not move are held, those of one reason in one line."""
+    reasons: dict[str, list[str]] = {}
+    for key, axes in spec.pins.items():
+        for why in axes:
+            if why is not None:
+                reasons.setdefault(_family(why), []).append(key)
+    if not reasons:
+        return
+    rows = [("held because of", "axes", "such as")]
+    rows += [(why, str(len(keys)), keys[0]) for why, keys in reasons.items()]
+    yield ""
+    yield from columns(rows, right=(1,))
+
+
+def _family(said: str) -> str:
+    """With stars for numbers: ff.3 is one of ff.*, but fc1.3 one of fc1.*."""
+    return re.sub(r"(?<=\.)\d+(?=[.\s:,]|$)", "*", said)
+
+
+def size(checkpoint: Checkpoint) -> str:
+    """How many tensors, how large: `147 tensors, 1.0 GB`."""
+    total = sum(part.nbytes for part in checkpoint.parts.values())
+    unit, scale = ("GB", 1e9) if total >= 1e9 else ("MB", 1e6) if total >= 1e6 else ("kB", 1e3)
+    return f"{len(checkpoint.parts)} tensors, {total / scale:.1f} {unit}"
