@@ -21,7 +21,18 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .classes import class_of, class_ties, config_in, copied, module_names, stored, ties_of, to_disk, without_weights
+from .classes import (
+    class_of,
+    class_ties,
+    config_in,
+    copied,
+    module_names,
+    stored,
+    ties_of,
+    to_disk,
+    without_bars,
+    without_weights,
+)
 from .errors import CheckpointError, some
 from .folder import (
     copy_side_files,
@@ -258,13 +269,14 @@ class Checkpoint:
             )
         if dtype is None:
             dtype = next(iter(self.dtypes)) if len(self.dtypes) == 1 else torch.float32
-        model, info = self.owner.from_pretrained(
-            None,
-            config=copy.deepcopy(self.config),
-            state_dict=dict(self.tensors),
-            dtype=dtype,
-            output_loading_info=True,
-        )
+        with without_bars():
+            model, info = self.owner.from_pretrained(
+                None,
+                config=copy.deepcopy(self.config),
+                state_dict=dict(self.tensors),
+                dtype=dtype,
+                output_loading_info=True,
+            )
         for what in ("missing_keys", "mismatched_keys"):
             if info[what]:
                 raise CheckpointError(

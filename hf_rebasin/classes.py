@@ -6,7 +6,8 @@ The names of a module may change from one version of transformers to the next; t
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -125,3 +126,17 @@ def module_names(model: nn.Module) -> dict[str, str] | None:
     if len(disk) != len(state) or not all(id(tensor) in names for tensor in disk.values()):
         return None
     return {key: names[id(tensor)] for key, tensor in disk.items()}
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """No progress bar of transformers, which shows one for tensors that are in memory already."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

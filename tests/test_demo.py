@@ -5,7 +5,7 @@ import torch
 from conftest import same_tensors
 from torch import nn
 
-from hf_rebasin import demo
+from hf_rebasin import Checkpoint, Verdict, compare, demo
 from hf_rebasin.errors import OptionError
 from hf_rebasin.evaluate import Curve, curve
 from hf_rebasin.recalibrate import recalibrate
@@ -22,6 +22,7 @@ def test_the_demo_in_small(tmp_path):
     assert any("0-1" in line for line in said)
     merged = demo.MLP.from_pretrained(tmp_path / "mlp" / "merged")
     assert demo.evaluate(merged)[1] > 0.94
+    assert compare(tmp_path / "mlp" / "seed-0", tmp_path / "mlp" / "seed-1").verdict is Verdict.TRAINED_APART
     assert {f.name for f in (tmp_path / "mlp").iterdir()} == {"seed-0", "seed-1", "aligned-1", "merged"}
 
 
@@ -87,3 +88,15 @@ def test_the_whole_demo(tmp_path):
     assert max(ratios["resnet"]) <= 0.25
     assert min(ratios["vit"]) > 0.3
     assert any("permutations alone do not bring transformers together" in line for line in said)
+    for kind in ("resnet", "vit"):  # seeds are seen to be apart, a model that was trained on is not
+        one, other = tmp_path / kind / "seed-0", tmp_path / kind / "seed-1"
+        assert compare(one, other).verdict is Verdict.TRAINED_APART
+        model = Checkpoint.open(one).model().train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+        for batch, _ in zip(demo.training_batches(torch.Generator().manual_seed(9)), range(100), strict=False):
+            optimizer.zero_grad()
+            model(**(batch | {"pixel_values": batch["pixel_values"].rot90(1, (2, 3))})).loss.backward()
+            optimizer.step()
+        comparison = compare(one, model)
+        assert comparison.verdict is Verdict.SAME_BASE, comparison.advice
+        assert comparison.whole.distance > 0.05

@@ -377,9 +377,9 @@ print("killed", killed)
 """
 
 
-@pytest.mark.parametrize("moments", [8, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("overwrite", ["fresh", "overwrite"])
-def test_a_killed_merge_leaves_all_or_nothing(moments, overwrite, pair, bert, tmp_path):
+def test_a_killed_merge_leaves_all_or_nothing(overwrite, pair, bert, tmp_path):
+    moments = 50
     Checkpoint.open(bert).save(tmp_path / "old")
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(moments), overwrite],
