@@ -250,3 +250,21 @@ def test_heads_that_are_not_merged_do_not_decide_an_alignment(two_heads, tmp_pat
     again = Alignment.load(solution.alignment.save(tmp_path / "g.safetensors"))
     assert same_tensors(again.apply(b).bert, a.bert)
     assert same_tensors(merge([a, moved], backbone_only=True), a)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrower_result_is_rounded_once(dtype):
+    """Beside a tie of the narrow dtype by less than float32 can tell; torch alone would go by way of float32."""
+    step = torch.finfo(dtype).eps
+    tie = torch.tensor([1 + step / 2, 1 + 3 * step / 2, -1 - step / 2, 2 + step], dtype=torch.float64)
+    for beside, up in ((2.0**-40, 1), (-(2.0**-40), -1)):
+        exact = tie + beside
+        expected = (tie + up * step / 4).to(dtype)
+        merged = merge([{"w": exact.clone()}, {"w": exact.clone()}], dtype=dtype).tensors["w"]
+        assert torch.equal(merged, expected)
+    twice = (tie + 2.0**-40).to(dtype)
+    assert not torch.equal(twice, (tie + step / 4).to(dtype)), "torch rounds twice; else this would not be needed"
+    assert torch.equal(merge([{"w": tie}, {"w": tie}], dtype=dtype).tensors["w"], tie.to(dtype)), "ties to even"
+    huge = {"w": torch.tensor([1e300, 1.0], dtype=torch.float64)}
+    with pytest.raises(CheckpointError, match="do not fit"):
+        merge([huge, huge], dtype=dtype)
