@@ -149,10 +149,12 @@ class Alignment:
     def _reindexed(self, element: Element, name: str, outer: Mapping[str, Element]) -> Element:
         """An element whose context indices are moved by the elements of its contexts."""
         contexts = self.spec.symmetries[name].contexts
+        outermost_first = [context for context in self.spec.symmetries if context in contexts]
 
         def reindex(tensor: Tensor) -> Tensor:
-            for place, context in enumerate(contexts):
+            for context in outermost_first:
                 if context in outer:
+                    place = contexts.index(context)
                     inside = tuple(contexts.index(c) for c in self.spec.symmetries[context].contexts)
                     tensor = _act_along(tensor, outer[context], place, inside, "")
             return tensor
@@ -230,7 +232,14 @@ def act(spec: Spec, elements: Mapping[str, Element], state: Mapping[str, Tensor]
     parts = dict(parts_of(state))
     moved = dict(parts)
     for tensor in spec.tensors:
-        if not tensor.names.isdisjoint(moving):
+        if tensor.names.isdisjoint(moving):
+            continue
+        if _hang_on_data(tensor):  # which key comes here is decided inside the tensors: all of them are looked at
+            inputs = [parts[key] for key in tensor.keys.values()]
+            for index, key in tensor.keys.items():
+                compute = partial(_moved_together, spec, moving, tensor, index)
+                moved[key] = Computed(parts[key].shape, parts[key].dtype, inputs, compute)
+        else:
             for index, key in tensor.keys.items():
                 source, one, inside = _of_one_key(spec, moving, tensor, index)
                 part = parts[source]
@@ -242,6 +251,19 @@ def _moved(spec: Spec, elements: Mapping[str, Element], tensor: Labelled, inputs
     return act_on(spec, elements, tensor, inputs[0].contiguous())
 
 
+def _hang_on_data(tensor: Labelled) -> bool:
+    """Whether an axis over keys has a context that is an axis inside the tensors."""
+    n = len(next(iter(tensor.keys)))
+    return any(place >= n for block in tensor.blocks for dim in block.dims[:n] for place in dim.contexts)
+
+
+def _moved_together(
+    spec: Spec, elements: Mapping[str, Element], tensor: Labelled, index: tuple[int, ...], inputs: Sequence[Tensor]
+) -> Tensor:
+    stacked = tensor.gather(dict(zip(tensor.keys.values(), inputs, strict=True)))
+    return act_on(spec, elements, tensor, stacked)[index].clone()
+
+
 def _of_one_key(
     spec: Spec, elements: Mapping[str, Element], tensor: Labelled, index: tuple[int, ...]
 ) -> tuple[str, Labelled, Mapping[str, Element]]:
@@ -250,14 +272,13 @@ def _of_one_key(
         return tensor.key, tensor, elements
     n = len(index)
     counts = tensor.shape[:n]
-    block = tensor.blocks[0]
     places = torch.arange(math.prod(counts)).reshape(counts)
-    for name, place, dim in _in_order(spec, block):
+    for name, place, dim in _in_order(spec, tensor.blocks[0]):  # in all blocks the same, as keys are not cut
         if place < n and name in elements:
             places = _act_along(places, elements[name], place, dim.contexts, "")
     source = tuple(int(i) for i in torch.unravel_index(places[index], counts))
     inside = dict(elements)
-    for name, place, dim in _in_order(spec, block):
+    for name, place, dim in (found for block in tensor.blocks for found in _in_order(spec, block)):
         if place >= n and name in elements and any(context < n for context in dim.contexts):
             at = tuple(index[context] if context < n else slice(None) for context in dim.contexts)
             inside[name] = elements[name].map(itemgetter(at))

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 
 from . import registry
+from .alignment import act
 from .binding import bind_to
 from .checkpoint import Checkpoint, Source
 from .comparing import Comparison, compared
@@ -267,11 +268,24 @@ def run(recipe: Recipe, *, device: Device = None, progress: bool = False) -> Mer
             _solved, solver, spec, first, seed=recipe.align.seed, device=device, backbone_only=backbone_only
         )
         solutions = [solve(other, progress=progress) for other in moved]
-        moved = [solution.apply(other) for solution, other in zip(solutions, moved, strict=True)]
+        pairs = list(zip(solutions, moved, strict=True))
+        moved = [_moved_onto(first, s, other) if backbone_only else s.apply(other) for s, other in pairs]
     dtype = None if recipe.dtype is None else getattr(torch, recipe.dtype)
     knobs = recipe.method_knobs()
     merged = combine([first, *moved], recipe.merge_method, knobs, dtype=dtype, backbone_only=backbone_only)
     return Merged(merged, (first, *others), tuple(solutions))
+
+
+def _moved_onto(first: Checkpoint, solution: Solution, other: Checkpoint) -> Checkpoint:
+    """The backbone of another model as a part of the first: what its own head reads, if it has one, is no matter."""
+    spec = solution.alignment.spec
+    names = first.canonical(spec.table.prefix)
+    theirs = lined_up(first, other, spec.table.prefix, backbone_only=True)
+    there = Tensors({name: theirs[key] for name, key in names.items() if key in theirs})
+    moved = act(spec.within(there), solution.alignment.elements, there)
+    return Checkpoint(
+        Tensors({names[n]: part for n, part in moved.parts.items()}), name=other.name, sources=other.sources
+    )
 
 
 def solver_with(name: str, knobs: dict[str, Any]) -> Solver:

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from .classes import (
     class_of,
     class_ties,
-    config_in,
+    config_of,
     copied,
     module_names,
+    read_config,
     stored,
     ties_of,
     to_disk,
@@ -37,11 +38,11 @@ from .errors import CheckpointError, some
 from .folder import (
     copy_side_files,
     download,
-    put_back,
     read_json,
     read_tensors,
     refuse_target,
     replacing,
+    resolved,
     write_tensors,
 )
 from .lazy import Lazy, Tensors, composed, parts_of
@@ -60,13 +61,14 @@ class Checkpoint:
 
     Args:
         tensors: `{disk key: tensor}`; a tied tensor is there once. Lazy ones are read each time they are asked for.
-        given_config: the transformers configuration; by default that of `folder`.
+        given_config: the transformers configuration; by default the one that `written` says.
         name: what messages call it: a path, a Hub id, a class.
         given_ties: `{disk key that is not stored: the disk key whose tensor it shares}`; by default those of the class
             that the configuration names.
         folder: where its other files are (tokenizer, generation settings); `save` copies them.
         template: the module it came from; `model()` makes a copy of it.
         sources: all folders it was made from; `save` never writes over them.
+        written: what `config.json` of the folder said when it was opened.
 
     Example:
         >>> checkpoint = Checkpoint.open("google-bert/bert-base-uncased")
@@ -83,6 +85,7 @@ class Checkpoint:
     folder: Path | None = None
     template: nn.Module | None = field(default=None, repr=False)
     sources: tuple[Path, ...] = ()
+    written: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def open(source: Source, revision: str | None = None, token: str | None = None) -> Checkpoint:
@@ -102,13 +105,16 @@ class Checkpoint:
                     f"not a state dict: {some(map(repr, other))} are no tensors; give the part that is"
                 )
             return Checkpoint(dict(source))
-        folder = Path(source).expanduser()
+        try:
+            folder = Path(source).expanduser()
+        except RuntimeError as error:
+            raise CheckpointError(f"{source} cannot be a folder: {error}") from error
         if folder.is_dir() and revision is not None:
             raise CheckpointError(f"{source} is a folder here, which has no revision {revision!r}")
         if not folder.is_dir():
             folder = download(str(source), revision, token)
-        read_json(folder / "config.json")  # what is no JSON is said here
-        return Checkpoint(Tensors(read_tensors(folder)), name=str(source), folder=folder, sources=(folder,))
+        tensors, written = Tensors(read_tensors(folder)), read_config(folder)
+        return Checkpoint(tensors, name=str(source), folder=folder, sources=(folder,), written=written)
 
     # --- what it is ----------------------------------------------------------------------------------------------
 
@@ -120,24 +126,26 @@ class Checkpoint:
     @cached_property
     def config(self) -> Any:
         """The transformers configuration; None where there is none, or none that transformers knows."""
-        if self.given_config is not None or self.folder is None:
+        if self.given_config is not None:
             return self.given_config
-        return config_in(self.folder)
+        return config_of(self.written, self.folder)
 
     @cached_property
     def ties(self) -> Mapping[str, str]:
         """`{disk key that is not stored: the disk key whose tensor it shares}`."""
+        return {target: kept for target, kept in self.declared_ties.items() if target not in self.tensors}
+
+    @cached_property
+    def declared_ties(self) -> Mapping[str, str]:
+        """The same with what the file stores in spite of it."""
         if self.given_ties is not None:
             return self.given_ties
-        tied = {} if self.config is None else class_ties(self.config)
-        return {target: kept for target, kept in tied.items() if target not in self.tensors}
+        return {} if self.config is None else class_ties(self.config)
 
     @cached_property
     def said(self) -> dict[str, Any]:
         """The configuration as it is written, without the defaults of its class where those are left out."""
-        if self.given_config is not None:
-            return dict(self.given_config.to_dict())
-        return read_json(self.folder / "config.json") if self.folder is not None else {}
+        return dict(self.written if self.given_config is None else self.given_config.to_dict())
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -331,10 +339,8 @@ class Checkpoint:
             NoSpaceError: the disk has no room for it.
             CheckpointError: an input that cannot be read to its end, or NaN or Inf in a merge; nothing is written.
         """
-        target = Path(out).resolve()
-        put_back(target)
         refuse_target(out, overwrite, self.sources)
-        with replacing(target) as partial:
+        with replacing(resolved(out)) as partial:
             self._write_side_files(partial)
             write_tensors(partial, self.parts, max_shard_size, progress)
         return Path(out)
@@ -342,6 +348,8 @@ class Checkpoint:
     def _write_side_files(self, folder: Path) -> None:
         if self.folder is not None:
             copy_side_files(self.folder, folder)
+            if self.written and self.written != read_json(folder / "config.json"):  # it was changed since
+                (folder / "config.json").write_text(json.dumps(self.written, indent=2, sort_keys=True) + "\n")
         if self.given_config is not None and (self.folder is None or self.template is not None):
             self.given_config.save_pretrained(folder)
             generation = getattr(self.template, "generation_config", None)

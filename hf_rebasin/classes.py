@@ -18,20 +18,39 @@ from .errors import CheckpointError, some
 from .folder import read_json
 
 
-def config_in(folder: Path) -> Any:
-    """The transformers configuration of a folder; None where there is none, or none that transformers knows."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """What `config.json` of a folder says, empty if there is none.
+
+    Raises:
+        CheckpointError: it is no JSON, or what is read of it is not of its kind.
+    """
     said = read_json(folder / "config.json")
+    kinds = {"model_type": str, "architectures": list, "id2label": dict, "dtype": str, "torch_dtype": str}
+    for key, kind in kinds.items():
+        value = said.get(key)
+        names = key != "architectures" or value is None or all(isinstance(name, str) for name in value)
+        if not (value is None or isinstance(value, kind)) or not names:
+            raise CheckpointError(f"{folder / 'config.json'}: {key} is {value!r}, which transformers does not write")
+    if not all(str(row).isdecimal() for row in said.get("id2label") or ()):
+        raise CheckpointError(f"{folder / 'config.json'}: the keys of id2label are no numbers: {said['id2label']!r}")
+    return said
+
+
+def config_of(said: Mapping[str, Any], folder: Path | None) -> Any:
+    """The transformers configuration that a `config.json` says; None for what transformers does not know."""
     if "model_type" not in said:
         return None
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING
 
     if said["model_type"] not in CONFIG_MAPPING:
         return None
     try:
-        return AutoConfig.from_pretrained(folder)
+        config = CONFIG_MAPPING[said["model_type"]].from_dict(copy.deepcopy(dict(said)))
     except (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
-        raise CheckpointError(f"transformers cannot use {folder / 'config.json'}: {error}") from error
+        raise CheckpointError(f"transformers cannot use the config.json of {folder}: {error}") from error
+    config.name_or_path = str(folder or "")
+    return config
 
 
 def class_of(config: Any) -> Any:

@@ -6,6 +6,7 @@ import enum
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from string import ascii_letters
 
@@ -15,11 +16,12 @@ from tqdm import tqdm
 
 from .checkpoint import Checkpoint
 from .describing import spec_of
-from .errors import MismatchError, SpecError
+from .errors import CheckpointError, MismatchError, SpecError
 from .lazy import Lazy, Tensors
-from .merging import lined_up
+from .merging import equal, lined_up
 from .pairing import (
     labels,
+    paired,
     refuse_other_architecture,
     refuse_other_settings,
     same_tokenizer,
@@ -31,6 +33,7 @@ from .solving import Device, Problem
 from .spec import Spec, Unit
 from .table import ROTATING
 
+SAME = "the same"
 UNITS = 4  # of every family of symmetries, spread over the depth; the others are like them
 
 
@@ -89,6 +92,7 @@ class Comparison:
         standings: by symmetry; of large families some.
         rotated: whether its stream has a larger group than the permutations.
         equal: whether all tensors are the same.
+        backbone_only: whether they have other heads, which are left out.
     """
 
     findings: Mapping[str, str]
@@ -98,6 +102,7 @@ class Comparison:
     standings: Mapping[str, Standing] = field(default_factory=dict)
     rotated: bool = False
     equal: bool = False
+    backbone_only: bool = False
 
     @property
     def units(self) -> int:
@@ -155,16 +160,21 @@ class Comparison:
 def compared(fixed: Checkpoint, moving: Checkpoint, *, device: Device = None, progress: bool = False) -> Comparison:
     """Compare two checkpoints; tensors are read one after the other."""
     findings: dict[str, str] = {}
-    try:
-        refuse_other_architecture(fixed, moving)
-        findings["architecture"] = " ".join(fixed.said.get("architectures") or [fixed.said.get("model_type", "")])
-        refuse_other_settings(fixed, moving)
-        findings["settings"] = "the same, but for what does not change the function"
-    except MismatchError as error:
-        findings["settings" if "architecture" in findings else "architecture"] = "different"
-        return Comparison(findings, str(error).partition(". If ")[0])
-    findings["labels"] = _found(lambda: labels(fixed, moving), "the same")
-    findings["tokenizer"] = _tokenizers(fixed, moving)
+    if fixed.said and moving.said:
+        try:
+            refuse_other_architecture(fixed, moving)
+            findings["architecture"] = " ".join(fixed.said.get("architectures") or [fixed.said.get("model_type", "")])
+            refuse_other_settings(fixed, moving)
+            findings["settings"] = "the same, but for what does not change the function"
+        except MismatchError as error:
+            findings["settings" if "architecture" in findings else "architecture"] = "different"
+            return Comparison(findings, str(error).partition(". If ")[0])
+        findings["labels"] = _found(lambda: labels(fixed, moving), SAME)
+        findings["tokenizer"] = _tokenizers(fixed, moving)
+        with suppress(MismatchError):  # found above
+            moving = paired(fixed, moving)  # token and label rows in the order of the fixed model
+    else:
+        findings["architecture"] = "not said by both, so the tensors alone are compared"
     backbone_only = False
     try:
         theirs = lined_up(fixed, moving)
@@ -177,6 +187,7 @@ def compared(fixed: Checkpoint, moving: Checkpoint, *, device: Device = None, pr
             findings["tensors"] = "different"
             return Comparison(findings, _differs(error))
     mine = {key: fixed.parts[key] for key in theirs if fixed.parts[key].dtype.is_floating_point}
+    whole = all(equal(fixed.parts[key], part) for key, part in theirs.items() if key not in mine)
     sums = {
         key: _sums(one, theirs[key])
         for key, one in tqdm(
@@ -194,7 +205,7 @@ def compared(fixed: Checkpoint, moving: Checkpoint, *, device: Device = None, pr
         rotated = any(symmetry.kind in ROTATING for symmetry in spec.symmetries.values())
         findings["symmetries"] = str(spec) + (", inferred from its forward pass" if spec.pins else "")
         standings = dict(_standings(spec, fixed, theirs, device, progress))
-    except (MismatchError, SpecError) as error:
+    except (MismatchError, SpecError, CheckpointError) as error:
         findings["symmetries"] = f"not known: {error}"
     return Comparison(
         findings,
@@ -202,7 +213,11 @@ def compared(fixed: Checkpoint, moving: Checkpoint, *, device: Device = None, pr
         parts={layer: _nearness(sums, keys) for layer, keys in layers.items()},
         standings=standings,
         rotated=rotated,
-        equal=not backbone_only and all(different == 0 for _, _, different, _ in sums.values()),
+        equal=whole
+        and not backbone_only
+        and findings.get("labels", SAME) == SAME
+        and all(near.distance == 0 for near in (_nearness(sums, [key]) for key in mine)),
+        backbone_only=backbone_only,
     )
 
 
@@ -233,20 +248,20 @@ def _layer(key: str) -> str:
     return numbered[0] if numbered else key.rpartition(".")[0] or key
 
 
-def _sums(one: Lazy, other: Lazy) -> tuple[float, float, float, int]:
-    """(‖A‖², ‖B‖², ‖A − B‖², number of elements)"""
-    total = torch.zeros(3, dtype=torch.float64)
+def _sums(one: Lazy, other: Lazy) -> Tensor:
+    """(‖A‖², ‖B‖², ‖A − B‖², ⟨A, B⟩, number of elements)"""
+    total = torch.zeros(5, dtype=torch.float64)
     for a, b in zip(one.chunks(), other.chunks(), strict=True):
-        x, y = a.double(), b.double()
-        total += torch.stack([x.dot(x), y.dot(y), (x - y).square().sum()])
-    a2, b2, d2 = total.tolist()
-    return a2, b2, d2, one.numel
+        x, y = a.double().cpu(), b.double().cpu()
+        total += torch.stack([x.dot(x), y.dot(y), (x - y).square().sum(), x.dot(y), torch.tensor(float(len(x)))])
+    return total
 
 
-def _nearness(sums: Mapping[str, tuple[float, float, float, int]], keys: list[str]) -> Nearness:
-    a, b, d, n = (sum(sums[key][i] for key in keys) for i in range(4))
-    cosine = (a + b - d) / (2 * math.sqrt(a * b)) if a * b else float(d == 0)
-    return Nearness(math.sqrt(d / a) if a else math.inf * bool(d), cosine, int(n))
+def _nearness(sums: Mapping[str, Tensor], keys: list[str]) -> Nearness:
+    a, b, d, ab, n = sum((sums[key] for key in keys), torch.zeros(5, dtype=torch.float64)).tolist()
+    lengths = math.sqrt(a) * math.sqrt(b)
+    cosine = ab / lengths if lengths else float(a == b)
+    return Nearness(math.sqrt(d) / math.sqrt(a) if a else (math.inf if d else 0.0), cosine, int(n))
 
 
 def _standings(
@@ -265,10 +280,8 @@ def _standings(
                 best = along.amax(-1)
                 at_home = along.diagonal(dim1=-2, dim2=-1)
                 n = along.shape[-1]
-                yield (
-                    name,
-                    Standing(best.numel(), int((at_home >= best).sum()), best.numel() / n, _ratio(at_home, best)),
-                )
+                own = int(((at_home >= best) & (best > 0)).sum())  # a dead unit is like any other
+                yield name, Standing(best.numel(), own, best.numel() / n, _ratio(at_home, best))
 
 
 def _ratio(at_home: Tensor, best: Tensor) -> float:

@@ -1,7 +1,7 @@
-"""Safetensors files: read by their header, one range at a time, and written header first, one chunk at a time.
+"""Files of tensors: read by their header, one range at a time, and written header first, one chunk at a time.
 
-The format is 8 bytes with the length of a JSON header, the header, the data. Ranges are read with `pread`, not mapped,
-so the memory a process is seen to hold is what it works on.
+The format of safetensors is 8 bytes with the length of a JSON header, the header, the data. Ranges are read with
+`pread`, not mapped, so the memory a process is seen to hold is what it works on.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError
-from .lazy import Lazy
+from .lazy import Here, Lazy
 
 # The dtypes of the format, in the order in which the safetensors library lays tensors out: the widest come first.
 DTYPES = {
@@ -52,14 +53,30 @@ class File:
 
     def __init__(self, path: Path):
         self.path = path
-        self.descriptor = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self.descriptor)
-        self.size = os.fstat(self.descriptor).st_size
+        try:
+            if path.exists() and not path.is_file():  # a folder, or a pipe that nobody writes to
+                raise OSError("not a file")
+            self.descriptor = os.open(path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self.descriptor)
+            self.state = self._state()
+        except (OSError, ValueError) as error:  # ValueError: a name that no system has
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+    def _state(self) -> tuple[int, int]:
+        now = os.fstat(self.descriptor)
+        return now.st_size, now.st_mtime_ns
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.state[0]
 
     def fill(self, buffer: memoryview, offset: int) -> None:
-        """Read as many bytes as the buffer has."""
+        """Read as many bytes as the buffer has; a file that was written to since it was opened is an error."""
         done = 0
         try:
+            if self._state() != self.state:
+                raise CheckpointError(f"{self.path} was changed after it was opened; open it again")
             while done < len(buffer):
                 got = os.preadv(self.descriptor, [buffer[done:]], offset + done)
                 if not got:
@@ -100,17 +117,68 @@ def read_file(path: Path) -> dict[str, Stored]:
     Raises:
         CheckpointError: it cannot be opened, is cut short, or its header does not describe it.
     """
-    try:
-        file = File(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    file = File(path)
     try:
         header, begin = _header(file)
-        return {name: _stored(file, name, said, begin) for name, said in header.items() if name != "__metadata__"}
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+        tensors = {name: _stored(file, name, said, begin) for name, said in header.items() if name != "__metadata__"}
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: no header of a safetensors file ({error!r})") from error
+    at = begin
+    for name, part in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if part.offset != at:
+            raise CheckpointError(f"{path} cannot be read: {name} begins at byte {part.offset} instead of {at}")
+        at += part.nbytes
+    if at != file.size:
+        raise CheckpointError(f"{path} cannot be read: it has {file.size} bytes, and says what {at} of them are")
+    return tensors
+
+
+def read_pickle(path: Path) -> dict[str, Lazy]:
+    """The tensors of a `.bin` file, which is a pickle of tensors and of nothing else: no code in it is run.
+
+    Those of a file that torch ≥ 1.6 wrote are not read yet; older files are read whole.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds other things than tensors by name.
+    """
+    file = File(path)
+    try:
+        state = _unpickled(path, lazily=True)
+        offsets = {name: _offset(tensor) for name, tensor in state.items()}
+        if None in offsets.values():
+            return {name: Here.of(tensor, own=True) for name, tensor in _unpickled(path, lazily=False).items()}
+        return {
+            name: Stored(tuple(tensor.shape), tensor.dtype, file, cast(int, offsets[name]))
+            for name, tensor in state.items()
+        }
+    except CheckpointError:
+        raise
+    except Exception as error:  # a broken pickle raises whatever the code reading it stumbles on
+        said = (str(error) or repr(error)).splitlines()[0]
+        raise CheckpointError(f"{path} cannot be read: {said}") from error
+
+
+def _offset(tensor: Tensor) -> int | None:
+    """Where in its file a tensor begins that was unpickled without its values; None if it is not in one piece."""
+    place = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    if place is None or not tensor.is_contiguous():
+        return None
+    return int(place) + int(tensor.storage_offset()) * tensor.itemsize
+
+
+def _unpickled(path: Path, lazily: bool) -> dict[str, Tensor]:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() if lazily else nullcontext():
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout is torch.strided
+        for name, tensor in state.items()
+    ):
+        raise CheckpointError(f"{path} is no state dict: it holds other things than tensors by name")
+    return state
 
 
 def _header(file: File) -> tuple[dict[str, Any], int]:
@@ -133,9 +201,11 @@ def _header(file: File) -> tuple[dict[str, Any], int]:
 def _stored(file: File, name: str, said: Mapping[str, Any], begin: int) -> Stored:
     if said["dtype"] not in DTYPES:
         raise CheckpointError(f"{file.path} cannot be read: {name} is {said['dtype']}, a dtype that is not known here")
-    shape, dtype = tuple(map(int, said["shape"])), DTYPES[said["dtype"]]
+    shape, dtype = tuple(said["shape"]), DTYPES[said["dtype"]]
     first, last = said["data_offsets"]
-    if min(first, *shape, 0) < 0 or last - first != math.prod(shape) * dtype.itemsize:
+    if not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, first, last)) or not name.encode():
+        raise ValueError(f"{name!r} has shape {shape} in bytes {first} to {last}")
+    if last - first != math.prod(shape) * dtype.itemsize or math.prod(max(n, 1) for n in shape) >= 1 << 63:
         raise CheckpointError(
             f"{file.path} cannot be read: {name} {shape} of {said['dtype']} is said to lie in bytes {first} to {last}"
         )
@@ -158,6 +228,8 @@ def write_file(path: Path, parts: Mapping[str, Lazy], written: Callable[[int], o
     other = {str(part.dtype) for part in parts.values() if part.dtype not in NAMES}
     if other:
         raise CheckpointError(f"safetensors files have no {', '.join(sorted(other))}")
+    if "__metadata__" in parts:
+        raise CheckpointError("a tensor named '__metadata__' cannot be written: that name is not for tensors")
     names = sorted(parts, key=lambda name: (-order[parts[name].dtype], name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from .errors import CheckpointError, NoSpaceError, TargetExistsError, some
+from .errors import CheckpointError, NoSpaceError, OptionError, TargetExistsError, some
 
 if TYPE_CHECKING:
     from .lazy import Lazy
@@ -68,7 +68,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The content of a JSON file, empty if there is none."""
     try:
         said = json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not JSON: {error}") from error
     if not isinstance(said, dict):
         raise CheckpointError(f"{file} holds a {type(said).__name__}, not an object")
@@ -82,10 +82,10 @@ def read_tensors(folder: Path) -> dict[str, Lazy]:
         CheckpointError: there are no weights, or only an adapter's; a shard is missing, unreadable, cut short or said
             to lie elsewhere; the index names tensors that are not there.
     """
-    from .files import read_file
+    from .files import read_file, read_pickle
 
     found = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
-    for single, index, read in ((SINGLE, INDEX, read_file), (OLD_SINGLE, OLD_INDEX, _read_old)):
+    for single, index, read in ((SINGLE, INDEX, read_file), (OLD_SINGLE, OLD_INDEX, read_pickle)):
         if single in found:
             return dict(read(folder / single))
         if index in found:
@@ -110,30 +110,11 @@ def _read_shards(folder: Path, index: str, read: Callable[[Path], Mapping[str, L
     for name in sorted(set(places.values())):
         if Path(name).name != name:
             raise CheckpointError(f"{folder / index} points outside its folder: {name!r}")
-        tensors |= read(folder / name)
+        # a tensor may be in several files; the index says in which it counts
+        tensors |= {key: part for key, part in read(folder / name).items() if places.get(key, name) == name}
     if missing := sorted(places.keys() - tensors.keys()):
         raise CheckpointError(f"{folder / index} names tensors that its files have not: {some(missing)}")
     return tensors
-
-
-def _read_old(file: Path) -> dict[str, Lazy]:
-    """A pickle of tensors, and of nothing else: `weights_only` runs no code."""
-    import pickle
-
-    import torch
-
-    from .lazy import Here
-
-    try:
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # written before torch 1.6, which cannot be mapped
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise CheckpointError(f"{file} is no state dict: it holds other things than tensors by name")
-    return {name: Here.of(tensor, own=True) for name, tensor in state.items()}
 
 
 def refuse_target(out: str | os.PathLike[str], overwrite: bool, sources: Iterable[Path] = ()) -> None:
@@ -144,9 +125,11 @@ def refuse_target(out: str | os.PathLike[str], overwrite: bool, sources: Iterabl
         overwrite: whether a model that is there may be replaced.
         sources: folders that are read; the target may be none of them, nor hold one.
     """
-    target = Path(out).resolve()
+    target = resolved(out)
+    put_back(target)
     for source in sources:
-        if target == source.resolve() or target in source.resolve().parents:
+        place = source.resolve()
+        if target == place or target in place.parents or place in _beside(target):
             raise TargetExistsError(f"{out} is or holds {source}, which is read; name another folder")
     if target == Path.cwd():
         raise TargetExistsError(f"{out} is the folder you are in; name one to be made")
@@ -162,6 +145,14 @@ def refuse_target(out: str | os.PathLike[str], overwrite: bool, sources: Iterabl
             f"{out} holds what is not a model's ({some(foreign) or 'no weights and no configuration'}), so it is not "
             "overwritten; name another folder"
         )
+
+
+def resolved(out: str | os.PathLike[str]) -> Path:
+    """Where a folder really is; links are followed."""
+    try:
+        return Path(out).resolve()
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise TargetExistsError(f"{out} cannot be a folder: {error}") from error
 
 
 def _is_of_a_model(path: Path) -> bool:
@@ -184,6 +175,8 @@ def _is_side_folder(path: Path) -> bool:
 
 def copy_side_files(source: Path, folder: Path) -> None:
     """Copy what a model needs besides its weights."""
+    if not source.is_dir():
+        raise CheckpointError(f"{source} is gone, with the tokenizer and all else that belongs to the weights")
     for file in sorted(source.iterdir()):
         if file.is_file() and _is_side_file(file.name):
             shutil.copyfile(file, folder / file.name)
@@ -202,6 +195,8 @@ def write_tensors(folder: Path, parts: Mapping[str, Lazy], max_shard_size: str, 
     from .files import write_file
     from .lazy import one_thread
 
+    if not parts:
+        raise CheckpointError("there are no tensors to be written")
     total = sum(part.nbytes for part in parts.values())
     free = shutil.disk_usage(folder).free
     if total > free:
@@ -229,12 +224,15 @@ def _shards(parts: Mapping[str, Lazy], max_shard_size: str) -> dict[str, list[st
     """`{file: names}`, as transformers cuts them."""
     from huggingface_hub import split_state_dict_into_shards_factory
 
-    cut = split_state_dict_into_shards_factory(
-        cast("dict[str, Any]", parts),
-        get_storage_size=lambda part: part.nbytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
+    try:
+        cut = split_state_dict_into_shards_factory(
+            cast("dict[str, Any]", parts),
+            get_storage_size=lambda part: part.nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise OptionError(f"max_shard_size {max_shard_size!r} is no size, such as '5GB'") from error
     return dict(cut.filename_to_tensors)
 
 
@@ -254,23 +252,62 @@ def replacing(target: Path) -> Iterator[Path]:
     """A partial folder beside the target that takes its place at the end, or is removed if anything fails.
 
     What was there before is kept aside until then, and put back if the exchange fails. Leftovers of a run that was
-    killed are cleaned up first.
+    killed are cleaned up first; those of a run that goes on, or of somebody else, raise TargetExistsError.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial, old = _beside(target)
     for leftover in (partial, old):
+        _refuse_unless_left_over(leftover, target)
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir()
-    try:
-        yield partial
-        if target.exists():
-            target.rename(old)
+    with _locked(partial, target):
+        own = partial.stat().st_ino
         try:
-            partial.rename(target)
-        except BaseException:
-            if old.exists():
-                old.rename(target)
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            yield partial
+            if not partial.exists() or partial.stat().st_ino != own:
+                raise TargetExistsError(f"{partial} was taken away while it was written to")
+            if target.exists():
+                target.rename(old)
+            try:
+                partial.rename(target)
+            except BaseException:
+                if old.exists():
+                    old.rename(target)
+                raise
+        finally:
+            if partial.exists() and partial.stat().st_ino == own:
+                shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _refuse_unless_left_over(folder: Path, target: Path) -> None:
+    """Raise TargetExistsError if a folder is not one that a killed run left behind."""
+    if not folder.exists():
+        return
+    foreign = [f.name for f in sorted(folder.iterdir()) if not _is_of_a_model(f)] if folder.is_dir() else ["a file"]
+    if foreign:
+        raise TargetExistsError(
+            f"{folder} is where {target.name} would be prepared, and holds what is not a model's ({some(foreign)}); "
+            "name another target, or move it"
+        )
+    with _locked(folder, target):
+        pass
+
+
+@contextmanager
+def _locked(folder: Path, target: Path) -> Iterator[None]:
+    """A folder that one run at a time works in; the system forgets the lock when the run ends, however it does."""
+    try:
+        import fcntl
+    except ImportError:  # not on this system
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise TargetExistsError(f"another run is writing {target}; wait for it, or name another") from error
+        yield
+    finally:
+        os.close(descriptor)

@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -74,14 +73,15 @@ class Here(Lazy):
         return self.own
 
     def ready(self) -> Lazy:
-        return self
-
-    @cached_property
-    def _flat(self) -> Tensor:
-        return self.tensor.detach().contiguous().reshape(-1)
+        plain = self.tensor.detach().resolve_conj().resolve_neg().contiguous()
+        return Here(self.shape, self.dtype, plain, self.own)
 
     def chunk(self, start: int, stop: int) -> Tensor:
-        return self._flat[start:stop]
+        return self.tensor.reshape(-1)[start:stop]
+
+    def kept(self) -> Here:
+        """A copy of its own."""
+        return Here.of(self.tensor.detach().clone(), own=True)
 
     def read(self) -> Tensor:
         return self.tensor

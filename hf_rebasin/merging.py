@@ -14,7 +14,7 @@ from . import registry
 from .checkpoint import Checkpoint, all_finite, recomputed
 from .errors import CheckpointError, MismatchError, some
 from .knobs import knobs_for
-from .lazy import Computed, Lazy
+from .lazy import Computed, Here, Lazy
 from .table import table_for
 
 
@@ -53,16 +53,18 @@ def combine(
     parts: dict[str, Lazy] = {}
     for key, one in first.parts.items():
         if not one.dtype.is_floating_point:
-            if key in lined[-1]:
+            if key in lined[-1]:  # they all have the same keys
                 _refuse_if_it_matters(key, [model[key] for model in lined], checkpoints)
-        elif key in lined[-1]:  # they all have the same keys
+        elif key in lined[-1]:
             inputs = [model[key] for model in lined]
             compute = _Merge(key, merge, inputs, checkpoints, one.dtype if dtype is None else dtype)
             prepare = None if sums is None else partial(compute.with_sums, sums)
             parts[key] = Computed(one.shape, compute.dtype, inputs, compute, elementwise, prepare)
-        elif dtype is not None and dtype != one.dtype and not recomputed(key, one):  # of the head that is kept
-            alone = _Merge(key, lambda tensors: tensors[0], [one], checkpoints, dtype)
+        elif not recomputed(key, one):  # of the head that is kept
+            alone = _Merge(key, lambda tensors: tensors[0], [one], checkpoints, one.dtype if dtype is None else dtype)
             parts[key] = Computed(one.shape, alone.dtype, [one], alone, True)
+        if isinstance(one, Here) and key not in parts:  # whoever holds it may change it later
+            parts[key] = one.kept()
     return first.with_parts(
         parts,
         name=f"{method} of {', '.join(c.name for c in checkpoints)}",
@@ -82,8 +84,8 @@ class _Merge:
 
     @property
     def half(self) -> bool:
-        """Whether the first model has half precision."""
-        return self.inputs[0].dtype not in (torch.float32, torch.float64)
+        """Whether all is half precision, so that sums in float32 are exact enough."""
+        return max(self.dtype.itemsize, *(part.dtype.itemsize for part in self.inputs)) <= 2
 
     def _widened(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         wide = torch.float32 if self.half else torch.float64
@@ -133,14 +135,15 @@ def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
 def _refuse_if_it_matters(key: str, parts: Sequence[Lazy], checkpoints: Sequence[Checkpoint]) -> None:
     """Whole numbers are not averaged, so apart from counts they have to be the same: quantised weights are not."""
     for part, checkpoint in zip(parts, checkpoints, strict=True):
-        if not key.endswith("num_batches_tracked") and not _equal(part, parts[0]):
+        if not key.endswith("num_batches_tracked") and not equal(part, parts[0]):
             raise MismatchError(
-                f"{key} ({part.dtype}) differs between {checkpoints[0].name} and {checkpoint.name}, and whole "
-                "numbers cannot be averaged; if the models are quantised, merge the originals"
+                f"{key} ({part.dtype}) differs between {checkpoints[0].name} and {checkpoint.name}, and what is no "
+                "floating-point number is not averaged; if the models are quantised, merge the originals"
             )
 
 
-def _equal(one: Lazy, other: Lazy) -> bool:
+def equal(one: Lazy, other: Lazy) -> bool:
+    """Whether two tensors are the same, read chunk by chunk."""
     return one is other or all(torch.equal(a, b) for a, b in zip(one.chunks(), other.chunks(), strict=True))
 
 
@@ -191,7 +194,12 @@ def lined_up(
     missing = [key for key in mine if key not in theirs]
     left = [key for key in theirs if key not in mine]
     extra = [key for key in left if ties.get(key) not in mine]
-    untied = [key for key in left if ties.get(key) in mine and not _equal(theirs[key], theirs[ties[key]])]
+    untied = [key for key in left if ties.get(key) in mine and not equal(theirs[key], theirs[ties[key]])]
+    kinds = [
+        f"{key} {theirs[key].dtype} instead of {first.parts[disk].dtype}"
+        for key, disk in mine.items()
+        if key in theirs and theirs[key].dtype.is_floating_point != first.parts[disk].dtype.is_floating_point
+    ]
     shapes = [
         f"{key} {theirs[key].shape} instead of {first.parts[disk].shape}"
         for key, disk in mine.items()
@@ -204,13 +212,14 @@ def lined_up(
             (f"it has what {first.name} lacks", extra),
             (f"it has values of its own for what {first.name} ties", untied),
             ("it has other shapes", shapes),
+            ("it has other kinds of numbers", kinds),
         )
         if keys
     ]
     if problems:
+        hint = f". Where only the heads differ, that of {first.name} can be kept (--backbone-only)"
         raise MismatchError(
-            f"{other.name} cannot be merged into {first.name}; {'; '.join(problems)}. Where only the heads differ, "
-            f"that of {first.name} can be kept (--backbone-only)"
+            f"{other.name} cannot be merged into {first.name}; {'; '.join(problems)}{'' if backbone_only else hint}"
         )
     return {disk: theirs[key] for key, disk in mine.items()}
 
@@ -223,11 +232,16 @@ def _backbones(
     prefix: str | tuple[str, ...] | None,
 ) -> tuple[dict[str, str], dict[str, Lazy]]:
     """Both without their heads."""
-    base = first.base_prefix or other.base_prefix
+    base, theirs = first.base_prefix, dict(theirs)
     if not base:
         raise MismatchError(f"no class is known of {first.name}, so its head cannot be told from its backbone")
     heads = head_of(first, base)
     kept = {key for key, disk in mine.items() if disk in heads}
+    for target, source in first.declared_ties.items():  # a head that is the embedding, stored once more
+        one, two = (next((k for k, disk in mine.items() if disk == said), None) for said in (target, source))
+        if one in kept and two in theirs and two not in kept and equal(first.parts[target], first.parts[source]):
+            kept.discard(one)
+            theirs[one] = theirs[two]
     left_out = {id(other.parts[key]) for key in head_of(other, base)}
     return (
         {key: disk for key, disk in mine.items() if key not in kept},

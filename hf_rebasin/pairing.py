@@ -57,14 +57,9 @@ HARMLESS = (
     "_commit_hash",
     "model_card*",
 )
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "vocab.txt",
-    "vocab.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
+# What makes a tokenizer, and what else says what its tokens mean.
+TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken")
+BESIDE_IT = ("*tokenizer*", "added_tokens.json", "special_tokens_map.json", "merges.txt")
 
 
 def paired(
@@ -230,10 +225,12 @@ def same_tokenizer(fixed: Checkpoint, moving: Checkpoint) -> bool:
     a, b = tokenizer_folder(fixed), tokenizer_folder(moving)
     if a is None or b is None:
         return a is b and fixed.given_config is None and moving.given_config is None
-    both = [(a / name, b / name) for name in TOKENIZER_FILES]
-    return a == b or all(
-        x.is_file() == y.is_file() and (not x.is_file() or filecmp.cmp(x, y, shallow=False)) for x, y in both
-    )
+    mine, theirs = (_files(folder, (*TOKENIZER_FILES, *BESIDE_IT)) for folder in (a, b))
+    return mine == theirs and all(filecmp.cmp(a / name, b / name, shallow=False) for name in mine)
+
+
+def _files(folder: Path, patterns: Iterable[str]) -> set[str]:
+    return {file.name for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
 
 
 def vocabularies(fixed: Checkpoint, moving: Checkpoint) -> list[int] | None:
@@ -255,7 +252,7 @@ def vocabularies(fixed: Checkpoint, moving: Checkpoint) -> list[int] | None:
 
 def tokenizer_folder(checkpoint: Checkpoint) -> Path | None:
     folder = checkpoint.folder
-    return folder if folder and any((folder / file).is_file() for file in TOKENIZER_FILES) else None
+    return folder if folder and _files(folder, TOKENIZER_FILES) else None
 
 
 def _tokens(folder: Path) -> dict[str, int]:

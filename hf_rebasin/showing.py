@@ -67,7 +67,7 @@ def side_by_side(a: Checkpoint, b: Checkpoint, comparison: Comparison) -> Iterat
         yield ""
         yield from columns(table, right=(1, 2, 3, 4, 5))
     yield f"\nverdict: {comparison.advice}"
-    command = f"hf-rebasin merge {a.name} {b.name} -o merged"
+    command = f"hf-rebasin merge {a.name} {b.name} -o merged" + " --backbone-only" * comparison.backbone_only
     if comparison.verdict is Verdict.SAME_BASE:
         yield f"         {command} --no-align"
     elif comparison.verdict in (Verdict.TRAINED_APART, Verdict.BETWEEN):

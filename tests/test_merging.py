@@ -268,3 +268,76 @@ def test_a_narrower_result_is_rounded_once(dtype):
     huge = {"w": torch.tensor([1e300, 1.0], dtype=torch.float64)}
     with pytest.raises(CheckpointError, match="do not fit"):
         merge([huge, huge], dtype=dtype)
+
+
+def test_half_precision_beside_wider_models_is_summed_wide():
+    numbers = torch.Generator().manual_seed(0)
+    a, b, c = (torch.randn(10000, generator=numbers) for _ in range(3))
+    a = a.bfloat16()
+    for dtype in (torch.float32, torch.float64):
+        merged = merge([{"w": a}, {"w": b}, {"w": c}], dtype=dtype).tensors["w"]
+        assert torch.equal(merged, ((a.double() + b + c) / 3).to(dtype))
+
+
+def test_other_kinds_of_numbers_are_refused():
+    for other in (torch.tensor([2, 3]), torch.tensor([True, False]), torch.tensor([1j, 2j])):
+        with pytest.raises(MismatchError, match="other kinds of numbers: w torch"):
+            merge([{"w": torch.ones(2)}, {"w": other}])
+    with pytest.raises(MismatchError, match="what is no floating-point number is not averaged"):
+        merge([{"w": torch.tensor([1j])}, {"w": torch.tensor([2j])}])
+
+
+def test_what_is_not_merged_is_not_the_callers_either(two_heads):
+    a, b = two_heads
+    a = Checkpoint.open(a).model()
+    merged = merge([a, b], backbone_only=True)
+    expected = {key: tensor.clone() for key, tensor in merged.tensors.items()}
+    with torch.no_grad():
+        for parameter in a.parameters():
+            parameter.fill_(7)
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in merged.tensors.items())
+    one, two = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
+    merged = merge([one, two])
+    one.num_batches_tracked += 5
+    assert merged.tensors["num_batches_tracked"] == 0
+
+
+def test_a_head_that_is_kept_is_looked_at_too(two_heads):
+    a = Checkpoint.open(two_heads[0])
+    broken = dict(a.tensors) | {"classifier.bias": torch.full_like(a.tensors["classifier.bias"], torch.nan)}
+    with pytest.raises(CheckpointError, match="classifier.bias .* NaN"):
+        merge([replace(a, tensors=broken), two_heads[1]], backbone_only=True)
+
+
+@pytest.mark.parametrize("name", ["bert-1-BertForMaskedLM", "gpt2"])
+def test_a_tied_head_stays_tied_where_the_file_stores_it(name, tmp_path):
+    """As files of old do: the head is kept, but it is the embedding, and that is merged."""
+    model = TINY.get(name) or next(m for n, m in TINY.items() if n.startswith(name) and "LMHead" in n)
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder, one in zip(folders, (model, other_seed(model)), strict=True):
+        checkpoint = Checkpoint.open(one)
+        stored = {target: checkpoint.tensors[kept] for target, kept in checkpoint.ties.items()}
+        assert stored
+        replace(checkpoint, tensors=dict(checkpoint.tensors) | stored, given_ties={}).save(folder)
+    merged = merge(folders, backbone_only=True).tensors
+    for target, kept in Checkpoint.open(model).ties.items():
+        assert torch.equal(merged[target], merged[kept])
+        assert not kept.endswith("weight") or not torch.equal(merged[kept], Checkpoint.open(model).tensors[kept])
+
+
+def test_a_bare_model_is_moved_as_a_part_of_the_one_with_a_head(tmp_path):
+    from hf_rebasin.api import run
+    from hf_rebasin.recipe import Recipe
+
+    a = TINY["bert-4-BertForSequenceClassification"]
+    bare = moved_copy(a)[0].bert
+    Checkpoint.open(a).save(tmp_path / "a")
+    Checkpoint.open(bare).save(tmp_path / "bare")
+    recipe = {"models": [str(tmp_path / "a"), str(tmp_path / "bare")], "backbone_only": True}
+    assert same_tensors(run(Recipe.from_dict(recipe)).checkpoint, a)
+
+
+def test_slerp_of_the_largest_numbers():
+    a, b = ({"w": torch.tensor(w, dtype=torch.float64) * 1e150} for w in ([1.0, 0.0], [0.0, 1.0]))
+    middle = merge([a, b], "slerp").tensors["w"]
+    torch.testing.assert_close(middle, torch.tensor([0.5, 0.5], dtype=torch.float64).sqrt() * 1e150)

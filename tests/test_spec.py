@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_rebasin import Alignment, Table
-from hf_rebasin.alignment import act
+from hf_rebasin.alignment import act, act_on
 from hf_rebasin.binding import bind
 from hf_rebasin.errors import SpecError
 
@@ -176,3 +176,42 @@ def test_errors_name_key_shape_and_row(said, shapes, says):
         return
     with pytest.raises(SpecError, match=says):
         bind(said, shapes)
+
+
+@pytest.mark.parametrize(
+    ("rows", "groups", "sizes", "shapes"),
+    [
+        (
+            {"r": "expert, _", "e.<expert>.up": "ff + gg, _", "e.<expert>.down": "_, ff' + gg'"},
+            {"expert": "permutation", "ff": "permutation in expert", "gg": "permutation in expert"},
+            {"ff": 4, "gg": 2},
+            {"r": (3, 2), "up": (6, 2), "down": (2, 6)},
+        ),
+        (
+            {"r": "expert, _", "e.<expert>.up": "3 + gg, _", "e.<expert>.down": "_, 3 + gg'"},
+            {"expert": "permutation", "gg": "permutation in expert"},
+            {},
+            {"r": (3, 2), "up": (6, 2), "down": (2, 6)},
+        ),
+        (
+            {"r": "(group expert), _", "e.<expert>.up": "group, ff, _", "e.<expert>.down": "group, _, ff'"},
+            {"group": "permutation", "expert": "permutation in group", "ff": "permutation in expert group"},
+            {"group": 2},
+            {"r": (6, 2), "up": (2, 5, 2), "down": (2, 2, 5)},
+        ),
+    ],
+)
+def test_acting_on_one_key_is_acting_on_all_of_them(rows, groups, sizes, shapes):
+    """Blocks that hang on the key in different ways, and keys whose order hangs on what is in them."""
+    shapes = {"r": shapes["r"]} | {f"e.{i}.{w}": shapes[w] for i in range(3) for w in ("up", "down")}
+    spec = bind(Table(rows, groups, sizes), shapes)
+    state = {key: torch.randn(shape, dtype=torch.float64) for key, shape in shapes.items()}
+    for seed in range(5):
+        g = Alignment.random(spec, torch.Generator().manual_seed(seed))
+        moved = act(spec, g.elements, state)
+        for tensor in spec.tensors:
+            together = act_on(spec, g.elements, tensor, tensor.gather(state))
+            for index, key in tensor.keys.items():
+                assert torch.equal(moved[key], together[index] if index else together)
+        back = act(spec, g.inverse().elements, moved)
+        assert all(torch.equal(back[key], state[key]) for key in state)

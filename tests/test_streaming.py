@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,8 @@ from conftest import ROOT, moved_copy, other_seed, same_tensors
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hf_rebasin import Alignment, Checkpoint, align, files, folder, lazy, merge, registry
-from hf_rebasin.errors import CheckpointError, NoSpaceError
+from hf_rebasin import Alignment, Checkpoint, align, checkpoint, files, folder, lazy, merge, registry
+from hf_rebasin.errors import CheckpointError, NoSpaceError, OptionError, TargetExistsError
 from hf_rebasin.files import DTYPES, read_file, write_file
 from hf_rebasin.lazy import Computed, Here, Tensors
 
@@ -143,6 +144,36 @@ def test_a_file_that_is_replaced_is_still_read_as_it_was(pair, bert, tmp_path):
     assert all(torch.equal(t, expected[k]) for k, t in a.tensors.items())
 
 
+def test_sums_are_those_of_the_files(pair):
+    for model in pair:
+        said = dict(line.split("  ")[::-1] for line in (model / "SHA256SUMS").read_text().splitlines())
+        weights = sorted(model.glob("*.safetensors"))
+        assert said == {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in weights}
+
+
+def test_a_configuration_is_that_of_the_weights_it_was_opened_with(pair, tmp_path):
+    merged, said = merge(list(pair)), json.loads((pair[0] / "config.json").read_text())
+    (pair[0] / "config.json").write_text(json.dumps(said | {"layer_norm_eps": 0.5}))
+    assert json.loads((merged.save(tmp_path / "out") / "config.json").read_text()) == said
+    assert merged.model().config.layer_norm_eps == said["layer_norm_eps"]
+    for file in pair[0].iterdir():
+        file.unlink()
+    pair[0].rmdir()
+    assert same_tensors(merged.model(), tmp_path / "out"), "what is open can be read to its end"
+    with pytest.raises(CheckpointError, match=r"a is gone, with the tokenizer"):
+        merged.save(tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_tensor_in_two_shards_is_where_the_index_says(pair):
+    b, names = pair[1], sorted(file.name for file in pair[1].glob("*.safetensors"))
+    expected = {key: tensor.clone() for key, tensor in Checkpoint.open(b).tensors.items()}
+    first, last = (load_file(b / name) for name in (names[0], names[-1]))
+    key = next(iter(first))
+    save_file(last | {key: first[key] + 1}, b / names[-1], {"format": "pt"})
+    assert all(torch.equal(t, expected[k]) for k, t in Checkpoint.open(b).tensors.items())
+
+
 # --- alignments between disk and memory ------------------------------------------------------------------------------
 
 
@@ -183,6 +214,20 @@ def test_pickled_weights_merge_like_others(pair, tmp_path):
     assert same_tensors(tmp_path / "old", pair[0])
 
 
+def test_pickled_weights_are_lazy(pair, reads, tmp_path):
+    tensors = dict(Checkpoint.open(pair[0]).tensors)
+    torch.save(tensors | {"slice": tensors["cls.predictions.bias"][5:9]}, tmp_path / "pytorch_model.bin")
+    reads.clear()
+    lazily = Checkpoint.open(tmp_path).tensors
+    assert reads == []
+    assert torch.equal(lazily["slice"], tensors["cls.predictions.bias"][5:9])
+    assert [n for _, n in reads] == [16]
+    torch.save(tensors | {"turned": next(iter(tensors.values())).mT}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="was changed after it was opened"):
+        _ = lazily["slice"]
+    assert torch.equal(Checkpoint.open(tmp_path).tensors["turned"], next(iter(tensors.values())).mT)
+
+
 class Evil:
     def __reduce__(self):
         return os.system, ("touch /tmp/hf-rebasin-was-here",)
@@ -206,12 +251,27 @@ def cut(file, at):
     os.truncate(file, at if at >= 0 else file.stat().st_size + at)
 
 
-def header_says(file, change):
-    """The file with another header."""
+def header_says(file, change, more=0):
+    """The file with another header, and some bytes more at its end."""
     data = file.read_bytes()
     n = int.from_bytes(data[:8], "little")
     text = json.dumps(change(json.loads(data[8 : 8 + n]))).encode()
-    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + n :])
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + n :] + bytes(more))
+
+
+def moved_by(step):
+    """All tensors but the first somewhere else."""
+
+    def change(header):
+        names = [k for k in header if k != "__metadata__"]
+        moved = {k: header[k] | {"data_offsets": [at + step for at in header[k]["data_offsets"]]} for k in names[1:]}
+        return header | moved
+
+    return change
+
+
+def deep(levels):
+    return levels.to_bytes(8, "little") + b"[" * levels
 
 
 def first_tensor(says):
@@ -233,8 +293,15 @@ FAULTS = {
     "other JSON": (lambda b: (b / MANY).write_bytes(b"\x08" + bytes(7) + b"[1, 2,3]"), r"00002.* no header"),
     "a shape too large": (lambda b: header_says(b / MANY, first_tensor({"shape": [10**6]})), r"is said to lie in"),
     "no dtype of ours": (lambda b: header_says(b / MANY, first_tensor({"dtype": "F3"})), r"is F3, a dtype that"),
+    "an overlap": (lambda b: header_says(b / MANY, moved_by(-4)), r"00002.* begins at byte \d+ instead of \d+"),
+    "a hole": (lambda b: header_says(b / MANY, moved_by(4), more=4), r"00002.* begins at byte \d+ instead of \d+"),
+    "more than is said": (lambda b: header_says(b / MANY, dict, more=4), r"00002.* says what \d+ of them"),
+    "a deep header": (lambda b: (b / MANY).write_bytes(deep(10**5)), r"00002.* no header"),
+    "a shape of fractions": (lambda b: header_says(b / MANY, first_tensor({"shape": [1e400]})), r"00002.* no header"),
+    "a deep index": (lambda b: (b / INDEX).write_text("[" * 10**5), r"is not JSON"),
+    "a name that no system has": (lambda b: index_says(b, lambda m: m | {"x": "a\0b"}), r"cannot be read"),
     "no place": (lambda b: header_says(b / MANY, first_tensor({"data_offsets": [0]})), r"00002.* no header"),
-    "unreadable": (lambda b: ((b / MANY).unlink(), (b / MANY).mkdir()), r"00002.* cannot be read: .*[Dd]irectory"),
+    "unreadable": (lambda b: ((b / MANY).unlink(), (b / MANY).mkdir()), r"00002.* cannot be read: not a file"),
     "missing": (lambda b: (b / MANY).unlink(), r"00002.* cannot be read: .*No such file"),
     "outside": (lambda b: index_says(b, lambda m: m | {"x": "../a/model.safetensors"}), r"points outside its folder"),
     "absolute": (lambda b: index_says(b, lambda m: m | {"x": "/etc/passwd"}), r"points outside its folder"),
@@ -265,9 +332,69 @@ def test_a_file_that_is_cut_while_it_is_read(pair, tmp_path):
     merged = merge([pair[0], pair[1]])
     cut(pair[0] / ONE, -1)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(CheckpointError, match=r"model.safetensors ends at byte \d+, where a tensor goes on"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors was changed after it was opened"):
         merged.save(tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_any_byte_of_a_header_may_be_wrong(tmp_path):
+    """It is read, or it is said that it cannot be: nothing else is raised, and nothing hangs."""
+    save_file({"a": torch.ones(2, 3), "b": torch.ones(4)}, tmp_path / ONE)
+    data = (tmp_path / ONE).read_bytes()
+    chance = random.Random(0)
+    for _ in range(400):
+        at = chance.randrange(len(data) - 40)
+        broken = data[:at] + bytes([chance.randrange(256)]) + data[at + 1 :]
+        (tmp_path / ONE).write_bytes(broken[: chance.choice([len(data), chance.randrange(len(data))])])
+        try:
+            tensors = Checkpoint.open(tmp_path).tensors
+            assert sum(tensors[key].numel() * tensors[key].element_size() for key in tensors) == 40
+        except CheckpointError as error:
+            assert "cannot be read" in str(error)
+
+
+def test_two_runs_do_not_write_to_one_target(pair, tmp_path, monkeypatch):
+    write = folder.write_tensors
+    said = []
+
+    def meanwhile(partial, *rest):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "write_tensors", write)
+            with pytest.raises(TargetExistsError, match="another run is writing") as error:
+                Checkpoint.open(pair[1]).save(tmp_path / "out")
+            said.append(error)
+        write(partial, *rest)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", meanwhile)
+    out = Checkpoint.open(pair[0]).save(tmp_path / "out")
+    assert len(said) == 1
+    assert same_tensors(out, pair[0])
+    (tmp_path / ".other.partial").mkdir()
+    (tmp_path / ".other.partial" / "thesis.tex").write_text("mine")
+    with pytest.raises(TargetExistsError, match=r"holds what is not a model's \(thesis.tex\)"):
+        Checkpoint.open(pair[0]).save(tmp_path / "other")
+    assert (tmp_path / ".other.partial" / "thesis.tex").read_text() == "mine"
+
+
+def test_what_cannot_be_written_is_said(pair, tmp_path):
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    for save, error, says in (
+        (lambda: Checkpoint.open(pair[0]).save(tmp_path / "circle"), TargetExistsError, "cannot be a folder|already"),
+        (lambda: Checkpoint.open({}).save(tmp_path / "x"), CheckpointError, "no tensors"),
+        (
+            lambda: Checkpoint.open({"__metadata__": torch.ones(1)}).save(tmp_path / "x"),
+            CheckpointError,
+            "__metadata__",
+        ),
+        (
+            lambda: Checkpoint.open(pair[0]).save(tmp_path / "x", max_shard_size="huge"),
+            OptionError,
+            "'huge' is no size",
+        ),
+    ):
+        with pytest.raises(error, match=says):
+            save()
+        assert not (tmp_path / "x").exists()
 
 
 def test_values_that_would_spread_are_found_on_the_way(pair, bert, tmp_path):

@@ -42,7 +42,8 @@ def merge(tensors: Sequence[Tensor], whole: Tensor | None = None, *, t: float = 
         return tensors[int(t)]
     a, b = tensors
     a2, b2, ab = (sums(tensors) if whole is None else whole).tolist()
-    cosine = ab / math.sqrt(a2 * b2) if a2 * b2 > 0 else 1.0
+    norms = math.sqrt(a2) * math.sqrt(b2)
+    cosine = max(-1.0, min(ab / norms, 1.0)) if norms > 0 else 1.0
     if abs(cosine) > COLLINEAR:
         return torch.lerp(a, b, t)
     angle = math.acos(cosine)
