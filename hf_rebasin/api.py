@@ -223,7 +223,7 @@ def compare(fixed: Source, moving: Source, *, device: Device = None, progress: b
         A `Comparison`: `.verdict`, `.advice` (the verdict in a sentence), and the numbers it rests on.
 
     Raises:
-        CheckpointError: one of them cannot be read, or is quantised.
+        CheckpointError: one of them cannot be read, is quantised, or has NaN or Inf in it.
 
     Example: a model, and the same model moved. The function is the same, and still none of it is in its place.
 

@@ -244,13 +244,13 @@ class Checkpoint:
     def refuse_broken(self) -> None:
         """Raise CheckpointError for a quantised model, or that names the first tensor with NaN or Inf in it."""
         self.refuse_quantised()
-        for key, part in self.parts.items():
+        for part in self.parts.values():
             if part.dtype.is_floating_point and not all(map(all_finite, part.chunks())):
-                self.refuse_tensor(key)
+                self.refuse_values(part)
 
-    def refuse_tensor(self, key: str) -> None:
-        """Raise CheckpointError if a tensor has NaN or Inf in it."""
-        part = self.parts[key]
+    def refuse_values(self, part: Lazy) -> None:
+        """Raise CheckpointError if one of its tensors has NaN or Inf in it."""
+        key = next((key for key, one in self.parts.items() if one is part), "a tensor")
         bad = sum((~torch.isfinite(chunk)).sum().item() for chunk in part.chunks())
         if bad:
             raise CheckpointError(

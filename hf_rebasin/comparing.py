@@ -194,6 +194,10 @@ def compared(fixed: Checkpoint, moving: Checkpoint, *, device: Device = None, pr
             mine.items(), desc="comparing", unit="tensor", leave=False, disable=None if progress else True
         )
     }
+    for key, total in sums.items():
+        if not total.isfinite().all():
+            fixed.refuse_values(mine[key])
+            moving.refuse_values(theirs[key])
     matrices = [key for key in mine if len(mine[key].shape) > 1] or list(mine)
     layers: dict[str, list[str]] = {}
     for key in mine:

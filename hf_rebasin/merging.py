@@ -102,7 +102,7 @@ class _Merge:
         values = self._widened(tensors)
         for value, part, checkpoint in zip(values, self.inputs, self.checkpoints, strict=False):
             if not all_finite(value):
-                checkpoint.refuse_tensor(next((key for key, one in checkpoint.parts.items() if one is part), self.key))
+                checkpoint.refuse_values(part)
         merged = self.merge(values)
         out = _rounded(merged, self.dtype)
         if self.half and not all_finite(out):  # bfloat16 reaches as far as float32, so sums of masks do not fit that

@@ -5,11 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
+from architectures import ARCHITECTURES
 from conftest import FIRST, TINY, moved_copy, other_seed
 from typer.testing import CliRunner
 
-from hf_rebasin import Checkpoint, Verdict, compare
+from hf_rebasin import Checkpoint, Table, Verdict, compare
+from hf_rebasin.binding import bind
 from hf_rebasin.cli import app
+from hf_rebasin.comparing import _standings
+from hf_rebasin.errors import CheckpointError
 
 
 def fine_tuned(model, amount=0.1):
@@ -112,3 +117,92 @@ def test_one_screen(family, tmp_path):
     assert "verdict: same base, do not align" in said.output
     assert lines[-1].strip() == f"hf-rebasin merge {a} {b} -o merged --no-align"
     assert "the same keys and shapes" in said.output
+
+
+def test_what_is_said_of_one_alone_does_not_make_them_different(bert, tmp_path):
+    assert compare(bert, bert.state_dict()).verdict is Verdict.EQUAL
+    folder = Checkpoint.open(bert).save(tmp_path / "a")
+    (folder / "config.json").unlink()
+    assert compare(bert, folder).verdict is Verdict.EQUAL
+    assert compare(bert, folder).at_home == 1, "the one that has a class says what the symmetries are"
+
+
+def test_equal_is_all_of_it_equal(bert):
+    ones, two = torch.ones(2, 2), torch.tensor([1, 2])
+    for a, b in (({"w": two}, {"w": two + 2}), ({"w": ones, "n": two}, {"w": ones, "n": two + 1})):
+        assert compare(a, b).verdict is not Verdict.EQUAL
+        assert compare(a, a).verdict is Verdict.EQUAL
+    assert compare({"w": ones}, {"w": ones.int()}).verdict is Verdict.DIFFERENT
+    classes = TINY["bert-4-BertForSequenceClassification"]
+
+    def labelled(*names):
+        config = type(classes.config)(**(classes.config.to_dict() | {"id2label": dict(enumerate(names))}))
+        return replace(Checkpoint.open(classes), given_config=config)
+
+    a, b = labelled("x", "y", "z"), labelled("y", "x", "z")
+    assert compare(a, b).verdict is not Verdict.EQUAL, "the same rows for other labels"
+    assert "in another order" in compare(a, b).findings["labels"]
+
+
+def test_broken_models_are_named(bert):
+    tensors = dict(Checkpoint.open(bert).tensors)
+    key = "bert.embeddings.LayerNorm.bias"
+    broken = replace(Checkpoint.open(bert), tensors=tensors | {key: torch.full_like(tensors[key], torch.nan)})
+    for pair in ((bert, broken), (broken, bert)):
+        with pytest.raises(CheckpointError, match=rf"{key} .* NaN"):
+            compare(*pair)
+
+
+def test_dead_units_are_at_home_nowhere(bert):
+    def dead(model):
+        state = {k: t.clone() for k, t in Checkpoint.open(model).tensors.items()}
+        for key, tensor in state.items():
+            if "intermediate" in key:
+                tensor[4:] = 0
+        return replace(Checkpoint.open(model), tensors=state)
+
+    apart = compare(dead(bert), dead(other_seed(bert)))
+    assert apart.verdict is Verdict.TRAINED_APART, apart.advice
+
+
+def test_numbers_of_any_size():
+    assert compare({"w": torch.tensor([1e-90], dtype=torch.float64)}, {"w": torch.tensor([2e-90]).double()})
+    for size in (1e-150, 1e150):
+        a = torch.tensor([[size, 0.0], [0.0, size]], dtype=torch.float64)
+        assert compare({"w": a}, {"w": 2 * a}).whole.cosine == pytest.approx(1)
+
+
+def test_shares_and_streams_are_what_they_are():
+    """A layer of three units: one at home, two exchanged."""
+    weight = torch.tensor([[1.0, 0, 0], [0, 2, 0], [0, 0, 3]])
+    spec = bind(Table({"w": "ff, _"}, {"ff": "permutation"}), {"w": (3, 3)})
+    a, b = Checkpoint.open({"w": weight}), Checkpoint.open({"w": weight[[0, 2, 1]]})
+    ((name, standing),) = _standings(spec, a, b.parts, None, False)
+    assert (name, standing.units, standing.own, standing.chance) == ("ff", 3, 1, 1)
+    assert standing.ratio == pytest.approx(1 / 14)
+    for family, rotated in (("llama", True), ("gpt2", True), ("resnet", False), ("bert", False)):
+        assert compare(TINY[FIRST[family]], TINY[FIRST[family]]).rotated == rotated
+
+
+def test_where_symmetries_are_not_known_the_rest_is_compared():
+    kind, settings = ARCHITECTURES["qwen2-moe"]
+    owner = getattr(transformers, kind)
+    models = [owner(owner.config_class(**settings)) for _ in range(2)]
+    comparison = compare(*models)
+    assert comparison.at_home is None
+    assert comparison.findings["symmetries"].startswith("not known")
+    assert comparison.verdict is Verdict.TRAINED_APART
+
+
+def test_the_printed_command_runs(tmp_path, monkeypatch):
+    classes = TINY["bert-4-BertForSequenceClassification"]
+    config = type(classes.config)(**(classes.config.to_dict() | {"num_labels": 7}))
+    other = type(classes)(config).to(classes.dtype)
+    other.bert.load_state_dict(classes.bert.state_dict())
+    for name, model in (("a", classes), ("b", other)):
+        Checkpoint.open(model).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    command = CliRunner().invoke(app, ["compare", "a", "b"]).output.splitlines()[-1].split()
+    assert command == ["hf-rebasin", "merge", "a", "b", "-o", "merged", "--backbone-only", "--no-align"]
+    done = CliRunner().invoke(app, command[1:])
+    assert done.exit_code == 0, done.output

@@ -305,7 +305,7 @@ def test_what_is_not_merged_is_not_the_callers_either(two_heads):
 def test_a_head_that_is_kept_is_looked_at_too(two_heads):
     a = Checkpoint.open(two_heads[0])
     broken = dict(a.tensors) | {"classifier.bias": torch.full_like(a.tensors["classifier.bias"], torch.nan)}
-    with pytest.raises(CheckpointError, match="classifier.bias .* NaN"):
+    with pytest.raises(CheckpointError, match=r"classifier.bias .* NaN"):
         merge([replace(a, tensors=broken), two_heads[1]], backbone_only=True)
 
 

