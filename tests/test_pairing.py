@@ -164,3 +164,25 @@ def test_classes_a_table_does_not_know_merge_without_alignment():
     config = GPT2Config(n_layer=1, n_embd=8, n_head=2, n_positions=8, vocab_size=11, bos_token_id=0, eos_token_id=0)
     model = GPT2DoubleHeadsModel(config)
     assert same_tensors(merge([model, model]), model)
+
+
+def test_tokens_that_were_added_count(bert, tmp_path):
+    """The same vocabulary file, and different tokens beside it."""
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(80))]
+
+    def with_added(name, *added):
+        folder = save_with_vocabulary(bert, tmp_path / name, tokens)
+        plain = dict(lstrip=False, normalized=False, rstrip=False, single_word=False, special=True)
+        decoder = {str(85 + i): {"content": token} | plain for i, token in enumerate(added)}
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": decoder}))
+        return folder
+
+    a, b, c = with_added("a", "foo", "bar"), with_added("b", "bar", "foo"), with_added("c", "foo")
+    row = "bert.embeddings.word_embeddings.weight"
+    merged = merge([a, b]).tensors[row]
+    own = Checkpoint.open(bert).tensors[row]
+    assert torch.equal(merged[85], (own[85] + own[86]) / 2), "foo with foo"
+    with pytest.raises(MismatchError, match=r"different vocabulary: .*bar"):
+        merge([a, c])
+    assert same_tensors(merge([a, with_added("d", "foo", "bar")]), a)
