@@ -253,13 +253,12 @@ def write_file(path: Path, parts: Mapping[str, Lazy], written: Callable[[int], o
 
 
 class _Sink:
-    """A file that is hashed and written by a thread of its own, while the next chunk is read and computed."""
+    """A file that is hashed by a thread of its own, while it is written and the next chunk is read and computed."""
 
     def __init__(self, path: Path):
         self.path, self.sha256 = path, hashlib.sha256()
         self.queue: Queue[memoryview | None] = Queue(maxsize=8)
-        self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._drain, name=f"write {path.name}", daemon=True)
+        self.thread = threading.Thread(target=self._hash, name=f"sha256 {path.name}", daemon=True)
 
     def __enter__(self) -> _Sink:
         self.file = self.path.open("wb", buffering=0)
@@ -267,25 +266,18 @@ class _Sink:
         return self
 
     def put(self, data: memoryview) -> None:
-        if self.error is not None:
-            raise self.error
         self.queue.put(data)
+        try:
+            while data:
+                data = data[self.file.write(data) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
-    def _drain(self) -> None:
+    def _hash(self) -> None:
         while (data := self.queue.get()) is not None:
-            if self.error is None:
-                try:
-                    self.sha256.update(data)
-                    while data:
-                        data = data[self.file.write(data) :]
-                except OSError as error:  # to be raised by the one that puts
-                    self.error = OSError(error.errno, error.strerror, str(self.path))
-                except BaseException as error:  # what is put has to be taken, or the other one waits forever
-                    self.error = error
+            self.sha256.update(data)
 
-    def __exit__(self, kind: object, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self.queue.put(None)
         self.thread.join()
         self.file.close()
-        if self.error is not None and kind is None:
-            raise self.error

@@ -30,7 +30,8 @@ def merge(tensors: Sequence[Tensor], *, weights: Sequence[float] | None = None, 
     total = sum(weights) if normalize else 1.0
     if total == 0:
         raise OptionError(f"linear got weights {weights}, which sum to 0 and cannot be normalised")
-    merged = tensors[0] * weights[0]
-    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-        merged += tensor if weight == 1 else tensor * weight
+    terms = [tensor if weight == 1 else tensor * weight for tensor, weight in zip(tensors, weights, strict=True)]
+    merged = terms[0] + terms[1] if len(terms) > 1 else terms[0].clone()
+    for term in terms[2:]:
+        merged += term
     return merged.div_(total)
