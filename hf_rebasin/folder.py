@@ -284,7 +284,8 @@ def _refuse_unless_left_over(folder: Path, target: Path) -> None:
     """Raise TargetExistsError if a folder is not one that a killed run left behind."""
     if not folder.exists():
         return
-    foreign = [f.name for f in sorted(folder.iterdir()) if not _is_of_a_model(f)] if folder.is_dir() else ["a file"]
+    inside = [f for f in sorted(folder.rglob("*")) if f.is_file()] if folder.is_dir() else [folder]
+    foreign = [f.name for f in inside if not _is_of_a_model(f)]
     if foreign:
         raise TargetExistsError(
             f"{folder} is where {target.name} would be prepared, and holds what is not a model's ({some(foreign)}); "
