@@ -134,8 +134,8 @@ class Comparison:
         share = self.whole.cosine if self.at_home is None else self.at_home
         if share >= 0.5:
             return Verdict.SAME_BASE
-        by_luck = self.own - self.chance <= 3 * math.sqrt(self.chance)  # three standard deviations
-        return Verdict.TRAINED_APART if share <= 0.1 or by_luck else Verdict.BETWEEN
+        luck = 3 * math.sqrt(self.chance) / max(self.units, 1)  # three standard deviations
+        return Verdict.TRAINED_APART if share <= max(0.1, luck) else Verdict.BETWEEN
 
     @property
     def advice(self) -> str:
@@ -160,21 +160,11 @@ class Comparison:
 def compared(fixed: Checkpoint, moving: Checkpoint, *, device: Device = None, progress: bool = False) -> Comparison:
     """Compare two checkpoints; tensors are read one after the other."""
     findings: dict[str, str] = {}
-    if fixed.said and moving.said:
-        try:
-            refuse_other_architecture(fixed, moving)
-            findings["architecture"] = " ".join(fixed.said.get("architectures") or [fixed.said.get("model_type", "")])
-            refuse_other_settings(fixed, moving)
-            findings["settings"] = "the same, but for what does not change the function"
-        except MismatchError as error:
-            findings["settings" if "architecture" in findings else "architecture"] = "different"
-            return Comparison(findings, str(error).partition(". If ")[0])
-        findings["labels"] = _found(lambda: labels(fixed, moving), SAME)
-        findings["tokenizer"] = _tokenizers(fixed, moving)
-        with suppress(MismatchError):  # found above
-            moving = paired(fixed, moving)  # token and label rows in the order of the fixed model
-    else:
-        findings["architecture"] = "not said by both, so the tensors alone are compared"
+    difference = _meaning(fixed, moving, findings)
+    if difference is not None:
+        return Comparison(findings, difference)
+    with suppress(MismatchError):  # is among the findings
+        moving = paired(fixed, moving)  # token and label rows in the order of the fixed model
     backbone_only = False
     try:
         theirs = lined_up(fixed, moving)
@@ -187,7 +177,7 @@ def compared(fixed: Checkpoint, moving: Checkpoint, *, device: Device = None, pr
             findings["tensors"] = "different"
             return Comparison(findings, _differs(error))
     mine = {key: fixed.parts[key] for key in theirs if fixed.parts[key].dtype.is_floating_point}
-    whole = all(equal(fixed.parts[key], part) for key, part in theirs.items() if key not in mine)
+    others_equal = all(equal(fixed.parts[key], part) for key, part in theirs.items() if key not in mine)
     sums = {
         key: _sums(one, theirs[key])
         for key, one in tqdm(
@@ -217,12 +207,30 @@ def compared(fixed: Checkpoint, moving: Checkpoint, *, device: Device = None, pr
         parts={layer: _nearness(sums, keys) for layer, keys in layers.items()},
         standings=standings,
         rotated=rotated,
-        equal=whole
+        equal=others_equal
         and not backbone_only
         and findings.get("labels", SAME) == SAME
         and all(near.distance == 0 for near in (_nearness(sums, [key]) for key in mine)),
         backbone_only=backbone_only,
     )
+
+
+def _meaning(fixed: Checkpoint, moving: Checkpoint, findings: dict[str, str]) -> str | None:
+    """Find what two models say they are; the first difference that forbids a merge, if there is one."""
+    if not fixed.said or not moving.said:
+        findings["architecture"] = "not said by both, so the tensors alone are compared"
+        return None
+    try:
+        refuse_other_architecture(fixed, moving)
+        findings["architecture"] = " ".join(fixed.said.get("architectures") or [fixed.said.get("model_type", "")])
+        refuse_other_settings(fixed, moving)
+        findings["settings"] = "the same, but for what does not change the function"
+    except MismatchError as error:
+        findings["settings" if "architecture" in findings else "architecture"] = "different"
+        return str(error).partition(". If ")[0]
+    findings["labels"] = _found(lambda: labels(fixed, moving), SAME)
+    findings["tokenizer"] = _tokenizers(fixed, moving)
+    return None
 
 
 def _found(compare: Callable[[], list[int] | None], same: str) -> str:

@@ -206,3 +206,10 @@ def test_the_printed_command_runs(tmp_path, monkeypatch):
     assert command == ["hf-rebasin", "merge", "a", "b", "-o", "merged", "--backbone-only", "--no-align"]
     done = CliRunner().invoke(app, command[1:])
     assert done.exit_code == 0, done.output
+
+
+def test_without_symmetries_the_cosine_decides():
+    a, across = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    for cosine, verdict in ((0.9, Verdict.SAME_BASE), (0.3, Verdict.BETWEEN), (0.05, Verdict.TRAINED_APART)):
+        b = cosine * a + (1 - cosine**2) ** 0.5 * across
+        assert compare({"w": a}, {"w": b}).verdict is verdict
