@@ -309,6 +309,8 @@ def _locked(folder: Path, target: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise TargetExistsError(f"another run is writing {target}; wait for it, or name another") from error
+        except OSError:  # a file system without locks, as some that are shared; then there is none
+            pass
         yield
     finally:
         os.close(descriptor)
