@@ -19,7 +19,7 @@ from .errors import OptionError
 from .inputs import Inputs
 from .knobs import knobs_for
 from .lazy import Tensors
-from .merging import combine, lined_up, method_with
+from .merging import combine, lined_state, lined_up, method_with
 from .pairing import Assumption, paired
 from .recipe import Recipe
 from .solving import Device, Problem, Solution, Solver
@@ -157,8 +157,7 @@ def _solved(
 ) -> Solution:
     """Align two checkpoints that are known to be sound and to mean the same."""
     prefix = spec.table.prefix
-    names, theirs = fixed.canonical(prefix), lined_up(fixed, moving, prefix, backbone_only=backbone_only)
-    there = Tensors({name: theirs[key] for name, key in names.items() if key in theirs})
+    there = lined_state(fixed, lined_up(fixed, moving, prefix, backbone_only=backbone_only), prefix)
     matched = spec.within(there)  # heads that are not merged do not say either which features are alike
     generator = torch.Generator().manual_seed(seed)
     solution = solver.solve(Problem(matched, fixed.state(prefix), there, generator, device, progress))
@@ -250,16 +249,9 @@ class Merged:
 
 def run(recipe: Recipe, *, device: Device = None, progress: bool = False) -> Merged:
     """Open the models of a recipe, align all to the first (or to its `base_model`), and merge when it is saved."""
-    entries = recipe.in_order()
-    method_with(recipe.merge_method, recipe.method_knobs(), len(entries))  # what it cannot do is said before the work
-    first, *others = (Checkpoint.open(entry.model, revision=entry.revision) for entry in entries)
+    (first, *others), moved = opened(recipe)
     backbone_only = recipe.backbone_only
-    for checkpoint in (first, *others):
-        checkpoint.refuse_quantised()
     solutions: list[Solution] = []
-    moved = [paired(first, other, recipe.assume, backbone_only=backbone_only) for other in others]
-    for other in moved:
-        lined_up(first, other, backbone_only=backbone_only)  # what does not fit is said before the work
     if recipe.align is not None:
         for checkpoint in (first, *others):
             checkpoint.refuse_broken()
@@ -276,12 +268,25 @@ def run(recipe: Recipe, *, device: Device = None, progress: bool = False) -> Mer
     return Merged(merged, (first, *others), tuple(solutions))
 
 
+def opened(recipe: Recipe) -> tuple[list[Checkpoint], list[Checkpoint]]:
+    """(the models of a recipe, all but the first with their rows in its order); what does not fit is said here."""
+    entries = recipe.in_order()
+    method_with(recipe.merge_method, recipe.method_knobs(), len(entries))
+    models = [Checkpoint.open(entry.model, revision=entry.revision) for entry in entries]
+    for checkpoint in models:
+        checkpoint.refuse_quantised()
+    first, *others = models
+    moved = [paired(first, other, recipe.assume, backbone_only=recipe.backbone_only) for other in others]
+    for other in moved:
+        lined_up(first, other, backbone_only=recipe.backbone_only)
+    return models, moved
+
+
 def _moved_onto(first: Checkpoint, solution: Solution, other: Checkpoint) -> Checkpoint:
     """The backbone of another model as a part of the first: what its own head reads, if it has one, is no matter."""
     spec = solution.alignment.spec
-    names = first.canonical(spec.table.prefix)
-    theirs = lined_up(first, other, spec.table.prefix, backbone_only=True)
-    there = Tensors({name: theirs[key] for name, key in names.items() if key in theirs})
+    prefix = spec.table.prefix
+    names, there = first.canonical(prefix), lined_state(first, lined_up(first, other, backbone_only=True), prefix)
     moved = act(spec.within(there), solution.alignment.elements, there)
     return Checkpoint(
         Tensors({names[n]: part for n, part in moved.parts.items()}), name=other.name, sources=other.sources

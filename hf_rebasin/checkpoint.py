@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -45,7 +44,7 @@ from .folder import (
     resolved,
     write_tensors,
 )
-from .lazy import Lazy, Tensors, composed, parts_of
+from .lazy import Lazy, Tensors, all_finite, composed, parts_of
 
 # What GPTQ, AWQ, bitsandbytes and compressed-tensors store beside or instead of weights.
 QUANTISED = (".qweight", ".qzeros", ".weight_packed", ".absmax", ".SCB", ".weight_scale", ".weight_scale_inv")
@@ -375,14 +374,6 @@ def recomputed(key: str, part: Lazy) -> bool:
     if re.search(r"(^|\.)(attn|attention)\.(masked_)?bias$", key):
         return len(part.shape) in (0, 4)
     return re.search(r"(^|\.)(embeddings\.position_ids|rotary_emb\.inv_freq)$", key) is not None
-
-
-def all_finite(values: Tensor) -> bool:
-    """Whether there is no NaN and no Inf; one pass, without a mask of the size of the tensor."""
-    if not values.numel() or math.isfinite(values.sum().item()):  # neither is ever lost in a sum, and sums are quick
-        return True
-    low, high = values.aminmax()
-    return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
 def _of_module(module: nn.Module) -> Checkpoint:

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from .checkpoint import Checkpoint
 from .describing import spec_of
 from .errors import CheckpointError, MismatchError, SpecError
-from .lazy import Lazy, Tensors
-from .merging import equal, lined_up
+from .lazy import Lazy
+from .merging import equal, lined_state, lined_up
 from .pairing import (
     labels,
     paired,
@@ -32,6 +32,7 @@ from .solvers.weight_matching import weight_similarity
 from .solving import Device, Problem
 from .spec import Spec, Unit
 from .table import ROTATING
+from .text import family_of, spread
 
 SAME = "the same"
 UNITS = 4  # of every family of symmetries, spread over the depth; the others are like them
@@ -280,11 +281,11 @@ def _standings(
     spec: Spec, fixed: Checkpoint, theirs: Mapping[str, Lazy], device: Device, progress: bool
 ) -> Iterator[tuple[str, Standing]]:
     prefix = spec.table.prefix
-    there = Tensors({name: theirs[key] for name, key in fixed.canonical(prefix).items() if key in theirs})
+    there = lined_state(fixed, theirs, prefix)
     matched = spec.within(there)
     problem = Problem(matched, fixed.state(prefix), there, torch.Generator(), device)
     for unit in tqdm(
-        _spread(matched), desc="symmetries", unit="unit", leave=False, disable=None if progress else True
+        _some_units(matched), desc="symmetries", unit="unit", leave=False, disable=None if progress else True
     ):
         similarity, _ = weight_similarity(problem, unit, {})
         for name in unit.names:
@@ -314,13 +315,9 @@ def _along(spec: Spec, name: str, similarity: Mapping[tuple[str, ...], Tensor]) 
     return total
 
 
-def _spread(spec: Spec) -> list[Unit]:
+def _some_units(spec: Spec) -> list[Unit]:
     """Some units of every family, first and last among them."""
     families: dict[str, list[Unit]] = {}
     for unit in spec.units:
-        families.setdefault(re.sub(r"\d+", "*", unit.outer), []).append(unit)
-    chosen = []
-    for units in families.values():
-        k = min(UNITS, len(units))
-        chosen += [units[round(i * (len(units) - 1) / max(k - 1, 1))] for i in range(k)]
-    return chosen
+        families.setdefault(family_of(unit.outer), []).append(unit)
+    return [unit for units in families.values() for unit in spread(units, UNITS)]

@@ -76,7 +76,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path) -> dict[str, Lazy]:
-    """All tensors of a folder, not read yet; those of a `.bin` file, which has no ranges, are mapped.
+    """All tensors of a folder, not read yet; those of old `.bin` files, which say no places, are.
 
     Raises:
         CheckpointError: there are no weights, or only an adapter's; a shard is missing, unreadable, cut short or said

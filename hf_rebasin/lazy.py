@@ -160,11 +160,19 @@ def composed(parts: Mapping[str, Lazy]) -> Tensors:
     return Tensors({name: settled(part) for name, part in parts.items()})
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether there is no NaN and no Inf; one pass, without a mask of the size of the tensor."""
+    if not values.numel() or math.isfinite(values.sum().item()):  # neither is ever lost in a sum, and sums are quick
+        return True
+    low, high = values.aminmax()
+    return math.isfinite(low.item()) and math.isfinite(high.item())
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Chunks are small: the threads that work on one spend their time on waiting for each other.
 
-    Reading and computing one chunk beside writing another keeps two cores busy, and sums do not hang on how many
+    Reading and computing one chunk while another is hashed keeps two cores busy, and sums do not hang on how many
     threads there are.
     """
     threads = torch.get_num_threads()

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from . import registry
-from .checkpoint import Checkpoint, all_finite, recomputed
+from .checkpoint import Checkpoint, recomputed
 from .errors import CheckpointError, MismatchError, some
 from .knobs import knobs_for
-from .lazy import Computed, Here, Lazy
+from .lazy import Computed, Here, Lazy, Tensors, all_finite
 from .table import table_for
 
 
@@ -222,6 +222,11 @@ def lined_up(
             f"{other.name} cannot be merged into {first.name}; {'; '.join(problems)}{'' if backbone_only else hint}"
         )
     return {disk: theirs[key] for key, disk in mine.items()}
+
+
+def lined_state(first: Checkpoint, lined: Mapping[str, Lazy], prefix: str | tuple[str, ...]) -> Tensors:
+    """What was lined up, by the first's canonical keys; for solvers and alignments."""
+    return Tensors({name: lined[key] for name, key in first.canonical(prefix).items() if key in lined})
 
 
 def _backbones(

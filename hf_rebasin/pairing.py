@@ -84,13 +84,13 @@ def paired(
         refuse_other_settings(fixed, moving)
     orders: dict[str, list[int]] = {}
     # What is written alike means the same; only where it is not are classes, tables and tokenizers asked.
-    for what, name, alike, compare in (
-        ("labels", "label", _same_labels, labels),
-        ("vocabulary", "vocab", same_tokenizer, vocabularies),
-    ):
-        if what in assume or alike(fixed, moving) or (backbone_only and what == "labels"):
-            continue
-        spec = _spec_or_none(fixed)
+    asked = []
+    if not (backbone_only or "labels" in assume or _same_labels(fixed, moving)):
+        asked.append(("labels", "label", labels))
+    if not ("vocabulary" in assume or same_tokenizer(fixed, moving)):
+        asked.append(("vocabulary", "vocab", vocabularies))
+    spec = _spec_or_none(fixed) if asked else None
+    for what, name, compare in asked:
         if spec is None or name in spec.symmetries:
             order = compare(fixed, moving)
             if order is not None and spec is None:

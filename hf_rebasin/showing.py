@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from .api import opened
 from .checkpoint import Checkpoint
-from .comparing import Comparison, Nearness, Standing, Verdict
+from .comparing import Comparison, Standing, Verdict
 from .describing import spec_of
-from .merging import lined_up, method_with
-from .pairing import paired
 from .recipe import Recipe
 from .solving import Solution
 from .spec import Spec
 from .table import KINDS
-from .text import columns
+from .text import columns, family_of, spread
+
+PARTS = 14  # so many layers of a comparison are shown, first and last among them
 
 
 def solved(solution: Solution, model: str) -> Iterator[str]:
@@ -28,14 +28,10 @@ def solved(solution: Solution, model: str) -> Iterator[str]:
 
 
 def plan(recipe: Recipe, out: Path) -> Iterator[str]:
-    """What a merge would do; every check that needs no computation is made."""
-    method_with(recipe.merge_method, recipe.method_knobs(), len(recipe.models))
-    first, *others = (Checkpoint.open(entry.model, revision=entry.revision) for entry in recipe.in_order())
+    """What a merge would do, after every check that it would make before it writes."""
+    (first, *others), _ = opened(recipe)
     for checkpoint in (first, *others):
         checkpoint.refuse_broken()
-    for other in others:
-        other = paired(first, other, recipe.assume, backbone_only=recipe.backbone_only)
-        lined_up(first, other, backbone_only=recipe.backbone_only)
     if recipe.align is not None:
         yield f"would align {', '.join(o.name for o in others)} to {first.name} by {recipe.align.solver}:"
         for line in symmetries(spec_of(first), every=False):
@@ -50,7 +46,7 @@ def side_by_side(a: Checkpoint, b: Checkpoint, comparison: Comparison) -> Iterat
     yield from columns(list(comparison.findings.items()))
     if comparison.parts:
         rows = [("weights", "‖A − B‖ ÷ ‖A‖", "cosine", "numbers")]
-        for name, near in (*_few(list(comparison.parts.items())), ("all matrices", comparison.whole)):
+        for name, near in (*spread(list(comparison.parts.items()), PARTS), ("all matrices", comparison.whole)):
             if near is not None:
                 rows.append((name, f"{near.distance:.3g}", f"{near.cosine:.3f}", f"{near.elements:,}"))
         yield ""
@@ -58,7 +54,7 @@ def side_by_side(a: Checkpoint, b: Checkpoint, comparison: Comparison) -> Iterat
     if comparison.standings:
         families: dict[str, list[Standing]] = {}
         for name, standing in comparison.standings.items():
-            families.setdefault(_family(name), []).append(standing)
+            families.setdefault(family_of(name), []).append(standing)
         table = [("symmetry", "looked at", "units", "best where they are", "by chance", "identity ÷ best")]
         for name, those in families.items():
             units, own, chance = (sum(getattr(s, what) for s in those) for what in ("units", "own", "chance"))
@@ -74,20 +70,13 @@ def side_by_side(a: Checkpoint, b: Checkpoint, comparison: Comparison) -> Iterat
         yield f"         {command}"
 
 
-def _few(parts: list[tuple[str, Nearness]], limit: int = 14) -> list[tuple[str, Nearness]]:
-    """At most so many of them, first and last among them."""
-    if len(parts) <= limit:
-        return parts
-    return [parts[round(i * (len(parts) - 1) / (limit - 1))] for i in range(limit)]
-
-
 def symmetries(spec: Spec, every: bool) -> Iterator[str]:
     """The symmetries as a table, those of one family (`ff.0`, `ff.1`, …) in one line."""
     families: dict[tuple[str, str, str, str], list[str]] = {}
     for name, symmetry in spec.symmetries.items():
         family, group = name, symmetry.group
         if not every:
-            family, group = _family(name), _family(symmetry.group)
+            family, group = family_of(name), family_of(symmetry.group)
         moves = KINDS[symmetry.kind] if symmetry.moves else "held"
         families.setdefault((family, group, moves, str(symmetry.size)), []).append(name)
     rows = [("symmetry", "group", "moves by", "size", "how many", "tensors each", "such as")]
@@ -103,18 +92,13 @@ def held(spec: Spec) -> Iterator[str]:
     for key, axes in spec.pins.items():
         for why in axes:
             if why is not None:
-                reasons.setdefault(_family(why), []).append(key)
+                reasons.setdefault(family_of(why), []).append(key)
     if not reasons:
         return
     rows = [("held because of", "axes", "such as")]
     rows += [(why, str(len(keys)), keys[0]) for why, keys in reasons.items()]
     yield ""
     yield from columns(rows, right=(1,))
-
-
-def _family(said: str) -> str:
-    """With stars for numbers: ff.3 is one of ff.*, but fc1.3 one of fc1.*."""
-    return re.sub(r"(?<=\.)\d+(?=[.\s:,]|$)", "*", said)
 
 
 def size(checkpoint: Checkpoint) -> str:
