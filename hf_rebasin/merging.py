@@ -14,7 +14,7 @@ from . import registry
 from .checkpoint import Checkpoint, recomputed
 from .errors import CheckpointError, MismatchError, some
 from .knobs import knobs_for
-from .lazy import Computed, Here, Lazy, Tensors, all_finite
+from .lazy import Computed, Here, Lazy, Tensors, all_finite, rounded
 from .table import table_for
 
 
@@ -104,32 +104,16 @@ class _Merge:
             if not all_finite(value):
                 checkpoint.refuse_values(part)
         merged = self.merge(values)
-        out = _rounded(merged, self.dtype)
+        out = rounded(merged, self.dtype)
         if self.half and not all_finite(out):  # bfloat16 reaches as far as float32, so sums of masks do not fit that
             merged = self.merge([value.double() for value in values])
-            out = _rounded(merged, self.dtype)
+            out = rounded(merged, self.dtype)
         if not all_finite(out):
             raise CheckpointError(
                 f"{self.key} of the merge has values that do not fit {self.dtype} (up to {merged.abs().max():.3g}); "
                 "write a wider dtype"
             )
         return out
-
-
-def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The nearest values of a dtype, ties to even.
-
-    torch goes from float64 to half precision by way of float32, and so rounds twice. Rounding to odd on the way keeps
-    what decides a tie: of the two float32 around a value that is none itself, the one with an odd last bit (Boldo and
-    Melquiond 2008).
-    """
-    if values.dtype is not torch.float64 or dtype.itemsize > 2:
-        return values.to(dtype)
-    near = values.float()
-    beyond = values - near
-    even = near.view(torch.int32) & 1 == 0
-    odd = torch.nextafter(near, torch.copysign(torch.full_like(near, torch.inf), beyond.float()))
-    return torch.where((beyond != 0) & even & near.isfinite(), odd, near).to(dtype)
 
 
 def _refuse_if_it_matters(key: str, parts: Sequence[Lazy], checkpoints: Sequence[Checkpoint]) -> None:
