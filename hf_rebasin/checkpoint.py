@@ -225,8 +225,12 @@ class Checkpoint:
         """The same model with some tied tensors stored apart, by canonical keys; its configuration says so."""
         names = self.canonical(prefix)
         disk = {self._canonical(target, prefix): target for target in self.declared_ties}
-        parts = dict(self.parts) | {disk.get(key, key): self.parts[names[ties[key]]] for key in keys}
-        left = {t: kept for t, kept in self.declared_ties.items() if self._canonical(t, prefix) not in keys}
+        return self.apart({disk.get(key, key): names[ties[key]] for key in keys})
+
+    def apart(self, keys: Mapping[str, str]) -> Checkpoint:
+        """The same by disk keys: `{what is to be stored: whose tensor it shared}`."""
+        parts = dict(self.parts) | {target: self.parts[kept] for target, kept in keys.items()}
+        left = {target: kept for target, kept in self.declared_ties.items() if target not in keys}
         other: dict[str, Any] = {"tensors": Tensors(parts), "given_ties": left}
         if self.given_config is not None:
             other["given_config"] = copy.deepcopy(self.given_config)

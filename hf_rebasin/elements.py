@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,6 +14,10 @@ from typing_extensions import Self
 from .axes import DIAGONAL, READER
 
 TINY = 1e-30  # where a unit has no weights at all, nothing says how it is to be scaled
+
+
+# ⟨x, x⟩, ⟨x, y⟩ and ⟨y, y⟩ of two models along one symmetry
+Sides: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 def taken(x: Tensor, order: Tensor) -> Tensor:
@@ -58,6 +62,30 @@ def assigned(similarity: Tensor) -> Tensor:
     return torch.stack(orders).reshape(*batch, n)
 
 
+def even(writers: Tensor, readers: Tensor) -> Tensor:
+    """The scales s with |s x|² = |y / s|², given |x|² and |y|²; 1 where one of them is nothing."""
+    sound = (writers > TINY) & (readers > TINY)
+    return torch.where(sound, readers / writers.clamp_min(TINY), 1.0) ** 0.25
+
+
+def lowest(loss: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+    """Where functions of one variable each are lowest between log 1/20 and log 20, by a grid and golden sections.
+
+    0 where nothing is lower than there.
+    """
+    step, ratio = 0.05, (5**0.5 - 1) / 2
+    grid = torch.arange(-60, 61, dtype=torch.float64) * step
+    found = torch.stack([loss(torch.full_like(like, at.item())) for at in grid])
+    low = grid[found.argmin(0)] - step
+    high = low + 2 * step
+    for _ in range(40):
+        a, b = high - ratio * (high - low), low + ratio * (high - low)
+        left = loss(a) < loss(b)
+        low, high = torch.where(left, low, a), torch.where(left, b, high)
+    best, zero = (low + high) / 2, torch.zeros_like(like)
+    return torch.where(loss(best) < loss(zero), best, zero)
+
+
 def chosen(similarity: Tensor, order: Tensor) -> Tensor:
     """similarity[..., i, order[..., i], *rest] for all i: (*batch, n, *rest)."""
     dim = order.dim()
@@ -70,8 +98,8 @@ def chosen(similarity: Tensor, order: Tensor) -> Tensor:
 class Monomial:
     """(g · x)[i] = factor[i] · x[order[i]]; readers divide, and what is diagonal is permuted only.
 
-    `order` is int64, `factor` float64, both of shape (*batch, n). Subclasses say by `SIGNED` and `SCALED` which factors
-    there are.
+    `order` is int64, `factor` float64, both of shape (*batch, n). Subclasses say by `SIGNED` and `SCALED` which
+    factors there are.
     """
 
     order: Tensor
@@ -107,13 +135,27 @@ class Monomial:
         return cls(order, torch.where(chosen(similarity, order) < 0, -1.0, 1.0).double().cpu())
 
     @classmethod
+    def moments(cls, x: Tensor, y: Tensor) -> Tensor:
+        """⟨xᵢ, yᵢ⟩ of x and y of shape (*batch, n, rest)."""
+        return (x.double() * y.double()).sum(-1).cpu()
+
+    @classmethod
     def balance(cls, writers: Tensor, readers: Tensor) -> Self:
-        """Scales that make every unit's writers as large as its readers; from ⟨x, x⟩ along it, (*batch, n, n)."""
-        x, y = (gram.diagonal(dim1=-2, dim2=-1).double().cpu() for gram in (writers, readers))
-        order = torch.arange(x.shape[-1]).expand(x.shape).contiguous()
-        sound = (x > TINY) & (y > TINY)
-        factor = torch.where(sound, y / x.clamp_min(TINY), 1.0) ** 0.25
-        return cls(order, factor if cls.SCALED else torch.ones_like(factor))
+        """Scales that make every unit's writers as large as its readers, if there are scales."""
+        order = torch.arange(writers.shape[-1]).expand(writers.shape).contiguous()
+        return cls(order, even(writers, readers) if cls.SCALED else torch.ones_like(writers))
+
+    @classmethod
+    def fit(cls, writers: Sides, readers: Sides) -> Self:
+        """The best scales between 1/20 and 20, if there are scales."""
+        (_, xy, yy), (_, uv, vv) = writers, readers
+        order = torch.arange(xy.shape[-1]).expand(xy.shape).contiguous()
+
+        def loss(log: Tensor) -> Tensor:
+            s = log.exp()
+            return s * s * yy - 2 * s * xy + vv / (s * s) - 2 * uv / s
+
+        return cls(order, lowest(loss, xy).exp() if cls.SCALED else torch.ones_like(xy))
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor], batch: tuple[int, ...], n: int) -> Self:
@@ -183,9 +225,19 @@ class Matrices:
         return cls(polar(similarity if diagonal is None else similarity + diagonal))
 
     @classmethod
+    def moments(cls, x: Tensor, y: Tensor) -> Tensor:
+        """⟨xᵢ, yⱼ⟩ of x and y of shape (*batch, n, rest)."""
+        return (x.double() @ y.double().mT).cpu()
+
+    @classmethod
     def balance(cls, writers: Tensor, readers: Tensor) -> Self:
         """Nothing to balance in a group that keeps lengths."""
         return cls.identity(tuple(writers.shape[:-2]), writers.shape[-1])
+
+    @classmethod
+    def fit(cls, writers: Sides, readers: Sides) -> Self:
+        """Nothing that `project` would have left."""
+        return cls.balance(writers[0], readers[0])
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor], batch: tuple[int, ...], n: int) -> Self:

@@ -3,8 +3,8 @@
 A norm with gain g and bias b is read by linear maps W with biases c. *Folded*, the gain is in the readers:
 W diag(g), c + W b, and the stream may be rotated, as it is normalised before anything else sees it. In the *gauge* of
 another model with gain g' and bias b', the readers make up for these: W diag(g) / g', c + W b - W diag(g) (b' / g'),
-and the norm is g', b'. A folded model is one in the gauge 1, 0. Where a reader has no bias that could take b, as a head
-often has none, the norm keeps it, as b / g · g'.
+and the norm is g', b'. A folded model is one in the gauge 1, 0. Where a reader has no bias that could take b, as a
+head often has none, the norm keeps it, as b / g · g'.
 
 Folding gains is exact as in SliceGPT (Ashkboos et al. 2024, arXiv 2401.15024, 3.1); that the readers can make up for
 the norms of another model, so that this other model need not be folded, is why one of two can stay as it is.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +17,8 @@ from .errors import CheckpointError, MismatchError, some
 from .knobs import knobs_for
 from .lazy import Computed, Here, Lazy, Tensors, all_finite, rounded
 from .table import table_for
+
+logger = logging.getLogger(__name__)
 
 
 def combine(
@@ -49,6 +52,10 @@ def combine(
     sums = getattr(module, "sums", None)
     elementwise = getattr(module, "ELEMENTWISE", False) or sums is not None
     first = checkpoints[0]
+    if apart := untied_like(first, checkpoints[1:]):
+        logger.info("%s of the merge is stored apart, as one of the models has it so", some(apart))
+        first = first.apart(apart)
+        checkpoints = [first, *checkpoints[1:]]
     lined = [lined_up(first, checkpoint, backbone_only=backbone_only) for checkpoint in checkpoints]
     parts: dict[str, Lazy] = {}
     for key, one in first.parts.items():
@@ -143,6 +150,20 @@ def head_of(checkpoint: Checkpoint, prefix: str) -> set[str]:
     """The disk keys that do not belong to the base model; none where no key says that there is a head."""
     inside = {key for key in checkpoint.parts if key.startswith(prefix)}
     return set(checkpoint.parts) - inside if inside else set()
+
+
+def untied_like(first: Checkpoint, others: Sequence[Checkpoint]) -> dict[str, str]:
+    """What the first model ties and another one knowingly does not, `{disk key: whose tensor it shares}`.
+
+    That a file stores for a tie what its own class would not look at is not knowing.
+    """
+    apart = {}
+    for target, kept in first.ties.items():
+        for other in others:
+            there = target in other.parts and kept in other.parts and target not in other.declared_ties
+            if there and not equal(other.parts[target], other.parts[kept]):
+                apart[target] = kept
+    return apart
 
 
 def lined_up(

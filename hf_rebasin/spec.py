@@ -156,9 +156,7 @@ class Spec:
     activations: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return (
-            f"{len(self.shapes)} tensors, {len(self.symmetries)} symmetries, {len(self.free)} of them can move"
-        )
+        return f"{len(self.shapes)} tensors, {len(self.symmetries)} symmetries, {len(self.free)} of them can move"
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:

@@ -26,6 +26,7 @@ KINDS = {
     "rotary": "held",
 }
 ROTATING = ("orthogonal", "centred")  # need a gauge: norms stand between the stream and its readers
+SIGNED = ("signed", "nonzero")
 SCALING = ("signed", "scaled", "nonzero", "invertible")  # can move a single thing, too
 OWN_SIZE = {"rotary": 2}
 

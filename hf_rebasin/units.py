@@ -161,9 +161,7 @@ def _contract(nested: Nested, names: tuple[str, ...], tensor: Tensor, elements: 
             moved = elements[_name(name)].contract(tensor.movedim(front, list(range(len(front)))), name != _name(name))
             left.remove(name)
             # the contexts were brought to the front; put them back where they are in `left`
-            tensor = moved.movedim(
-                list(range(len(batch))), [left.index(c) for c in contexts]
-            )
+            tensor = moved.movedim(list(range(len(batch))), [left.index(c) for c in contexts])
     return tensor
 
 

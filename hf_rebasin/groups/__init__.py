@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Self
 
+    from ..elements import Sides
+
 
 class Element(Protocol):
     """What every group's `Element` offers."""
@@ -39,11 +41,25 @@ class Element(Protocol):
         ...
 
     @classmethod
-    def balance(cls, writers: Tensor, readers: Tensor) -> Self:
-        """The g that leaves nothing to lengths: it makes writers x and readers y alike.
+    def moments(cls, x: Tensor, y: Tensor) -> Tensor:
+        """What `balance` and `fit` have to know of x and y of shape (*batch, n, rest); adds up over several."""
+        ...
 
-        Both are given by ⟨xᵢ, xⱼ⟩ and ⟨yᵢ, yⱼ⟩, (*batch, n, n). Two models that differ by an element of the group
-        differ, once both are balanced, by one that keeps lengths. The identity in a group all of which does.
+    @classmethod
+    def balance(cls, writers: Tensor, readers: Tensor) -> Self:
+        """The g that leaves nothing to lengths: it makes the moments of writers and of readers alike.
+
+        Two models that differ by an element of the group differ, once both are balanced, by one that keeps lengths.
+        The identity in a group all of which does.
+        """
+        ...
+
+    @classmethod
+    def fit(cls, writers: Sides, readers: Sides) -> Self:
+        """The g near the identity of least ‖x - g y‖² + ‖u - g⁻ᵀ v‖², of those that do not permute.
+
+        Given the moments ⟨x, x⟩, ⟨x, y⟩, ⟨y, y⟩ of writers, and the same of readers. It is what lengths leave to
+        improve once `project` has found the rest.
         """
         ...
 

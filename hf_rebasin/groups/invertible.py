@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..elements import TINY, Matrices, random_rotations
+from ..elements import TINY, Matrices, Sides, random_rotations
 
 
 class Element(Matrices):
@@ -27,13 +27,44 @@ class Element(Matrices):
         as in a head that was pruned, nothing is done.
         """
         n = writers.shape[-1]
-        x, y = (gram.to("cpu", torch.float64) for gram in (writers, readers))
+        x, y = writers, readers
         root, unroot = _powers(x, 0.5, -0.5)
         (middle,) = _powers(root @ y @ root, 0.5)
         (balanced,) = _powers(unroot @ middle @ unroot, 0.5)
         least = [torch.linalg.eigvalsh(gram) for gram in (x, y)]
         sound = torch.stack([e[..., 0] > 1e-10 * e[..., -1].clamp_min(TINY) for e in least]).all(0)
         return cls(torch.where(sound[..., None, None], balanced, torch.eye(n, dtype=torch.float64)))
+
+    @classmethod
+    def fit(cls, writers: Sides, readers: Sides) -> Element:
+        """The g of least ‖x - g y‖² + ‖u - g⁻ᵀ v‖² that L-BFGS finds from the identity.
+
+        Where it is not better or hardly has an inverse, as for heads that do nothing, the identity.
+        """
+        (_, xy, yy), (_, uv, vv) = writers, readers
+
+        def losses(g: Tensor) -> Tensor:
+            dual = torch.linalg.inv(g).mT
+            return (g * (g @ yy - 2 * xy) + dual * (dual @ vv - 2 * uv)).sum((-2, -1))
+
+        start = cls.identity(tuple(xy.shape[:-2]), xy.shape[-1]).matrix
+        size = losses(start).abs().sum() + torch.stack([yy, vv]).diagonal(dim1=-2, dim2=-1).sum()
+        if size <= TINY:
+            return cls(start)
+        g = start.clone().requires_grad_()
+        search = torch.optim.LBFGS([g], max_iter=200, history_size=20, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            search.zero_grad()
+            loss = losses(g).sum() / size
+            loss.backward()
+            return loss
+
+        with torch.enable_grad():
+            search.step(closure)
+        found = g.detach()
+        good = (losses(found) < losses(start)) & (torch.linalg.cond(found) < 1e6)
+        return cls(torch.where(good[..., None, None], found, start))
 
     @classmethod
     def refuse(cls, matrix: Tensor) -> None:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..elements import assigned, chosen, order_of, random_orders, taken
+from ..elements import Sides, assigned, chosen, order_of, random_orders, taken
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,18 @@ class Element:
         return cls(assigned(similarity if diagonal is None else similarity + diagonal))
 
     @classmethod
+    def moments(cls, x: Tensor, y: Tensor) -> Tensor:
+        return (x.double() * y.double()).sum(-1).cpu()
+
+    @classmethod
     def balance(cls, writers: Tensor, readers: Tensor) -> Element:
         """Nothing to balance."""
-        return cls.identity(tuple(writers.shape[:-2]), writers.shape[-1])
+        return cls.identity(tuple(writers.shape[:-1]), writers.shape[-1])
+
+    @classmethod
+    def fit(cls, writers: Sides, readers: Sides) -> Element:
+        """Nothing that `project` would have left."""
+        return cls.balance(writers[0], readers[0])
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor], batch: tuple[int, ...], n: int) -> Element:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..elements import TINY, Matrices
+from ..elements import TINY, Matrices, Sides, even, lowest
 
 
 class Element(Matrices):
@@ -21,9 +21,7 @@ class Element(Matrices):
     @classmethod
     def project(cls, similarity: Tensor, diagonal: Tensor | None = None) -> Element:
         """The best turn: the angle of the part of the similarity that is such a matrix."""
-        whole = (similarity if diagonal is None else similarity + diagonal).to("cpu", torch.float64)
-        a = whole[..., 0, 0] + whole[..., 1, 1]
-        b = whole[..., 1, 0] - whole[..., 0, 1]
+        a, b = _complex((similarity if diagonal is None else similarity + diagonal).to("cpu", torch.float64))
         length = torch.hypot(a, b)
         none = length <= TINY
         return cls(_matrices(torch.where(none, 1.0, a / length), torch.where(none, 0.0, b / length)))
@@ -31,9 +29,26 @@ class Element(Matrices):
     @classmethod
     def balance(cls, writers: Tensor, readers: Tensor) -> Element:
         """The scale that makes queries as large as keys."""
-        x, y = (gram.diagonal(dim1=-2, dim2=-1).sum(-1).to("cpu", torch.float64) for gram in (writers, readers))
-        scale = torch.where((x > TINY) & (y > TINY), y / x.clamp_min(TINY), 1.0) ** 0.25
+        x, y = (gram.diagonal(dim1=-2, dim2=-1).sum(-1) for gram in (writers, readers))
+        scale = even(x, y)
         return cls(_matrices(scale, torch.zeros_like(scale)))
+
+    @classmethod
+    def fit(cls, writers: Sides, readers: Sides) -> Element:
+        """The best turn with a scale: of every scale the best turn is known, (a + i b) ~ s x + u / s."""
+        (yy, vv), (a, b), (c, d) = (_squares(writers, readers), _complex(writers[1]), _complex(readers[1]))
+
+        def loss(log: Tensor) -> Tensor:
+            s = log.exp()
+            return s * s * yy + vv / (s * s) - 2 * torch.hypot(s * a + c / s, s * b + d / s)
+
+        s = lowest(loss, a).exp()
+        real, imaginary = s * a + c / s, s * b + d / s
+        length = torch.hypot(real, imaginary)
+        turned = length > TINY
+        return cls(
+            _matrices(torch.where(turned, s * real / length, 1.0), torch.where(turned, s * imaginary / length, 0.0))
+        )
 
     @classmethod
     def refuse(cls, matrix: Tensor) -> None:
@@ -41,6 +56,15 @@ class Element(Matrices):
         far = (matrix - _matrices(a, b)).abs() > 1e-9 * torch.hypot(a, b)[..., None, None]
         if far.any() or not torch.hypot(a, b).all():
             raise ValueError("the matrix is not a turn with a scale")
+
+
+def _complex(similarity: Tensor) -> tuple[Tensor, Tensor]:
+    """The part of a matrix that is [[a, -b], [b, a]] / 2."""
+    return similarity[..., 0, 0] + similarity[..., 1, 1], similarity[..., 1, 0] - similarity[..., 0, 1]
+
+
+def _squares(writers: Sides, readers: Sides) -> list[Tensor]:
+    return [yy.diagonal(dim1=-2, dim2=-1).sum(-1) for _, _, yy in (writers, readers)]
 
 
 def _matrices(a: Tensor, b: Tensor) -> Tensor:
