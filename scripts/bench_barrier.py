@@ -268,9 +268,9 @@ def plot(results: Sequence[Result], file: Path) -> None:
     kinds = list(dict.fromkeys(r["kind"] for r in results))
     across = min(len(kinds), 4)
     down = math.ceil(len(kinds) / across)
-    figure, axes = pyplot.subplots(
-        down, across, figsize=(3.2 * across, 2.7 * down + 0.5), squeeze=False, layout="constrained"
-    )
+    size = (3.3 * across, 2.7 * down + 0.5)
+    figure, axes = pyplot.subplots(down, across, figsize=size, squeeze=False, layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06)
     where = torch.linspace(0, 1, POINTS).tolist()
     handles = {}
     for axis, kind in zip(axes.flat, kinds, strict=False):
