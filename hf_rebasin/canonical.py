@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import combinations_with_replacement
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,26 +20,32 @@ from .alignment import Alignment, act, group_of
 from .axes import DIAGONAL, READER
 from .gauge import centred, folded, narrowed, vectors, widened
 from .groups import Element
-from .lazy import Tensors, parts_of
+from .lazy import Here, Tensors, parts_of
 from .solving import Problem, Solution, Status, equal_within
 from .spec import Spec
 
 STRETCHING = ("scaled", "nonzero", "invertible", "rotary")  # kinds with elements that change lengths
+KEPT = 1 << 28  # numbers; the canonical form of a model with more is computed anew whenever it is looked at
 AT_HOME = 0.5  # of all units in their places: the two are of one base, and only some were moved
 
 
-def in_full(problem: Problem, solve: Callable[[Problem], Solution]) -> Solution:
-    """Solve over the permutations, and over the full groups if that does not show equal models or one base.
+Solve: TypeAlias = Callable[[Problem], Solution]
+
+
+def in_full(problem: Problem, solve: Solve, glance: Solve) -> Solution:
+    """Solve over the full groups, unless a glance over the permutations shows equal models or two of one base.
 
     So models that were only permuted come back bit for bit, and of two fine-tunes of one base nothing is rewritten.
     """
     spec = problem.spec
-    permutations = spec.restricted()
-    permuted = solve(replace(problem, spec=permutations))
-    if spec.symmetries == permutations.symmetries or permuted.status in (Status.EQUAL, Status.IDENTITY):
+    permutations = replace(problem, spec=spec.restricted())
+    if spec.symmetries == permutations.spec.symmetries:
+        return solve(problem)
+    permuted = glance(permutations)
+    if permuted.status in (Status.EQUAL, Status.IDENTITY):
         return permuted
     if at_home(permuted.alignment) >= AT_HOME:
-        return permuted
+        return solve(permutations)
     (fixed, mine), (moving, theirs) = (canonical(spec, state) for state in (problem.fixed, problem.moving))
     found = solve(replace(problem, fixed=fixed, moving=moving))
     first, last = Alignment(spec, mine), Alignment(spec, theirs)
@@ -64,10 +70,15 @@ def at_home(alignment: Alignment) -> float:
 
 
 def plain(spec: Spec, state: Mapping[str, Tensor]) -> Tensors:
-    """A model with its gains folded away, and without what its LayerNorms do not let through."""
-    parts = {key: widened(part) for key, part in parts_of(state).items()}
+    """A model with its gains folded away, and without what its LayerNorms do not let through.
+
+    In float32, or float64 where the model is.
+    """
+    given = parts_of(state)
+    parts = {key: widened(part) for key, part in given.items()}
     form = centred(spec, folded(spec, parts, {norm.stream: None for norm in spec.gauged}))
-    return Tensors({key: narrowed(part, torch.float32) for key, part in form.items()})
+    dtypes = {key: torch.promote_types(given[key].dtype, torch.float32) for key in form}
+    return Tensors({key: narrowed(part, dtypes[key]) for key, part in form.items()})
 
 
 def canonical(spec: Spec, state: Mapping[str, Tensor]) -> tuple[Tensors, dict[str, Element]]:
@@ -77,7 +88,10 @@ def canonical(spec: Spec, state: Mapping[str, Tensor]) -> tuple[Tensors, dict[st
     for name, sides in moments(spec, [form]).items():
         if sides.keys() == {"", READER}:
             elements[name] = group_of(spec, name).balance(sides[""][0], sides[READER][0])
-    return act(spec, elements, form), elements
+    balanced = act(spec, elements, form)
+    if sum(part.numel for part in balanced.parts.values()) <= KEPT:
+        balanced = Tensors({key: Here.of(tensor.clone(), own=True) for key, tensor in balanced.items()})
+    return balanced, elements
 
 
 def fit(spec: Spec, problem: Problem, elements: Mapping[str, Element]) -> dict[str, Element]:

@@ -135,6 +135,12 @@ class Monomial:
         return cls(order, torch.where(chosen(similarity, order) < 0, -1.0, 1.0).double().cpu())
 
     @classmethod
+    def best(cls, similarity: Tensor, diagonal: Tensor | None = None) -> Tensor:
+        found = cls.project(similarity, diagonal)
+        value = found.contract(similarity)
+        return value if diagonal is None else value + found.contract(diagonal, True)
+
+    @classmethod
     def moments(cls, x: Tensor, y: Tensor) -> Tensor:
         """⟨xᵢ, yᵢ⟩ of x and y of shape (*batch, n, rest)."""
         return (x.double() * y.double()).sum(-1).cpu()
@@ -223,6 +229,12 @@ class Matrices:
     def project(cls, similarity: Tensor, diagonal: Tensor | None = None) -> Self:
         """The orthogonal g that maximises ⟨similarity, g⟩; what else there is of g is left to `balance` and `fit`."""
         return cls(polar(similarity if diagonal is None else similarity + diagonal))
+
+    @classmethod
+    def best(cls, similarity: Tensor, diagonal: Tensor | None = None) -> Tensor:
+        """The sum of the singular values."""
+        whole = similarity if diagonal is None else similarity + diagonal
+        return torch.linalg.svdvals(whole.to("cpu", torch.float64)).sum(-1)
 
     @classmethod
     def moments(cls, x: Tensor, y: Tensor) -> Tensor:

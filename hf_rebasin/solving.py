@@ -9,17 +9,19 @@ import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias, overload
+from functools import cached_property
+from typing import Any, Protocol, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from .alignment import Alignment, Module, act_on, identity_of
+from .axes import DIAGONAL
 from .checkpoint import Checkpoint
 from .groups import Element
-from .spec import Block, Labelled, Spec, Unit
-from .table import ROTATING
+from .spec import Block, Dim, Labelled, Spec, Unit
+from .table import ROTATING, SIGNED
 from .units import Elements, Nested, Similarity, solve, value
 
 Device: TypeAlias = torch.device | str | None
@@ -59,6 +61,20 @@ class Problem:
         fixed, moving = tensor.gather(self.fixed), tensor.gather(self.moving)
         place = fixed.device if self.device is None else self.device
         return fixed.to(place), moving.to(place)
+
+    @cached_property
+    def constant(self) -> dict[str, Tensor]:
+        """{symmetry: ⟨fixed, moving⟩ along it} over the blocks that no other symmetry touches."""
+        total: dict[str, Tensor] = {}
+        for tensor in matched_tensors(self.spec):
+            dims = {block: place for block in tensor.blocks if (place := lone(self.spec, block)) is not None}
+            fixed, moving = self.tensors(tensor) if dims else (None, None)
+            for block, place in dims.items():
+                a, b = block.view(cast(Tensor, fixed)), block.view(cast(Tensor, moving))
+                product = product_of(a, b, [place]).mul_(weight_of(self.spec, block))
+                label = label_of(self.spec, block.dims[place])
+                total[label] = total[label].add_(product) if label in total else product
+        return total
 
 
 @dataclass(frozen=True)
@@ -128,6 +144,8 @@ class Clock:
         finally:
             self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
 
+
+PIECE = 1 << 24  # elements of a tensor that are widened at a time
 
 # A gain below this share of a unit's value is taken for rounding, as the similarities are float32 products; it also
 # keeps near-dead neurons of two fine-tunes where they are.
@@ -284,12 +302,31 @@ def objective(problem: Problem, elements: Mapping[str, Element], tensors: Sequen
     """Σ ⟨fixed, g · moving⟩ over the matched tensors, each once, summed in float64."""
     moving = {name: element for name, element in elements.items() if not element.is_identity()}
     total = 0.0
+    for label, similarity in problem.constant.items() if tensors is None else ():
+        name = label.removesuffix(DIAGONAL)
+        element = elements.get(name) or identity_of(problem.spec, name)
+        total += element.contract(similarity, name != label).item()
     for tensor in matched_tensors(problem.spec) if tensors is None else tensors:
+        if tensors is None and all(lone(problem.spec, block) is not None for block in tensor.blocks):
+            continue
         a, b = problem.tensors(tensor)
         if not tensor.names.isdisjoint(moving):
             b = act_on(problem.spec, moving, tensor, b)
-        total += _weighted(problem.spec, tensor, a, b)
+        total += _weighted(problem.spec, tensor, a, b, every=tensors is not None)
     return total
+
+
+def lone(spec: Spec, block: Block) -> int | None:
+    """The place of the one dimension of a block that can move, if it is one and the block is not empty."""
+    places = [i for i, dim in enumerate(block.dims) if dim.name in spec.free]
+    whole = all(dim.size for dim in block.dims)
+    return places[0] if len(places) == 1 and whole and not block.dims[places[0]].contexts else None
+
+
+def label_of(spec: Spec, dim: Dim) -> str:
+    """A dimension's symmetry; what signs do not reach is told apart where there are signs."""
+    name = dim.name or ""
+    return name + DIAGONAL if dim.mark == DIAGONAL and spec.symmetries[name].kind in SIGNED else name
 
 
 def weight_of(spec: Spec, block: Block) -> float:
@@ -304,11 +341,12 @@ def weight_of(spec: Spec, block: Block) -> float:
     return 1 / max(math.prod(d.size for d in block.dims if kinds.get(d.name or "") not in ROTATING), 1)
 
 
-def _weighted(spec: Spec, tensor: Labelled, a: Tensor, b: Tensor) -> float:
-    """Σ over blocks of weight · ⟨a, b⟩"""
-    if not spec.gauged:
+def _weighted(spec: Spec, tensor: Labelled, a: Tensor, b: Tensor, every: bool) -> float:
+    """Σ of weight · ⟨a, b⟩ over blocks, over every one or those that are not in `Problem.constant`."""
+    if every and not spec.gauged:
         return _dot(a, b)
-    return sum(weight_of(spec, block) * _dot(block.view(a), block.view(b)) for block in tensor.blocks)
+    blocks = [block for block in tensor.blocks if every or lone(spec, block) is None]
+    return sum(weight_of(spec, block) * _dot(block.view(a), block.view(b)) for block in blocks)
 
 
 def matched_tensors(spec: Spec) -> list[Labelled]:
@@ -325,7 +363,7 @@ def _dot(a: Tensor, b: Tensor) -> float:
 def _bound(problem: Problem) -> float:
     """½(‖fixed‖² + ‖moving‖²): what the objective reaches when the two become equal, and never exceeds."""
     spec = problem.spec
-    return 0.5 * sum(_weighted(spec, t, x, x) for t in matched_tensors(spec) for x in problem.tensors(t))
+    return 0.5 * sum(_weighted(spec, t, x, x, every=True) for t in matched_tensors(spec) for x in problem.tensors(t))
 
 
 def _equal(problem: Problem, elements: Elements) -> bool:
@@ -354,3 +392,24 @@ def _share(blocks: Sequence[tuple[int, set[str | None]]], unknown: Set[str]) -> 
 
 def _adjacent(spec: Spec, one: Unit, other: Unit) -> bool:
     return any(not t.names.isdisjoint(one.names) and not t.names.isdisjoint(other.names) for t in spec.tensors)
+
+
+def product_of(a: Tensor, b: Tensor, places: list[int]) -> Tensor:
+    """a (p..., rest) and b (p'..., rest) to (p..., p'...), contracted over the rest.
+
+    Products are taken in float32 (of float64 in float64), of as much of the rest at a time as makes some large but not
+    huge matrices, and summed in float64.
+    """
+    front = list(range(len(places)))
+    sizes = [a.shape[i] for i in places]
+    n = math.prod(sizes)
+    x, y = (t.movedim(places, front).reshape(n, -1) for t in (a, b))
+    # vectors are short, count as much as matrices, and what they leave open is known from much smaller numbers
+    kind = torch.float64 if x.shape[1] <= 64 else torch.promote_types(a.dtype, torch.float32)
+    step = max(PIECE // n, 1)
+    total: Tensor | None = None
+    for at in range(0, x.shape[1], step):
+        product = torch.mm(x[:, at : at + step].to(kind), y[:, at : at + step].to(kind).T)
+        total = product.double() if total is None else total.add_(product)
+    assert total is not None
+    return total.reshape(*sizes, *sizes).cpu()

@@ -112,6 +112,8 @@ def _solve_family(nested: Nested, similarity: Similarity, top: str) -> Elements:
         each = both.diagonal(dim1=0, dim2=2).movedim(-1, 0)
         return {top: group.identity((), n), inner_name: group_of(nested.spec, inner_name).project(each)}
     values = torch.zeros(n, n, dtype=torch.float64) if alone is None else alone.double().clone()
+    if symmetry.moves and not any(inside.contexts.values()) and all(len(names) <= 2 for names in similarity):
+        return _solve_side_by_side(nested, similarity, top, values)
     inner: dict[tuple[int, int], Elements] = {}
     for i in range(n):
         for j in range(n) if symmetry.moves else [i]:
@@ -133,6 +135,34 @@ def _solve_family(nested: Nested, similarity: Similarity, top: str) -> Elements:
             parts = [inner[i, j][name].tensors() for i, j in enumerate(chosen)]
             stacked = {part: torch.stack([p[part] for p in parts], place) for part in parts[0]}
             elements[name] = type(inner[0, chosen[0]][name])(**stacked)
+    return elements
+
+
+def _solve_side_by_side(nested: Nested, similarity: Similarity, top: str, values: Tensor) -> Elements:
+    """A top whose inner symmetries have nothing to do with each other, as the units of queries and of values.
+
+    How well two places match is known from `best`; elements are needed of those alone that end up together.
+    """
+    along: dict[str, tuple[Tensor, Tensor | None]] = {}
+    for names, tensor in similarity.items():
+        inner = next((name for name in names if name != top), None)
+        if inner is not None and inner == _name(inner):
+            first = names.index(top)
+            diagonal = similarity.get((top, inner + DIAGONAL))
+            ends = [first, 2 + first], [0, 1]
+            along[inner] = tensor.movedim(*ends), None if diagonal is None else diagonal.movedim(*ends)
+    for name, (here, beside) in along.items():
+        values += group_of(nested.spec, name).best(here, beside)
+    outer = group_of(nested.spec, top).project(values)
+    order = outer.act(torch.arange(len(values)))
+    elements: Elements = {top: outer}
+    for name in nested.contexts:
+        if name in along:
+            here, beside = along[name]
+            ours = torch.arange(len(order)), order
+            elements[name] = group_of(nested.spec, name).project(here[ours], None if beside is None else beside[ours])
+        elif name != top:
+            elements[name] = nested.identity(name)
     return elements
 
 

@@ -41,6 +41,11 @@ class Element(Protocol):
         ...
 
     @classmethod
+    def best(cls, similarity: Tensor, diagonal: Tensor | None = None) -> Tensor:
+        """⟨similarity, g⟩ for the g that `project` finds, (*batch) in float64."""
+        ...
+
+    @classmethod
     def moments(cls, x: Tensor, y: Tensor) -> Tensor:
         """What `balance` and `fit` have to know of x and y of shape (*batch, n, rest); adds up over several."""
         ...

@@ -29,6 +29,11 @@ class Element(Matrices):
         return cls(plane @ polar(plane.mT @ whole @ plane) @ plane.mT + 1 / len(plane))
 
     @classmethod
+    def best(cls, similarity: Tensor, diagonal: Tensor | None = None) -> Tensor:
+        whole = similarity if diagonal is None else similarity + diagonal
+        return cls.project(whole).contract(whole)
+
+    @classmethod
     def refuse(cls, matrix: Tensor) -> None:
         super().refuse(matrix)
         far = (matrix.sum(-1) - 1).abs().amax().item()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -52,7 +54,8 @@ class Element(Matrices):
         if size <= TINY:
             return cls(start)
         g = start.clone().requires_grad_()
-        search = torch.optim.LBFGS([g], max_iter=200, history_size=20, line_search_fn="strong_wolfe")
+        exact: dict[str, Any] = {"tolerance_grad": 1e-12, "tolerance_change": 1e-14}
+        search = torch.optim.LBFGS([g], max_iter=200, history_size=20, line_search_fn="strong_wolfe", **exact)
 
         def closure() -> Tensor:
             search.zero_grad()

@@ -34,6 +34,11 @@ class Element:
         return cls(assigned(similarity if diagonal is None else similarity + diagonal))
 
     @classmethod
+    def best(cls, similarity: Tensor, diagonal: Tensor | None = None) -> Tensor:
+        whole = similarity if diagonal is None else similarity + diagonal
+        return cls.project(whole).contract(whole)
+
+    @classmethod
     def moments(cls, x: Tensor, y: Tensor) -> Tensor:
         return (x.double() * y.double()).sum(-1).cpu()
 

@@ -27,6 +27,11 @@ class Element(Matrices):
         return cls(_matrices(torch.where(none, 1.0, a / length), torch.where(none, 0.0, b / length)))
 
     @classmethod
+    def best(cls, similarity: Tensor, diagonal: Tensor | None = None) -> Tensor:
+        whole = similarity if diagonal is None else similarity + diagonal
+        return torch.hypot(*_complex(whole.to("cpu", torch.float64)))
+
+    @classmethod
     def balance(cls, writers: Tensor, readers: Tensor) -> Element:
         """The scale that makes queries as large as keys."""
         x, y = (gram.diagonal(dim1=-2, dim2=-1).sum(-1) for gram in (writers, readers))

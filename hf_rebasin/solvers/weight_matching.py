@@ -8,23 +8,25 @@ as for heads in 2403.00986. The objective never falls from sweep to sweep, and n
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass, replace
 
 from ..alignment import act_on_block
 from ..axes import DIAGONAL
 from ..canonical import in_full
 from ..groups import Element
-from ..solving import Problem, Solution, coordinate_ascent, matched_tensors, weight_of
-from ..spec import Block, Dim, Spec, Unit
-from ..table import SIGNED
+from ..solving import (
+    Problem,
+    Solution,
+    coordinate_ascent,
+    label_of,
+    lone,
+    matched_tensors,
+    product_of,
+    weight_of,
+)
+from ..spec import Block, Unit
 from ..units import Similarity
-
-PIECE = 1 << 24  # elements of a tensor that are widened to float32 at a time
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Solver:
     max_sweeps: int = 100
 
     def solve(self, problem: Problem) -> Solution:
-        return in_full(problem, self._ascend)
+        return in_full(problem, self._ascend, replace(self, starts=1, max_sweeps=min(2, self.max_sweeps))._ascend)
 
     def _ascend(self, problem: Problem) -> Solution:
         def measure(
@@ -57,6 +59,8 @@ def weight_similarity(
 ) -> tuple[Similarity, bool]:
     """⟨fixed, moving⟩ along a unit's dimensions, contracted over all others, summed over blocks.
 
+    Blocks that nothing else can move are the same every time, so of those it is computed once (`problem.constant`).
+
     A symmetry that occurs twice in a block (the square matrix of a tied head) makes the objective quadratic in it: it
     is then taken along one occurrence at a time, the other moved by its present element, and the result is not exact.
     """
@@ -64,10 +68,15 @@ def weight_similarity(
     outside = {n: e for n, e in elements.items() if n not in unit.names and not e.is_identity()}
     total: Similarity = {}
     exact = True
+    for name in unit.names:
+        for label in (name, name + DIAGONAL):
+            if label in problem.constant:
+                total[(label,)] = problem.constant[label].clone()
     for tensor in matched_tensors(spec):
         if tensor.names.isdisjoint(unit.names):
             continue
         blocks = [b for b in tensor.blocks if not set(unit.names).isdisjoint(b.names) and all(d.size for d in b.dims)]
+        blocks = [b for b in blocks if lone(spec, b) is None]
         if known is not None:
             blocks = [b for b in blocks if (spec.free - known - {*unit.names}).isdisjoint(b.names)]
         if not blocks:
@@ -81,16 +90,10 @@ def weight_similarity(
                 inside = {n: e for n, e in elements.items() if n in unit.names and not e.is_identity()}
                 there = b if len(parts) == 1 else act_on_block(spec, inside, block, b, still=part)
                 places = sorted(part, key=lambda i: unit.names.index(block.dims[i].name or ""))
-                names = tuple(_label(spec, block.dims[i]) for i in places)
-                product = _product(a, there, places).mul_(weight_of(spec, block))
+                names = tuple(label_of(spec, block.dims[i]) for i in places)
+                product = product_of(a, there, places).mul_(weight_of(spec, block))
                 total[names] = total[names].add_(product) if names in total else product
     return total, exact
-
-
-def _label(spec: Spec, dim: Dim) -> str:
-    """What signs do not reach is told apart where there are signs."""
-    name = dim.name or ""
-    return name + DIAGONAL if dim.mark == DIAGONAL and spec.symmetries[name].kind in SIGNED else name
 
 
 def _parts(block: Block, unit: Unit) -> list[list[int]]:
@@ -104,22 +107,3 @@ def _parts(block: Block, unit: Unit) -> list[list[int]]:
         touching = [part for part in parts if part & linked]
         parts = [part for part in parts if not part & linked] + [linked.union(*touching)]
     return [sorted(part) for part in parts]
-
-
-def _product(a: Tensor, b: Tensor, places: list[int]) -> Tensor:
-    """a (p..., rest) and b (p'..., rest) to (p..., p'...), contracted over the rest.
-
-    Products are taken in float32, of as much of the rest at a time as makes some large but not huge matrices, and
-    summed in float64.
-    """
-    front = list(range(len(places)))
-    sizes = [a.shape[i] for i in places]
-    n = math.prod(sizes)
-    x, y = (t.movedim(places, front).reshape(n, -1) for t in (a, b))
-    step = max(PIECE // n, 1)
-    total: Tensor | None = None
-    for at in range(0, x.shape[1], step):
-        product = torch.mm(x[:, at : at + step].float(), y[:, at : at + step].float().T)
-        total = product.double() if total is None else total.add_(product)
-    assert total is not None
-    return total.reshape(*sizes, *sizes).cpu()
