@@ -12,6 +12,9 @@ from hf_rebasin.axes import Leaf, Product, children, parse
 from hf_rebasin.binding import bind_to
 from hf_rebasin.table import table_for
 
+# Inference looks for no scales.
+SEEN_AS = {"signed": "permutation", "scaled": "permutation", "nonzero": "permutation"}
+
 
 def places(spec, node, length):
     """For every index along an axis the (moving symmetry, place in it) pairs that it stands for."""
@@ -55,6 +58,9 @@ def disagreement(one, other):
             return f"nothing moves like {name}"
         found[name] = min(left)
     for name, theirs in found.items():
+        kinds = [spec.symmetries[n].kind for spec, n in ((one, name), (other, theirs))]
+        if len({SEEN_AS.get(kind, kind) for kind in kinds}) > 1:
+            return f"{name} is {kinds[0]}, {theirs} is {kinds[1]}"
         inside = {found[context] for context in one.symmetries[name].contexts if context in one.free}
         if inside != {context for context in other.symmetries[theirs].contexts if context in other.free}:
             return f"{name} is {one.symmetries[name].group}, {theirs} is {other.symmetries[theirs].group}"
