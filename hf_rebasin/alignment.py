@@ -15,16 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from . import registry
-from .binding import bind, read_spec
+from .binding import bind, read_spec, untied
 from .checkpoint import Checkpoint, Source
 from .describing import spec_of
 from .errors import CheckpointError, MismatchError, some
+from .gauge import folded, gauges, narrowed, unfolded, widened
 from .groups import Element
 from .lazy import Computed, Tensors, parts_of
 from .spec import Block, Dim, Labelled, Spec
-from .table import KINDS, table_for
+from .table import table_for
 
 FORMAT = "hf_rebasin.alignment.v1"
+GAUGES = ("GAUGE", "ORIGIN")  # what vectors are stored under; names of symmetries are in lower case
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -38,6 +40,9 @@ class Alignment:
     Args:
         spec: what the symmetries are, and which axes of which tensors they act on.
         elements: `{symmetry: element}`.
+        gauge: `{canonical key: vector}`, the gains and biases that norms get whose stream is rotated; their readers
+            make up for them (`hf_rebasin.gauge`). By default a model keeps its own.
+        origin: the same of the model it was found for; what the inverse gives back.
 
     Example: the two-layer network of `Table`, hidden units in another order. `order[i]` is where unit i came from.
 
@@ -53,6 +58,8 @@ class Alignment:
 
     spec: Spec
     elements: Mapping[str, Element] = field(repr=False)
+    gauge: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    origin: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     # --- making one ----------------------------------------------------------------------------------------------
 
@@ -79,7 +86,8 @@ class Alignment:
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+                # copies, as torch lays them out: where a tensor begins in memory decides how products are rounded
+                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (no mapping)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} cannot be read as an alignment: {error}") from error
         if FORMAT not in metadata:
@@ -89,6 +97,11 @@ class Alignment:
         for key, tensor in tensors.items():
             name, _, part = key.partition("/")
             stored.setdefault(name, {})[part] = tensor
+        vectors = [stored.pop(name, {}) for name in GAUGES]
+        norms = {key: spec.shapes[key] for gauge in gauges(spec) for key in gauge.vectors}
+        for key, vector in (item for one in vectors for item in one.items()):
+            if norms.get(key) != vector.shape or not vector.isfinite().all():
+                raise CheckpointError(f"{path} has a gauge for {key!r} {tuple(vector.shape)}, which its spec has not")
         unknown = sorted(stored.keys() - spec.free)
         if unknown:
             raise CheckpointError(f"{path} has elements of {some(unknown)}, which its spec does not let move")
@@ -99,15 +112,17 @@ class Alignment:
                     elements[name] = group_of(spec, name).read(stored[name], *_extent(spec, name))
                 except ValueError as error:
                     raise CheckpointError(f"{path}: the element of {name!r} is broken: {error}") from error
-        return Alignment(spec, elements)
+        return Alignment(spec, elements, *vectors)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one safetensors file: the elements as `symmetry/part`, the spec in its metadata."""
+        """Write one safetensors file: elements as `symmetry/part`, gauges as `GAUGE/key`, the spec in its metadata."""
         from safetensors.torch import save_file
 
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"{n}/{part}": t.contiguous() for n, e in self.elements.items() for part, t in e.tensors().items()}
+        for name, vectors in zip(GAUGES, (self.gauge, self.origin), strict=True):
+            tensors |= {f"{name}/{key}": vector.contiguous() for key, vector in vectors.items()}
         partial = path.with_name(f".{path.name}.partial")
         # one entry only: safetensors writes several in random order, and the same alignment is to be the same bytes
         save_file(tensors, str(partial), metadata={FORMAT: self.spec.to_json()})
@@ -130,7 +145,7 @@ class Alignment:
         for name in self.spec.symmetries:  # contexts first: an inverse is indexed by where its context came from
             if name in self.elements:
                 elements[name] = self._reindexed(self.elements[name].inverse(), name, elements)
-        return Alignment(self.spec, elements)
+        return Alignment(self.spec, elements, self.origin, self.gauge)
 
     def compose(self, first: Alignment) -> Alignment:
         """The alignment that acts like `first` and then like this one."""
@@ -144,7 +159,8 @@ class Alignment:
             both = after.compose(before) if after is not None and before is not None else after or before
             if both is not None:
                 elements[name] = both
-        return Alignment(self.spec, elements)
+        gauge, origin = {**first.gauge, **self.gauge}, {**self.origin, **first.origin}
+        return Alignment(self.spec, elements, gauge, origin)
 
     def _reindexed(self, element: Element, name: str, outer: Mapping[str, Element]) -> Element:
         """An element whose context indices are moved by the elements of its contexts."""
@@ -190,15 +206,45 @@ class Alignment:
         """
         checkpoint = Checkpoint.open(target)
         spec = self._spec_for(checkpoint)
-        moved = checkpoint.with_state(act(spec, self.elements, checkpoint.state(spec.table.prefix)), spec.table.prefix)
+        rotated = {norm.stream for norm in spec.gauged} & set(self.moved)
+        if keys := spec.untied_by(rotated):
+            checkpoint = checkpoint.untied(keys, spec.ties, spec.table.prefix)
+            spec = untied(spec, keys)
+        moved = checkpoint.with_state(self.on(spec, checkpoint.state(spec.table.prefix)), spec.table.prefix)
         if isinstance(target, nn.Module):
             return moved.model()
         return dict(moved.tensors) if isinstance(target, Mapping) else moved
+
+    def on(self, spec: Spec, state: Mapping[str, Tensor]) -> Tensors:
+        """g · state, by canonical keys, each tensor computed when it is asked for, for a spec that fits both.
+
+        What only changes places is moved as it is. The rest is computed in float64 (float32 for half precision), norms
+        in front of a rotated stream folded and unfolded, and rounded once.
+        """
+        moving = {name: element for name, element in self.elements.items() if not element.is_identity()}
+        mixed = {name for name, element in moving.items() if not element.EXACT}
+        if not mixed:
+            return act(spec, moving, state)
+        parts = dict(parts_of(state))
+        streams = {norm.stream: moving[norm.stream] for norm in spec.gauged if norm.stream in moving}
+        into = {
+            key: self.gauge.get(key, parts[key].read().double().cpu())
+            for gauge in gauges(spec)
+            if gauge.norm.stream in streams
+            for key in gauge.vectors
+        }
+        touched = {key for t in spec.tensors if not t.names.isdisjoint(mixed) for key in t.keys.values()}
+        wide = {key: widened(part) if key in touched else part for key, part in parts.items()}
+        moved = act(spec, moving, Tensors(folded(spec, wide, streams, into)))
+        done = unfolded(spec, moved.parts, streams, into)
+        return Tensors({key: narrowed(part, parts[key].dtype) for key, part in done.items()})
 
     def _spec_for(self, checkpoint: Checkpoint) -> Spec:
         """The target's own spec if its family has a table, else the embedded one on the target's shapes."""
         if table_for(checkpoint.config) is not None:
             spec = spec_of(checkpoint)
+            mine = self.spec.symmetries  # the alignment may have been found in smaller groups
+            spec = spec.limited({n: mine[n].kind for n, s in spec.symmetries.items() if n in mine and s.moves})
             own = self.spec.table.rows
             if all(own.get(key, row) == row for key, row in spec.table.rows.items()):  # else it has a table of its own
                 spec.refuse_unless_within(self.spec, checkpoint.name)
@@ -324,8 +370,8 @@ def _act_along(x: Tensor, element: Element, place: int, contexts: tuple[int, ...
 
 
 def group_of(spec: Spec, name: str) -> type[Element]:
-    """The class of the group a symmetry moves under: the permutations inside the group its table declares."""
-    kind = KINDS[spec.symmetries[name].kind]
+    """The class of the group a symmetry moves under."""
+    kind = spec.symmetries[name].kind
     return cast("type[Element]", registry.find("groups", "permutation" if kind == "held" else kind).Element)
 
 

@@ -10,8 +10,7 @@ from typing import Any, cast
 import torch
 
 from . import registry
-from .alignment import act
-from .binding import bind_to
+from .binding import bind_to, untied
 from .checkpoint import Checkpoint, Source
 from .comparing import Comparison, compared
 from .describing import inferred, spec_of
@@ -19,7 +18,8 @@ from .errors import OptionError
 from .inputs import Inputs
 from .knobs import knobs_for
 from .lazy import Tensors
-from .merging import combine, lined_state, lined_up, method_with
+from .limits import Groups, Limits, kept_apart
+from .merging import combine, lined_state, lined_up, method_with, untied_like
 from .pairing import Assumption, paired
 from .recipe import Recipe
 from .solving import Device, Problem, Solution, Solver
@@ -93,6 +93,9 @@ def align(
     seed: int = 0,
     assume: Iterable[Assumption] = (),
     backbone_only: bool = False,
+    groups: Groups = "full",
+    keep_tied: bool = False,
+    hold: Sequence[str] = (),
     device: Device = None,
     progress: bool = False,
     **knobs: Any,
@@ -109,13 +112,18 @@ def align(
         seed: of everything random in the solver; the same seed gives the same alignment.
         assume: what to take for the same without looking: "config", "labels", "vocabulary".
         backbone_only: match base models alone, whatever their heads are.
+        groups: "full" for the largest groups under which the function stays: rotations of the residual stream, of
+            bases inside heads, scales. "permutation" for the permutations in them: no value changes but its place.
+        keep_tied: only permute a stream where rotating it would store a head apart from the embedding it is tied to.
+        hold: names of symmetries, or patterns as `ff.*`, that stay as they are.
         device: where similarities are computed, such as `accelerator.device`; by default where the tensors are. What
             is read from disk goes there block by block.
         progress: show a progress bar (on a terminal).
         knobs: of the solver, such as `starts=1`.
 
     Returns:
-        A `Solution`; `solution.apply(moving)` is the moved model, with exactly the same function.
+        A `Solution`; `solution.apply(moving)` is the moved model, with exactly the same function: bit for bit the same
+        values in other places where there were only permutations, else up to the rounding of their dtype.
 
     Raises:
         MismatchError: the two cannot mean the same; says what differs.
@@ -141,7 +149,10 @@ def align(
         spec = spec_of(b if bare else a, inputs)
     for checkpoint in (a, b):
         checkpoint.refuse_broken()
-    return _solved(chosen, spec, a, b, seed=seed, device=device, backbone_only=backbone_only, progress=progress)
+    limits = Limits(groups, keep_tied, tuple(hold))
+    return _solved(
+        chosen, spec, a, b, limits, seed=seed, device=device, backbone_only=backbone_only, progress=progress
+    )
 
 
 def _solved(
@@ -149,6 +160,7 @@ def _solved(
     spec: Spec,
     fixed: Checkpoint,
     moving: Checkpoint,
+    limits: Limits,
     *,
     seed: int,
     device: Device,
@@ -157,11 +169,32 @@ def _solved(
 ) -> Solution:
     """Align two checkpoints that are known to be sound and to mean the same."""
     prefix = spec.table.prefix
-    there = lined_state(fixed, lined_up(fixed, moving, prefix, backbone_only=backbone_only), prefix)
-    matched = spec.within(there)  # heads that are not merged do not say either which features are alike
+    if apart := untied_like(fixed, [moving]):
+        fixed = fixed.apart(apart)
+        spec = untied(spec, [key for key in fixed.canonical(prefix) if key in spec.ties])
+    here, there = (
+        Tensors(state.parts)
+        for state in (
+            fixed.state(prefix),
+            lined_state(fixed, lined_up(fixed, moving, prefix, backbone_only=backbone_only), prefix),
+        )
+    )
+    spec, notes = limits.on(spec, there)
+    streams = {norm.stream for norm in spec.gauged}
+    whole = spec
+    if tied := [key for key in spec.untied_by(streams) if spec.ties[key] in there]:
+        whole = untied(spec, tied)
+        here, there = (Tensors(s.parts | {key: s.parts[spec.ties[key]] for key in tied}) for s in (here, there))
+    matched = whole.within(there)  # heads that are not merged do not say either which features are alike
     generator = torch.Generator().manual_seed(seed)
-    solution = solver.solve(Problem(matched, fixed.state(prefix), there, generator, device, progress))
-    return replace(solution, alignment=replace(solution.alignment, spec=spec))
+    solution = solver.solve(Problem(matched, here, there, generator, device, progress))
+    found = solution.alignment
+    kinds = {name: symmetry.kind for name, symmetry in found.spec.symmetries.items()}
+    rotated = streams & set(found.moved) if found.gauge else set()
+    if rotated and (said := kept_apart(spec, rotated)):
+        notes.append(said)
+    whole = (whole if rotated else spec).limited(kinds)
+    return replace(solution, alignment=replace(found, spec=whole), notes=tuple(notes))
 
 
 def merge(
@@ -259,7 +292,8 @@ def run(recipe: Recipe, *, device: Device = None, progress: bool = False) -> Mer
         solve = partial(
             _solved, solver, spec, first, seed=recipe.align.seed, device=device, backbone_only=backbone_only
         )
-        solutions = [solve(other, progress=progress) for other in moved]
+        limits = recipe.align.limits()
+        solutions = [solve(other, limits, progress=progress) for other in moved]
         pairs = list(zip(solutions, moved, strict=True))
         moved = [_moved_onto(first, s, other) if backbone_only else s.apply(other) for s, other in pairs]
     dtype = None if recipe.dtype is None else getattr(torch, recipe.dtype)
@@ -287,7 +321,7 @@ def _moved_onto(first: Checkpoint, solution: Solution, other: Checkpoint) -> Che
     spec = solution.alignment.spec
     prefix = spec.table.prefix
     names, there = first.canonical(prefix), lined_state(first, lined_up(first, other, backbone_only=True), prefix)
-    moved = act(spec.within(there), solution.alignment.elements, there)
+    moved = solution.alignment.on(spec.within(there), there)
     return Checkpoint(
         Tensors({names[n]: part for n, part in moved.parts.items()}), name=other.name, sources=other.sources
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from .axes import READER, Leaf, Node, Sum, braces, compile_key, leaves, scoped, show, unmarked
@@ -65,6 +65,12 @@ def bind(table: Table, shapes: Mapping[str, Shape], ties: Mapping[str, str] | No
 def bind_to(table: Table, checkpoint: Checkpoint) -> Spec:
     """A table bound to a checkpoint."""
     return bind(table, checkpoint.shapes(table.prefix), checkpoint.canonical_ties(table.prefix))
+
+
+def untied(spec: Spec, keys: Collection[str]) -> Spec:
+    """The spec of the same model, where some tied tensors are stored apart."""
+    ties = {target: kept for target, kept in spec.ties.items() if target not in keys}
+    return bind(spec.table, {**spec.shapes, **{key: spec.shapes[spec.ties[key]] for key in keys}}, ties)
 
 
 def read_spec(text: str) -> Spec:
@@ -223,6 +229,10 @@ def _axes_of(table: Table, key: str) -> tuple[Node, ...]:
     return tuple(scoped(axis, stars) for axis in row.axes)
 
 
+def _names(axes: Iterable[Node]) -> set[str | None]:
+    return {leaf.name for axis in axes for leaf in leaves(axis)}
+
+
 def _norms(
     table: Table, shapes: Mapping[str, Shape], ties: Mapping[str, str], tensors: list[Labelled]
 ) -> tuple[Norm, ...]:
@@ -247,7 +257,8 @@ def _norms(
                 for star in match[0]:  # its first stars are the norm's; further stars are free
                     reader = reader.replace("*", star, 1)
                 reads = compile_key(f"{reader}.weight")
-                found |= dict.fromkeys(key for key in known if reads.match(key))
+                hits = [key for key in known if reads.match(key)]
+                found |= dict.fromkeys(key for key in hits if streams <= _names(_axes_of(table, key)))
             bias = f"{gain.removesuffix('.weight')}.bias"
             norms.append(Norm(gain, bias if bias in shapes else None, tuple(found), next(iter(streams))))
     return tuple(norms)

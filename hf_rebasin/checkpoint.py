@@ -11,7 +11,7 @@ import copy
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from .classes import (
     copied,
     module_names,
     read_config,
+    separated,
     stored,
     ties_of,
     to_disk,
@@ -218,6 +219,26 @@ class Checkpoint:
         """
         return replace(self, tensors=composed(dict(self.parts) | dict(parts)), **other)
 
+    def untied(
+        self, keys: Collection[str], ties: Mapping[str, str], prefix: str | tuple[str, ...] | None = None
+    ) -> Checkpoint:
+        """The same model with some tied tensors stored apart, by canonical keys; its configuration says so."""
+        names = self.canonical(prefix)
+        disk = {self._canonical(target, prefix): target for target in self.declared_ties}
+        return self.apart({disk.get(key, key): names[ties[key]] for key in keys})
+
+    def apart(self, keys: Mapping[str, str]) -> Checkpoint:
+        """The same by disk keys: `{what is to be stored: whose tensor it shared}`."""
+        parts = dict(self.parts) | {target: self.parts[kept] for target, kept in keys.items()}
+        left = {target: kept for target, kept in self.declared_ties.items() if target not in keys}
+        other: dict[str, Any] = {"tensors": Tensors(parts), "given_ties": left}
+        if self.given_config is not None:
+            other["given_config"] = copy.deepcopy(self.given_config)
+            other["given_config"].tie_word_embeddings = False
+        elif self.written:
+            other["written"] = {**self.written, "tie_word_embeddings": False}
+        return replace(self, **other)
+
     # --- values --------------------------------------------------------------------------------------------------
 
     @property
@@ -311,6 +332,8 @@ class Checkpoint:
 
     def _into_copy(self, template: nn.Module, names: Mapping[str, str], dtype: torch.dtype | None) -> nn.Module:
         model: Any = copied(template)
+        if apart := set(self.tensors) - names.keys():  # tied there, but not here
+            names = {**names, **separated(model, apart)}
         if dtype is torch.float64:  # for checking; else what is not stored (rotary frequencies) keeps its precision
             model = model.double()
         places = dict(model.named_parameters(remove_duplicate=False))

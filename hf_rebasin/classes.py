@@ -6,7 +6,7 @@ The names of a module may change from one version of transformers to the next; t
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -145,6 +145,24 @@ def module_names(model: nn.Module) -> dict[str, str] | None:
     if len(disk) != len(state) or not all(id(tensor) in names for tensor in disk.values()):
         return None
     return {key: names[id(tensor)] for key, tensor in disk.items()}
+
+
+def separated(model: Any, keys: Collection[str]) -> dict[str, str]:
+    """Give tied tensors one of their own, in place; `{disk key: module key}` of them."""
+    found = {}
+    for key in _tied(model):
+        (name,) = to_disk(model, {key: model.state_dict()[key]})
+        if name in keys:
+            path, _, attribute = key.rpartition(".")
+            module = model.get_submodule(path)
+            shared = getattr(module, attribute)
+            setattr(module, attribute, nn.Parameter(shared.detach().clone(), shared.requires_grad))
+            found[name] = key
+    if set(found) != set(keys):
+        raise CheckpointError(f"{type(model).__name__} has no tied {some(set(keys) - set(found))} to be told apart")
+    if getattr(model, "config", None) is not None:
+        model.config.tie_word_embeddings = False
+    return found
 
 
 @contextmanager

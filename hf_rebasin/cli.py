@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -13,6 +13,7 @@ from .folder import refuse_target
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
+    from .limits import Groups
     from .recipe import Recipe
 
 app = typer.Typer(
@@ -36,6 +37,17 @@ SolverName = Annotated[str, typer.Option(help="How the coordinates are found.")]
 BackboneOnly = Annotated[
     bool,
     typer.Option("--backbone-only", help="Keep the first model's head; only base models are brought together."),
+]
+GroupsName = Annotated[
+    str,
+    typer.Option("--groups", help="full (rotations, bases of heads, scales, where exact) or permutation."),
+]
+KeepTied = Annotated[
+    bool,
+    typer.Option("--keep-tied", help="Never store a head apart from its embedding; its stream is only permuted."),
+]
+Hold = Annotated[
+    list[str] | None, typer.Option(help="A symmetry that stays as it is, or a pattern as 'ff.*'. May be repeated.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is there.")]
 
@@ -132,6 +144,9 @@ def align(
     seed: Seed = 0,
     assume: Assume = None,
     backbone_only: BackboneOnly = False,
+    groups: GroupsName = "full",
+    keep_tied: KeepTied = False,
+    hold: Hold = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Bring one model to the coordinates of another; its function stays exactly the same."""
@@ -156,6 +171,9 @@ def align(
         seed=seed,
         assume=_assumed(assume),
         backbone_only=backbone_only,
+        groups=cast("Groups", groups),
+        keep_tied=keep_tied,
+        hold=hold or (),
         device=_device(),
         progress=True,
     )
@@ -196,6 +214,9 @@ def merge(
     align: Annotated[bool, typer.Option(help="Bring the models to the first one's coordinates first.")] = True,
     solver: SolverName = "weight_matching",
     seed: Seed = 0,
+    groups: GroupsName = "full",
+    keep_tied: KeepTied = False,
+    hold: Hold = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of the result: float32, float16, bfloat16; by default the first's.")
     ] = None,
@@ -221,7 +242,7 @@ def merge(
                 "models": models,
                 "merge_method": method,
                 "parameters": _parameters(parameter or []),
-                "align": {"solver": solver, "seed": seed} if align else False,
+                "align": _align(solver, seed, groups, keep_tied, hold) if align else False,
                 "dtype": dtype,
                 "assume": list(assume or []),
                 "backbone_only": backbone_only,
@@ -284,10 +305,26 @@ def _recipe_file(path: str) -> Recipe:
 
 def _refuse_options_beside_a_recipe(context: typer.Context) -> None:
     """What a recipe says is not said again on the command line."""
-    for name in ("method", "parameter", "align", "solver", "seed", "dtype", "assume", "backbone_only"):
+    for name in (
+        "method",
+        "parameter",
+        "align",
+        "solver",
+        "seed",
+        "groups",
+        "keep_tied",
+        "hold",
+        "dtype",
+        "assume",
+        "backbone_only",
+    ):
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise OptionError(f"--{name.replace('_', '-')} is given beside a recipe; write it into the recipe")
+
+
+def _align(solver: str, seed: int, groups: str, keep_tied: bool, hold: list[str] | None) -> dict[str, Any]:
+    return {"solver": solver, "seed": seed, "groups": groups, "keep_tied": keep_tied, "hold": hold or []}
 
 
 def _parameters(said: list[str]) -> dict[str, Any]:

@@ -70,7 +70,9 @@ class PermutationCoordinateDescent:
         if self.device_a != self.device_b:
             fixed = copied(fixed).to(self.device_b)
         options = {"inputs": self.input_data, "seed": self.seed, "progress": self.verbose} | self.options
-        self.solution = self._to_apply = align(fixed, self.model_b, max_sweeps=max_iterations, **options)
+        self.solution = self._to_apply = align(
+            fixed, self.model_b, max_sweeps=max_iterations, groups="permutation", **options
+        )
 
     def apply_permutations(self) -> None:
         """Move `model_b`, once for every calculation: applied again, permutations would move it away."""
@@ -164,6 +166,7 @@ class MergeMany:
                         seed=self.seed,
                         progress=self.verbose,
                         max_sweeps=max_iterations_pcd,
+                        groups="permutation",
                         **options,
                     )
                     options = self.options | {"spec": solution.alignment.spec}  # the symmetries are the same for all

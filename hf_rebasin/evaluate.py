@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,13 +29,23 @@ class Curve:
     @property
     def barrier(self) -> float:
         """max over λ of C((1−λ)θ_A + λθ_B) − [(1−λ)C(θ_A) + λC(θ_B)]; 0 where the line never rises above its ends."""
-        n = len(self.loss) - 1
-        return max(c - (self.loss[0] * (n - i) + self.loss[n] * i) / n for i, c in enumerate(self.loss))
+        return _highest_rise(self.loss)
+
+    @property
+    def error_barrier(self) -> float:
+        """The same of the error rate, 1 − accuracy."""
+        return _highest_rise([1 - accuracy for accuracy in self.accuracy])
 
     @property
     def middle(self) -> tuple[float, float]:
         """(loss, accuracy) halfway."""
         return self.loss[len(self.loss) // 2], self.accuracy[len(self.accuracy) // 2]
+
+
+def _highest_rise(costs: Sequence[float]) -> float:
+    """Above the straight line between its ends."""
+    n = len(costs) - 1
+    return max(c - (costs[0] * (n - i) + costs[n] * i) / n for i, c in enumerate(costs))
 
 
 def curve(

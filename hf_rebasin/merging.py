@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,8 +15,10 @@ from . import registry
 from .checkpoint import Checkpoint, recomputed
 from .errors import CheckpointError, MismatchError, some
 from .knobs import knobs_for
-from .lazy import Computed, Here, Lazy, Tensors, all_finite
+from .lazy import Computed, Here, Lazy, Tensors, all_finite, rounded
 from .table import table_for
+
+logger = logging.getLogger(__name__)
 
 
 def combine(
@@ -49,6 +52,10 @@ def combine(
     sums = getattr(module, "sums", None)
     elementwise = getattr(module, "ELEMENTWISE", False) or sums is not None
     first = checkpoints[0]
+    if apart := untied_like(first, checkpoints[1:]):
+        logger.info("%s of the merge is stored apart, as one of the models has it so", some(apart))
+        first = first.apart(apart)
+        checkpoints = [first, *checkpoints[1:]]
     lined = [lined_up(first, checkpoint, backbone_only=backbone_only) for checkpoint in checkpoints]
     parts: dict[str, Lazy] = {}
     for key, one in first.parts.items():
@@ -104,32 +111,16 @@ class _Merge:
             if not all_finite(value):
                 checkpoint.refuse_values(part)
         merged = self.merge(values)
-        out = _rounded(merged, self.dtype)
+        out = rounded(merged, self.dtype)
         if self.half and not all_finite(out):  # bfloat16 reaches as far as float32, so sums of masks do not fit that
             merged = self.merge([value.double() for value in values])
-            out = _rounded(merged, self.dtype)
+            out = rounded(merged, self.dtype)
         if not all_finite(out):
             raise CheckpointError(
                 f"{self.key} of the merge has values that do not fit {self.dtype} (up to {merged.abs().max():.3g}); "
                 "write a wider dtype"
             )
         return out
-
-
-def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The nearest values of a dtype, ties to even.
-
-    torch goes from float64 to half precision by way of float32, and so rounds twice. Rounding to odd on the way keeps
-    what decides a tie: of the two float32 around a value that is none itself, the one with an odd last bit (Boldo and
-    Melquiond 2008).
-    """
-    if values.dtype is not torch.float64 or dtype.itemsize > 2:
-        return values.to(dtype)
-    near = values.float()
-    beyond = values - near
-    even = near.view(torch.int32) & 1 == 0
-    odd = torch.nextafter(near, torch.copysign(torch.full_like(near, torch.inf), beyond.float()))
-    return torch.where((beyond != 0) & even & near.isfinite(), odd, near).to(dtype)
 
 
 def _refuse_if_it_matters(key: str, parts: Sequence[Lazy], checkpoints: Sequence[Checkpoint]) -> None:
@@ -159,6 +150,20 @@ def head_of(checkpoint: Checkpoint, prefix: str) -> set[str]:
     """The disk keys that do not belong to the base model; none where no key says that there is a head."""
     inside = {key for key in checkpoint.parts if key.startswith(prefix)}
     return set(checkpoint.parts) - inside if inside else set()
+
+
+def untied_like(first: Checkpoint, others: Sequence[Checkpoint]) -> dict[str, str]:
+    """What the first model ties and another one knowingly does not, `{disk key: whose tensor it shares}`.
+
+    That a file stores for a tie what its own class would not look at is not knowing.
+    """
+    apart = {}
+    for target, kept in first.ties.items():
+        for other in others:
+            there = target in other.parts and kept in other.parts and target not in other.declared_ties
+            if there and not equal(other.parts[target], other.parts[kept]):
+                apart[target] = kept
+    return apart
 
 
 def lined_up(

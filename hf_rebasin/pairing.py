@@ -56,6 +56,7 @@ HARMLESS = (
     "router_jitter_noise",
     "_commit_hash",
     "model_card*",
+    "tie_word_embeddings",  # the tensors say it
 )
 # What makes a tokenizer, and what else says what its tokens mean.
 TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken")

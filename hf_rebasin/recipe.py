@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from . import registry
 from .errors import RecipeError, UnknownNameError, nearest
 from .knobs import knobs_of, read_knobs
+from .limits import Groups, Limits
 
 
 class _Strict(BaseModel):
@@ -51,6 +52,12 @@ class AlignSettings(BaseModel):
 
     solver: str = "weight_matching"
     seed: int = Field(default=0, ge=0, lt=2**63)
+    groups: Groups = "full"
+    keep_tied: bool = False
+    hold: tuple[str, ...] = ()
+
+    def limits(self) -> Limits:
+        return Limits(self.groups, self.keep_tied, self.hold)
 
     def knobs(self) -> dict[str, Any]:
         return dict(self.model_extra or {})

@@ -25,6 +25,8 @@ def solved(solution: Solution, model: str) -> Iterator[str]:
     gain = f", objective {solution.history[0]:.5g} → {solution.objective:.5g}" if solution.history else ""
     yield f"aligned {model}: {moved} of {of} symmetries moved{gain}, {seconds:.0f} s"
     yield f"  {solution.status.value}"
+    for note in solution.notes:
+        yield f"  {note}"
 
 
 def plan(recipe: Recipe, out: Path) -> Iterator[str]:

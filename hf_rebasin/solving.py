@@ -18,7 +18,8 @@ from tqdm import tqdm
 from .alignment import Alignment, Module, act_on, identity_of
 from .checkpoint import Checkpoint
 from .groups import Element
-from .spec import Labelled, Spec, Unit
+from .spec import Block, Labelled, Spec, Unit
+from .table import ROTATING
 from .units import Elements, Nested, Similarity, solve, value
 
 Device: TypeAlias = torch.device | str | None
@@ -66,10 +67,12 @@ class Solution:
 
     Args:
         alignment: one element per symmetry.
-        objective: Σ ⟨fixed, g · moving⟩ over all tensors that a symmetry touches, but gains and running statistics.
+        objective: Σ ⟨fixed, g · moving⟩ over all tensors that a symmetry touches, but gains and running statistics;
+            over larger groups than permutations, of the canonical forms of the two, blocks weighted by `weight_of`.
         history: the objective at the start and after every sweep, of the start that won.
         status: how it ended; its value says what to make of it.
         seconds: where the time went.
+        notes: what was left out of the groups and why, and what else a user should know.
     """
 
     alignment: Alignment
@@ -77,6 +80,7 @@ class Solution:
     history: tuple[float, ...]
     status: Status
     seconds: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @overload
     def apply(self, moving: str | os.PathLike[str] | Checkpoint) -> Checkpoint: ...
@@ -254,7 +258,7 @@ class _Ascent:
         """`found`, with the identity, or else the present element, wherever that is as good."""
 
         def worth(elements: Mapping[str, Element]) -> float:
-            everything = {name: elements.get(name) or identity_of(self.spec, name) for name in nested.contexts}
+            everything = {name: elements.get(name) or nested.identity(name) for name in nested.contexts}
             return value(nested, similarity, everything)
 
         best = worth(found)
@@ -284,8 +288,27 @@ def objective(problem: Problem, elements: Mapping[str, Element], tensors: Sequen
         a, b = problem.tensors(tensor)
         if not tensor.names.isdisjoint(moving):
             b = act_on(problem.spec, moving, tensor, b)
-        total += _dot(a, b)
+        total += _weighted(problem.spec, tensor, a, b)
     return total
+
+
+def weight_of(spec: Spec, block: Block) -> float:
+    """What a block counts in the objective: 1; where a stream is rotated, 1 / (the size of all but the stream).
+
+    So a matrix with many rows does not outvote one with few, and all blocks of a head or a feed-forward layer count
+    the same, as in 2506.22712.
+    """
+    if not spec.gauged:
+        return 1.0
+    kinds = {name: spec.symmetries[name].kind for name in block.names if name}
+    return 1 / max(math.prod(d.size for d in block.dims if kinds.get(d.name or "") not in ROTATING), 1)
+
+
+def _weighted(spec: Spec, tensor: Labelled, a: Tensor, b: Tensor) -> float:
+    """Σ over blocks of weight · ⟨a, b⟩"""
+    if not spec.gauged:
+        return _dot(a, b)
+    return sum(weight_of(spec, block) * _dot(block.view(a), block.view(b)) for block in tensor.blocks)
 
 
 def matched_tensors(spec: Spec) -> list[Labelled]:
@@ -301,12 +324,20 @@ def _dot(a: Tensor, b: Tensor) -> float:
 
 def _bound(problem: Problem) -> float:
     """½(‖fixed‖² + ‖moving‖²): what the objective reaches when the two become equal, and never exceeds."""
-    return 0.5 * sum(_dot(x, x) for tensor in matched_tensors(problem.spec) for x in problem.tensors(tensor))
+    spec = problem.spec
+    return 0.5 * sum(_weighted(spec, t, x, x) for t in matched_tensors(spec) for x in problem.tensors(t))
 
 
 def _equal(problem: Problem, elements: Elements) -> bool:
     pairs = ((tensor, *problem.tensors(tensor)) for tensor in problem.spec.tensors)
     return all(torch.equal(a, act_on(problem.spec, elements, tensor, b)) for tensor, a, b in pairs)
+
+
+def equal_within(problem: Problem, alignment: Alignment, share: float = 1e-5) -> bool:
+    """Whether every tensor of the moved model is that of the fixed one, up to a share of its norm."""
+    moved = alignment.on(problem.spec, problem.moving)
+    pairs = ((problem.fixed[key].double(), moved[key].double()) for key in problem.spec.shapes if key in moved)
+    return all((a - b).norm() <= share * a.norm() for a, b in pairs)
 
 
 def _sizes(spec: Spec, unit: Unit) -> Iterator[tuple[int, set[str | None]]]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from .axes import DIAGONAL, Node, leaves
 from .errors import MismatchError, SpecError, nearest
-from .table import KINDS, Table
+from .table import KINDS, ROTATING, SCALING, Table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,8 +34,8 @@ class Symmetry:
 
     @property
     def moves(self) -> bool:
-        """Whether there is anything to permute."""
-        return KINDS[self.kind] == "permutation" and self.size > 1
+        """Whether its group has more than the identity."""
+        return self.kind != "held" and (self.size > 1 or self.kind in SCALING)
 
     @property
     def group(self) -> str:
@@ -156,9 +156,7 @@ class Spec:
     activations: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return (
-            f"{len(self.shapes)} tensors, {len(self.symmetries)} symmetries, {len(self.free)} of them can be permuted"
-        )
+        return f"{len(self.shapes)} tensors, {len(self.symmetries)} symmetries, {len(self.free)} of them can move"
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -167,7 +165,7 @@ class Spec:
         def top(name: str) -> str:
             contexts = self.symmetries[name].contexts
             for inner, outer in itertools.pairwise(reversed(contexts)):
-                if outer not in self.symmetries[inner].contexts:
+                if outer not in self.symmetries[inner].contexts and self.symmetries[inner].kind != "held":
                     raise SpecError(f"{name!r} moves in {contexts}, but {inner!r} is not nested in {outer!r}")
             return top(contexts[0]) if contexts else name
 
@@ -181,6 +179,35 @@ class Spec:
     def within(self, keys: Container[str]) -> Spec:
         """The same symmetries, with the tensors alone whose keys are among those given."""
         return replace(self, tensors=tuple(t for t in self.tensors if all(key in keys for key in t.keys.values())))
+
+    def limited(self, kinds: Mapping[str, str]) -> Spec:
+        """The same with other kinds of group for some symmetries, by name."""
+        symmetries = {n: replace(s, kind=kinds.get(n, s.kind)) for n, s in self.symmetries.items()}
+        groups = {name: symmetry.group for name, symmetry in symmetries.items()}
+        return replace(self, symmetries=symmetries, table=replace(self.table, groups=groups))
+
+    def restricted(self, names: Iterable[str] | None = None) -> Spec:
+        """The same with the permutations alone inside the group of every symmetry, or of those named."""
+        chosen = self.symmetries if names is None else names
+        return self.limited({name: KINDS[self.symmetries[name].kind] for name in chosen})
+
+    @cached_property
+    def gauged(self) -> tuple[Norm, ...]:
+        """The norms that stand between a stream that can be rotated and its readers."""
+        return tuple(norm for norm in self.norms if self.symmetries[norm.stream].kind in ROTATING)
+
+    def untied_by(self, streams: Container[str]) -> list[str]:
+        """The tied tensors that read one of these streams behind a norm: rotated, they are no longer what they share.
+
+        The gain of the norm goes into the reader, and not into the embedding that it was.
+        """
+        return [
+            reader
+            for norm in self.gauged
+            if norm.stream in streams
+            for reader in norm.readers
+            if reader in self.ties and reader not in self.shapes
+        ]
 
     @cached_property
     def free(self) -> frozenset[str]:

@@ -13,7 +13,7 @@ from . import registry
 from .axes import Key, Node, braces, compile_key, parse, scope
 from .errors import PatternError, SpecError, nearest
 
-# The kinds of group an axis may be declared to move under, and the permutation inside each of them.
+# The kinds of group an axis may be declared to move under, and the permutations inside each of them.
 KINDS = {
     "held": "held",
     "permutation": "permutation",
@@ -25,7 +25,9 @@ KINDS = {
     "invertible": "permutation",
     "rotary": "held",
 }
-ROTATING = ("orthogonal", "centred")
+ROTATING = ("orthogonal", "centred")  # need a gauge: norms stand between the stream and its readers
+SIGNED = ("signed", "nonzero")
+SCALING = ("signed", "scaled", "nonzero", "invertible")  # can move a single thing, too
 OWN_SIZE = {"rotary": 2}
 
 

@@ -3,7 +3,8 @@
 What a unit needs to know of two models is their *similarity* along its symmetries: for every combination of them that
 occurs together, a tensor whose first half of dimensions runs over the fixed model and whose second half over the
 moving one. `{("head", "qk"): S}` with S[h, q, h', q'] says how alike unit q of fixed head h and unit q' of moving head
-h' are. Where it came from, weights or activations, makes no difference here.
+h' are. What signs do not reach (`~`) of a symmetry with signs is kept apart, as "ff~". Where it all came from, weights
+or activations, makes no difference here.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .alignment import group_of
+from .axes import DIAGONAL
 from .groups import Element
 from .spec import Spec, Unit
 
@@ -32,7 +34,17 @@ class Nested:
 
     @staticmethod
     def of(spec: Spec, unit: Unit) -> Nested:
-        return Nested(spec, {name: spec.symmetries[name].contexts for name in unit.names})
+        contexts = {name: spec.symmetries[name].contexts for name in unit.names}
+        for name in unit.names:
+            for i, context in enumerate(contexts[name]):  # what is held may be seen as nested in what comes before it
+                if spec.symmetries[context].kind == "held" and len(contexts[context]) < i:
+                    contexts[context] = contexts[name][:i]
+        return Nested(spec, contexts)
+
+    def identity(self, name: str) -> Element:
+        """The element that moves nothing, for the contexts that are still open."""
+        batch = tuple(self.spec.symmetries[context].size for context in self.contexts[name])
+        return group_of(self.spec, name).identity(batch, self.spec.symmetries[name].size)
 
     @property
     def tops(self) -> list[str]:
@@ -68,9 +80,9 @@ def solve(nested: Nested, similarity: Similarity) -> Elements:
     families = {top: {top, *nested.inside(top).contexts} for top in nested.tops}
     elements: Elements = {}
     for top, family in families.items():  # from what does not involve the others
-        own = {names: s for names, s in similarity.items() if family.issuperset(names)}
+        own = {names: s for names, s in similarity.items() if family.issuperset(map(_name, names))}
         elements |= _solve_family(nested.only(family), own, top)
-    if all(any(family.issuperset(names) for family in families.values()) for names in similarity):
+    if all(any(family.issuperset(map(_name, names)) for family in families.values()) for names in similarity):
         return elements
     best = value(nested, similarity, elements)
     while True:
@@ -90,9 +102,15 @@ def _solve_family(nested: Nested, similarity: Similarity, top: str) -> Elements:
     symmetry = nested.spec.symmetries[top]
     group, n = group_of(nested.spec, top), symmetry.size
     inside = nested.inside(top)
-    alone = similarity.get((top,))
+    alone, diagonal = similarity.get((top,)), similarity.get((f"{top}{DIAGONAL}",))
     if not inside.contexts:
-        return {top: group.project(alone) if symmetry.moves and alone is not None else group.identity((), n)}
+        if alone is None and diagonal is not None:
+            alone = torch.zeros_like(diagonal)
+        return {top: group.project(alone, diagonal) if symmetry.moves and alone is not None else group.identity((), n)}
+    if not symmetry.moves and len(inside.contexts) == 1 and similarity.keys() == {(top, *inside.contexts)}:
+        (inner_name,), (both,) = inside.contexts, similarity.values()  # all places at once
+        each = both.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+        return {top: group.identity((), n), inner_name: group_of(nested.spec, inner_name).project(each)}
     values = torch.zeros(n, n, dtype=torch.float64) if alone is None else alone.double().clone()
     inner: dict[tuple[int, int], Elements] = {}
     for i in range(n):
@@ -122,10 +140,10 @@ def _reduced(nested: Nested, similarity: Similarity, elements: Mapping[str, Elem
     """The similarity along one family, with everything else contracted by its present elements."""
     reduced: Similarity = {}
     for names, tensor in similarity.items():
-        if family.isdisjoint(names):
+        if family.isdisjoint(map(_name, names)):
             continue
-        others = {name: elements[name] for name in names if name not in family}
-        left = tuple(name for name in names if name in family)
+        others = {_name(name): elements[_name(name)] for name in names if _name(name) not in family}
+        left = tuple(name for name in names if _name(name) in family)
         part = _contract(nested, names, tensor, others)
         reduced[left] = reduced[left] + part if left in reduced else part
     return reduced
@@ -135,14 +153,17 @@ def _contract(nested: Nested, names: tuple[str, ...], tensor: Tensor, elements: 
     """Contract the dimensions of some symmetries with their elements, innermost first."""
     left = list(names)
     for name in reversed(names):
-        if name in elements:
-            batch = [left.index(c) for c in nested.contexts[name] if c in left]
+        if _name(name) in elements:
+            contexts = [c for c in nested.contexts[_name(name)] if c in left]
+            batch = [left.index(c) for c in contexts]
             at = left.index(name)
             front = [*batch, at, len(left) + at]
-            moved = elements[name].contract(tensor.movedim(front, list(range(len(front)))))
+            moved = elements[_name(name)].contract(tensor.movedim(front, list(range(len(front)))), name != _name(name))
             left.remove(name)
             # the contexts were brought to the front; put them back where they are in `left`
-            tensor = moved.movedim(
-                list(range(len(batch))), [left.index(c) for c in nested.contexts[name] if c in left]
-            )
+            tensor = moved.movedim(list(range(len(batch))), [left.index(c) for c in contexts])
     return tensor
+
+
+def _name(label: str) -> str:
+    return label.removesuffix(DIAGONAL)

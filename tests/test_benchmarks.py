@@ -1,5 +1,6 @@
 """What the benchmark scripts promise, on this machine: exact recovery at full size. Slow, and no test of speed."""
 
+import json
 import re
 import subprocess
 import sys
@@ -25,15 +26,26 @@ def test_planted_mlps_come_back(tmp_path):
     assert all(int(cell.split("/")[0]) >= 49 for cell in cells), done.stdout
 
 
-def test_barriers_of_mlps():
+def test_barriers_of_mlps(tmp_path):
     """Width 64: at most 5 % of the plain barrier; width 512: at most 0.012."""
-    script = ROOT / "scripts" / "benchmark_barrier.py"
-    done = subprocess.run([sys.executable, script, "mlp", "mlp512"], capture_output=True, text=True, check=True)
-    rows = [line.split() for line in done.stdout.splitlines() if line[:2] in ("0-", "1-")]
-    assert len(rows) == 6
-    assert all(float(row[3]) <= 0.05 for row in rows[:3]), done.stdout
-    assert all(float(row[2]) <= 0.012 for row in rows[3:]), done.stdout
-    assert all(float(row[4]) <= 1e-6 for row in rows), done.stdout
+    command = [sys.executable, ROOT / "scripts" / "bench_barrier.py", "mlp64", "mlp512", "--out", tmp_path]
+    done = subprocess.run([*command, "--methods", "permutations"], capture_output=True, text=True, check=True)
+    results = json.loads((tmp_path / "barrier.json").read_text())["results"]
+    rows = {(r["kind"], r["method"], *r["pair"]): r for r in results}
+    assert len(rows) == 2 * 2 * 3
+    for (kind, method, *_), row in rows.items():
+        assert len(row["loss"]) == len(row["accuracy"]) == 25
+        assert abs(row["own"]) <= 1e-6
+        if method == "plain":
+            assert row["loss_ratio"] == row["error_ratio"] == 1
+        elif kind == "mlp64":
+            assert row["loss_ratio"] <= 0.05
+        else:
+            assert row["loss_barrier"] <= 0.012
+    written = (tmp_path / "barrier.md").read_text()
+    assert all(table in written for table in done.stdout.strip().split("\n\n"))
+    assert "failed to train" not in written
+    assert (tmp_path / "barrier.png").stat().st_size > 10_000
 
 
 def test_resnet18_comes_back_and_keeps_its_function():

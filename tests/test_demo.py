@@ -36,6 +36,7 @@ def test_bad_options_are_said_before_training(tmp_path):
 def test_the_barrier_is_the_highest_rise_above_the_chord():
     assert Curve((1.0, 3.0, 2.0), (0.0, 0.0, 0.0)).barrier == 1.5
     assert Curve((1.0, 1.2, 2.0), (0.0, 0.0, 0.0)).barrier == 0
+    assert Curve((0.0, 0.0, 0.0), (1.0, 0.25, 0.5)).error_barrier == 0.5
     assert Curve((1.0, 2.0, 5.0, 0.5, 0.0), (0.0,) * 5).middle == (5.0, 0.0)
 
 

@@ -7,16 +7,20 @@ dimensions. `hf_rebasin.alignment` brings a block's dimensions in that order, so
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from typing_extensions import Self
 
+    from ..elements import Sides
+
 
 class Element(Protocol):
     """What every group's `Element` offers."""
+
+    EXACT: ClassVar[bool]  # whether acting only changes places, so that nothing is rounded
 
     @classmethod
     def identity(cls, batch: tuple[int, ...], n: int) -> Self:
@@ -29,11 +33,37 @@ class Element(Protocol):
         ...
 
     @classmethod
-    def project(cls, similarity: Tensor) -> Self:
-        """The g that maximises ⟨similarity, g⟩ for a (n, n) matrix ⟨fixed i, moving j⟩."""
+    def project(cls, similarity: Tensor, diagonal: Tensor | None = None) -> Self:
+        """The g that keeps lengths and maximises ⟨similarity, g⟩ for (*batch, n, n) matrices ⟨fixed i, moving j⟩.
+
+        `diagonal` is the similarity of what is marked diagonal, where the group has signs that do not reach it.
+        """
         ...
 
-    def contract(self, similarity: Tensor) -> Tensor:
+    @classmethod
+    def moments(cls, x: Tensor, y: Tensor) -> Tensor:
+        """What `balance` and `fit` have to know of x and y of shape (*batch, n, rest); adds up over several."""
+        ...
+
+    @classmethod
+    def balance(cls, writers: Tensor, readers: Tensor) -> Self:
+        """The g that leaves nothing to lengths: it makes the moments of writers and of readers alike.
+
+        Two models that differ by an element of the group differ, once both are balanced, by one that keeps lengths.
+        The identity in a group all of which does.
+        """
+        ...
+
+    @classmethod
+    def fit(cls, writers: Sides, readers: Sides) -> Self:
+        """The g near the identity of least ‖x - g y‖² + ‖u - g⁻ᵀ v‖², of those that do not permute.
+
+        Given the moments ⟨x, x⟩, ⟨x, y⟩, ⟨y, y⟩ of writers, and the same of readers. It is what lengths leave to
+        improve once `project` has found the rest.
+        """
+        ...
+
+    def contract(self, similarity: Tensor, diagonal: bool = False) -> Tensor:
         """⟨similarity, g⟩ along two dimensions: (*batch, n, n, *rest) to (*batch, *rest), in float64."""
         ...
 

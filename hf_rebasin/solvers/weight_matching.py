@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 
 from ..alignment import act_on_block
+from ..axes import DIAGONAL
+from ..canonical import in_full
 from ..groups import Element
-from ..solving import Problem, Solution, coordinate_ascent, matched_tensors
-from ..spec import Block, Unit
+from ..solving import Problem, Solution, coordinate_ascent, matched_tensors, weight_of
+from ..spec import Block, Dim, Spec, Unit
+from ..table import SIGNED
 from ..units import Similarity
 
 PIECE = 1 << 24  # elements of a tensor that are widened to float32 at a time
@@ -38,6 +41,9 @@ class Solver:
     max_sweeps: int = 100
 
     def solve(self, problem: Problem) -> Solution:
+        return in_full(problem, self._ascend)
+
+    def _ascend(self, problem: Problem) -> Solution:
         def measure(
             unit: Unit, elements: Mapping[str, Element], known: set[str] | None = None
         ) -> tuple[Similarity, bool]:
@@ -75,10 +81,16 @@ def weight_similarity(
                 inside = {n: e for n, e in elements.items() if n in unit.names and not e.is_identity()}
                 there = b if len(parts) == 1 else act_on_block(spec, inside, block, b, still=part)
                 places = sorted(part, key=lambda i: unit.names.index(block.dims[i].name or ""))
-                names = tuple(block.dims[i].name or "" for i in places)
-                product = _product(a, there, places)
+                names = tuple(_label(spec, block.dims[i]) for i in places)
+                product = _product(a, there, places).mul_(weight_of(spec, block))
                 total[names] = total[names].add_(product) if names in total else product
     return total, exact
+
+
+def _label(spec: Spec, dim: Dim) -> str:
+    """What signs do not reach is told apart where there are signs."""
+    name = dim.name or ""
+    return name + DIAGONAL if dim.mark == DIAGONAL and spec.symmetries[name].kind in SIGNED else name
 
 
 def _parts(block: Block, unit: Unit) -> list[list[int]]:

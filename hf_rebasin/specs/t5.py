@@ -51,11 +51,16 @@ def table(config):
 def groups(config):
     # the hidden states are what a bare model computes, and any other class may
     free = (config.architectures or ["T5Model"])[0] in HEADS
+    # without its tie, transformers would take the scale off the outputs of what has one
+    tied = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings) and "ForConditional" in str(
+        config.architectures
+    )
+    stream = "permutation" if tied else "orthogonal"
     ff = "nonzero" if config.is_gated_act else "scaled" if config.dense_act_fn == "relu" else "permutation"
     kinds = {
         "vocab": "held",
         "label": "held",
-        "residual": "orthogonal" if free else "held",
+        "residual": stream if free else "held",
         "pool": "permutation" if free else "held",
         "encoder_head": "permutation",
         "decoder_head": "permutation",

@@ -1,0 +1,113 @@
+"""Larger groups than permutations: what lengths and norms leave open is settled first, then the same solver solves.
+
+Two models that differ by an element of the full groups differ by an isometry once both are in *canonical form*: gains
+are folded into readers, what LayerNorms do not let through is left out, and what writes to a unit is as large as what
+reads it. There ⟨fixed, g · moving⟩ has a largest value and tells how near the two are. What was found is brought back
+to the models as they are, and scales and bases inside heads are fitted to the fixed model by least squares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import combinations_with_replacement
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .alignment import Alignment, act, group_of
+from .axes import DIAGONAL, READER
+from .gauge import centred, folded, narrowed, vectors, widened
+from .groups import Element
+from .lazy import Tensors, parts_of
+from .solving import Problem, Solution, Status, equal_within
+from .spec import Spec
+
+STRETCHING = ("scaled", "nonzero", "invertible", "rotary")  # kinds with elements that change lengths
+AT_HOME = 0.5  # of all units in their places: the two are of one base, and only some were moved
+
+
+def in_full(problem: Problem, solve: Callable[[Problem], Solution]) -> Solution:
+    """Solve over the permutations, and over the full groups if that does not show equal models or one base.
+
+    So models that were only permuted come back bit for bit, and of two fine-tunes of one base nothing is rewritten.
+    """
+    spec = problem.spec
+    permutations = spec.restricted()
+    permuted = solve(replace(problem, spec=permutations))
+    if spec.symmetries == permutations.symmetries or permuted.status in (Status.EQUAL, Status.IDENTITY):
+        return permuted
+    if at_home(permuted.alignment) >= AT_HOME:
+        return permuted
+    (fixed, mine), (moving, theirs) = (canonical(spec, state) for state in (problem.fixed, problem.moving))
+    found = solve(replace(problem, fixed=fixed, moving=moving))
+    first, last = Alignment(spec, mine), Alignment(spec, theirs)
+    between = first.inverse().compose(found.alignment).compose(last)
+    fitted = fit(spec, problem, between.elements)
+    alignment = Alignment(
+        spec,
+        {name: fitted[name] for name in spec.symmetries if name in fitted},
+        vectors(spec, problem.fixed),
+        vectors(spec, problem.moving),
+    )
+    seconds = {name: permuted.seconds.get(name, 0) + spent for name, spent in found.seconds.items()}
+    status = Status.EQUAL if equal_within(problem, alignment) else found.status
+    return replace(found, alignment=alignment, seconds=seconds, status=status)
+
+
+def at_home(alignment: Alignment) -> float:
+    """The share of units that permutations leave in their places."""
+    orders = [element.tensors()["order"] for element in alignment.elements.values()]
+    still = sum(int((order == torch.arange(order.shape[-1])).sum()) for order in orders)
+    return still / max(sum(order.numel() for order in orders), 1)
+
+
+def plain(spec: Spec, state: Mapping[str, Tensor]) -> Tensors:
+    """A model with its gains folded away, and without what its LayerNorms do not let through."""
+    parts = {key: widened(part) for key, part in parts_of(state).items()}
+    form = centred(spec, folded(spec, parts, {norm.stream: None for norm in spec.gauged}))
+    return Tensors({key: narrowed(part, torch.float32) for key, part in form.items()})
+
+
+def canonical(spec: Spec, state: Mapping[str, Tensor]) -> tuple[Tensors, dict[str, Element]]:
+    """(the canonical form of a model, the elements that balanced it)"""
+    form = plain(spec, state)
+    elements = {}
+    for name, sides in moments(spec, [form]).items():
+        if sides.keys() == {"", READER}:
+            elements[name] = group_of(spec, name).balance(sides[""][0], sides[READER][0])
+    return act(spec, elements, form), elements
+
+
+def fit(spec: Spec, problem: Problem, elements: Mapping[str, Element]) -> dict[str, Element]:
+    """The elements with scales and bases fitted to the fixed model."""
+    fixed, moving = plain(spec, problem.fixed), act(spec, elements, plain(spec, problem.moving))
+    fitted = dict(elements)
+    sides: Any
+    for name, sides in moments(spec, [fixed, moving]).items():
+        if sides.keys() == {"", READER}:
+            better = group_of(spec, name).fit(sides[""], sides[READER])
+            fitted[name] = better.compose(fitted[name]) if name in fitted else better
+    return fitted
+
+
+def moments(spec: Spec, states: list[Mapping[str, Tensor]]) -> dict[str, dict[str, tuple[Tensor, ...]]]:
+    """{symmetry: {mark: ⟨x, x⟩ or, of two models, ⟨x, x⟩, ⟨x, y⟩, ⟨y, y⟩}} of all that can be stretched."""
+    found: dict[str, dict[str, tuple[Tensor, ...]]] = {}
+    for tensor in spec.tensors:
+        names = {name for name in tensor.names & spec.free if spec.symmetries[name].kind in STRETCHING}
+        wholes = [tensor.gather(state) for state in states] if names else []
+        for block in tensor.blocks if names else ():
+            for place, dim in enumerate(block.dims):
+                if dim.name in names and dim.mark != DIAGONAL and all(d.size for d in block.dims):
+                    front = [*dim.contexts, place]
+                    views = [block.view(whole).movedim(front, list(range(len(front)))) for whole in wholes]
+                    rows = [x.reshape(*x.shape[: len(front)], -1) for x in views]
+                    group = group_of(spec, dim.name)
+                    pairs = combinations_with_replacement(rows, 2)
+                    new = tuple(group.moments(x, y) for x, y in pairs)
+                    sides = found.setdefault(dim.name, {})
+                    old = sides.get(dim.mark)
+                    sides[dim.mark] = new if old is None else tuple(a + b for a, b in zip(old, new, strict=True))
+    return found

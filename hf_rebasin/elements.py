@@ -1,0 +1,302 @@
+"""What elements of several groups share: matrices, and permutations with a factor for every place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from .axes import DIAGONAL, READER
+
+TINY = 1e-30  # where a unit has no weights at all, nothing says how it is to be scaled
+
+
+# ⟨x, x⟩, ⟨x, y⟩ and ⟨y, y⟩ of two models along one symmetry
+Sides: TypeAlias = tuple[Tensor, Tensor, Tensor]
+
+
+def taken(x: Tensor, order: Tensor) -> Tensor:
+    """x[..., order[...], ...]: `order` is (*batch, n), x is (*batch, n, *rest)."""
+    *batch, n = order.shape
+    many = math.prod(batch)
+    flat = (order.reshape(many, n) + n * torch.arange(many)[:, None]).reshape(-1).to(x.device)
+    return x.reshape(many * n, *x.shape[len(batch) + 1 :]).index_select(0, flat).reshape(x.shape)
+
+
+def order_of(tensors: Mapping[str, Tensor], batch: tuple[int, ...], n: int) -> Tensor:
+    """The stored permutations of n things; ValueError if they are none."""
+    order = tensors.get("order")
+    if order is None or order.shape != (*batch, n):
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        raise ValueError(f"expected an order of shape {(*batch, n)}, found {found}")
+    if not torch.equal(order.sort(-1).values, torch.arange(n).expand(*batch, n)):
+        raise ValueError(f"the order is no permutation of {n} things")
+    return order
+
+
+def random_orders(batch: tuple[int, ...], n: int, generator: torch.Generator) -> Tensor:
+    many = [torch.randperm(n, generator=generator) for _ in range(math.prod(batch))]
+    return torch.stack(many).reshape(*batch, n)
+
+
+def assigned(similarity: Tensor) -> Tensor:
+    """Linear assignment: the orders that maximise Σᵢ similarity[..., i, order[i]].
+
+    Rows and columns are first shifted to a minimum of 0, which changes no assignment and keeps the numbers that
+    scipy's shortest augmenting paths compare small.
+    """
+    from scipy.optimize import linear_sum_assignment  # merging what is aligned needs none of it
+
+    *batch, n, _ = similarity.shape
+    orders = []
+    for one in similarity.to("cpu", torch.float64).reshape(-1, n, n):
+        cost = -one
+        cost -= cost.amin(1, keepdim=True)
+        cost -= cost.amin(0, keepdim=True)
+        orders.append(torch.from_numpy(linear_sum_assignment(cost.numpy())[1]))
+    return torch.stack(orders).reshape(*batch, n)
+
+
+def even(writers: Tensor, readers: Tensor) -> Tensor:
+    """The scales s with |s x|² = |y / s|², given |x|² and |y|²; 1 where one of them is nothing."""
+    sound = (writers > TINY) & (readers > TINY)
+    return torch.where(sound, readers / writers.clamp_min(TINY), 1.0) ** 0.25
+
+
+def lowest(loss: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+    """Where functions of one variable each are lowest between log 1/20 and log 20, by a grid and golden sections.
+
+    0 where nothing is lower than there.
+    """
+    step, ratio = 0.05, (5**0.5 - 1) / 2
+    grid = torch.arange(-60, 61, dtype=torch.float64) * step
+    found = torch.stack([loss(torch.full_like(like, at.item())) for at in grid])
+    low = grid[found.argmin(0)] - step
+    high = low + 2 * step
+    for _ in range(40):
+        a, b = high - ratio * (high - low), low + ratio * (high - low)
+        left = loss(a) < loss(b)
+        low, high = torch.where(left, low, a), torch.where(left, b, high)
+    best, zero = (low + high) / 2, torch.zeros_like(like)
+    return torch.where(loss(best) < loss(zero), best, zero)
+
+
+def chosen(similarity: Tensor, order: Tensor) -> Tensor:
+    """similarity[..., i, order[..., i], *rest] for all i: (*batch, n, *rest)."""
+    dim = order.dim()
+    rest = similarity.shape[dim + 1 :]
+    index = order.reshape(*order.shape, 1, *[1] * len(rest)).expand(*order.shape, 1, *rest)
+    return similarity.gather(dim, index).squeeze(dim)
+
+
+@dataclass(frozen=True)
+class Monomial:
+    """(g · x)[i] = factor[i] · x[order[i]]; readers divide, and what is diagonal is permuted only.
+
+    `order` is int64, `factor` float64, both of shape (*batch, n). Subclasses say by `SIGNED` and `SCALED` which
+    factors there are.
+    """
+
+    order: Tensor
+    factor: Tensor
+
+    SIGNED: ClassVar[bool]
+    SCALED: ClassVar[bool]
+    EXACT: ClassVar[bool] = False  # with signs alone, too: 0 becomes -0
+
+    @classmethod
+    def identity(cls, batch: tuple[int, ...], n: int) -> Self:
+        return cls(torch.arange(n).expand(*batch, n).contiguous(), torch.ones(*batch, n, dtype=torch.float64))
+
+    @classmethod
+    def random(cls, batch: tuple[int, ...], n: int, generator: torch.Generator) -> Self:
+        """A uniform permutation; factors between ½ and 2, of either sign where there are signs."""
+        order, factor = random_orders(batch, n, generator), torch.ones(*batch, n, dtype=torch.float64)
+        if cls.SCALED:
+            factor.uniform_(-1, 1, generator=generator).exp2_()
+        if cls.SIGNED:
+            factor *= 1 - 2 * torch.randint(2, factor.shape, generator=generator)
+        return cls(order, factor)
+
+    @classmethod
+    def project(cls, similarity: Tensor, diagonal: Tensor | None = None) -> Self:
+        """The best permutation with signs, if there are signs; scales are left to `balance` and `fit`."""
+        if diagonal is None:
+            diagonal = torch.zeros_like(similarity)
+        if not cls.SIGNED:
+            order = assigned(similarity + diagonal)
+            return cls(order, torch.ones(order.shape, dtype=torch.float64))
+        order = assigned(similarity.abs() + diagonal)
+        return cls(order, torch.where(chosen(similarity, order) < 0, -1.0, 1.0).double().cpu())
+
+    @classmethod
+    def moments(cls, x: Tensor, y: Tensor) -> Tensor:
+        """⟨xᵢ, yᵢ⟩ of x and y of shape (*batch, n, rest)."""
+        return (x.double() * y.double()).sum(-1).cpu()
+
+    @classmethod
+    def balance(cls, writers: Tensor, readers: Tensor) -> Self:
+        """Scales that make every unit's writers as large as its readers, if there are scales."""
+        order = torch.arange(writers.shape[-1]).expand(writers.shape).contiguous()
+        return cls(order, even(writers, readers) if cls.SCALED else torch.ones_like(writers))
+
+    @classmethod
+    def fit(cls, writers: Sides, readers: Sides) -> Self:
+        """The best scales between 1/20 and 20, if there are scales."""
+        (_, xy, yy), (_, uv, vv) = writers, readers
+        order = torch.arange(xy.shape[-1]).expand(xy.shape).contiguous()
+
+        def loss(log: Tensor) -> Tensor:
+            s = log.exp()
+            return s * s * yy - 2 * s * xy + vv / (s * s) - 2 * uv / s
+
+        return cls(order, lowest(loss, xy).exp() if cls.SCALED else torch.ones_like(xy))
+
+    @classmethod
+    def read(cls, tensors: Mapping[str, Tensor], batch: tuple[int, ...], n: int) -> Self:
+        order, factor = order_of(tensors, batch, n), tensors.get("factor")
+        if factor is None or factor.shape != order.shape or not factor.isfinite().all() or not factor.all():
+            raise ValueError(f"expected {order.shape} finite factors other than 0")
+        if (not cls.SIGNED and (factor < 0).any()) or (not cls.SCALED and (factor.abs() != 1).any()):
+            raise ValueError("the factors have signs or scales that this group has not")
+        return cls(order, factor)
+
+    def contract(self, similarity: Tensor, diagonal: bool = False) -> Tensor:
+        picked = chosen(similarity, self.order).double()
+        if not diagonal:
+            picked = picked * self.factor.reshape(*self.factor.shape, *[1] * (picked.dim() - self.factor.dim()))
+        return picked.sum(self.order.dim() - 1)
+
+    def act(self, x: Tensor, mark: str = "") -> Tensor:
+        moved = taken(x, self.order)
+        if mark == DIAGONAL:
+            return moved
+        factor = self.factor.to(x.device, x.dtype).reshape(*self.factor.shape, *[1] * (x.dim() - self.factor.dim()))
+        return moved / factor if mark == READER else moved * factor
+
+    def compose(self, first: Self) -> Self:
+        return type(self)(first.order.gather(-1, self.order), self.factor * first.factor.gather(-1, self.order))
+
+    def inverse(self) -> Self:
+        back = self.order.argsort(-1)
+        return type(self)(back, 1 / self.factor.gather(-1, back))
+
+    def is_identity(self) -> bool:
+        return bool((self.factor == 1).all()) and torch.equal(
+            self.order, torch.arange(self.order.shape[-1]).expand_as(self.order)
+        )
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return {"order": self.order, "factor": self.factor}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return type(self)(change(self.order), change(self.factor))
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """(g · x)[i] = Σⱼ matrix[i, j] x[j]; readers by the inverse transpose, and what is diagonal not at all.
+
+    `matrix` is float64 of shape (*batch, n, n).
+    """
+
+    matrix: Tensor
+
+    ISOMETRIC: ClassVar[bool] = False  # whether every element is its own inverse transpose
+    EXACT: ClassVar[bool] = False
+
+    @classmethod
+    def identity(cls, batch: tuple[int, ...], n: int) -> Self:
+        return cls(torch.eye(n, dtype=torch.float64).expand(*batch, n, n).contiguous())
+
+    @classmethod
+    def random(cls, batch: tuple[int, ...], n: int, generator: torch.Generator) -> Self:
+        """A uniform rotation or reflection."""
+        return cls(random_rotations(batch, n, generator))
+
+    @classmethod
+    def project(cls, similarity: Tensor, diagonal: Tensor | None = None) -> Self:
+        """The orthogonal g that maximises ⟨similarity, g⟩; what else there is of g is left to `balance` and `fit`."""
+        return cls(polar(similarity if diagonal is None else similarity + diagonal))
+
+    @classmethod
+    def moments(cls, x: Tensor, y: Tensor) -> Tensor:
+        """⟨xᵢ, yⱼ⟩ of x and y of shape (*batch, n, rest)."""
+        return (x.double() @ y.double().mT).cpu()
+
+    @classmethod
+    def balance(cls, writers: Tensor, readers: Tensor) -> Self:
+        """Nothing to balance in a group that keeps lengths."""
+        return cls.identity(tuple(writers.shape[:-2]), writers.shape[-1])
+
+    @classmethod
+    def fit(cls, writers: Sides, readers: Sides) -> Self:
+        """Nothing that `project` would have left."""
+        return cls.balance(writers[0], readers[0])
+
+    @classmethod
+    def read(cls, tensors: Mapping[str, Tensor], batch: tuple[int, ...], n: int) -> Self:
+        matrix = tensors.get("matrix")
+        if matrix is None or matrix.shape != (*batch, n, n) or not matrix.isfinite().all():
+            found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            raise ValueError(f"expected finite matrices of shape {(*batch, n, n)}, found {found}")
+        cls.refuse(matrix)
+        return cls(matrix)
+
+    @classmethod
+    def refuse(cls, matrix: Tensor) -> None:
+        """Raise ValueError for a matrix that is not of this group."""
+        if cls.ISOMETRIC:
+            eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype)
+            far = (matrix @ matrix.mT - eye).abs().amax().item() if matrix.numel() else 0.0
+            if far > 1e-6:
+                raise ValueError(f"the matrix is not orthogonal: |g gᵀ - 1| is up to {far:.2g}")
+
+    def contract(self, similarity: Tensor, diagonal: bool = False) -> Tensor:
+        dim = self.matrix.dim()
+        matrix = self.matrix.reshape(*self.matrix.shape, *[1] * (similarity.dim() - dim))
+        return (matrix * similarity.double()).sum((dim - 2, dim - 1))
+
+    def act(self, x: Tensor, mark: str = "") -> Tensor:
+        if mark == DIAGONAL:
+            return x
+        matrix = self.matrix if mark != READER or self.ISOMETRIC else torch.linalg.inv(self.matrix).mT
+        matrix = matrix.contiguous()  # products of the same numbers laid out otherwise are rounded otherwise
+        front = self.matrix.dim() - 1
+        kind = x.dtype if x.dtype.itemsize >= 4 else torch.float32
+        moved = matrix.to(x.device, kind) @ x.reshape(*x.shape[:front], -1).to(kind)
+        return moved.to(x.dtype).reshape(x.shape)
+
+    def compose(self, first: Self) -> Self:
+        return type(self)(self.matrix @ first.matrix)
+
+    def inverse(self) -> Self:
+        return type(self)((self.matrix.mT if self.ISOMETRIC else torch.linalg.inv(self.matrix)).contiguous())
+
+    def is_identity(self) -> bool:
+        return torch.equal(
+            self.matrix, torch.eye(self.matrix.shape[-1], dtype=self.matrix.dtype).expand_as(self.matrix)
+        )
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return {"matrix": self.matrix}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return type(self)(change(self.matrix))
+
+
+def random_rotations(batch: tuple[int, ...], n: int, generator: torch.Generator) -> Tensor:
+    """Uniform in O(n): the Q of a Gaussian matrix whose R has a positive diagonal (Mezzadri 2007)."""
+    q, r = torch.linalg.qr(torch.randn(*batch, n, n, generator=generator, dtype=torch.float64))
+    return q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+
+
+def polar(matrix: Tensor) -> Tensor:
+    """The orthogonal factor U Vᵀ of M = U S Vᵀ, which maximises ⟨M, Q⟩ (Schönemann 1966); in float64 on the CPU."""
+    u, _, v = torch.linalg.svd(matrix.to("cpu", torch.float64), full_matrices=False)
+    return u @ v

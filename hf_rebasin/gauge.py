@@ -1,0 +1,214 @@
+"""Gauges: function-preserving rewrites of the norms between a rotated stream and its readers.
+
+A norm with gain g and bias b is read by linear maps W with biases c. *Folded*, the gain is in the readers:
+W diag(g), c + W b, and the stream may be rotated, as it is normalised before anything else sees it. In the *gauge* of
+another model with gain g' and bias b', the readers make up for these: W diag(g) / g', c + W b - W diag(g) (b' / g'),
+and the norm is g', b'. A folded model is one in the gauge 1, 0. Where a reader has no bias that could take b, as a
+head often has none, the norm keeps it, as b / g · g'.
+
+Folding gains is exact as in SliceGPT (Ashkboos et al. 2024, arXiv 2401.15024, 3.1); that the readers can make up for
+the norms of another model, so that this other model need not be folded, is why one of two can stay as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .axes import Leaf
+from .errors import SpecError
+from .groups import Element
+from .lazy import Computed, Here, Lazy, rounded
+from .spec import Labelled, Norm, Spec
+
+SMALL = 1e-4  # of the largest gain: nothing is divided by less
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A linear map that reads a norm."""
+
+    weight: str
+    bias: str | None
+    axis: int  # of its weight, which reads the stream
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """A norm with its readers; `keeps` says that it has a bias some reader cannot take."""
+
+    norm: Norm
+    readers: tuple[Reader, ...]
+
+    @staticmethod
+    def of(spec: Spec, norm: Norm) -> Gauge:
+        return Gauge(norm, tuple(_reader(spec, norm, key) for key in norm.readers if key in spec.shapes))
+
+    @property
+    def keeps(self) -> bool:
+        return self.norm.bias is not None and any(reader.bias is None for reader in self.readers)
+
+    @property
+    def vectors(self) -> list[str]:
+        return [self.norm.gain] if self.norm.bias is None else [self.norm.gain, self.norm.bias]
+
+    def divides(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether a bias that the norm has to keep can be divided by its gain."""
+        return not self.keeps or bool((state[self.norm.gain].abs() > SMALL * state[self.norm.gain].abs().max()).all())
+
+
+def gauges(spec: Spec) -> list[Gauge]:
+    """The norms of all streams that can be rotated."""
+    return [Gauge.of(spec, norm) for norm in spec.gauged]
+
+
+def vectors(spec: Spec, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The gauge a model is in: gains, none of which is too small to divide by, and biases, in float64."""
+    found = {}
+    for gauge in gauges(spec):
+        gain = state[gauge.norm.gain].double().cpu()
+        least = SMALL * gain.abs().max()
+        found[gauge.norm.gain] = torch.where(gain.abs() < least, torch.where(gain < 0, -least, least), gain)
+        if gauge.norm.bias is not None and not gauge.keeps:
+            found[gauge.norm.bias] = state[gauge.norm.bias].double().cpu()
+    return found
+
+
+def folded(
+    spec: Spec,
+    parts: Mapping[str, Lazy],
+    streams: Mapping[str, Element | None],
+    into: Mapping[str, Tensor] | None = None,
+) -> dict[str, Lazy]:
+    """A model with the gains of some streams folded into their readers, in float64 (float32 for half precision).
+
+    Args:
+        spec: of the model.
+        parts: its tensors by canonical keys.
+        streams: `{stream: the element that is going to act on it}`; None for none.
+        into: the gauge that `unfolded` will bring it to, for which biases make up already here; None for 1, 0.
+    """
+    out = dict(parts)
+    for gauge in (gauge for gauge in gauges(spec) if gauge.norm.stream in streams):
+        norm, element = gauge.norm, streams[gauge.norm.stream]
+        gain = parts[norm.gain].read().double().cpu()
+        out[norm.gain] = Here.of(torch.ones_like(gain), own=True)
+        if norm.bias is not None:
+            bias = parts[norm.bias].read().double().cpu()
+            kept = bias / gain if gauge.keeps else torch.zeros_like(bias)
+            out[norm.bias] = Here.of(kept, own=True)
+            if not gauge.keeps:
+                if into is not None:
+                    there = into.get(norm.bias, bias) / into.get(norm.gain, gain)
+                    bias = bias - gain * (there if element is None else element.inverse().act(there))
+                for reader in gauge.readers:
+                    if reader.bias is not None:
+                        one, weight = parts[reader.bias], parts[reader.weight]
+                        plus = partial(_plus, axis=reader.axis, vector=bias)
+                        out[reader.bias] = Computed(one.shape, wide(one.dtype), [one, weight], plus)
+        for reader in gauge.readers:
+            out[reader.weight] = _times(parts[reader.weight], reader.axis, gain)
+    return out
+
+
+def unfolded(
+    spec: Spec, parts: Mapping[str, Lazy], streams: Mapping[str, Element], into: Mapping[str, Tensor]
+) -> dict[str, Lazy]:
+    """A folded model in the gauge `into`: its readers divided by the gains that its norms get."""
+    out = dict(parts)
+    for gauge in (gauge for gauge in gauges(spec) if gauge.norm.stream in streams):
+        gain = into[gauge.norm.gain]
+        out[gauge.norm.gain] = Here.of(gain, own=True)
+        if gauge.norm.bias is not None:
+            bias = out[gauge.norm.bias].read() * gain if gauge.keeps else into[gauge.norm.bias]
+            out[gauge.norm.bias] = Here.of(bias, own=True)
+        for reader in gauge.readers:
+            out[reader.weight] = _times(out[reader.weight], reader.axis, 1 / gain)
+    return out
+
+
+def widened(part: Lazy) -> Lazy:
+    """The same in the dtype that moving it is computed in."""
+    return part if part.dtype == wide(part.dtype) else Computed(part.shape, wide(part.dtype), [part], _widen)
+
+
+def narrowed(part: Lazy, dtype: torch.dtype) -> Lazy:
+    """The same in the dtype it is stored in, rounded once."""
+    return part if part.dtype == dtype else Computed(part.shape, dtype, [part], partial(_narrow, dtype=dtype))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """float32 for half precision, else float64."""
+    return torch.float32 if dtype.itemsize < 4 else torch.float64
+
+
+def centred(spec: Spec, parts: Mapping[str, Lazy]) -> dict[str, Lazy]:
+    """A folded model without what its LayerNorms do not let through: the means along a centred stream."""
+    out = dict(parts)
+    for tensor in spec.tensors:
+        for axis, node in enumerate(tensor.axes[len(next(iter(tensor.keys))) :]):
+            if isinstance(node, Leaf) and node.name and spec.symmetries[node.name].kind == "centred":
+                for key in tensor.keys.values():
+                    out[key] = Computed(out[key].shape, out[key].dtype, [out[key]], partial(_centre, axis=axis))
+    return out
+
+
+def _reader(spec: Spec, norm: Norm, key: str) -> Reader:
+    tensor = next(t for t in spec.tensors if key in t.keys.values())
+    axis = stream_axis(tensor, norm.stream)
+    bias = f"{key.removesuffix('.weight')}.bias"
+    if bias not in spec.shapes:
+        return Reader(key, None, axis)
+    shape = spec.shapes[key]
+    rest = [n for i, n in enumerate(shape) if i != axis]
+    if torch.Size(rest).numel() != torch.Size(spec.shapes[bias]).numel():
+        raise SpecError(
+            f"{key} {shape} reads {norm.gain}, but its bias {spec.shapes[bias]} has not one number for each of its "
+            "outputs, so no bias of the norm can be folded into it"
+        )
+    return Reader(key, bias, axis)
+
+
+def stream_axis(tensor: Labelled, stream: str) -> int:
+    """The axis of a reader's own tensor that is the stream."""
+    own = tensor.axes[len(next(iter(tensor.keys))) :]
+    places = [i for i, axis in enumerate(own) if isinstance(axis, Leaf) and axis.name == stream]
+    if len(places) != 1:
+        raise SpecError(f"{tensor.key} {tensor.shape}: expected one axis {stream!r}, row {tensor.row!r} has {places}")
+    return places[0]
+
+
+def _along(vector: Tensor, x: Tensor, axis: int) -> Tensor:
+    return vector.to(x.device, x.dtype).reshape([-1 if i == axis else 1 for i in range(x.dim())])
+
+
+def _times(part: Lazy, axis: int, vector: Tensor) -> Lazy:
+    return Computed(part.shape, wide(part.dtype), [part], partial(_scaled, axis=axis, vector=vector))
+
+
+def _scaled(inputs: Sequence[Tensor], axis: int, vector: Tensor) -> Tensor:
+    x = inputs[0].to(wide(inputs[0].dtype))
+    return x * _along(vector, x, axis)
+
+
+def _plus(inputs: Sequence[Tensor], axis: int, vector: Tensor) -> Tensor:
+    """c + W v"""
+    bias, weight = (x.to(wide(x.dtype)) for x in inputs)
+    flat = weight.movedim(axis, -1)
+    return bias + (flat.reshape(-1, flat.shape[-1]) @ vector.to(weight.device, weight.dtype)).reshape(bias.shape)
+
+
+def _centre(inputs: Sequence[Tensor], axis: int) -> Tensor:
+    return inputs[0] - inputs[0].mean(axis, keepdim=True)
+
+
+def _widen(inputs: Sequence[Tensor]) -> Tensor:
+    return inputs[0].to(wide(inputs[0].dtype))
+
+
+def _narrow(inputs: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return rounded(inputs[0], dtype)

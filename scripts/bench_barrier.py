@@ -1,0 +1,335 @@
+"""Barriers between models trained from different seeds: as they are, and after every kind of alignment.
+
+    python scripts/bench_barrier.py [KIND ...] [--methods NAME ...] [--models DIR] [--out barrier]
+
+KIND is one of the test bed's (testbed.py): mlp64 mlp512 resnet vit gpt2 llama bert. All three pairs of three seeds, 25
+even points on the line. A barrier is the highest rise above the straight line between the ends, of the test loss and
+of the error rate. What is not in DIR (OUT/models by default; folders KIND-SEED) is trained there first, all of it in
+half an hour on one thread. Writes OUT/barrier.md, barrier.json with every number, and barrier.png.
+
+Every moved model is written to disk and read again before it is measured; "own" is its test loss minus that of the
+model before the move. BatchNorm statistics are recomputed in every model on a line: the ends, and the plain averages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import math
+import platform
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import version
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import testbed
+import torch
+from torch import nn
+
+from hf_rebasin import Alignment, Checkpoint, align
+from hf_rebasin.demo import MLP_TABLE
+from hf_rebasin.evaluate import Curve
+from hf_rebasin.modules import merged
+from hf_rebasin.recalibrate import recalibrate
+from hf_rebasin.solving import Solution
+from hf_rebasin.table import ROTATING
+
+SEEDS, POINTS = 3, 25
+TITLES = {
+    "mlp64": "MLP, width 64",
+    "mlp512": "MLP, width 512",
+    "resnet": "ResNet",
+    "vit": "ViT",
+    "gpt2": "GPT-2",
+    "llama": "Llama",
+    "bert": "BERT",
+}
+
+# --- methods ---------------------------------------------------------------------------------------------------------
+
+Moved = tuple[Checkpoint, float]  # a model moved towards another, and the seconds it took to find out how
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the tables: what moves one model towards another (fixed, moving), and for which kinds."""
+
+    move: Callable[[Path, Path], Moved]
+    colour: str
+    kinds: Sequence[str] = tuple(TITLES)
+
+
+def plain(fixed: Path, moving: Path) -> Moved:
+    return Checkpoint.open(moving), 0.0
+
+
+def permutations(fixed: Path, moving: Path) -> Moved:
+    solution, seconds = aligned(fixed, moving, "permutation")
+    return solution.apply(moving), seconds
+
+
+def full(fixed: Path, moving: Path) -> Moved:
+    solution, seconds = aligned(fixed, moving, "full")
+    return solution.apply(moving), seconds
+
+
+def rotation_alone(fixed: Path, moving: Path) -> Moved:
+    """A part of the full alignment, whose seconds these are."""
+    solution, seconds = aligned(fixed, moving, "full")
+    return rotation_of(solution).apply(moving), seconds
+
+
+METHODS = {
+    "plain": Method(plain, "#808080"),
+    "permutations": Method(permutations, "#d55e00"),
+    "rotation alone": Method(rotation_alone, "#009e73", ("llama",)),
+    "full": Method(full, "#0072b2"),
+}
+GROUPS = "groups" in inspect.signature(align).parameters
+if not GROUPS:  # as long as align knows permutations alone
+    METHODS = {name: METHODS[name] for name in ("plain", "permutations")}
+
+
+@cache
+def aligned(fixed: Path, moving: Path, groups: str) -> tuple[Solution, float]:
+    knobs = {"groups": groups} if GROUPS else {}
+    is_mlp = not (moving / "config.json").exists()
+    spec = replace(MLP_TABLE, groups={"hidden.*": "scaled"}) if is_mlp else None  # a ReLU lets positive scales through
+    start = time.perf_counter()
+    solution = align(fixed, moving, spec=spec, **knobs)
+    return solution, time.perf_counter() - start
+
+
+def rotation_of(solution: Solution) -> Alignment:
+    """What a full alignment does to the residual stream; all else stays as it is."""
+    found = solution.alignment
+    rotations = {name: g for name, g in found.elements.items() if found.spec.symmetries[name].kind in ROTATING}
+    return replace(found, elements=rotations)
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+Result = dict[str, Any]  # one pair by one method
+
+
+def measure(kind: str, folder: Path, methods: Sequence[str]) -> Iterator[Result]:
+    """Every pair by every method, the plain average first; the models are `folder`/KIND-SEED."""
+    paths = [folder / f"{kind}-{seed}" for seed in range(SEEDS)]
+    models = [testbed.load(kind, path) for path in paths]
+    own = [testbed.evaluate(model, kind)[0] for model in models]  # with the statistics they were saved with
+    ends = [repaired(model, kind) for model in models]
+    baselines: dict[tuple[int, int], Curve] = {}
+    for method in methods:
+        for a, b in combinations(range(SEEDS), 2):
+            checkpoint, seconds = METHODS[method].move(paths[a], paths[b])
+            with tempfile.TemporaryDirectory() as scratch:
+                moved = testbed.load(kind, checkpoint.save(Path(scratch) / "moved"))
+            change = testbed.evaluate(moved, kind)[0] - own[b]
+            # the moved model comes first, as a merge is of its kind: a head that the move untied stays untied
+            between = (merged([moved, models[a]], "lerp", t=1 - i / (POINTS - 1)) for i in range(1, POINTS - 1))
+            points = [ends[a], *(repaired(model, kind) for model in between), repaired(moved, kind)]
+            curve = Curve(*zip(*points, strict=True))
+            baseline = baselines.setdefault((a, b), curve)
+            yield {
+                "kind": kind,
+                "method": method,
+                "pair": (a, b),
+                "loss_barrier": curve.barrier,
+                "loss_ratio": ratio(curve.barrier, baseline.barrier),
+                "error_barrier": curve.error_barrier,
+                "error_ratio": ratio(curve.error_barrier, baseline.error_barrier),
+                "middle_loss": curve.middle[0],
+                "middle_accuracy": curve.middle[1],
+                "own": change,
+                "align_seconds": seconds,
+                "loss": curve.loss,
+                "accuracy": curve.accuracy,
+            }
+
+
+def repaired(model: nn.Module, kind: str) -> tuple[float, float]:
+    """(test loss, accuracy) of a model whose BatchNorm statistics, if it has any, are recomputed first, in place."""
+    recalibrate(model, training_images())
+    return testbed.evaluate(model, kind)
+
+
+def training_images() -> Iterator[testbed.Batch]:
+    for x in testbed.digits()[0][0].split(128):
+        yield {"pixel_values": x}
+
+
+def ratio(value: float, plain: float) -> float:
+    return value / plain if plain else math.nan
+
+
+def train(kind: str, seed: int, folder: Path) -> None:
+    def log(step: int, loss: float) -> None:
+        say(f"training {folder.name}: step {step} of {testbed.STEPS[kind]}, loss {loss}")
+
+    partial = folder.with_name(f".{folder.name}.partial")
+    testbed.save(testbed.train(kind, seed, log), partial)
+    partial.rename(folder)
+
+
+def say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
+
+
+# --- showing ---------------------------------------------------------------------------------------------------------
+
+COLUMNS = {  # of the table of one kind: what is above, and how it is written
+    "loss_barrier": ("loss barrier", "{:.4f}"),
+    "loss_ratio": ("÷ plain", "{:.3f}"),
+    "error_barrier": ("error barrier", "{:.2%}"),
+    "error_ratio": ("÷ plain", "{:.3f}"),
+    "middle_loss": ("middle: loss", "{:.4f}"),
+    "middle_accuracy": ("accuracy", "{:.2%}"),
+    "own": ("own", "{:+.1e}"),
+    "align_seconds": ("align s", "{:.1f}"),
+}
+
+
+def worst(results: Sequence[Result], column: str) -> float:
+    """Over all pairs."""
+    values = [result[column] for result in results]
+    return min(values) if column == "middle_accuracy" else max(values, key=abs)
+
+
+def by_method(results: Sequence[Result], kind: str) -> dict[str, list[Result]]:
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        if result["kind"] == kind:
+            found.setdefault(result["method"], []).append(result)
+    return found
+
+
+def table(results: Sequence[Result], kind: str) -> str:
+    """Every pair by every method, and the worst of all pairs."""
+    rows, methods = [["method", "pair", *(title for title, _ in COLUMNS.values())]], by_method(results, kind)
+    for method, found in methods.items():
+        for r in found:
+            pair = "{}–{}".format(*r["pair"])
+            rows.append([method, pair, *(form.format(r[column]) for column, (_, form) in COLUMNS.items())])
+        rows.append([method, "worst", *(form.format(worst(found, c)) for c, (_, form) in COLUMNS.items())])
+    return f"## {TITLES[kind]}\n\n{ends(methods['plain'])}\n\n{markdown(rows, left=2)}"
+
+
+def ends(results: Sequence[Result]) -> str:
+    """The models that were merged, and which of them did not train well enough to say much."""
+    found = {r["pair"][i]: (r["kind"], r["loss"][-i], r["accuracy"][-i]) for r in results for i in (0, 1)}
+    lines = [
+        f"- seed {seed}: loss {loss:.4f}, accuracy {accuracy:.2%}"
+        + ("" if testbed.is_trained(kind, loss, accuracy) else " (**failed to train: misses the floor of its kind**)")
+        for seed, (kind, loss, accuracy) in sorted(found.items())
+    ]
+    return "\n".join(lines)
+
+
+def summary(results: Sequence[Result]) -> str:
+    """One row per kind: the highest loss barrier of all pairs, and the lowest accuracy in the middle."""
+    methods = list(dict.fromkeys(r["method"] for r in results))
+    rows = [["", *methods]]
+    for kind in dict.fromkeys(r["kind"] for r in results):
+        of = by_method(results, kind)
+        cells = [
+            f"{worst(of[m], 'loss_barrier'):.3f} ({worst(of[m], 'middle_accuracy'):.1%})" if m in of else ""
+            for m in methods
+        ]
+        rows.append([TITLES[kind], *cells])
+    return f"Highest loss barrier of all pairs (lowest accuracy in the middle):\n\n{markdown(rows, left=1)}"
+
+
+def markdown(rows: Sequence[Sequence[str]], left: int) -> str:
+    """A table whose first columns are flush left, as legible in the terminal as on a page."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = [
+        [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        for row in rows
+    ]
+    rule = ["-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [padded[0], rule, *padded[1:]])
+
+
+def plot(results: Sequence[Result], file: Path) -> None:
+    """Test loss along the line, one panel per kind: every pair thin, the mean over pairs thick."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    kinds = list(dict.fromkeys(r["kind"] for r in results))
+    across = min(len(kinds), 4)
+    down = math.ceil(len(kinds) / across)
+    size = (3.3 * across, 2.7 * down + 0.5)
+    figure, axes = pyplot.subplots(down, across, figsize=size, squeeze=False, layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06)
+    where = torch.linspace(0, 1, POINTS).tolist()
+    handles = {}
+    for axis, kind in zip(axes.flat, kinds, strict=False):
+        for method, found in by_method(results, kind).items():
+            colour = METHODS[method].colour
+            for r in found:
+                axis.plot(where, r["loss"], color=colour, linewidth=0.8, alpha=0.4)
+            mean = torch.tensor([r["loss"] for r in found]).mean(0)
+            (handles[method],) = axis.plot(where, mean, color=colour, linewidth=2.2)
+        axis.set_title(TITLES[kind], fontsize=10)
+        axis.set_xlim(0, 1)
+        axis.set_ylim(bottom=0)
+        axis.set_xticks([0, 0.5, 1], ["fixed", "½", "moving"])
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("test loss")
+    for axis in list(axes.flat)[len(kinds) :]:
+        axis.set_visible(False)
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=len(handles), frameon=False)
+    figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(TITLES)}; by default all")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="beside plain")
+    parser.add_argument("--models", type=Path, metavar="DIR", help="where the trained models are, or are to be")
+    parser.add_argument("--out", type=Path, default=Path("barrier"), help="folder of the report")
+    arguments = parser.parse_args()
+    kinds, folder = arguments.kinds or list(TITLES), arguments.models or arguments.out / "models"
+    if unknown := set(kinds) - TITLES.keys():
+        parser.error(f"no kind {', '.join(sorted(unknown))}; there are {', '.join(TITLES)}")
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    start, results, report = time.perf_counter(), [], []
+    for kind in kinds:
+        for seed in range(SEEDS):
+            if not (folder / f"{kind}-{seed}").exists():
+                train(kind, seed, folder / f"{kind}-{seed}")
+        chosen = [m for m in METHODS if (m == "plain" or m in arguments.methods) and kind in METHODS[m].kinds]
+        for result in measure(kind, folder, chosen):
+            results.append(result)
+        report.append(table(results, kind))
+        print(report[-1], end="\n\n", flush=True)
+    print(summary(results))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "barrier.md").write_text("\n\n".join(["# Barriers", summary(results), *report]) + "\n")
+    about = {
+        "command": shlex.join(["python", *sys.argv]),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("hf_rebasin", "torch", "transformers", "numpy", "scipy")},
+        "seconds": time.perf_counter() - start,
+    }
+    (arguments.out / "barrier.json").write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
+    plot(results, arguments.out / "barrier.png")
+
+
+if __name__ == "__main__":
+    main()
