@@ -10,6 +10,7 @@ from conftest import TINY, forward_pass
 from hypothesis import HealthCheck, assume, given, settings
 from test_inference import IDS, SEQUENCE, L, Net, P
 from test_marks import random_element, unit_norms
+from test_tables_and_inference import SCALED_SOMEWHERE
 from torch import nn
 from torch.nn import functional as F
 
@@ -109,7 +110,8 @@ STREAMS = {
     "opt-0-OPTForCausalLM": "centred",
     "gpt_neox-0-GPTNeoXForCausalLM": "centred",
     "llama-0-LlamaForCausalLM": "orthogonal",
-    "t5-0-T5ForConditionalGeneration": "orthogonal",
+    "t5-4-T5ForTokenClassification": "orthogonal",
+    "t5-0-T5ForConditionalGeneration": "permutation",  # a scale goes with its tied head
     "bert-1-BertForMaskedLM": "permutation",
     "opt-1-OPTForCausalLM": "permutation",
 }
@@ -129,6 +131,8 @@ def readers(spec):
 def test_norms_and_their_readers_are_those_of_the_table(tiny):
     """Of a glob of heads those that do read it: behind a projection the head does not."""
     spec, table = forward_pass(tiny), spec_for(tiny)
+    if type(tiny).__name__ in SCALED_SOMEWHERE:
+        pytest.skip("whether its stream turns hangs on the version of transformers")
     said = {}
     for norm in table.norms:
         if table.symmetries[norm.stream].kind in ("orthogonal", "centred"):
@@ -370,6 +374,20 @@ def a_norm_that_is_not_read(s, x):
     return s.o(s.m(x)), s.k(x).square().mean(-1)
 
 
+def tied(scale):
+    """A head that is the embedding, behind the last norm, and perhaps a number."""
+
+    def forward(s, ids):
+        x = s.e(ids)
+        x = x + s.down(s.up(s.n(x)).tanh())
+        return s.head(s.m(x) * scale if scale else s.m(x))
+
+    parts = dict(e=(nn.Embedding, 5, 6), up=(L, 6, 7), down=(L, 7, 6), head=(L, 6, 5), n=RMS, m=RMS)
+    model = Net(forward, **parts)
+    model.head.weight = model.e.weight
+    return model
+
+
 def bent_after(s, x):
     x = s.a(x)
     return s.o(s.m(x).tanh())
@@ -470,6 +488,12 @@ def test_a_tied_head_reads_the_last_norm():
     spec = infer_spec(zoo.MODULES["char_gpt"].build(), zoo.MODULES["char_gpt"].inputs())
     assert spec.symmetries["residual"].kind == "centred"
     assert spec.table.norms["ln_f"] == ["head"]
+
+
+def test_a_scale_that_goes_with_a_tie_keeps_it():
+    """Without the tie transformers would drop the scale, as in T5."""
+    assert infer_spec(tied(None), IDS).symmetries["residual"].kind == "orthogonal"
+    assert infer_spec(tied(0.5), IDS).symmetries["residual"].kind == "permutation"
 
 
 def test_marks_are_said_of_every_tensor_with_a_larger_group(tiny):

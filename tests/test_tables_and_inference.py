@@ -12,8 +12,11 @@ from hf_rebasin.axes import Leaf, Product, children, parse
 from hf_rebasin.binding import bind_to
 from hf_rebasin.table import table_for
 
-# Inference looks for no scales.
+# Inference looks for no scales, and for no turns.
 SEEN_AS = {"signed": "permutation", "scaled": "permutation", "nonzero": "permutation"}
+
+# Some versions of transformers scale the outputs of their tied heads, for which the table only permutes; others do not.
+SCALED_SOMEWHERE = ("MT5ForConditionalGeneration",)
 
 
 def places(spec, node, length):
@@ -37,8 +40,13 @@ def moving(spec):
     }
 
 
+def without_turns(spec):
+    return spec.limited({name: "held" for name, s in spec.symmetries.items() if s.kind == "rotary"})
+
+
 def disagreement(one, other):
     """The first difference between two specs of one model, whose names are matched by where they stand; or None."""
+    one, other = without_turns(one), without_turns(other)
     a, b = moving(one), moving(other)
     if a.keys() != b.keys():
         return f"only one of them moves {sorted(a.keys() ^ b.keys())}"
@@ -68,7 +76,10 @@ def disagreement(one, other):
 
 
 def test_a_table_and_the_forward_pass_agree(tiny):
-    assert disagreement(spec_for(tiny), forward_pass(tiny)) is None
+    table, shown = spec_for(tiny), forward_pass(tiny)
+    if type(tiny).__name__ in SCALED_SOMEWHERE:
+        table, shown = table.restricted(), shown.restricted()
+    assert disagreement(table, shown) is None
 
 
 @ALL_OR_SOME

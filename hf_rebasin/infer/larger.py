@@ -136,6 +136,8 @@ class _Search:
             key = self.key_of(weights[0], one.where) if len(weights) == 1 else None
             if name is None or key is None or not key.endswith(".weight"):
                 return None
+            if one.scaled and weights[0] in self.record.looked_up:
+                return None  # a scale that goes with the tie (T5) would be lost where the two are told apart
             if key.removesuffix(".weight") not in readers[name]:
                 readers[name].append(key.removesuffix(".weight"))
         every = list(itertools.chain.from_iterable(readers.values()))

@@ -39,6 +39,7 @@ class Contracted:
     places: tuple[Place, Place]
     parameters: tuple[int | None, int | None]
     where: str
+    scaled: bool  # one of them is times a number
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Reading:
     squares: set[int] = field(default_factory=set)  # tensors that are squares of others
     lengths: set[int] = field(default_factory=set)  # means of squares along the last axis, and what is made of them
     normalised: set[int] = field(default_factory=set)  # what was divided by such a length
+    scaled: set[int] = field(default_factory=set)  # what was multiplied by a number, and what is made of it alone
 
     def read(self, step: Step) -> None:
         name = step.name if step.name in READERS else step.name.removesuffix("_")
@@ -64,6 +66,8 @@ class Reading:
             if one.tensor in self.squares and reader not in (_reduced, _copied):
                 self.sides.bend(one)
         reader(self, step)
+        if len(step.seen) == 1 and (name in ("mul", "div") or step.seen[0].tensor in self.scaled):
+            self.scaled |= {out.tensor for out in step.outs}
         alone = len(step.seen) == len(step.outs) == 1 and step.out.shape == step.seen[0].shape
         if alone and step.seen[0].tensor in self.lengths:
             self.lengths.add(step.out.tensor)
@@ -101,8 +105,8 @@ class Reading:
         a, b = self.sides.at(*one), self.sides.at(*two)
         self.sides.together(a, b, opposite=True)
         for (atom, x), (_, y) in zip(a, b, strict=False):
-            origins = one[0].origin, two[0].origin
-            self.contracted.setdefault(atom, []).append(Contracted((x, y), origins, step.where))
+            origins, scaled = (one[0].origin, two[0].origin), bool({one[0].tensor, two[0].tensor} & self.scaled)
+            self.contracted.setdefault(atom, []).append(Contracted((x, y), origins, step.where, scaled))
 
 
 Reader: TypeAlias = Callable[[Reading, Step], None]
