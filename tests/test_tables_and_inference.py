@@ -15,7 +15,7 @@ from hf_rebasin.table import table_for
 # Inference looks for no scales, and for no turns.
 SEEN_AS = {"signed": "permutation", "scaled": "permutation", "nonzero": "permutation"}
 
-# Some versions of transformers scale the outputs of their tied heads, for which the table only permutes; others do not.
+# Some versions of transformers scale the outputs of a tied head, for which the table only permutes; others do not.
 SCALED_SOMEWHERE = ("MT5ForConditionalGeneration",)
 
 
