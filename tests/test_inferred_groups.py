@@ -65,7 +65,7 @@ def test_the_groups_inferred_in_the_zoo_keep_the_function(name):
 @given(zoo.modules())
 def test_modules_composed_at_random_keep_their_function_under_matrices(composed):
     model, inputs = unit_norms(composed[0]), composed[1]
-    assume(outputs(model, inputs)[0].any())
+    assume(outputs(model, inputs)[0].abs().max() > 1e-6)  # the mean of what a norm gives is nothing but rounding
     spec = infer_spec(model, inputs)
     relative, bound = change(model, inputs, spec)
     assert relative <= 100 * bound, f"{composed[0].structure}\n{dict(spec.table.rows)}\n{dict(spec.table.groups)}"
