@@ -9,13 +9,13 @@ from dataclasses import replace
 
 import torch
 
-from .axes import Leaf, leaves, parse, show
+from .axes import READER, Leaf, leaves, map_leaves, parse, show
 from .binding import bind, bind_to
 from .checkpoint import Checkpoint
 from .errors import MismatchError, SpecError, some
 from .inputs import Inputs, example_inputs
-from .spec import Shape, Spec
-from .table import Table, table_for
+from .spec import Norm, Shape, Spec
+from .table import ROTATING, Table, table_for
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,8 @@ def inferred(checkpoint: Checkpoint, inputs: Inputs | None = None) -> Spec:
         raise SpecError(
             f"{some(map(repr, odd))}: names with * < > {{ }} or spaces cannot be said in a table; rename them"
         )
-    found = infer(module, inputs, keys)
+    ties = checkpoint.canonical_ties()
+    found = infer(module, inputs, keys, ties)
     if found.unused:
         logger.warning(
             "%s does not use %s on these inputs; that stays as it is, and would no longer fit where it is used",
@@ -75,12 +76,25 @@ def inferred(checkpoint: Checkpoint, inputs: Inputs | None = None) -> Spec:
     rows = {name: _by_string(row, found.pins.get(name, ()), shapes[name], checkpoint) for name, row in rows.items()}
     named = {leaf.name for row in rows.values() for axis in parse(row) for leaf in leaves(axis)}
     groups = {name: "held" for name in ("vocab", "label") if name in named}
-    ties = checkpoint.canonical_ties()
     rows |= {target: rows[kept] for target, kept in ties.items() if target not in rows}
+    rows |= {target: _reading(rows[target], found.table, target) for target in ties}
     table = replace(found.table, rows=rows, groups=groups | dict(found.table.groups), prefix=checkpoint.base_prefix)
     spec = bind(table, shapes, ties)
     pins = {name: tuple(why for _ in shapes[name]) for name, why in more.items()}
     return replace(spec, pins=dict(found.pins) | pins, activations=found.activations)
+
+
+def _reading(row: str, table: Table, target: str) -> str:
+    """The row of a tied tensor: where it reads a norm, it reads the stream."""
+    readers = {reader for said in table.norms.values() for reader in ([said] if isinstance(said, str) else said)}
+    if target.removesuffix(".weight") not in readers:
+        return row
+
+    def marked(leaf: Leaf) -> Leaf:
+        turned = leaf.name is not None and leaf.name in table.groups and table.group_of(leaf.name)[0] in ROTATING
+        return replace(leaf, mark=READER) if turned else leaf
+
+    return show(tuple(map_leaves(axis, marked) for axis in parse(row)))
 
 
 def _by_string(row: str, pins: Sequence[str | None], shape: Shape, checkpoint: Checkpoint) -> str:
@@ -108,6 +122,10 @@ def written(spec: Spec, checkpoint: Checkpoint) -> str:
         except SpecError:
             return False
         blocks = {tensor.bound: tensor.blocks for tensor in other.tensors}
-        return other.symmetries == spec.symmetries and all(blocks[t.bound] == t.blocks for t in spec.tensors)
+        alike = other.symmetries == spec.symmetries and all(blocks[t.bound] == t.blocks for t in spec.tensors)
+        return alike and _said(other.norms) == _said(spec.norms)
+
+    def _said(norms: Sequence[Norm]) -> set[Norm]:
+        return {replace(norm, readers=tuple(sorted(norm.readers))) for norm in norms}
 
     return spec_file(spec.table, checkpoint.config, checkpoint.owner.__name__, fits)

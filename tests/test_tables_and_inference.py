@@ -12,6 +12,12 @@ from hf_rebasin.axes import Leaf, Product, children, parse
 from hf_rebasin.binding import bind_to
 from hf_rebasin.table import table_for
 
+# Inference looks for no scales, and for no turns.
+SEEN_AS = {"signed": "permutation", "scaled": "permutation", "nonzero": "permutation"}
+
+# Some versions of transformers scale the outputs of a tied head, for which the table only permutes; others do not.
+SCALED_SOMEWHERE = ("MT5ForConditionalGeneration",)
+
 
 def places(spec, node, length):
     """For every index along an axis the (moving symmetry, place in it) pairs that it stands for."""
@@ -34,8 +40,13 @@ def moving(spec):
     }
 
 
+def without_turns(spec):
+    return spec.limited({name: "held" for name, s in spec.symmetries.items() if s.kind == "rotary"})
+
+
 def disagreement(one, other):
     """The first difference between two specs of one model, whose names are matched by where they stand; or None."""
+    one, other = without_turns(one), without_turns(other)
     a, b = moving(one), moving(other)
     if a.keys() != b.keys():
         return f"only one of them moves {sorted(a.keys() ^ b.keys())}"
@@ -55,6 +66,9 @@ def disagreement(one, other):
             return f"nothing moves like {name}"
         found[name] = min(left)
     for name, theirs in found.items():
+        kinds = [spec.symmetries[n].kind for spec, n in ((one, name), (other, theirs))]
+        if len({SEEN_AS.get(kind, kind) for kind in kinds}) > 1:
+            return f"{name} is {kinds[0]}, {theirs} is {kinds[1]}"
         inside = {found[context] for context in one.symmetries[name].contexts if context in one.free}
         if inside != {context for context in other.symmetries[theirs].contexts if context in other.free}:
             return f"{name} is {one.symmetries[name].group}, {theirs} is {other.symmetries[theirs].group}"
@@ -62,7 +76,10 @@ def disagreement(one, other):
 
 
 def test_a_table_and_the_forward_pass_agree(tiny):
-    assert disagreement(spec_for(tiny), forward_pass(tiny)) is None
+    table, shown = spec_for(tiny), forward_pass(tiny)
+    if type(tiny).__name__ in SCALED_SOMEWHERE:
+        table, shown = table.restricted(), shown.restricted()
+    assert disagreement(table, shown) is None
 
 
 @ALL_OR_SOME

@@ -23,7 +23,9 @@ def apply_rule(record: Record, call: Call) -> None:
     name = call.name if call.name in RULES else call.name.removesuffix("_")
     one = RULES.get(name, unknown)
     written = [(out, list(record.of(out))) for out in call.written]
+    alike = {id(tensor): record.uniform(tensor) for tensor in call.tensors}
     one(record, call)
+    record.step(call, alike)
     for out, before in written:  # whoever else sees that memory sees what was written
         for old, new in zip(before, record.of(out), strict=True):
             unify(old, new, call.why)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from ..axes import DIAGONAL, READER, Leaf, Node, Product, Sum, show
 from ..table import Table
+from .larger import Named, larger
 from .naming import Origin, names_for
 from .nesting import nested
 from .tracing import Blocks, Traced, trace, wanted_blocks
@@ -35,13 +37,14 @@ class Inferred:
     unused: tuple[str, ...]
 
 
-def infer(module: nn.Module, inputs: Any, keys: Mapping[str, str]) -> Inferred:
-    """Infer which axes of which tensors may move.
+def infer(module: nn.Module, inputs: Any, keys: Mapping[str, str], ties: Mapping[str, str] | None = None) -> Inferred:
+    """Infer which axes of which tensors may move, and how.
 
     Args:
         module: any module; it is neither changed nor are its weights read.
         inputs: of its forward pass: a tensor, positional arguments or keyword arguments.
         keys: `{module key: key in the table}`, for the tensors that are stored.
+        ties: `{key that is not stored: the key whose tensor it shares}`, both as the table has them.
 
     Raises:
         SpecError: the forward pass cannot be run without weights.
@@ -62,20 +65,31 @@ def infer(module: nn.Module, inputs: Any, keys: Mapping[str, str]) -> Inferred:
                 if atom.pin is None:
                     used.update(dict.fromkeys([*contexts[atom], atom]))
     names = dict(zip(used, names_for(_origins(list(used), traced, keys, contexts), HELD), strict=True))
-    marks = _marks(traced, keys)
     outer = {context for atom in names for context in contexts[atom]}
+    beyond = larger(traced, names, contexts, _named(traced, keys, ties or {}))
+    marks = _marks(traced, keys)
+    ids = {name: i for i, name in traced.names.items()}
+
+    def marked(name: str, key: str, d: int, axis: Axis) -> Iterator[str]:
+        """The marks of the named leaves of an axis, in order."""
+        for n, atom in enumerate(leaves(axis)):
+            if atom in beyond.kinds:
+                yield beyond.marks[ids[name], None, d, n]
+            elif atom in names:
+                yield "" if atom in outer else marks.get((key, d), "")
+
     rows = {
-        key: show(tuple(_node(axis, names, marks.get((key, d), ""), outer) for d, axis in enumerate(axes)))
-        for key, axes in parameters.items()
+        key: show(tuple(_node(axis, names, marked(name, key, d, axis)) for d, axis in enumerate(parameters[key])))
+        for name, key in keys.items()
     }
     groups = {}
     for atom, name in names.items():
         inside = [names[context] for context in contexts[atom] if context in names]
-        kind = "permutation" if atom.pin is None else "held"
+        kind = beyond.kinds.get(atom, "permutation") if atom.pin is None else "held"
         groups[name] = f"{kind} in {' '.join(inside)}" if inside else kind
     sizes = {name: atom.size for atom, name in names.items()}
     return Inferred(
-        Table(rows, groups, sizes),
+        Table(rows, groups, sizes, beyond.norms),
         {key: reasons for key, axes in parameters.items() if any(reasons := tuple(map(_reason, axes)))},
         dict(_activations(traced, names)),
         tuple(key for name, key in keys.items() if name in traced.unused),
@@ -90,19 +104,19 @@ def _reason(axis: Axis) -> str | None:
 def _activations(traced: Traced, names: Mapping[Atom, str]) -> Iterator[tuple[str, str]]:
     for module, axes in traced.outputs.items():
         if any(atom in names and atom.pin is None for axis in axes for atom in leaves(axis)):
-            yield module, show(tuple(_node(axis, names) for axis in axes))
+            yield module, show(tuple(_node(axis, names, itertools.repeat("")) for axis in axes))
 
 
-def _node(axis: Axis, names: Mapping[Atom, str], mark: str = "", unmarked: Set[Atom] = frozenset()) -> Node:
+def _node(axis: Axis, names: Mapping[Atom, str], marks: Iterator[str]) -> Node:
     """An axis as a pattern; held neighbours are one number, a wholly held axis is `_`."""
     if not any(atom in names for atom in leaves(axis)):
         return Leaf(None)
     items: list[Node] = []
     for atom in flat(axis):
         if atom in names:
-            items.append(Leaf(names[atom], "" if atom in unmarked else mark))
+            items.append(Leaf(names[atom], next(marks)))
         elif atom.parts is not None and any(leaf in names for leaf in leaves((atom,))):
-            items.append(_sum([_part(part, names, mark, unmarked) for part in parts_of(atom)]))
+            items.append(_sum([_part(part, names, marks) for part in parts_of(atom)]))
         elif items and isinstance(items[-1], Leaf) and items[-1].size is not None:
             items[-1] = Leaf(None, size=items[-1].size * atom.size)
         else:
@@ -110,8 +124,8 @@ def _node(axis: Axis, names: Mapping[Atom, str], mark: str = "", unmarked: Set[A
     return items[0] if len(items) == 1 else Product(tuple(items))
 
 
-def _part(part: Axis, names: Mapping[Atom, str], mark: str, unmarked: Set[Atom]) -> Node:
-    node = _node(part, names, mark, unmarked)
+def _part(part: Axis, names: Mapping[Atom, str], marks: Iterator[str]) -> Node:
+    node = _node(part, names, marks)
     return Leaf(None, size=size_of(part)) if node == Leaf(None) else node
 
 
@@ -125,6 +139,20 @@ def _sum(terms: list[Node]) -> Sum:
         else:
             merged.append(term)
     return Sum(tuple(merged))
+
+
+def _named(traced: Traced, keys: Mapping[str, str], ties: Mapping[str, str]) -> Named:
+    """A tensor that is looked up has another name where it is read: that of the tie whose module reads it."""
+
+    def key_of(parameter: int, where: str) -> str | None:
+        key = keys[traced.names[parameter]]
+        if parameter not in traced.record.looked_up:
+            return key
+        said = f".{where}.weight"
+        mine = [target for target, kept in ties.items() if kept == key and said.endswith(f".{target}")]
+        return mine[0] if len(mine) == 1 else None
+
+    return key_of
 
 
 def _marks(traced: Traced, keys: Mapping[str, str]) -> dict[tuple[str, int], str]:

@@ -24,6 +24,7 @@ class Call:
     out: Any
     why: str  # what a reason says: the operation and the module it ran in
     written: tuple[Tensor, ...] = ()  # arguments that were written to, in the shape that they have
+    where: str = ""  # the module it ran in
 
     def __getitem__(self, argument: str) -> Any:
         return self.arguments[argument]
@@ -46,6 +47,59 @@ class Stack:
     parts: tuple[list[Axis], ...]  # without that dimension
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A tensor as it was when an operation saw it."""
+
+    tensor: int  # its id
+    shape: tuple[int, ...]
+    axes: tuple[Axis, ...] | None = None  # None where nothing is known of it, or it is a stack
+    stack: Stack | None = None
+    alike: frozenset[int] = frozenset()  # dimensions along which it is the same everywhere
+    origin: int | None = None  # the parameter that it is, seen otherwise
+    floating: bool = True
+
+    @property
+    def faces(self) -> Sequence[int | None]:
+        """The slices with axes of their own."""
+        return [None] if self.stack is None else range(len(self.stack.parts))
+
+    def axis(self, face: int | None, d: int) -> Axis:
+        if self.stack is None or face is None:
+            return () if self.axes is None else self.axes[d]
+        return () if d == self.stack.dim else self.stack.parts[face][d - (d > self.stack.dim)]
+
+    def has(self, d: int) -> bool:
+        """Whether it may differ from place to place along a dimension."""
+        return self.shape[d] != 1 and d not in self.alike
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation with what it saw: tensors among its arguments are `Seen`, others are as they were given."""
+
+    name: str
+    arguments: dict[str, Any]
+    outs: tuple[Seen, ...]
+    where: str
+
+    def __getitem__(self, argument: str) -> Any:
+        return self.arguments.get(argument)
+
+    @property
+    def seen(self) -> list[Seen]:
+        return [
+            one
+            for said in self.arguments.values()
+            for one in (said if isinstance(said, list) else [said])
+            if isinstance(one, Seen)
+        ]
+
+    @property
+    def out(self) -> Seen:
+        return self.outs[0]
+
+
 @dataclass
 class Record:
     """The axes of every tensor that comes from a parameter, and the relations that operations made between them."""
@@ -53,6 +107,7 @@ class Record:
     axes: dict[int, list[Axis]] = field(default_factory=dict)
     stacks: dict[int, Stack] = field(default_factory=dict)
     relations: list[tuple[Operand, ...]] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)  # for what is to be read once all axes are known
     unstacked: list[Atom] = field(default_factory=list)  # composite axes that were taken apart slice by slice
     # what names and marks are made of
     origins: dict[int, int] = field(default_factory=dict)  # a tensor that is a parameter seen otherwise: its id
@@ -132,6 +187,25 @@ class Record:
         for d in dims - same:
             pin(self.of(tensor)[d], "written to where nobody could see it")
         return same
+
+    def step(self, call: Call, alike: dict[int, frozenset[int]]) -> None:
+        """Keep an operation that a rule has just read; `alike` is of before, as it may have written."""
+
+        def seen(one: Any, outs: bool = False) -> Any:
+            if isinstance(one, Tensor):
+                return Seen(
+                    id(one),
+                    tuple(one.shape),
+                    tuple(self.axes[id(one)]) if id(one) in self.axes else None,
+                    self.stacks.get(id(one)),
+                    frozenset() if outs else alike.get(id(one), frozenset()),
+                    self.origin(one),
+                    one.is_floating_point(),
+                )
+            return [seen(item, outs) for item in one] if isinstance(one, list | tuple) else one
+
+        outs = tuple(seen(out, outs=True) for out in call.outs)
+        self.steps.append(Step(call.name, {k: seen(v) for k, v in call.arguments.items()}, outs, call.where))
 
     def relate(self, *operands: Operand) -> None:
         self.relations.append(operands)

@@ -228,7 +228,7 @@ class _Run(TorchDispatchMode):
             if strides is not None:
                 said["strides_before"] = strides
             written = tuple(tensors_in(said[a] for a in _written(op)))
-            apply_rule(self.record, Call(name, said, out, f"{name} in {self.where}", written))
+            apply_rule(self.record, Call(name, said, out, f"{name} in {self.where}", written, self.where))
         return out
 
     def _is_shape(self, tensor: Tensor) -> bool:

@@ -31,7 +31,8 @@ def spec_file(table: Table, config: Any, class_name: str, fits: Fits) -> str:
         SpecError: the text does not mean the same, which would be a mistake of ours.
     """
     rows = _braced(_starred({key: parse(pattern) for key, pattern in table.rows.items()}))
-    short = Table(rows, _globs(table.groups), _globs_of_sizes(table.sizes), prefix=table.prefix)
+    sizes, norms = _globs_of_sizes(table.sizes), _globs_of_norms(table.norms)
+    short = Table(rows, _globs(table.groups), sizes, norms, table.prefix)
     if not fits(short):
         raise SpecError(f"the table of {class_name} cannot be written with stars; please report this")
     short = _without_numbers(short, fits)
@@ -190,6 +191,40 @@ def _globs_of_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
     return found
 
 
+def _globs_of_norms(said: Mapping[str, str | list[str]]) -> dict[str, str | list[str]]:
+    """`{"h.*.ln_1": "h.*.attn.c_attn"}` where that is so in every layer."""
+    found: dict[str, str | list[str]] = {}
+    for form, norms in _by_form(said).items():
+        alike = {tuple(name.split(".")): [r] if isinstance(r, str) else sorted(r) for name, r in norms.items()}
+        stars = tuple(i for i, part in enumerate(form.split(".")) if part == "*")
+        for name, readers in _fewest_norms(alike, stars if len(alike) > 1 else ()).items():
+            braced = list(_braced(dict.fromkeys(readers, "")))
+            found[name] = braced[0] if len(braced) == 1 else braced
+    return found
+
+
+def _fewest_norms(norms: Mapping[tuple[str, ...], list[str]], stars: tuple[int, ...]) -> dict[str, list[str]]:
+    """One entry with stars for norms that differ in these numbers, or else as few as there can be."""
+    ways = [
+        set(itertools.product(*(_numbered(reader, [name[i] for i in stars]) for reader in readers)))
+        for name, readers in norms.items()
+    ]
+    if common := set.intersection(*ways):
+        name = ".".join("*" if i in stars else part for i, part in enumerate(next(iter(norms))))
+        return {name: list(max(sorted(common), key=lambda way: "".join(way).count("*")))}
+    found: list[dict[str, list[str]]] = []
+    for star in stars:
+        apart: dict[str, dict[tuple[str, ...], list[str]]] = {}
+        for parts, readers in norms.items():
+            apart.setdefault(parts[star], {})[parts] = readers
+        rest = tuple(s for s in stars if s != star)
+        together: dict[str, list[str]] = {}
+        for same in apart.values():
+            together |= _fewest_norms(same, rest if len(same) > 1 else ())
+        found.append(together)
+    return min(found, key=len)
+
+
 def _by_form(said: Mapping[str, _Said]) -> dict[str, dict[str, _Said]]:
     """What is said of names and keys that differ in their numbers only, together."""
     forms: dict[str, dict[str, _Said]] = {}
@@ -216,7 +251,7 @@ def _without_numbers(table: Table, fits: Fits) -> Table:
 def _text(table: Table, config: Any, class_name: str) -> str:
     model_type = getattr(config, "model_type", None)
     lines = [
-        f'"""{class_name}: permutations, inferred from its forward pass."""',
+        f'"""{class_name}: inferred from its forward pass."""',
         "",
         f"MODEL_TYPES = {_tuple([model_type] if model_type else [])}",
         *([f"PREFIX = {_quoted(table.prefix)}"] if table.prefix else []),
@@ -225,6 +260,8 @@ def _text(table: Table, config: Any, class_name: str) -> str:
         lines += _function("sizes", ((_quoted(name), _size(name, n, config)) for name, n in table.sizes.items()))
     lines += _function("table", ((_quoted(key), _quoted(pattern)) for key, pattern in table.rows.items()))
     lines += _function("groups", ((_quoted(name), _quoted(said)) for name, said in table.groups.items()))
+    if table.norms:
+        lines += _function("norms", ((_quoted(norm), _literal(readers)) for norm, readers in table.norms.items()))
     if config is not None:
         tiny = {"architectures": [class_name], **_settings(config)}
         lines += ["", "", "# make it small: the tests build it", "TINY = [", "    dict("]
