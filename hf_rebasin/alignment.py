@@ -23,7 +23,7 @@ from .gauge import folded, gauges, narrowed, unfolded, widened
 from .groups import Element
 from .lazy import Computed, Tensors, parts_of
 from .spec import Block, Dim, Labelled, Spec
-from .table import table_for
+from .table import KINDS, table_for
 
 FORMAT = "hf_rebasin.alignment.v1"
 GAUGES = ("GAUGE", "ORIGIN")  # what vectors are stored under; names of symmetries are in lower case
@@ -86,8 +86,7 @@ class Alignment:
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                # copies, as torch lays them out: where a tensor begins in memory decides how products are rounded
-                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (no mapping)
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} cannot be read as an alignment: {error}") from error
         if FORMAT not in metadata:
@@ -244,8 +243,14 @@ class Alignment:
         if table_for(checkpoint.config) is not None:
             spec = spec_of(checkpoint)
             mine = self.spec.symmetries  # the alignment may have been found in smaller groups
-            spec = spec.limited({n: mine[n].kind for n, s in spec.symmetries.items() if n in mine and s.moves})
+            smaller = [n for n, s in spec.symmetries.items() if n in mine and mine[n].kind == KINDS[s.kind]]
+            spec = spec.restricted(smaller)
             own = self.spec.table.rows
+            if own.keys().isdisjoint(spec.table.rows):
+                raise MismatchError(
+                    f"{checkpoint.name} has none of the {len(own)} tensors that the alignment knows, such as "
+                    f"{next(iter(own))!r}; it was found for another architecture"
+                )
             if all(own.get(key, row) == row for key, row in spec.table.rows.items()):  # else it has a table of its own
                 spec.refuse_unless_within(self.spec, checkpoint.name)
                 return spec

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
 from .axes import READER, Leaf, Node, Sum, braces, compile_key, leaves, scoped, show, unmarked
@@ -229,10 +229,6 @@ def _axes_of(table: Table, key: str) -> tuple[Node, ...]:
     return tuple(scoped(axis, stars) for axis in row.axes)
 
 
-def _names(axes: Iterable[Node]) -> set[str | None]:
-    return {leaf.name for axis in axes for leaf in leaves(axis)}
-
-
 def _norms(
     table: Table, shapes: Mapping[str, Shape], ties: Mapping[str, str], tensors: list[Labelled]
 ) -> tuple[Norm, ...]:
@@ -257,8 +253,13 @@ def _norms(
                 for star in match[0]:  # its first stars are the norm's; further stars are free
                     reader = reader.replace("*", star, 1)
                 reads = compile_key(f"{reader}.weight")
-                hits = [key for key in known if reads.match(key)]
-                found |= dict.fromkeys(key for key in hits if streams <= _names(_axes_of(table, key)))
+                found |= dict.fromkeys(key for key in known if reads.match(key))
+            for reader in found:
+                said = _axes_of(table, reader)
+                if not streams <= {leaf.name for axis in said for leaf in leaves(axis)}:
+                    raise SpecError(
+                        f"{reader} is said to read {gain}, whose row names {streams}; its own is {show(said)!r}"
+                    )
             bias = f"{gain.removesuffix('.weight')}.bias"
             norms.append(Norm(gain, bias if bias in shapes else None, tuple(found), next(iter(streams))))
     return tuple(norms)

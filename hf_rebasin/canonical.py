@@ -21,7 +21,7 @@ from .axes import DIAGONAL, READER
 from .gauge import centred, folded, narrowed, vectors, widened
 from .groups import Element
 from .lazy import Here, Tensors, parts_of
-from .solving import Problem, Solution, Status, equal_within
+from .solving import Clock, Problem, Solution, Status, equal_within
 from .spec import Spec
 
 STRETCHING = ("scaled", "nonzero", "invertible", "rotary")  # kinds with elements that change lengths
@@ -46,19 +46,23 @@ def in_full(problem: Problem, solve: Solve, glance: Solve) -> Solution:
         return permuted
     if at_home(permuted.alignment) >= AT_HOME:
         return solve(permutations)
-    (fixed, mine), (moving, theirs) = (canonical(spec, state) for state in (problem.fixed, problem.moving))
+    clock = Clock()
+    with clock("canonical forms"):
+        (fixed, mine), (moving, theirs) = (canonical(spec, state) for state in (problem.fixed, problem.moving))
     found = solve(replace(problem, fixed=fixed, moving=moving))
     first, last = Alignment(spec, mine), Alignment(spec, theirs)
     between = first.inverse().compose(found.alignment).compose(last)
-    fitted = fit(spec, problem, between.elements)
+    with clock("fit"):
+        fitted = fit(spec, problem, between.elements)
     alignment = Alignment(
         spec,
         {name: fitted[name] for name in spec.symmetries if name in fitted},
         vectors(spec, problem.fixed),
         vectors(spec, problem.moving),
     )
-    seconds = {name: permuted.seconds.get(name, 0) + spent for name, spent in found.seconds.items()}
-    status = Status.EQUAL if equal_within(problem, alignment) else found.status
+    with clock("comparison"):
+        status = Status.EQUAL if equal_within(problem, alignment) else found.status
+    seconds = {"permutations": sum(permuted.seconds.values())} | dict(found.seconds) | clock.seconds
     return replace(found, alignment=alignment, seconds=seconds, status=status)
 
 

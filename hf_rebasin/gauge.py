@@ -39,18 +39,17 @@ class Reader:
 
 @dataclass(frozen=True)
 class Gauge:
-    """A norm with its readers; `keeps` says that it has a bias some reader cannot take."""
+    """A norm with its readers, those that are stored; `keeps` says that it has a bias some reader cannot take."""
 
     norm: Norm
     readers: tuple[Reader, ...]
+    keeps: bool
 
     @staticmethod
     def of(spec: Spec, norm: Norm) -> Gauge:
-        return Gauge(norm, tuple(_reader(spec, norm, key) for key in norm.readers if key in spec.shapes))
-
-    @property
-    def keeps(self) -> bool:
-        return self.norm.bias is not None and any(reader.bias is None for reader in self.readers)
+        readers = tuple(_reader(spec, norm, key) for key in norm.readers if key in spec.shapes)
+        bare = any(_bias_of(key) not in spec.shapes for key in norm.readers)
+        return Gauge(norm, readers, norm.bias is not None and bare)
 
     @property
     def vectors(self) -> list[str]:
@@ -160,7 +159,7 @@ def centred(spec: Spec, parts: Mapping[str, Lazy]) -> dict[str, Lazy]:
 def _reader(spec: Spec, norm: Norm, key: str) -> Reader:
     tensor = next(t for t in spec.tensors if key in t.keys.values())
     axis = stream_axis(tensor, norm.stream)
-    bias = f"{key.removesuffix('.weight')}.bias"
+    bias = _bias_of(key)
     if bias not in spec.shapes:
         return Reader(key, None, axis)
     shape = spec.shapes[key]
@@ -171,6 +170,10 @@ def _reader(spec: Spec, norm: Norm, key: str) -> Reader:
             "outputs, so no bias of the norm can be folded into it"
         )
     return Reader(key, bias, axis)
+
+
+def _bias_of(key: str) -> str:
+    return f"{key.removesuffix('.weight')}.bias"
 
 
 def stream_axis(tensor: Labelled, stream: str) -> int:

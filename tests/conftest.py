@@ -77,9 +77,11 @@ def generator():
     return torch.Generator().manual_seed(0)
 
 
-def moved_copy(model, seed=0):
+def moved_copy(model, seed=0, groups="permutation"):
     """(the model in other coordinates, the alignment that moved it)"""
-    alignment = Alignment.random(spec_for(model), torch.Generator().manual_seed(seed))
+    spec = spec_for(model)
+    spec = spec.restricted() if groups == "permutation" else spec
+    alignment = Alignment.random(spec, torch.Generator().manual_seed(seed))
     return alignment.apply(model), alignment
 
 
@@ -93,6 +95,20 @@ def same_tensors(a, b):
     """Whether two models, checkpoints or folders hold the same bytes under the same disk keys."""
     a, b = Checkpoint.open(a).tensors, Checkpoint.open(b).tensors
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+def distance(a, b):
+    """The largest ‖a - b‖ / max(‖a‖, 1) of all tensors of two models or folders with the same disk keys."""
+    a, b = Checkpoint.open(a).tensors, Checkpoint.open(b).tensors
+    assert a.keys() == b.keys()
+    return max(((a[k].double() - b[k].double()).norm() / a[k].double().norm().clamp_min(1)).item() for k in a)
+
+
+def as_stored(model, like):
+    """A model with its tied tensors stored apart, where those of another are."""
+    checkpoint = Checkpoint.open(model)
+    apart = Checkpoint.open(like).tensors.keys() - checkpoint.tensors.keys()
+    return checkpoint.apart({key: checkpoint.ties[key] for key in apart})
 
 
 ALL_OR_SOME = pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.slow)])

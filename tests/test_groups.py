@@ -7,7 +7,7 @@ import torch
 
 from hf_rebasin import registry
 
-N, BATCH = 5, (2, 3)
+BATCH = (2, 3)
 
 
 @pytest.fixture(params=registry.names("groups"))
@@ -16,66 +16,162 @@ def group(request):
 
 
 @pytest.fixture
-def x(generator):
-    return torch.randn(*BATCH, N, 4, generator=generator, dtype=torch.float64)
+def n(group):
+    return 2 if group.__module__.endswith("rotary") else 5
 
 
-def test_action_composition_and_inverse(group, x, generator):
-    g, h = (group.random(BATCH, N, generator) for _ in range(2))
-    for mark in ("", "'"):
+@pytest.fixture
+def x(generator, n):
+    return torch.randn(*BATCH, n, 4, generator=generator, dtype=torch.float64)
+
+
+def isometry(group, n, generator, batch=()):
+    """An element that keeps lengths, and is its own dual."""
+    return group.project(torch.randn(*batch, n, n, generator=generator, dtype=torch.float64))
+
+
+def test_action_composition_and_inverse(group, n, x, generator):
+    g, h = (group.random(BATCH, n, generator) for _ in range(2))
+    for mark in ("", "'", "~"):
         torch.testing.assert_close(h.compose(g).act(x, mark), h.act(g.act(x, mark), mark))
         torch.testing.assert_close(g.inverse().act(g.act(x, mark), mark), x)
+    for mark in ("", "'"):
         assert not torch.equal(g.act(x, mark), x)
 
 
-def test_the_identity(group, x, generator):
-    e, g = group.identity(BATCH, N), group.random(BATCH, N, generator)
+def test_the_identity(group, n, x, generator):
+    e, g = group.identity(BATCH, n), group.random(BATCH, n, generator)
     assert e.is_identity()
     assert not g.is_identity()
-    assert torch.equal(e.act(x), x)
+    for mark in ("", "'", "~"):
+        assert torch.equal(e.act(x, mark), x)
     torch.testing.assert_close(e.compose(g).act(x), g.act(x))
 
 
-def test_writers_and_readers_cancel(group, x, generator):
-    g = group.random(BATCH, N, generator)
+def test_writers_and_readers_cancel(group, n, x, generator):
+    g = group.random(BATCH, n, generator)
     y = torch.randn(x.shape, generator=generator, dtype=torch.float64)
     torch.testing.assert_close((g.act(x) * g.act(y, "'")).sum((2, 3)), (x * y).sum((2, 3)))
 
 
-def test_random_elements_differ_over_contexts_and_follow_the_seed(group):
-    one, same = (group.random(BATCH, N, torch.Generator().manual_seed(3)) for _ in range(2))
-    other = group.random(BATCH, N, torch.Generator().manual_seed(4))
-    x = torch.arange(N, dtype=torch.float64).expand(*BATCH, N)
+def test_random_elements_differ_over_contexts_and_follow_the_seed(group, n):
+    one, same = (group.random(BATCH, n, torch.Generator().manual_seed(3)) for _ in range(2))
+    other = group.random(BATCH, n, torch.Generator().manual_seed(4))
+    x = torch.arange(1, n + 1, dtype=torch.float64).expand(*BATCH, n)
     assert torch.equal(one.act(x), same.act(x))
     assert not torch.equal(one.act(x), other.act(x))
     assert not torch.equal(one.act(x)[0, 0], one.act(x)[1, 2])
 
 
-def test_projection_is_the_best_element(group, generator):
-    similarity = torch.randn(N, N, generator=generator, dtype=torch.float64)
+def test_projection_is_the_best_isometry(group, n, generator):
+    similarity = torch.randn(n, n, generator=generator, dtype=torch.float64)
     best = group.project(similarity).contract(similarity)
-    assert all(group.random((), N, generator).contract(similarity) <= best + 1e-12 for _ in range(200))
+    torch.testing.assert_close(group.best(similarity), best)
+    others = [isometry(group, n, generator).contract(similarity) for _ in range(200)]
+    assert max(others) <= best + 1e-12
+    assert min(others) < best - 1e-3
 
 
-def test_projection_finds_a_planted_element(group, generator):
-    planted = group.random((), N, generator)
-    fixed = torch.randn(N, 30, generator=generator, dtype=torch.float64)
+def test_many_are_projected_at_once(group, n, generator):
+    similarity = torch.randn(*BATCH, n, n, generator=generator, dtype=torch.float64)
+    together, alone = group.project(similarity), group.project(similarity[1, 2])
+    for part, tensor in alone.tensors().items():
+        torch.testing.assert_close(together.tensors()[part][1, 2], tensor)
+    torch.testing.assert_close(group.best(similarity)[1, 2], group.best(similarity[1, 2]))
+
+
+def test_projection_finds_a_planted_isometry(group, n, generator):
+    planted = isometry(group, n, generator)
+    fixed = torch.randn(n, 30, generator=generator, dtype=torch.float64)
     found = group.project(fixed @ planted.inverse().act(fixed).T)
     torch.testing.assert_close(found.act(planted.inverse().act(fixed)), fixed)
 
 
-def test_contraction_is_the_product_with_the_action(group, generator):
-    g = group.random(BATCH, N, generator)
-    a, b = (torch.randn(*BATCH, N, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+def test_contraction_is_the_product_with_the_action(group, n, generator):
+    g = group.random(BATCH, n, generator)
+    a, b = (torch.randn(*BATCH, n, 4, generator=generator, dtype=torch.float64) for _ in range(2))
     similarity = torch.einsum("xyir,xyjr->xyij", a, b)
     torch.testing.assert_close(g.contract(similarity), (a * g.act(b)).sum((2, 3)))
     with_rest = similarity[..., None] * torch.arange(3.0, dtype=torch.float64)
     torch.testing.assert_close(g.contract(with_rest)[..., 2], 2 * g.contract(similarity))
 
 
-def test_what_is_stored_makes_the_element_again(group, x, generator):
-    g = group.random(BATCH, N, generator)
-    assert torch.equal(group(**g.tensors()).act(x), g.act(x))
+def test_signs_do_not_reach_what_is_diagonal(generator):
+    for name in ("signed", "nonzero"):
+        group = registry.find("groups", name).Element
+        g = group.project(*(torch.randn(5, 5, generator=generator, dtype=torch.float64) for _ in range(2)))
+        gate, up = (torch.randn(5, 9, generator=generator, dtype=torch.float64) for _ in range(2))
+        found = group.project(up @ g.act(up).T, gate @ g.act(gate, "~").T)
+        assert found.compose(g).is_identity()
+        assert torch.equal(g.act(gate, "~"), gate[g.order])
+
+
+def test_balanced_models_differ_by_an_isometry(group, n, generator):
+    """Whatever an element of the group did to writers and readers, balancing leaves what keeps lengths of it."""
+    x, y = (torch.randn(*BATCH, n, 30, generator=generator, dtype=torch.float64) for _ in range(2))
+    g = group.random(BATCH, n, generator)
+
+    def balanced(x, y):
+        c = group.balance(group.moments(x, x), group.moments(y, y))
+        torch.testing.assert_close(c.act(c.inverse().act(x)), x)
+        return c.act(x), c.act(y, "'")
+
+    (a, u), (b, v) = balanced(x, y), balanced(g.act(x), g.act(y, "'"))
+    between = group.project(a @ b.mT + u @ v.mT)
+    torch.testing.assert_close(between.act(b), a)
+    torch.testing.assert_close(between.act(v, "'"), u)
+
+
+def test_the_fit_finds_what_stretched(group, n, generator):
+    """Of an element near the identity, all but what permutes; and never anything worse than the identity."""
+    x, y = (torch.randn(*BATCH, n, 30, generator=generator, dtype=torch.float64) for _ in range(2))
+    g = group.random(BATCH, n, generator)
+    g = g.compose(group.project(g.act(torch.eye(n, dtype=torch.float64).expand(*BATCH, n, n))).inverse())
+    b, v = g.inverse().act(x), g.inverse().act(y, "'")
+
+    def sides(p, q):
+        return group.moments(p, p), group.moments(p, q), group.moments(q, q)
+
+    found = group.fit(sides(x, b), sides(y, v))
+    torch.testing.assert_close(found.act(b), x, atol=1e-5, rtol=1e-5)
+    other = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    fitted = group.fit(sides(x, other), sides(y, v))
+    loss = (x - fitted.act(other)).square().sum() + (y - fitted.act(v, "'")).square().sum()
+    assert loss <= (x - other).square().sum() + (y - v).square().sum() + 1e-9
+
+
+def test_what_has_no_weights_is_left_alone(group, n):
+    nothing = torch.zeros(*BATCH, n, 4, dtype=torch.float64)
+    moments = group.moments(nothing, nothing)
+    assert group.balance(moments, moments).is_identity()
+    assert group.fit((moments,) * 3, (moments,) * 3).is_identity()
+
+
+def test_what_is_stored_makes_the_element_again(group, n, x, generator):
+    g = group.random(BATCH, n, generator)
+    assert torch.equal(group.read(g.tensors(), BATCH, n).act(x), g.act(x))
+    for part, tensor in g.tensors().items():
+        with pytest.raises(ValueError, match=r"\w"):
+            group.read({**g.tensors(), part: tensor[0]}, BATCH, n)
+        with pytest.raises(ValueError, match=r"\w"):
+            group.read({**g.tensors(), part: torch.zeros_like(tensor)}, BATCH, n)
+
+
+@pytest.mark.parametrize("name", ["orthogonal", "centred", "rotary"])
+def test_another_matrix_is_refused(name, generator):
+    group = registry.find("groups", name).Element
+    matrix = torch.randn(2, 2, generator=generator, dtype=torch.float64)
+    with pytest.raises(ValueError, match="the matrix"):
+        group.read({"matrix": matrix}, (), 2)
+
+
+def test_a_centred_rotation_keeps_the_ones_vector(generator):
+    group = registry.find("groups", "centred").Element
+    for g in (group.random((), 5, generator), isometry(group, 5, generator)):
+        torch.testing.assert_close(g.act(torch.ones(5, dtype=torch.float64)), torch.ones(5, dtype=torch.float64))
+    turned = registry.find("groups", "orthogonal").Element.random((), 5, generator)
+    with pytest.raises(ValueError, match="ones-vector"):
+        group.read(turned.tensors(), (), 5)
 
 
 def test_permutations_against_all_permutations(generator):

@@ -4,14 +4,14 @@ The models get unit norms (gain 1, bias 0), so that rotations need no gauge. The
 group must keep the function, and every wrong mark must change it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import ALL_OR_SOME, TINY, drawn
 from test_laws import outputs_moved, unmoved
 
-from hf_rebasin import Checkpoint, RebasinError, spec_for
+from hf_rebasin import Alignment, Checkpoint, RebasinError, spec_for
 from hf_rebasin.alignment import identity_of
 from hf_rebasin.axes import leaves, map_leaves, parse, show
 from hf_rebasin.binding import bind_to
@@ -31,75 +31,8 @@ CANCELLED = {
 }
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """An invertible matrix for every index of the contexts."""
-
-    g: torch.Tensor
-
-    def act(self, x, mark=""):
-        if mark == "~":  # of what is diagonal only the permutation part acts, and a rotation has none
-            return x
-        g = self.g if mark == "" else torch.linalg.inv(self.g).mT
-        front = self.g.dim() - 1
-        return (g @ x.reshape(*x.shape[:front], -1)).reshape(x.shape)
-
-    def is_identity(self):
-        return False
-
-    def map(self, change):
-        return Matrix(change(self.g))
-
-
-@dataclass(frozen=True)
-class Scale:
-    """A factor for every place."""
-
-    s: torch.Tensor
-
-    def act(self, x, mark=""):
-        s = self.s.reshape(*self.s.shape, *[1] * (x.dim() - self.s.dim()))
-        return {"": x * s, "'": x / s, "~": x}[mark]
-
-    def is_identity(self):
-        return False
-
-    def map(self, change):
-        return Scale(change(self.s))
-
-
-def rotation(n, generator):
-    q, r = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
-    return q * torch.sign(torch.diagonal(r))
-
-
-def draw(kind, n, generator):
-    if kind == "orthogonal":
-        return rotation(n, generator)
-    if kind == "centred":  # Q 1 = 1
-        basis = torch.randn(n, n, generator=generator, dtype=torch.float64)
-        basis[:, 0] = 1
-        basis, _ = torch.linalg.qr(basis)
-        inner = torch.eye(n, dtype=torch.float64)
-        inner[1:, 1:] = rotation(n - 1, generator)
-        return basis @ inner @ basis.T
-    if kind == "rotary":
-        a, b = torch.randn(2, generator=generator, dtype=torch.float64)
-        return torch.stack([torch.stack([a, -b]), torch.stack([b, a])])
-    stretch = torch.empty(n, dtype=torch.float64).uniform_(0.5, 2, generator=generator)
-    return rotation(n, generator) * stretch @ rotation(n, generator)
-
-
 def random_element(spec, name, generator):
-    symmetry = spec.symmetries[name]
-    batch = [spec.symmetries[c].size for c in symmetry.contexts]
-    if symmetry.kind in ("scaled", "nonzero"):
-        s = torch.empty(*batch, symmetry.size, dtype=torch.float64).uniform_(0.5, 2, generator=generator)
-        return Scale(s if symmetry.kind == "scaled" else -s)
-    if symmetry.kind in ("orthogonal", "centred", "invertible", "rotary"):
-        many = [draw(symmetry.kind, symmetry.size, generator) for _ in range(torch.Size(batch).numel())]
-        return Matrix(torch.stack(many).reshape(*batch, symmetry.size, symmetry.size))
-    return identity_of(spec, name)
+    return Alignment.random(spec, generator).elements.get(name) or identity_of(spec, name)
 
 
 def change(model, table):
@@ -107,7 +40,7 @@ def change(model, table):
     checkpoint, _, before, float32_inside = unmoved(model)
     generator = torch.Generator().manual_seed(0)
     spec = bind_to(table, checkpoint)
-    elements = {name: random_element(spec, name, generator) for name in spec.symmetries}
+    elements = Alignment.random(spec, generator).elements
     after = outputs_moved(model, spec, elements)
     return ((before - after).abs().max() / before.abs().max()).item(), 1e-5 if float32_inside else 1e-10
 

@@ -73,10 +73,11 @@ def groups(config):
 
 def norms(config):
     layer = "decoder.layers.*."
+    projected = config.word_embed_proj_dim != config.hidden_size
     return {
         layer + "self_attn_layer_norm": layer + "self_attn.{q,k,v}_proj",
         layer + "final_layer_norm": layer + "fc1",
-        "decoder.final_layer_norm": "{decoder.project_out,lm_head,score,qa_outputs}",
+        "decoder.final_layer_norm": "decoder.project_out" if projected else "{lm_head,score,qa_outputs}",
     }
 
 
