@@ -246,10 +246,11 @@ class Alignment:
             smaller = [n for n, s in spec.symmetries.items() if n in mine and mine[n].kind == KINDS[s.kind]]
             spec = spec.restricted(smaller)
             own = self.spec.table.rows
-            if own.keys().isdisjoint(spec.table.rows):
+            unknown = [key for key in spec.table.rows if key not in own]
+            if 2 * len(unknown) > len(spec.table.rows):
                 raise MismatchError(
-                    f"{checkpoint.name} has none of the {len(own)} tensors that the alignment knows, such as "
-                    f"{next(iter(own))!r}; it was found for another architecture"
+                    f"the alignment was found for another architecture: of {len(spec.table.rows)} tensors of "
+                    f"{checkpoint.name} it knows {len(unknown)} not, such as {unknown[0]!r}"
                 )
             if all(own.get(key, row) == row for key, row in spec.table.rows.items()):  # else it has a table of its own
                 spec.refuse_unless_within(self.spec, checkpoint.name)
@@ -361,10 +362,9 @@ def act_on_block(
 
 
 def _in_order(spec: Spec, block: Block) -> list[tuple[str, int, Dim]]:
-    """The labelled dimensions of a block, contexts first."""
+    """The labelled dimensions of a block, contexts first, then by name: a file's order of keys rounds nothing else."""
     dims = [(dim.name, place, dim) for place, dim in enumerate(block.dims) if dim.name]
-    rank = {name: i for i, name in enumerate(spec.symmetries)}
-    return sorted(dims, key=lambda dim: rank[dim[0]])
+    return sorted(dims, key=lambda dim: (len(spec.symmetries[dim[0]].contexts), dim[0], dim[1]))
 
 
 def _act_along(x: Tensor, element: Element, place: int, contexts: tuple[int, ...], mark: str) -> Tensor:

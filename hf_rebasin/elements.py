@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from .axes import DIAGONAL, READER
+from .lazy import laid_out
 
 TINY = 1e-30  # where a unit has no weights at all, nothing says how it is to be scaled
 
@@ -280,7 +281,7 @@ class Matrices:
         matrix = self.matrix if mark != READER or self.ISOMETRIC else torch.linalg.inv(self.matrix).mT
         front = self.matrix.dim() - 1
         kind = x.dtype if x.dtype.itemsize >= 4 else torch.float32
-        moved = _laid_out(matrix.to(x.device, kind)) @ _laid_out(x.reshape(*x.shape[:front], -1).to(kind))
+        moved = laid_out(matrix.to(x.device, kind)) @ laid_out(x.reshape(*x.shape[:front], -1).to(kind))
         return moved.to(x.dtype).reshape(x.shape)
 
     def compose(self, first: Self) -> Self:
@@ -299,12 +300,6 @@ class Matrices:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         return type(self)(change(self.matrix))
-
-
-def _laid_out(x: Tensor) -> Tensor:
-    """The same numbers as torch lays them out: where they begin in memory decides how products are rounded."""
-    x = x.contiguous()
-    return x if x.data_ptr() % 64 == 0 else x.clone()
 
 
 def random_rotations(batch: tuple[int, ...], n: int, generator: torch.Generator) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from .axes import Leaf
 from .errors import SpecError
 from .groups import Element
-from .lazy import Computed, Here, Lazy, rounded
+from .lazy import Computed, Here, Lazy, laid_out, rounded
 from .spec import Labelled, Norm, Spec
 
 SMALL = 1e-4  # of the largest gain: nothing is divided by less
@@ -202,7 +202,8 @@ def _plus(inputs: Sequence[Tensor], axis: int, vector: Tensor) -> Tensor:
     """c + W v"""
     bias, weight = (x.to(wide(x.dtype)) for x in inputs)
     flat = weight.movedim(axis, -1)
-    return bias + (flat.reshape(-1, flat.shape[-1]) @ vector.to(weight.device, weight.dtype)).reshape(bias.shape)
+    rows = laid_out(flat.reshape(-1, flat.shape[-1]))
+    return bias + (rows @ laid_out(vector.to(weight.device, weight.dtype))).reshape(bias.shape)
 
 
 def _centre(inputs: Sequence[Tensor], axis: int) -> Tensor:

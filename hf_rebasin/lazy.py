@@ -184,6 +184,12 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where((beyond != 0) & even & near.isfinite(), odd, near).to(dtype)
 
 
+def laid_out(x: Tensor) -> Tensor:
+    """The same numbers as torch lays them out: where they begin in memory decides how products are rounded."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 64 == 0 else x.clone()
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Chunks are small: the threads that work on one spend their time on waiting for each other.

@@ -157,9 +157,10 @@ def untied_like(first: Checkpoint, others: Sequence[Checkpoint]) -> dict[str, st
 
     That a file stores for a tie what its own class would not look at is not knowing.
     """
-    apart = {}
-    for target, kept in first.ties.items():
-        for other in others:
+    apart: dict[str, str] = {}
+    with_more = [other for other in others if not other.parts.keys() <= first.parts.keys()]
+    for target, kept in first.ties.items() if with_more else ():
+        for other in with_more:
             there = target in other.parts and kept in other.parts and target not in other.declared_ties
             if there and not equal(other.parts[target], other.parts[kept]):
                 apart[target] = kept

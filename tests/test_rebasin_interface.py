@@ -225,7 +225,7 @@ def test_options_go_to_align(solutions):
     pcd = PermutationCoordinateDescent(a, b, X, verbose=True, seed=7, starts=1)
     pcd.calculate_permutations(max_iterations=1)
     options, solution = solutions[0]
-    assert options == {"inputs": X, "seed": 7, "progress": True, "starts": 1, "max_sweeps": 1}
+    assert options == {"inputs": X, "seed": 7, "progress": True, "starts": 1, "max_sweeps": 1, "groups": "permutation"}
     assert solution is pcd.solution
     assert solution.status is Status.SWEEP_LIMIT
     with pytest.raises(OptionError, match="start: no such parameter; did you mean 'starts'"):
