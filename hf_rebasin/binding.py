@@ -58,6 +58,7 @@ def bind(table: Table, shapes: Mapping[str, Shape], ties: Mapping[str, str] | No
         sizes={name: symmetry.size for name, symmetry in symmetries.items()},
         norms={norm.gain.removesuffix(".weight"): [r.removesuffix(".weight") for r in norm.readers] for norm in norms},
         prefix=table.prefix,
+        reasons=table.reasons,
     )
     return Spec(bound, tensors, symmetries, norms, dict(shapes), ties)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from .alignment import Alignment
 from .checkpoint import Checkpoint, Source
 from .describing import spec_of
 from .errors import CheckpointError, MismatchError
+from .gauge import narrowed
 from .inputs import Inputs, example_inputs, outputs_in, run
 from .spec import Spec
 from .table import families
@@ -31,6 +33,10 @@ class Check:
         difference: max |f(x; g·θ) − f(x; θ)| over all outputs.
         scale: max |f(x; θ)|.
         float32_inside: whether the model itself computes parts in float32, as RMSNorm of transformers does.
+        dtype: the narrowest in which its tensors are stored.
+        stored: the same difference once the moved tensors are rounded to the dtype they are stored in.
+        bfloat16: for scale, what computing the unmoved model in bfloat16 instead of float32 changes of its outputs;
+            NaN where it cannot be.
     """
 
     name: str
@@ -39,6 +45,9 @@ class Check:
     difference: float
     scale: float
     float32_inside: bool
+    dtype: torch.dtype = torch.float64
+    stored: float = 0.0
+    bfloat16: float = math.nan
 
     @property
     def relative(self) -> float:
@@ -61,11 +70,21 @@ class Check:
             f"{self.difference:.1e} of {self.scale:.3g}, relative {self.relative:.1e} {'≤' if self.holds else '>'} "
             f"{self.bound:.0e} "
             f"(float64{inside}): {'the function is the same' if self.holds else 'THE FUNCTION CHANGED'}"
+            f"{self._rounded()}"
         )
+
+    def _rounded(self) -> str:
+        if self.dtype is torch.float64:
+            return ""
+        dtype, gap = str(self.dtype).removeprefix("torch."), self.bfloat16 / self.scale
+        beside = "" if math.isnan(gap) else f"; the model itself differs by {gap:.1e} between bfloat16 and float32"
+        return f". Stored in {dtype}, it is the same to {self.stored / self.scale:.1e}{beside}"
 
 
 def check(source: Source, *, spec: Spec | None = None, inputs: Inputs | None = None, seed: int = 0) -> Check:
-    """Move a model by a random element of all its symmetries and compare its outputs, in float64.
+    """Move a model by a random element of all its symmetries, of their full groups, and compare its outputs.
+
+    All is computed in float64, so what is left is rounding; what storing the moved model rounds is said beside it.
 
     Args:
         source: a folder, Hub id, module or checkpoint.
@@ -92,11 +111,16 @@ def check(source: Source, *, spec: Spec | None = None, inputs: Inputs | None = N
     alignment = Alignment.random(spec, generator)
     if inputs is None:
         inputs = example_inputs(_config_of(model), generator)
-    moved = alignment.apply(Checkpoint.open(model)).model(torch.float64).eval()  # before a run that may change buffers
+    moved = alignment.apply(Checkpoint.open(model))
+    dtypes = checkpoint.dtypes or {torch.float64}
+    narrow = min(dtypes, key=lambda dtype: torch.finfo(dtype).bits)
+    kept = _as_stored(moved, narrow).model(torch.float64).eval()
+    moved = moved.model(torch.float64).eval()  # before a run that may change buffers
     before, float32_inside = outputs(model, inputs)
     if not before.any():
         raise CheckpointError(f"{checkpoint.name} gives nothing but zeros, which would prove nothing; train it first")
     after, _ = outputs(moved, inputs)
+    stored = before if narrow is torch.float64 else outputs(kept, inputs)[0]
     return Check(
         checkpoint.name,
         len(alignment.moved),
@@ -104,7 +128,32 @@ def check(source: Source, *, spec: Spec | None = None, inputs: Inputs | None = N
         (before - after).abs().max().item(),
         before.abs().max().item(),
         float32_inside,
+        narrow,
+        (before - stored).abs().max().item(),
+        math.nan if narrow is torch.float64 else _bfloat16_gap(checkpoint, inputs),
     )
+
+
+def _as_stored(moved: Checkpoint, dtype: torch.dtype) -> Checkpoint:
+    """Its tensors rounded to a dtype."""
+    parts = {k: narrowed(p, dtype) if p.dtype.is_floating_point else p for k, p in moved.parts.items()}
+    return moved.with_parts(parts)
+
+
+def _bfloat16_gap(checkpoint: Checkpoint, inputs: Inputs) -> float:
+    """max |Δ output| between the model in bfloat16 and in float32; NaN where an operation knows no bfloat16."""
+
+    def run_in(dtype: torch.dtype) -> Tensor:
+        def there(t: Tensor) -> Tensor:
+            return t.to(dtype) if t.is_floating_point() else t
+
+        model = checkpoint.model(dtype).to(dtype).eval()
+        return outputs(model, tree_map_only(Tensor, there, inputs))[0]
+
+    try:
+        return (run_in(torch.bfloat16) - run_in(torch.float32)).abs().max().item()
+    except (RuntimeError, CheckpointError):
+        return math.nan
 
 
 def tiny_models() -> Iterator[tuple[str, nn.Module]]:

@@ -45,7 +45,7 @@ from .folder import (
     resolved,
     write_tensors,
 )
-from .lazy import Lazy, Tensors, all_finite, composed, parts_of
+from .lazy import Here, Lazy, Tensors, all_finite, composed, parts_of
 
 # What GPTQ, AWQ, bitsandbytes and compressed-tensors store beside or instead of weights.
 QUANTISED = (".qweight", ".qzeros", ".weight_packed", ".absmax", ".SCB", ".weight_scale", ".weight_scale_inv")
@@ -297,11 +297,13 @@ class Checkpoint:
             )
         if dtype is None:
             dtype = next(iter(self.dtypes)) if len(self.dtypes) == 1 else torch.float32
+        # transformers makes parameters of the very tensors it is given, which may be somebody else's
+        own = {key: part.kept().tensor if isinstance(part, Here) else part.read() for key, part in self.parts.items()}
         with without_bars():
             model, info = self.owner.from_pretrained(
                 None,
                 config=copy.deepcopy(self.config),
-                state_dict=dict(self.tensors),
+                state_dict=own,
                 dtype=dtype,
                 output_loading_info=True,
             )

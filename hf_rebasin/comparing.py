@@ -150,8 +150,7 @@ class Comparison:
         said = f"{self.verdict.value}; {why}, relative distance {self.whole.distance:.2g}"
         if self.verdict in (Verdict.TRAINED_APART, Verdict.BETWEEN) and self.rotated:
             said += (
-                ". Its residual stream may also be rotated, which permutations do not undo: by weight_matching, and "
-                "measure the merge before it is trusted"
+                ". By weight_matching, which also rotates its residual stream; measure the merge before it is trusted"
             )
         elif self.verdict is Verdict.TRAINED_APART:
             said += ". By weight_matching, which permutes units"
@@ -282,7 +281,7 @@ def _standings(
 ) -> Iterator[tuple[str, Standing]]:
     prefix = spec.table.prefix
     there = lined_state(fixed, theirs, prefix)
-    matched = spec.within(there)
+    matched = spec.within(there).restricted()
     problem = Problem(matched, fixed.state(prefix), there, torch.Generator(), device)
     for unit in tqdm(
         _some_units(matched), desc="symmetries", unit="unit", leave=False, disable=None if progress else True

@@ -1,7 +1,7 @@
 """The demo: train models apart on scikit-learn's digits, align and merge them, and say what came of it.
 
 Nothing is downloaded. Three architectures, three seeds each: an MLP and a ResNet, where permutations suffice, and a
-ViT, where they do not.
+ViT, whose residual stream has to be rotated.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ EXPERIMENTS = {
         3e-3,
         0.05,
         note="permutations alone do not bring transformers together: their residual streams are rotated against each "
-        "other, which no reordering undoes",
+        "other. Here the stream is rotated and the bases of heads are changed, too; without data that helps part of "
+        "the way",
     ),
 }
 DEMO = ("mlp", "resnet", "vit")

@@ -9,10 +9,11 @@ from .api import opened
 from .checkpoint import Checkpoint
 from .comparing import Comparison, Standing, Verdict
 from .describing import spec_of
+from .limits import kept_apart
+from .merging import lined_state, lined_up
 from .recipe import Recipe
 from .solving import Solution
 from .spec import Spec
-from .table import KINDS
 from .text import columns, family_of, spread
 
 PARTS = 14  # so many layers of a comparison are shown, first and last among them
@@ -31,13 +32,22 @@ def solved(solution: Solution, model: str) -> Iterator[str]:
 
 def plan(recipe: Recipe, out: Path) -> Iterator[str]:
     """What a merge would do, after every check that it would make before it writes."""
-    (first, *others), _ = opened(recipe)
+    (first, *others), moved = opened(recipe)
     for checkpoint in (first, *others):
         checkpoint.refuse_broken()
     if recipe.align is not None:
         yield f"would align {', '.join(o.name for o in others)} to {first.name} by {recipe.align.solver}:"
-        for line in symmetries(spec_of(first), every=False):
+        given = spec_of(first)
+        for other in moved:
+            spec, notes = recipe.align.limits().on(
+                given, lined_state(first, lined_up(first, other), given.table.prefix)
+            )
+            for note in notes:
+                yield f"  {other.name}: {note}"
+        for line in symmetries(spec, every=False):
             yield f"  {line}"
+        if apart := kept_apart(spec, {norm.stream for norm in spec.gauged}):
+            yield f"  if the two are not of one base: {apart} (--keep-tied permutes that stream instead)"
     yield f"would merge {1 + len(others)} models by {recipe.merge_method} to {out}/, {size(first)} as in {first.name}"
 
 
@@ -74,18 +84,20 @@ def side_by_side(a: Checkpoint, b: Checkpoint, comparison: Comparison) -> Iterat
 
 def symmetries(spec: Spec, every: bool) -> Iterator[str]:
     """The symmetries as a table, those of one family (`ff.0`, `ff.1`, …) in one line."""
-    families: dict[tuple[str, str, str, str], list[str]] = {}
+    families: dict[tuple[str, str, str], list[str]] = {}
     for name, symmetry in spec.symmetries.items():
         family, group = name, symmetry.group
         if not every:
             family, group = family_of(name), family_of(symmetry.group)
-        moves = KINDS[symmetry.kind] if symmetry.moves else "held"
-        families.setdefault((family, group, moves, str(symmetry.size)), []).append(name)
-    rows = [("symmetry", "group", "moves by", "size", "how many", "tensors each", "such as")]
-    for (family, group, moves, n), names in families.items():
+        families.setdefault((family, group if symmetry.moves else "held", str(symmetry.size)), []).append(name)
+    rows = [("symmetry", "group", "size", "how many", "tensors each", "such as")]
+    for (family, group, n), names in families.items():
         tensors = [t for t in spec.tensors if names[0] in t.names]
-        rows.append((family, group, moves, n, str(len(names)), str(len(tensors)), tensors[0].key))
-    return columns(rows, right=(3, 4, 5))
+        rows.append((family, group, n, str(len(names)), str(len(tensors)), tensors[0].key))
+    yield from columns(rows, right=(2, 3, 4))
+    for name, why in spec.table.reasons.items():
+        if name in spec.free:
+            yield f"{name} is only permuted: {why}"
 
 
 def held(spec: Spec) -> Iterator[str]:

@@ -50,6 +50,7 @@ class Table:
         sizes: `{name: int}` for what the shapes leave open, such as the number of heads.
         norms: `{norm: reader or list of readers}`, keys without `.weight`: which linear maps read which norm.
         prefix: what an on-disk key may begin with (`"bert."`); one, or several alternatives.
+        reasons: `{name: why its group is no larger}`, for users who ask.
 
     Example: two linear layers with a hidden layer between them, which may be permuted. The first weight has the shape
     (hidden, inputs), so its rows are the hidden units and its columns are held.
@@ -63,10 +64,11 @@ class Table:
     sizes: Mapping[str, int] = field(default_factory=dict)
     norms: Mapping[str, str | list[str]] = field(default_factory=dict)
     prefix: str | tuple[str, ...] = ()
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
     def of(module: ModuleType, config: Any = None) -> Table:
-        """The table a spec file gives for a configuration; `sizes`, `norms` and the prefix may be missing there.
+        """The table a spec file gives for a configuration; `sizes`, `norms`, `reasons` and the prefix may be missing.
 
         The prefix is `PREFIX`, or `prefix(config)` where it hangs on the configuration.
         """
@@ -80,6 +82,7 @@ class Table:
             sizes=said("sizes"),
             norms=said("norms"),
             prefix=said("prefix") or getattr(module, "PREFIX", ()),
+            reasons=said("reasons"),
         )
 
     @cached_property

@@ -135,6 +135,14 @@ def test_modules_that_share_a_tensor():
     assert not torch.equal(doubled.head.weight, model.head.weight)
 
 
+def test_a_model_of_a_model_has_tensors_of_its_own(tiny):
+    before = {key: tensor.clone() for key, tensor in Checkpoint.open(tiny).tensors.items()}
+    with torch.no_grad():
+        for parameter in Checkpoint.open(tiny).model().parameters():
+            parameter.fill_(7.0)
+    assert all(torch.equal(Checkpoint.open(tiny).tensors[key], tensor) for key, tensor in before.items())
+
+
 def test_models_of_the_hub(bert, tmp_path):
     """A Hub id at a revision, through the real client and a local Hub; only what a model needs is fetched."""
     moved, _ = moved_copy(bert)

@@ -86,6 +86,10 @@ def groups(config):
     }
 
 
+def reasons(config):
+    return {"residual": "each LayerNorm writes to the stream itself, and no reader could take its gain"}
+
+
 _TINY = dict(
     num_hidden_layers=2,
     hidden_size=24,

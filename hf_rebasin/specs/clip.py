@@ -98,6 +98,12 @@ def norms(config):
     return said
 
 
+def reasons(config):
+    towers = _towers(config)
+    why = "the stream begins with a LayerNorm, and no reader could take its gain, as it writes to the stream"
+    return {"vision.residual": why} if "vision" in towers else {}
+
+
 _TEXT = dict(
     num_hidden_layers=2,
     hidden_size=24,

@@ -81,6 +81,14 @@ def norms(config):
     }
 
 
+def reasons(config):
+    if not config.do_layer_norm_before:
+        return {"residual": "each LayerNorm writes to the stream itself, and no reader could take its gain"}
+    if config._remove_final_layer_norm:
+        return {"residual": "without a last norm the head reads the stream as it is"}
+    return {} if config.layer_norm_elementwise_affine else {"residual": "its norms have no gains to be told by"}
+
+
 _TINY = dict(
     num_hidden_layers=2,
     hidden_size=24,

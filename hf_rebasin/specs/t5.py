@@ -48,14 +48,16 @@ def table(config):
     return rows | _attention("decoder.block.*.layer.1.EncDecAttention", "cross_head.*", "cross")
 
 
+def _scaled(config):
+    """Whether transformers scales the outputs of a tied head; untied, it would not."""
+    tied = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
+    return tied and "ForConditionalGeneration" in str(config.architectures)
+
+
 def groups(config):
     # the hidden states are what a bare model computes, and any other class may
     free = (config.architectures or ["T5Model"])[0] in HEADS
-    # without its tie, transformers would take the scale off the outputs of what has one
-    tied = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings) and "ForConditional" in str(
-        config.architectures
-    )
-    stream = "permutation" if tied else "orthogonal"
+    stream = "permutation" if _scaled(config) else "orthogonal"
     ff = "nonzero" if config.is_gated_act else "scaled" if config.dense_act_fn == "relu" else "permutation"
     kinds = {
         "vocab": "held",
@@ -82,6 +84,11 @@ def norms(config):
         decoder + "2.layer_norm": decoder + "2.DenseReluDense.{wi,wi_0,wi_1}",
         "decoder.final_layer_norm": "{lm_head,qa_outputs,classification_head.dense}",
     }
+
+
+def reasons(config):
+    why = "rotated, its head would no longer be the embedding, and transformers scales the outputs only where it is"
+    return {"residual": why} if _scaled(config) else {}
 
 
 _TINY = dict(
