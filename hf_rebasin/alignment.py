@@ -19,7 +19,7 @@ from .binding import bind, read_spec, untied
 from .checkpoint import Checkpoint, Source
 from .describing import spec_of
 from .errors import CheckpointError, MismatchError, some
-from .gauge import folded, gauges, narrowed, unfolded, widened
+from .gauge import folded, gauges, narrowed, unfolded, vectors, widened
 from .groups import Element
 from .lazy import Computed, Tensors, parts_of
 from .spec import Block, Dim, Labelled, Spec
@@ -96,9 +96,9 @@ class Alignment:
         for key, tensor in tensors.items():
             name, _, part = key.partition("/")
             stored.setdefault(name, {})[part] = tensor
-        vectors = [stored.pop(name, {}) for name in GAUGES]
+        given = [stored.pop(name, {}) for name in GAUGES]
         norms = {key: spec.shapes[key] for gauge in gauges(spec) for key in gauge.vectors}
-        for key, vector in (item for one in vectors for item in one.items()):
+        for key, vector in (item for one in given for item in one.items()):
             if norms.get(key) != vector.shape or not vector.isfinite().all():
                 raise CheckpointError(f"{path} has a gauge for {key!r} {tuple(vector.shape)}, which its spec has not")
         unknown = sorted(stored.keys() - spec.free)
@@ -111,7 +111,7 @@ class Alignment:
                     elements[name] = group_of(spec, name).read(stored[name], *_extent(spec, name))
                 except ValueError as error:
                     raise CheckpointError(f"{path}: the element of {name!r} is broken: {error}") from error
-        return Alignment(spec, elements, *vectors)
+        return Alignment(spec, elements, *given)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one safetensors file: elements as `symmetry/part`, gauges as `GAUGE/key`, the spec in its metadata."""
@@ -120,8 +120,8 @@ class Alignment:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"{n}/{part}": t.contiguous() for n, e in self.elements.items() for part, t in e.tensors().items()}
-        for name, vectors in zip(GAUGES, (self.gauge, self.origin), strict=True):
-            tensors |= {f"{name}/{key}": vector.contiguous() for key, vector in vectors.items()}
+        for name, gauge in zip(GAUGES, (self.gauge, self.origin), strict=True):
+            tensors |= {f"{name}/{key}": vector.contiguous() for key, vector in gauge.items()}
         partial = path.with_name(f".{path.name}.partial")
         # one entry only: safetensors writes several in random order, and the same alignment is to be the same bytes
         save_file(tensors, str(partial), metadata={FORMAT: self.spec.to_json()})
@@ -226,12 +226,7 @@ class Alignment:
             return act(spec, moving, state)
         parts = dict(parts_of(state))
         streams = {norm.stream: moving[norm.stream] for norm in spec.gauged if norm.stream in moving}
-        into = {
-            key: self.gauge.get(key, parts[key].read().double().cpu())
-            for gauge in gauges(spec)
-            if gauge.norm.stream in streams
-            for key in gauge.vectors
-        }
+        into = {**vectors(spec, state), **self.gauge} if streams else {}
         touched = {key for t in spec.tensors if not t.names.isdisjoint(mixed) for key in t.keys.values()}
         wide = {key: widened(part) if key in touched else part for key, part in parts.items()}
         moved = act(spec, moving, Tensors(folded(spec, wide, streams, into)))

@@ -36,34 +36,36 @@ def in_full(problem: Problem, solve: Solve, glance: Solve) -> Solution:
     """Solve over the full groups, unless a glance over the permutations shows equal models or two of one base.
 
     So models that were only permuted come back bit for bit, and of two fine-tunes of one base nothing is rewritten.
+    Where no stream can be rotated and the canonical forms do not become equal either, permutations are found between
+    the models as they are, and only scales and bases are fitted: in every pair that was measured that was better than
+    permutations alone, which those between the canonical forms are not (docs/log.md).
     """
-    spec = problem.spec
+    spec, clock = problem.spec, Clock()
     permutations = replace(problem, spec=spec.restricted())
     if spec.symmetries == permutations.spec.symmetries:
         return solve(problem)
-    permuted = glance(permutations)
+    with clock("permutations"):
+        permuted = glance(permutations)
     if permuted.status in (Status.EQUAL, Status.IDENTITY):
         return permuted
     if at_home(permuted.alignment) >= AT_HOME:
         return solve(permutations)
-    clock = Clock()
     with clock("canonical forms"):
         (fixed, mine), (moving, theirs) = (canonical(spec, state) for state in (problem.fixed, problem.moving))
-    found = solve(replace(problem, fixed=fixed, moving=moving))
-    first, last = Alignment(spec, mine), Alignment(spec, theirs)
-    between = first.inverse().compose(found.alignment).compose(last)
-    with clock("fit"):
-        fitted = fit(spec, problem, between.elements)
-    alignment = Alignment(
-        spec,
-        {name: fitted[name] for name in spec.symmetries if name in fitted},
-        vectors(spec, problem.fixed),
-        vectors(spec, problem.moving),
-    )
-    with clock("comparison"):
-        status = Status.EQUAL if equal_within(problem, alignment) else found.status
-    seconds = {"permutations": sum(permuted.seconds.values())} | dict(found.seconds) | clock.seconds
-    return replace(found, alignment=alignment, seconds=seconds, status=status)
+    found = (solve if spec.gauged else glance)(replace(problem, fixed=fixed, moving=moving))
+    between = Alignment(spec, mine).inverse().compose(found.alignment).compose(Alignment(spec, theirs))
+    alignment = fit(problem, between.elements, clock)
+    if equal_within(problem, alignment):
+        found = replace(found, status=Status.EQUAL)
+    elif not spec.gauged:
+        found = solve(permutations)
+        alignment = fit(problem, _permuting(spec, found.alignment), clock)
+    return replace(found, alignment=alignment, seconds=clock.seconds | dict(found.seconds))
+
+
+def _permuting(spec: Spec, alignment: Alignment) -> dict[str, Element]:
+    """Permutations as elements of the larger groups they are in."""
+    return {n: group_of(spec, n).permuting(e.tensors()["order"]) for n, e in alignment.elements.items()}
 
 
 def at_home(alignment: Alignment) -> float:
@@ -98,16 +100,19 @@ def canonical(spec: Spec, state: Mapping[str, Tensor]) -> tuple[Tensors, dict[st
     return balanced, elements
 
 
-def fit(spec: Spec, problem: Problem, elements: Mapping[str, Element]) -> dict[str, Element]:
-    """The elements with scales and bases fitted to the fixed model."""
-    fixed, moving = plain(spec, problem.fixed), act(spec, elements, plain(spec, problem.moving))
-    fitted = dict(elements)
-    sides: Any
-    for name, sides in moments(spec, [fixed, moving]).items():
-        if sides.keys() == {"", READER}:
-            better = group_of(spec, name).fit(sides[""], sides[READER])
-            fitted[name] = better.compose(fitted[name]) if name in fitted else better
-    return fitted
+def fit(problem: Problem, elements: Mapping[str, Element], clock: Clock) -> Alignment:
+    """An alignment of the elements, with scales and bases fitted to the fixed model, in the fixed model's gauge."""
+    spec = problem.spec
+    with clock("fit"):
+        fixed, moving = plain(spec, problem.fixed), act(spec, elements, plain(spec, problem.moving))
+        fitted = dict(elements)
+        sides: Any
+        for name, sides in moments(spec, [fixed, moving]).items():
+            if sides.keys() == {"", READER}:
+                better = group_of(spec, name).fit(sides[""], sides[READER])
+                fitted[name] = better.compose(fitted[name]) if name in fitted else better
+    ordered = {name: fitted[name] for name in spec.symmetries if name in fitted}
+    return Alignment(spec, ordered, vectors(spec, problem.fixed), vectors(spec, problem.moving))
 
 
 def moments(spec: Spec, states: list[Mapping[str, Tensor]]) -> dict[str, dict[str, tuple[Tensor, ...]]]:

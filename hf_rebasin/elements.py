@@ -14,6 +14,7 @@ from typing_extensions import Self
 from .axes import DIAGONAL, READER
 from .lazy import laid_out
 
+LARGE = 256  # from here on eigenvectors are faster than singular values
 TINY = 1e-30  # where a unit has no weights at all, nothing says how it is to be scaled
 
 
@@ -113,6 +114,11 @@ class Monomial:
     @classmethod
     def identity(cls, batch: tuple[int, ...], n: int) -> Self:
         return cls(torch.arange(n).expand(*batch, n).contiguous(), torch.ones(*batch, n, dtype=torch.float64))
+
+    @classmethod
+    def permuting(cls, order: Tensor) -> Self:
+        """The element that only permutes."""
+        return cls(order, torch.ones(order.shape, dtype=torch.float64))
 
     @classmethod
     def random(cls, batch: tuple[int, ...], n: int, generator: torch.Generator) -> Self:
@@ -222,6 +228,11 @@ class Matrices:
         return cls(torch.eye(n, dtype=torch.float64).expand(*batch, n, n).contiguous())
 
     @classmethod
+    def permuting(cls, order: Tensor) -> Self:
+        """The element that only permutes."""
+        return cls(torch.eye(order.shape[-1], dtype=torch.float64)[order])
+
+    @classmethod
     def random(cls, batch: tuple[int, ...], n: int, generator: torch.Generator) -> Self:
         """A uniform rotation or reflection."""
         return cls(random_rotations(batch, n, generator))
@@ -309,6 +320,18 @@ def random_rotations(batch: tuple[int, ...], n: int, generator: torch.Generator)
 
 
 def polar(matrix: Tensor) -> Tensor:
-    """The orthogonal factor U Vᵀ of M = U S Vᵀ, which maximises ⟨M, Q⟩ (Schönemann 1966); in float64 on the CPU."""
-    u, _, v = torch.linalg.svd(matrix.to("cpu", torch.float64), full_matrices=False)
+    """The orthogonal factor U Vᵀ of M = U S Vᵀ, which maximises ⟨M, Q⟩ (Schönemann 1966); in float64 on the CPU.
+
+    Large matrices by way of the eigenvectors of MᵀM, some times faster than a singular value decomposition, where M is
+    far enough from singular for that, and with two steps of Newton and Schulz for what squaring lost.
+    """
+    m = matrix.to("cpu", torch.float64)
+    if m.shape[-1] >= LARGE and m.dim() == 2:
+        squares, v = torch.linalg.eigh(m.mT @ m)
+        if squares[0] > 1e-10 * squares[-1]:
+            q = (m @ (v / squares.sqrt())) @ v.mT
+            for _ in range(2):
+                q = 1.5 * q - 0.5 * q @ (q.mT @ q)
+            return q
+    u, _, v = torch.linalg.svd(m, full_matrices=False)
     return u @ v

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .axes import Leaf
+from .elements import TINY
 from .errors import SpecError
 from .groups import Element
 from .lazy import Computed, Here, Lazy, laid_out, rounded
@@ -69,9 +70,7 @@ def vectors(spec: Spec, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The gauge a model is in: gains, none of which is too small to divide by, and biases, in float64."""
     found = {}
     for gauge in gauges(spec):
-        gain = state[gauge.norm.gain].double().cpu()
-        least = SMALL * gain.abs().max()
-        found[gauge.norm.gain] = torch.where(gain.abs() < least, torch.where(gain < 0, -least, least), gain)
+        found[gauge.norm.gain] = _divisor(state[gauge.norm.gain].double().cpu())
         if gauge.norm.bias is not None and not gauge.keeps:
             found[gauge.norm.bias] = state[gauge.norm.bias].double().cpu()
     return found
@@ -98,11 +97,11 @@ def folded(
         out[norm.gain] = Here.of(torch.ones_like(gain), own=True)
         if norm.bias is not None:
             bias = parts[norm.bias].read().double().cpu()
-            kept = bias / gain if gauge.keeps else torch.zeros_like(bias)
+            kept = bias / _divisor(gain) if gauge.keeps else torch.zeros_like(bias)
             out[norm.bias] = Here.of(kept, own=True)
             if not gauge.keeps:
                 if into is not None:
-                    there = into.get(norm.bias, bias) / into.get(norm.gain, gain)
+                    there = into[norm.bias] / into[norm.gain]
                     bias = bias - gain * (there if element is None else element.inverse().act(there))
                 for reader in gauge.readers:
                     if reader.bias is not None:
@@ -170,6 +169,12 @@ def _reader(spec: Spec, norm: Norm, key: str) -> Reader:
             "outputs, so no bias of the norm can be folded into it"
         )
     return Reader(key, bias, axis)
+
+
+def _divisor(gain: Tensor) -> Tensor:
+    """A gain without values too small to divide by."""
+    least = SMALL * gain.abs().max().clamp_min(TINY)
+    return torch.where(gain.abs() < least, torch.where(gain < 0, -least, least), gain)
 
 
 def _bias_of(key: str) -> str:

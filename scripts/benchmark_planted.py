@@ -1,6 +1,6 @@
 """Full-size models against a copy of themselves in other coordinates: is the copy brought back exactly, and how fast?
 
-    python scripts/benchmark_planted.py [bert vit gpt2 resnet llama qwen2 gpt_neox] [--unrelated] [--groups full]
+    python scripts/benchmark_planted.py [bert vit gpt2 resnet llama …] [--unrelated] [--groups full]
 
 Weights are random, with gains and biases far from 1 and 0; nothing is downloaded. Every model is made and moved in one
 process and aligned from disk in another, whose peak memory is printed. By default the copy is permuted, and has to
@@ -37,6 +37,18 @@ KINDS = {
             vocab_size=4096,
         ),
     ),
+    "tinyllama": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        dict(
+            hidden_size=2048,
+            intermediate_size=5632,
+            num_hidden_layers=2,
+            num_attention_heads=32,
+            num_key_value_heads=4,
+            vocab_size=4096,
+        ),
+    ),
     "qwen2": (
         "Qwen2ForCausalLM",
         "Qwen2Config",
@@ -56,17 +68,18 @@ KINDS = {
         dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=2, num_attention_heads=16, vocab_size=4096),
     ),
 }
-SHALLOW = {"gpt2": {"n_layer": 2}, "vit": {"num_hidden_layers": 2}}  # with --layers 2
 PERMUTED = ("bert", "vit", "gpt2", "resnet", "llama")
 
 
-def make(kind: str, folder: Path, unrelated: bool, groups: str) -> None:
+def make(kind: str, folder: Path, unrelated: bool, groups: str, layers: int | None) -> None:
     import torch
     import transformers
 
     from hf_rebasin import Alignment, spec_for
 
     cls, config, options = KINDS[kind]
+    if layers is not None:
+        options = options | {"n_layer" if kind == "gpt2" else "num_hidden_layers": layers}
     torch.manual_seed(0)
     model = trained(getattr(transformers, cls)(getattr(transformers, config)(**options)))
     model.save_pretrained(folder / "fixed")
@@ -151,12 +164,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", default=PERMUTED, help=f"of {', '.join(KINDS)}")
     parser.add_argument("--unrelated", action="store_true")
+    parser.add_argument("--layers", type=int, help="instead of as many as the model has")
     parser.add_argument("--groups", choices=("permutation", "full"), default="permutation")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.make:
-        make(arguments.kinds[0], arguments.make, arguments.unrelated, arguments.groups)
+        make(arguments.kinds[0], arguments.make, arguments.unrelated, arguments.groups, arguments.layers)
         return
     if arguments.measure:
         measure(arguments.measure, arguments.groups)
@@ -164,7 +178,8 @@ def main() -> None:
     for kind in arguments.kinds:
         # one process each, and none of them under a parent that is large itself: a child's peak begins at its parent's
         with tempfile.TemporaryDirectory() as folder:
-            flags = ["--groups", arguments.groups, *(["--unrelated"] if arguments.unrelated else [])]
+            layers = [] if arguments.layers is None else ["--layers", str(arguments.layers)]
+            flags = ["--groups", arguments.groups, *layers, *(["--unrelated"] if arguments.unrelated else [])]
             subprocess.run([sys.executable, __file__, kind, "--make", folder, *flags], check=True, capture_output=True)
             command = [sys.executable, __file__, "--measure", folder, "--groups", arguments.groups]
             out = subprocess.run(command, check=True, capture_output=True, text=True).stdout

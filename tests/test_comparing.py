@@ -43,7 +43,7 @@ def test_trained_apart(family):
         comparison = compare(family, other)
         assert comparison.verdict is Verdict.TRAINED_APART, comparison.advice
         assert comparison.advice.startswith("trained apart: align")
-    assert ("rotated" in comparison.advice) == comparison.rotated
+    assert ("rotates" in comparison.advice) == comparison.rotated
 
 
 def test_equal(family):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_rebasin import registry
+from hf_rebasin.elements import LARGE, polar
 
 BATCH = (2, 3)
 
@@ -163,6 +164,21 @@ def test_another_matrix_is_refused(name, generator):
     matrix = torch.randn(2, 2, generator=generator, dtype=torch.float64)
     with pytest.raises(ValueError, match="the matrix"):
         group.read({"matrix": matrix}, (), 2)
+
+
+@pytest.mark.parametrize("ends", [(1, 1), (1, 1e-3), (1, 1e-8), (1, 0)])
+def test_large_polar_factors(ends, generator):
+    """Near singular or not, and by whichever way: orthogonal, and what is left of M is symmetric and positive."""
+    n = LARGE + 3
+    q, r = (torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0] for _ in range(2))
+    m = q * torch.linspace(*ends, n, dtype=torch.float64) @ r.mT
+    found = polar(m)
+    torch.testing.assert_close(found @ found.mT, torch.eye(n, dtype=torch.float64))
+    rest = found.mT @ m
+    torch.testing.assert_close(rest, rest.mT)
+    assert torch.linalg.eigvalsh(rest).min() > -1e-10
+    if ends[1] >= 1e-3:
+        torch.testing.assert_close(found, q @ r.mT, rtol=0, atol=1e-8)
 
 
 def test_a_centred_rotation_keeps_the_ones_vector(generator):

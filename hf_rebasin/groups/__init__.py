@@ -28,6 +28,11 @@ class Element(Protocol):
         ...
 
     @classmethod
+    def permuting(cls, order: Tensor) -> Self:
+        """The element that only permutes; of a group that has the permutations in it."""
+        ...
+
+    @classmethod
     def random(cls, batch: tuple[int, ...], n: int, generator: torch.Generator) -> Self:
         """A random element."""
         ...

@@ -25,6 +25,10 @@ class Element:
         return cls(torch.arange(n).expand(*batch, n).contiguous())
 
     @classmethod
+    def permuting(cls, order: Tensor) -> Element:
+        return cls(order)
+
+    @classmethod
     def random(cls, batch: tuple[int, ...], n: int, generator: torch.Generator) -> Element:
         return cls(random_orders(batch, n, generator))
 
