@@ -37,28 +37,32 @@ def in_full(problem: Problem, solve: Solve, glance: Solve) -> Solution:
 
     So models that were only permuted come back bit for bit, and of two fine-tunes of one base nothing is rewritten.
     Where no stream can be rotated and the canonical forms do not become equal either, permutations are found between
-    the models as they are, and only scales and bases are fitted: in every pair that was measured that was better than
-    permutations alone, which those between the canonical forms are not (docs/log.md).
+    the models as they are, and only scales and bases are fitted (docs/log.md has what it is worth).
     """
     spec, clock = problem.spec, Clock()
-    permutations = replace(problem, spec=spec.restricted())
-    if spec.symmetries == permutations.spec.symmetries:
+    if spec.symmetries == spec.restricted().symmetries:
         return solve(problem)
+    chance = problem.generator.get_state()
+
+    def posed(**other: Any) -> Problem:
+        """The problem in other terms, with the same randomness each time."""
+        return replace(problem, generator=torch.Generator().set_state(chance), **other)
+
     with clock("permutations"):
-        permuted = glance(permutations)
+        permuted = glance(posed(spec=spec.restricted()))
     if permuted.status in (Status.EQUAL, Status.IDENTITY):
         return permuted
     if at_home(permuted.alignment) >= AT_HOME:
-        return solve(permutations)
+        return solve(posed(spec=spec.restricted()))
     with clock("canonical forms"):
         (fixed, mine), (moving, theirs) = (canonical(spec, state) for state in (problem.fixed, problem.moving))
-    found = (solve if spec.gauged else glance)(replace(problem, fixed=fixed, moving=moving))
+    found = (solve if spec.gauged else glance)(posed(fixed=fixed, moving=moving))
     between = Alignment(spec, mine).inverse().compose(found.alignment).compose(Alignment(spec, theirs))
     alignment = fit(problem, between.elements, clock)
     if equal_within(problem, alignment):
         found = replace(found, status=Status.EQUAL)
     elif not spec.gauged:
-        found = solve(permutations)
+        found = solve(posed(spec=spec.restricted()))
         alignment = fit(problem, _permuting(spec, found.alignment), clock)
     return replace(found, alignment=alignment, seconds=clock.seconds | dict(found.seconds))
 
