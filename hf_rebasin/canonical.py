@@ -28,7 +28,6 @@ STRETCHING = ("scaled", "nonzero", "invertible", "rotary")  # kinds with element
 KEPT = 1 << 28  # numbers; the canonical form of a model with more is computed anew whenever it is looked at
 AT_HOME = 0.5  # of all units in their places: the two are of one base, and only some were moved
 
-
 Solve: TypeAlias = Callable[[Problem], Solution]
 
 
@@ -61,7 +60,9 @@ def in_full(problem: Problem, solve: Solve, glance: Solve) -> Solution:
     alignment = fit(problem, between.elements, clock)
     if equal_within(problem, alignment):
         found = replace(found, status=Status.EQUAL)
-    elif not spec.gauged:
+    elif spec.gauged:  # the identity between canonical forms is none between the models
+        found = replace(found, status=Status.CONVERGED if found.status is Status.IDENTITY else found.status)
+    else:
         found = solve(posed(spec=spec.restricted()))
         alignment = fit(problem, _permuting(spec, found.alignment), clock)
     return replace(found, alignment=alignment, seconds=clock.seconds | dict(found.seconds))

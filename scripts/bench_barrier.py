@@ -96,8 +96,8 @@ METHODS = {
     "plain": Method(plain, "#808080"),
     "permutations": Method(permutations, "#d55e00"),
     "rotation alone": Method(rotation_alone, "#009e73", ("llama",)),
-    "full": Method(full, "#0072b2"),
     "full, 4 starts": Method(full_of_four, "#cc79a7"),
+    "full": Method(full, "#0072b2"),
 }
 
 
