@@ -311,9 +311,11 @@ def opened(recipe: Recipe) -> tuple[list[Checkpoint], list[Checkpoint]]:
         checkpoint.refuse_quantised()
     first, *others = models
     moved = [paired(first, other, recipe.assume, backbone_only=recipe.backbone_only) for other in others]
+    if apart := untied_like(first, moved):
+        first = first.apart(apart)
     for other in moved:
         lined_up(first, other, backbone_only=recipe.backbone_only)
-    return models, moved
+    return [first, *others], moved
 
 
 def _moved_onto(first: Checkpoint, solution: Solution, other: Checkpoint) -> Checkpoint:

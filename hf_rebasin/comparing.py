@@ -18,7 +18,7 @@ from .checkpoint import Checkpoint
 from .describing import spec_of
 from .errors import CheckpointError, MismatchError, SpecError
 from .lazy import Lazy
-from .merging import equal, lined_state, lined_up
+from .merging import equal, lined_state, lined_up, untied_like
 from .pairing import (
     labels,
     paired,
@@ -166,6 +166,8 @@ def compared(fixed: Checkpoint, moving: Checkpoint, *, device: Device = None, pr
     with suppress(MismatchError):  # is among the findings
         moving = paired(fixed, moving)  # token and label rows in the order of the fixed model
     backbone_only = False
+    if apart := untied_like(fixed, [moving]):
+        fixed = fixed.apart(apart)
     try:
         theirs = lined_up(fixed, moving)
         findings["tensors"] = "the same keys and shapes"

@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import FIRST, TINY, as_stored, distance, moved_copy, other_seed, same_tensors
 
-from hf_rebasin import Alignment, Checkpoint, Recipe, Status, align, infer_spec, merge, spec_for
+from hf_rebasin import Alignment, Checkpoint, Recipe, Status, align, compare, infer_spec, merge, spec_for
+from hf_rebasin.api import run
 from hf_rebasin.checking import example_inputs, outputs
 from hf_rebasin.errors import OptionError, RecipeError, UnknownNameError
 from hf_rebasin.showing import plan
@@ -54,7 +55,10 @@ def test_a_tied_head_is_stored_apart_or_its_stream_is_only_permuted(gpt2, tmp_pa
     loaded = type(gpt2).from_pretrained(merged, dtype=torch.float64)
     assert not loaded.config.tie_word_embeddings
     assert relative_change(loaded, merge([gpt2, moved]).model()) == 0
-    a, b = (Checkpoint.open(m).save(tmp_path / name) for m, name in ((gpt2, "a"), (other, "b")))
+    a, b, c = (Checkpoint.open(m).save(tmp_path / name) for m, name in ((gpt2, "a"), (other, "b"), (moved, "c")))
+    again = run(Recipe.from_dict({"models": [str(a), str(c)], "align": False}))
+    assert same_tensors(again.checkpoint, merged)
+    assert not compare(a, c).backbone_only
     said = "\n".join(plan(Recipe.from_dict({"models": [str(a), str(b)]}), tmp_path / "out"))
     assert "lm_head.weight is stored apart from wte.weight" in said
     assert "--keep-tied" in said
