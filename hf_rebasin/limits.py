@@ -66,9 +66,6 @@ class Limits:
             if not found:
                 raise UnknownNameError(f"no symmetry {pattern!r} to hold{nearest(pattern, spec.symmetries)}")
             names += found
-        contexts = {c for name, s in spec.symmetries.items() if name not in names for c in s.contexts if s.moves}
-        if blocked := sorted(contexts & set(names)):
-            names += [n for n, s in spec.symmetries.items() if not contexts.isdisjoint(s.contexts) and n in blocked]
         return spec.limited(dict.fromkeys(names, "held"))
 
 
