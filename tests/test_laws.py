@@ -146,14 +146,14 @@ def changed_by(model, spec, elements, **other):
     return ((outputs(moved.model(torch.float64), inputs)[0] - before).abs().max() / before.abs().max()).item()
 
 
-def test_a_rotation_that_moves_the_ones_vector_changes_the_function(tiny):
-    spec = spec_for(tiny)
+def test_a_rotation_that_moves_the_ones_vector_changes_the_function(family):
+    spec = spec_for(family)
     for name in [name for name in spec.free if spec.symmetries[name].kind == "centred"]:
         element = registry.find("groups", "orthogonal").Element
         turned = element.random((), spec.symmetries[name].size, torch.Generator().manual_seed(0))
-        assert changed_by(tiny, spec, {name: turned}) > 1e-3
+        assert changed_by(family, spec, {name: turned}) > 1e-3
         kept = registry.find("groups", "centred").Element.project(turned.matrix)
-        assert changed_by(tiny, spec, {name: kept}) <= 1e-10
+        assert changed_by(family, spec, {name: kept}) <= 1e-10
 
 
 def test_a_gain_that_is_not_folded_changes_the_function(tiny):
@@ -162,7 +162,7 @@ def test_a_gain_that_is_not_folded_changes_the_function(tiny):
         rest = replace(spec, norms=tuple(n for n in spec.norms if n is not norm))
         streams = {n: e for n, e in Alignment.random(spec, torch.Generator()).elements.items() if n == norm.stream}
         if spec.untied_by(streams):
-            continue  # is seen in the untied variants
+            continue  # the model has to be another one then
         checkpoint, inputs, before, _ = unmoved(tiny)
         state = checkpoint.state(spec.table.prefix)
         moved = checkpoint.with_state(Alignment(rest, streams).on(rest, state), spec.table.prefix)
@@ -181,12 +181,12 @@ def forgetful(element):
     return Forgetful(**element.tensors())
 
 
-def test_a_dual_that_is_forgotten_changes_the_function(tiny):
-    spec = spec_for(tiny)
+def test_a_dual_that_is_forgotten_changes_the_function(family):
+    spec = spec_for(family)
     for name in [name for name in spec.free if spec.symmetries[name].kind in STRETCHING]:
         element = Alignment.random(spec, torch.Generator().manual_seed(0))[name]
-        assert changed_by(tiny, spec, {name: forgetful(element)}) > 1e-4, name
-        assert changed_by(tiny, spec, {name: element}) <= 1e-5
+        assert changed_by(family, spec, {name: forgetful(element)}) > 1e-4, name
+        assert changed_by(family, spec, {name: element}) <= 1e-5
 
 
 # --- negative controls: every mutation of one row is seen, by binding or by the function -----------------------------
