@@ -81,13 +81,13 @@ def test_statistics_are_the_cumulative_average_and_nothing_else_changes(generato
 
 @pytest.mark.slow
 def test_the_whole_demo(tmp_path):
-    """Where permutations suffice, the barrier collapses; where they do not, the demo says so."""
+    """Where permutations suffice, the barrier collapses; where the stream is rotated, most of it goes."""
     said = []
     pairs = demo.run(tmp_path, say=said.append)
     ratios = {kind: [p.ratio for p in pairs if p.kind == kind] for kind in demo.DEMO}
     assert max(ratios["mlp"]) <= 0.05
     assert max(ratios["resnet"]) <= 0.25
-    assert min(ratios["vit"]) > 0.3
+    assert max(ratios["vit"]) <= 0.4
     assert any("permutations alone do not bring transformers together" in line for line in said)
     for kind in ("resnet", "vit"):  # seeds are seen to be apart, a model that was trained on is not
         one, other = tmp_path / kind / "seed-0", tmp_path / kind / "seed-1"
