@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from .comparing import Comparison, Verdict
     from .coordinate_descent import MergeMany, PermutationCoordinateDescent
     from .errors import RebasinError
+    from .objective import Problem
     from .recipe import Recipe
-    from .solving import Problem, Solution, Status
+    from .solving import Solution, Status
     from .spec import Spec
     from .table import Table
 
@@ -50,7 +51,7 @@ _HOME = {
     "Comparison": "comparing",
     "MergeMany": "coordinate_descent",
     "PermutationCoordinateDescent": "coordinate_descent",
-    "Problem": "solving",
+    "Problem": "objective",
     "RebasinError": "errors",
     "Recipe": "recipe",
     "Solution": "solving",

@@ -20,9 +20,10 @@ from .knobs import knobs_for
 from .lazy import Tensors
 from .limits import Groups, Limits, kept_apart
 from .merging import combine, lined_state, lined_up, method_with, untied_like
+from .objective import Device, Problem
 from .pairing import Assumption, paired
 from .recipe import Recipe
-from .solving import Device, Problem, Solution, Solver
+from .solving import Solution, Solver
 from .spec import Spec
 from .table import Table
 

@@ -21,7 +21,8 @@ from .axes import DIAGONAL, READER
 from .gauge import centred, folded, narrowed, vectors, widened
 from .groups import Element
 from .lazy import Here, Tensors, parts_of
-from .solving import Clock, Problem, Solution, Status, equal_within
+from .objective import Problem, equal_within
+from .solving import Clock, Solution, Status
 from .spec import Spec
 
 STRETCHING = ("scaled", "nonzero", "invertible", "rotary")  # kinds with elements that change lengths

@@ -19,6 +19,7 @@ from .describing import spec_of
 from .errors import CheckpointError, MismatchError, SpecError
 from .lazy import Lazy
 from .merging import equal, lined_state, lined_up, untied_like
+from .objective import Device, Problem
 from .pairing import (
     labels,
     paired,
@@ -29,7 +30,6 @@ from .pairing import (
     vocabularies,
 )
 from .solvers.weight_matching import weight_similarity
-from .solving import Device, Problem
 from .spec import Spec, Unit
 from .table import ROTATING
 from .text import family_of, spread

@@ -25,6 +25,7 @@ FLOORS = (
     {"canonical"},
     {"checking", "solving", "pairing", "merging"},
     {"merge_methods"},
+    {"objective"},
     {"units"},
     {"alignment", "limits"},
     {"gauge"},

@@ -15,16 +15,8 @@ from ..alignment import act_on_block
 from ..axes import DIAGONAL
 from ..canonical import in_full
 from ..groups import Element
-from ..solving import (
-    Problem,
-    Solution,
-    coordinate_ascent,
-    label_of,
-    lone,
-    matched_tensors,
-    product_of,
-    weight_of,
-)
+from ..objective import Problem, label_of, lone, matched_tensors, product_of, weight_of
+from ..solving import Solution, coordinate_ascent
 from ..spec import Block, Unit
 from ..units import Similarity
 
