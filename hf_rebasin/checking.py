@@ -114,13 +114,13 @@ def check(source: Source, *, spec: Spec | None = None, inputs: Inputs | None = N
     moved = alignment.apply(Checkpoint.open(model))
     dtypes = checkpoint.dtypes or {torch.float64}
     narrow = min(dtypes, key=lambda dtype: torch.finfo(dtype).bits)
-    kept = _as_stored(moved, narrow).model(torch.float64).eval()
+    kept = None if narrow is torch.float64 else _as_stored(moved, narrow).model(torch.float64).eval()
     moved = moved.model(torch.float64).eval()  # before a run that may change buffers
     before, float32_inside = outputs(model, inputs)
     if not before.any():
         raise CheckpointError(f"{checkpoint.name} gives nothing but zeros, which would prove nothing; train it first")
     after, _ = outputs(moved, inputs)
-    stored = before if narrow is torch.float64 else outputs(kept, inputs)[0]
+    stored = before if kept is None else outputs(kept, inputs)[0]
     return Check(
         checkpoint.name,
         len(alignment.moved),
