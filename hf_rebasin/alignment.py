@@ -22,6 +22,7 @@ from .errors import CheckpointError, MismatchError, some
 from .gauge import folded, gauges, narrowed, unfolded, vectors, widened
 from .groups import Element
 from .lazy import Computed, Tensors, parts_of
+from .relaxing import Acting
 from .spec import Block, Dim, Labelled, Spec
 from .table import KINDS, table_for
 
@@ -72,7 +73,7 @@ class Alignment:
     def random(spec: Spec, generator: torch.Generator) -> Alignment:
         """A random element of every symmetry that can move, drawn from `generator`."""
         free = [name for name in spec.symmetries if name in spec.free]  # in an order that does not hang on hashes
-        return Alignment(spec, {n: group_of(spec, n).random(*_extent(spec, n), generator) for n in free})
+        return Alignment(spec, {n: group_of(spec, n).random(*extent(spec, n), generator) for n in free})
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Alignment:
@@ -108,7 +109,7 @@ class Alignment:
         for name in spec.symmetries:
             if name in stored:
                 try:
-                    elements[name] = group_of(spec, name).read(stored[name], *_extent(spec, name))
+                    elements[name] = group_of(spec, name).read(stored[name], *extent(spec, name))
                 except ValueError as error:
                     raise CheckpointError(f"{path}: the element of {name!r} is broken: {error}") from error
         return Alignment(spec, elements, *given)
@@ -347,7 +348,7 @@ def act_on(spec: Spec, elements: Mapping[str, Element], tensor: Labelled, x: Ten
 
 
 def act_on_block(
-    spec: Spec, elements: Mapping[str, Element], block: Block, x: Tensor, still: Iterable[int] = ()
+    spec: Spec, elements: Mapping[str, Acting], block: Block, x: Tensor, still: Iterable[int] = ()
 ) -> Tensor:
     """g · x for one block; `x` has the block's dimensions, of which those in `still` are not acted on."""
     for name, place, dim in _in_order(spec, block):
@@ -362,7 +363,7 @@ def _in_order(spec: Spec, block: Block) -> list[tuple[str, int, Dim]]:
     return sorted(dims, key=lambda dim: (len(spec.symmetries[dim[0]].contexts), dim[0], dim[1]))
 
 
-def _act_along(x: Tensor, element: Element, place: int, contexts: tuple[int, ...], mark: str) -> Tensor:
+def _act_along(x: Tensor, element: Acting, place: int, contexts: tuple[int, ...], mark: str) -> Tensor:
     """Act on dimension `place` of x, whose contexts are the dimensions `contexts`."""
     front = [*contexts, place]
     where = list(range(len(front)))
@@ -377,10 +378,10 @@ def group_of(spec: Spec, name: str) -> type[Element]:
 
 def identity_of(spec: Spec, name: str) -> Element:
     """The element of a symmetry that moves nothing."""
-    return group_of(spec, name).identity(*_extent(spec, name))
+    return group_of(spec, name).identity(*extent(spec, name))
 
 
-def _extent(spec: Spec, name: str) -> tuple[tuple[int, ...], int]:
+def extent(spec: Spec, name: str) -> tuple[tuple[int, ...], int]:
     """(sizes of the contexts, size) of a symmetry."""
     symmetry = spec.symmetries[name]
     return tuple(spec.symmetries[c].size for c in symmetry.contexts), symmetry.size

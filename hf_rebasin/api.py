@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
 
 from . import registry
 from .binding import bind_to, untied
@@ -16,11 +17,12 @@ from .comparing import Comparison, compared
 from .describing import inferred, spec_of
 from .errors import OptionError
 from .inputs import Inputs
+from .inputs import run as run_module
 from .knobs import knobs_for
 from .lazy import Tensors
 from .limits import Groups, Limits, kept_apart
 from .merging import combine, lined_state, lined_up, method_with, untied_like
-from .objective import Device, Problem
+from .objective import Device, Forward, Problem
 from .pairing import Assumption, paired
 from .recipe import Recipe
 from .solving import Solution, Solver
@@ -97,6 +99,8 @@ def align(
     groups: Groups = "full",
     keep_tied: bool = False,
     hold: Sequence[str] = (),
+    data: Iterable[Any] | None = None,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
     device: Device = None,
     progress: bool = False,
     **knobs: Any,
@@ -117,8 +121,12 @@ def align(
             bases inside heads, scales. "permutation" for the permutations in them: no value changes but its place.
         keep_tied: only permute a stream where rotating it would store a head apart from the embedding it is tied to.
         hold: names of symmetries, or patterns as `ff.*`, that stay as they are.
-        device: where similarities are computed, such as `accelerator.device`; by default where the tensors are. What
-            is read from disk goes there block by block.
+        data: batches that can be read several times, such as a list or a DataLoader, for solvers that descend a loss.
+            Under `accelerate launch` every process takes its share.
+        loss: gives the loss, one number, for (module, batch); the module is a copy of the fixed one with merged
+            tensors in it. By default what a transformers model says for a batch with labels in it.
+        device: where similarities and losses are computed, such as `accelerator.device`; by default where the tensors
+            are. What is read from disk goes there block by block.
         progress: show a progress bar (on a terminal).
         knobs: of the solver, such as `starts=1`.
 
@@ -151,9 +159,36 @@ def align(
     for checkpoint in (a, b):
         checkpoint.refuse_broken()
     limits = Limits(groups, keep_tied, tuple(hold))
+    if data is not None and not getattr(chosen, "TAKES_DATA", False):
+        raise OptionError(f"solver {solver!r} looks at weights alone, and takes no data")
+    if loss is not None and data is None:
+        raise OptionError("a loss, but no data for it; give data=")
     return _solved(
-        chosen, spec, a, b, limits, seed=seed, device=device, backbone_only=backbone_only, progress=progress
+        chosen,
+        spec,
+        a,
+        b,
+        limits,
+        seed=seed,
+        device=device,
+        backbone_only=backbone_only,
+        progress=progress,
+        data=data,
+        loss=loss or own_loss,
     )
+
+
+def own_loss(module: nn.Module, batch: Any) -> Tensor:
+    """What a module says is its loss, for a batch with labels in it."""
+    said = run_module(module, batch)
+    found = said.get("loss") if isinstance(said, Mapping) else getattr(said, "loss", None)
+    if found is None and isinstance(batch, Mapping) and "labels" in batch and isinstance(said, tuple):
+        found = said[0]
+    if found is None:
+        raise OptionError(
+            f"{type(module).__name__} gives no loss for these batches; put labels in them, or give loss="
+        )
+    return cast(Tensor, found)
 
 
 def _solved(
@@ -167,6 +202,8 @@ def _solved(
     device: Device,
     backbone_only: bool = False,
     progress: bool = False,
+    data: Iterable[Any] | None = None,
+    loss: Callable[[nn.Module, Any], Tensor] = own_loss,
 ) -> Solution:
     """Align two checkpoints that are known to be sound and to mean the same."""
     prefix = spec.table.prefix
@@ -188,7 +225,12 @@ def _solved(
         here, there = (Tensors(s.parts | {key: s.parts[spec.ties[key]] for key in tied}) for s in (here, there))
     matched = whole.within(there)  # heads that are not merged do not say either which features are alike
     generator = torch.Generator().manual_seed(seed)
-    solution = solver.solve(Problem(matched, here, there, generator, device, progress))
+    forward = None
+    if data is not None:
+        apart = fixed.untied(tied, spec.ties, prefix) if tied else fixed
+        wide = max((torch.promote_types(kind, torch.float32) for kind in fixed.dtypes), key=lambda kind: kind.itemsize)
+        forward = Forward(partial(apart.computing, prefix, wide), data, loss)
+    solution = solver.solve(Problem(matched, here, there, generator, device, progress, forward))
     found = solution.alignment
     kinds = {name: symmetry.kind for name, symmetry in found.spec.symmetries.items()}
     rotated = streams & set(found.moved) if found.gauge else set()

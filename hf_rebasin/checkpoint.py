@@ -314,6 +314,20 @@ class Checkpoint:
                 )
         return model.eval()
 
+    def computing(
+        self, prefix: str | tuple[str, ...] | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[nn.Module, dict[str, str]]:
+        """`model(dtype)`, and `{canonical key: module key}`.
+
+        Raises:
+            CheckpointError: no class is known, or one that does not store its tensors one by one.
+        """
+        module = self.model(dtype)
+        names = module_names(module)
+        if names is None:
+            raise CheckpointError(f"{type(module).__name__} stores its tensors otherwise than it computes with them")
+        return module, {key: names[disk] for key, disk in self.canonical(prefix).items()}
+
     def skeleton(self) -> tuple[nn.Module, dict[str, str]]:
         """A module of this checkpoint's class, for its forward pass, and `{module key: disk key}`.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
@@ -13,6 +12,8 @@ from typing_extensions import Self
 
 from .axes import DIAGONAL, READER
 from .lazy import laid_out
+from .orders import assigned, chosen, order_of, random_orders, taken
+from .relaxing import Relaxed, Softening, relaxed_monomial, relaxed_rotation
 
 LARGE = 256  # from here on eigenvectors are faster than singular values
 TINY = 1e-30  # where a unit has no weights at all, nothing says how it is to be scaled
@@ -20,48 +21,6 @@ TINY = 1e-30  # where a unit has no weights at all, nothing says how it is to be
 
 # ⟨x, x⟩, ⟨x, y⟩ and ⟨y, y⟩ of two models along one symmetry
 Sides: TypeAlias = tuple[Tensor, Tensor, Tensor]
-
-
-def taken(x: Tensor, order: Tensor) -> Tensor:
-    """x[..., order[...], ...]: `order` is (*batch, n), x is (*batch, n, *rest)."""
-    *batch, n = order.shape
-    many = math.prod(batch)
-    flat = (order.reshape(many, n) + n * torch.arange(many)[:, None]).reshape(-1).to(x.device)
-    return x.reshape(many * n, *x.shape[len(batch) + 1 :]).index_select(0, flat).reshape(x.shape)
-
-
-def order_of(tensors: Mapping[str, Tensor], batch: tuple[int, ...], n: int) -> Tensor:
-    """The stored permutations of n things; ValueError if they are none."""
-    order = tensors.get("order")
-    if order is None or order.shape != (*batch, n):
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        raise ValueError(f"expected an order of shape {(*batch, n)}, found {found}")
-    if not torch.equal(order.sort(-1).values, torch.arange(n).expand(*batch, n)):
-        raise ValueError(f"the order is no permutation of {n} things")
-    return order
-
-
-def random_orders(batch: tuple[int, ...], n: int, generator: torch.Generator) -> Tensor:
-    many = [torch.randperm(n, generator=generator) for _ in range(math.prod(batch))]
-    return torch.stack(many).reshape(*batch, n)
-
-
-def assigned(similarity: Tensor) -> Tensor:
-    """Linear assignment: the orders that maximise Σᵢ similarity[..., i, order[i]].
-
-    Rows and columns are first shifted to a minimum of 0, which changes no assignment and keeps the numbers that
-    scipy's shortest augmenting paths compare small.
-    """
-    from scipy.optimize import linear_sum_assignment  # merging what is aligned needs none of it
-
-    *batch, n, _ = similarity.shape
-    orders = []
-    for one in similarity.to("cpu", torch.float64).reshape(-1, n, n):
-        cost = -one
-        cost -= cost.amin(1, keepdim=True)
-        cost -= cost.amin(0, keepdim=True)
-        orders.append(torch.from_numpy(linear_sum_assignment(cost.numpy())[1]))
-    return torch.stack(orders).reshape(*batch, n)
 
 
 def even(writers: Tensor, readers: Tensor) -> Tensor:
@@ -86,14 +45,6 @@ def lowest(loss: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
         low, high = torch.where(left, low, a), torch.where(left, b, high)
     best, zero = (low + high) / 2, torch.zeros_like(like)
     return torch.where(loss(best) < loss(zero), best, zero)
-
-
-def chosen(similarity: Tensor, order: Tensor) -> Tensor:
-    """similarity[..., i, order[..., i], *rest] for all i: (*batch, n, *rest)."""
-    dim = order.dim()
-    rest = similarity.shape[dim + 1 :]
-    index = order.reshape(*order.shape, 1, *[1] * len(rest)).expand(*order.shape, 1, *rest)
-    return similarity.gather(dim, index).squeeze(dim)
 
 
 @dataclass(frozen=True)
@@ -169,6 +120,10 @@ class Monomial:
             return s * s * yy - 2 * s * xy + vv / (s * s) - 2 * uv / s
 
         return cls(order, lowest(loss, xy).exp() if cls.SCALED else torch.ones_like(xy))
+
+    @classmethod
+    def relax(cls, batch: tuple[int, ...], n: int, softening: Softening) -> Relaxed:
+        return relaxed_monomial(cls, batch, n, softening, signed=cls.SIGNED, scaled=cls.SCALED)
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor], batch: tuple[int, ...], n: int) -> Self:
@@ -262,6 +217,10 @@ class Matrices:
     def fit(cls, writers: Sides, readers: Sides) -> Self:
         """Nothing that `project` would have left."""
         return cls.balance(writers[0], readers[0])
+
+    @classmethod
+    def relax(cls, batch: tuple[int, ...], n: int, softening: Softening) -> Relaxed:
+        return relaxed_rotation(cls, batch, n, softening)
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor], batch: tuple[int, ...], n: int) -> Self:

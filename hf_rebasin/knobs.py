@@ -11,8 +11,7 @@ from .errors import OptionError, nearest
 
 def knobs_of(thing: Callable[..., Any]) -> dict[str, Any]:
     """{knob: its type} of a merge method (keyword-only arguments) or of a solver's dataclass (fields)."""
-    owner = thing.__init__ if inspect.isclass(thing) else thing
-    hints = get_type_hints(owner)
+    hints = get_type_hints(thing)  # of a class, those of every field where it was written
     parameters = inspect.signature(thing).parameters.values()
     return {p.name: hints[p.name] for p in parameters if inspect.isclass(thing) or p.kind is p.KEYWORD_ONLY}
 

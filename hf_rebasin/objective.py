@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .alignment import Alignment, act_on, identity_of
 from .axes import DIAGONAL
@@ -23,6 +23,21 @@ PIECE = 1 << 24  # elements of a tensor that are widened at a time
 
 
 @dataclass(frozen=True)
+class Forward:
+    """What a cost on data needs.
+
+    Args:
+        module: makes (a module to compute with, `{canonical key: its own key}`).
+        data: batches, any number of times.
+        loss: gives one number for (module, batch).
+    """
+
+    module: Callable[[], tuple[nn.Module, Mapping[str, str]]]
+    data: Iterable[Any]
+    loss: Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True)
 class Problem:
     """Move one model onto another.
 
@@ -33,6 +48,7 @@ class Problem:
         generator: all randomness of a solver comes from here.
         device: where similarities are computed; by default where the tensors are.
         progress: show a progress bar (on a terminal).
+        forward: the module, data and loss of costs on data.
     """
 
     spec: Spec
@@ -41,6 +57,7 @@ class Problem:
     generator: torch.Generator
     device: Device = None
     progress: bool = False
+    forward: Forward | None = None
 
     def tensors(self, tensor: Labelled) -> tuple[Tensor, Tensor]:
         """The two of one labelled tensor, in their own dtypes, on the device."""

@@ -29,6 +29,8 @@ class Status(enum.Enum):
     CONVERGED = "converged: no symmetry can be improved by itself"
     EQUAL = "the moved model equals the fixed one, tensor by tensor"
     IDENTITY = "every symmetry is best left as it is, as for models of one base: nothing was moved"
+    SETTLED = "settled: the cost of the exact alignment no longer fell; the best one is returned"
+    STEP_LIMIT = "ended at the step limit; the best exact alignment is returned"
     SWEEP_LIMIT = "stopped at the sweep limit before it converged: raise max_sweeps"
 
 

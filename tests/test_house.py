@@ -22,7 +22,7 @@ FLOORS = (
     {"api"},
     {"comparing", "evaluate", "recalibrate", "recipe", "modules"},
     {"solvers"},
-    {"canonical"},
+    {"canonical", "descent"},
     {"checking", "solving", "pairing", "merging"},
     {"merge_methods"},
     {"objective"},
@@ -31,6 +31,8 @@ FLOORS = (
     {"gauge"},
     {"groups"},
     {"elements"},
+    {"relaxing"},
+    {"orders"},
     {"describing"},
     {"binding"},
     {"infer"},
@@ -42,7 +44,7 @@ FLOORS = (
     {"classes"},
     {"folder"},
     {"files"},
-    {"lazy", "text", "registry", "knobs", "inputs"},
+    {"lazy", "text", "registry", "knobs", "inputs", "sinkhorn_operator"},
     {"errors"},
 )
 

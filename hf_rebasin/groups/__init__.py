@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from ..elements import Sides
+    from ..relaxing import Relaxed, Softening
 
 
 class Element(Protocol):
@@ -71,6 +72,11 @@ class Element(Protocol):
         Given the moments ⟨x, x⟩, ⟨x, y⟩, ⟨y, y⟩ of writers, and the same of readers. It is what lengths leave to
         improve once `project` has found the rest.
         """
+        ...
+
+    @classmethod
+    def relax(cls, batch: tuple[int, ...], n: int, softening: Softening) -> Relaxed:
+        """The identity with gradients: latent numbers, the relaxed element they give, and the way back to the group."""
         ...
 
     def contract(self, similarity: Tensor, diagonal: bool = False) -> Tensor:

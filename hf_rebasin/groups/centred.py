@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..elements import Matrices, polar, random_rotations
+from ..relaxing import Relaxed, Softening, relaxed_matrix
 
 
 class Element(Matrices):
@@ -32,6 +33,12 @@ class Element(Matrices):
     def best(cls, similarity: Tensor, diagonal: Tensor | None = None) -> Tensor:
         whole = similarity if diagonal is None else similarity + diagonal
         return cls.project(whole).contract(whole)
+
+    @classmethod
+    def relax(cls, batch: tuple[int, ...], n: int, softening: Softening) -> Relaxed:
+        """A rotation of the plane at right angles to the ones-vector."""
+        latent, plane = softening.zeros(*batch, n - 1, n - 1), _plane(n).to(softening.device)
+        return relaxed_matrix(cls, (latent,), lambda: plane @ torch.matrix_exp(latent - latent.mT) @ plane.mT + 1 / n)
 
     @classmethod
     def refuse(cls, matrix: Tensor) -> None:

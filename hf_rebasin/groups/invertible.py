@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..elements import TINY, Matrices, Sides, random_rotations
+from ..relaxing import Relaxed, Softening, relaxed_matrix
 
 STEEP = 1e3  # condition of a basis that a fit may end at: what is nearly singular rounds a model away
 
@@ -70,6 +71,12 @@ class Element(Matrices):
         found = g.detach()
         good = (losses(found) < losses(start)) & (torch.linalg.cond(found) < STEEP)
         return cls(torch.where(good[..., None, None], found, start))
+
+    @classmethod
+    def relax(cls, batch: tuple[int, ...], n: int, softening: Softening) -> Relaxed:
+        """The matrix itself, as what is added to the identity."""
+        latent, one = softening.zeros(*batch, n, n), torch.eye(n, dtype=torch.float64, device=softening.device)
+        return relaxed_matrix(cls, (latent,), lambda: one + latent)
 
     @classmethod
     def refuse(cls, matrix: Tensor) -> None:

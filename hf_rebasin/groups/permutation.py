@@ -9,7 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..elements import Sides, assigned, chosen, order_of, random_orders, taken
+from ..elements import Sides
+from ..orders import assigned, chosen, order_of, random_orders, taken
+from ..relaxing import Relaxed, Softening, relaxed_monomial
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ class Element:
     def fit(cls, writers: Sides, readers: Sides) -> Element:
         """Nothing that `project` would have left."""
         return cls.balance(writers[0], readers[0])
+
+    @classmethod
+    def relax(cls, batch: tuple[int, ...], n: int, softening: Softening) -> Relaxed:
+        """A doubly stochastic matrix."""
+        return relaxed_monomial(lambda order, factor: cls(order), batch, n, softening)
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor], batch: tuple[int, ...], n: int) -> Element:

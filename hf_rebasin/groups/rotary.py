@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..elements import TINY, Matrices, Sides, even, lowest
+from ..relaxing import Relaxed, Softening, relaxed_matrix
 
 
 class Element(Matrices):
@@ -54,6 +55,12 @@ class Element(Matrices):
         return cls(
             _matrices(torch.where(turned, s * real / length, 1.0), torch.where(turned, s * imaginary / length, 0.0))
         )
+
+    @classmethod
+    def relax(cls, batch: tuple[int, ...], n: int, softening: Softening) -> Relaxed:
+        """The complex logarithm: of the scale, and the angle."""
+        log, angle = softening.zeros(*batch), softening.zeros(*batch)
+        return relaxed_matrix(cls, (log, angle), lambda: _matrices(log.exp() * angle.cos(), log.exp() * angle.sin()))
 
     @classmethod
     def refuse(cls, matrix: Tensor) -> None:

@@ -1,0 +1,17 @@
+"""Straight-through matching: the forward pass takes the best assignment, the gradient passes as if it were not there.
+
+Git Re-Basin (Ainsworth, Hayase, Srinivasa 2022, arXiv 2209.04836), section 3.3, with latent matrices in place of latent
+weights.
+"""
+
+from dataclasses import dataclass
+
+from ..descent import Descent
+from ..relaxing import Permuting
+
+
+@dataclass(frozen=True)
+class Solver(Descent):
+    """Knobs of straight-through matching: those of `Descent`."""
+
+    permuting: Permuting = "straight_through"
