@@ -226,12 +226,13 @@ class Alignment:
         if not mixed:
             return act(spec, moving, state)
         parts = dict(parts_of(state))
-        streams = {norm.stream: moving[norm.stream] for norm in spec.gauged if norm.stream in moving}
-        into = {**vectors(spec, state), **self.gauge} if streams else {}
+        turned = [gauge for gauge in gauges(spec) if gauge.norm.stream in moving]
+        into = {**vectors(turned, state), **self.gauge}
         touched = {key for t in spec.tensors if not t.names.isdisjoint(mixed) for key in t.keys.values()}
+        touched |= {key for gauge in turned for key in gauge.shifted}
         wide = {key: widened(part) if key in touched else part for key, part in parts.items()}
-        moved = act(spec, moving, Tensors(folded(spec, wide, streams, into)))
-        done = unfolded(spec, moved.parts, streams, into)
+        moved = act(spec, moving, Tensors(folded(turned, wide, moving, into)))
+        done = unfolded(turned, moved.parts, into)
         return Tensors({key: narrowed(part, parts[key].dtype) for key, part in done.items()})
 
     def _spec_for(self, checkpoint: Checkpoint) -> Spec:

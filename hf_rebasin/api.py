@@ -207,22 +207,15 @@ def _solved(
 ) -> Solution:
     """Align two checkpoints that are known to be sound and to mean the same."""
     prefix = spec.table.prefix
-    if apart := untied_like(fixed, [moving]):
-        fixed = fixed.apart(apart)
-        spec = untied(spec, [key for key in fixed.canonical(prefix) if key in spec.ties])
-    here, there = (
-        Tensors(state.parts)
-        for state in (
-            fixed.state(prefix),
-            lined_state(fixed, lined_up(fixed, moving, prefix, backbone_only=backbone_only), prefix),
-        )
-    )
+    if (apart := untied_like(fixed, [moving])) is not fixed:
+        fixed, spec = apart, untied(spec, [key for key in apart.canonical(prefix) if key in spec.ties])
+    here = fixed.state(prefix)
+    there = lined_state(fixed, lined_up(fixed, moving, prefix, backbone_only=backbone_only), prefix)
     spec, notes = limits.on(spec, there)
     streams = {norm.stream for norm in spec.gauged}
-    whole = spec
-    if tied := [key for key in spec.untied_by(streams) if spec.ties[key] in there]:
-        whole = untied(spec, tied)
-        here, there = (Tensors(s.parts | {key: s.parts[spec.ties[key]] for key in tied}) for s in (here, there))
+    tied = [key for key in spec.untied_by(streams) if spec.ties[key] in there]
+    whole = untied(spec, tied)
+    here, there = (Tensors(s.parts | {key: s.parts[spec.ties[key]] for key in tied}) for s in (here, there))
     matched = whole.within(there)  # heads that are not merged do not say either which features are alike
     generator = torch.Generator().manual_seed(seed)
     forward = None
@@ -354,8 +347,7 @@ def opened(recipe: Recipe) -> tuple[list[Checkpoint], list[Checkpoint]]:
         checkpoint.refuse_quantised()
     first, *others = models
     moved = [paired(first, other, recipe.assume, backbone_only=recipe.backbone_only) for other in others]
-    if apart := untied_like(first, moved):
-        first = first.apart(apart)
+    first = untied_like(first, moved)
     for other in moved:
         lined_up(first, other, backbone_only=recipe.backbone_only)
     return [first, *others], moved

@@ -69,7 +69,9 @@ def bind_to(table: Table, checkpoint: Checkpoint) -> Spec:
 
 
 def untied(spec: Spec, keys: Collection[str]) -> Spec:
-    """The spec of the same model, where some tied tensors are stored apart."""
+    """The spec of the same model, where some tied tensors are stored apart; itself where none are."""
+    if not keys:
+        return spec
     ties = {target: kept for target, kept in spec.ties.items() if target not in keys}
     return bind(spec.table, {**spec.shapes, **{key: spec.shapes[spec.ties[key]] for key in keys}}, ties)
 

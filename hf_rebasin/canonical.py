@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .alignment import Alignment, act, group_of
 from .axes import DIAGONAL, READER
-from .gauge import centred, folded, narrowed, vectors, widened
+from .gauge import centred, folded, gauges, narrowed, vectors, widened
 from .groups import Element
 from .lazy import Here, Tensors, parts_of
 from .objective import Problem, equal_within
@@ -88,7 +88,7 @@ def plain(spec: Spec, state: Mapping[str, Tensor]) -> Tensors:
     """
     given = parts_of(state)
     parts = {key: widened(part) for key, part in given.items()}
-    form = centred(spec, folded(spec, parts, {norm.stream: None for norm in spec.gauged}))
+    form = centred(spec, folded(gauges(spec), parts, {}))
     dtypes = {key: torch.promote_types(given[key].dtype, torch.float32) for key in form}
     return Tensors({key: narrowed(part, dtypes[key]) for key, part in form.items()})
 
@@ -118,7 +118,8 @@ def fit(problem: Problem, elements: Mapping[str, Element], clock: Clock) -> Alig
                 better = group_of(spec, name).fit(sides[""], sides[READER])
                 fitted[name] = better.compose(fitted[name]) if name in fitted else better
     ordered = {name: fitted[name] for name in spec.symmetries if name in fitted}
-    return Alignment(spec, ordered, vectors(spec, problem.fixed), vectors(spec, problem.moving))
+    norms = gauges(spec)
+    return Alignment(spec, ordered, vectors(norms, problem.fixed), vectors(norms, problem.moving))
 
 
 def moments(spec: Spec, states: list[Mapping[str, Tensor]]) -> dict[str, dict[str, tuple[Tensor, ...]]]:

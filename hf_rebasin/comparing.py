@@ -166,8 +166,7 @@ def compared(fixed: Checkpoint, moving: Checkpoint, *, device: Device = None, pr
     with suppress(MismatchError):  # is among the findings
         moving = paired(fixed, moving)  # token and label rows in the order of the fixed model
     backbone_only = False
-    if apart := untied_like(fixed, [moving]):
-        fixed = fixed.apart(apart)
+    fixed = untied_like(fixed, [moving])
     try:
         theirs = lined_up(fixed, moving)
         findings["tensors"] = "the same keys and shapes"

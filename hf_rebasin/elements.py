@@ -193,15 +193,14 @@ class Matrices:
         return cls(random_rotations(batch, n, generator))
 
     @classmethod
-    def project(cls, similarity: Tensor, diagonal: Tensor | None = None) -> Self:
+    def project(cls, similarity: Tensor) -> Self:
         """The orthogonal g that maximises ⟨similarity, g⟩; what else there is of g is left to `balance` and `fit`."""
-        return cls(polar(similarity if diagonal is None else similarity + diagonal))
+        return cls(polar(similarity))
 
     @classmethod
-    def best(cls, similarity: Tensor, diagonal: Tensor | None = None) -> Tensor:
+    def best(cls, similarity: Tensor) -> Tensor:
         """The sum of the singular values."""
-        whole = similarity if diagonal is None else similarity + diagonal
-        return torch.linalg.svdvals(whole.to("cpu", torch.float64)).sum(-1)
+        return torch.linalg.svdvals(similarity.to("cpu", torch.float64)).sum(-1)
 
     @classmethod
     def moments(cls, x: Tensor, y: Tensor) -> Tensor:

@@ -46,30 +46,39 @@ class Gauge:
     readers: tuple[Reader, ...]
     keeps: bool
 
-    @staticmethod
-    def of(spec: Spec, norm: Norm) -> Gauge:
-        readers = tuple(_reader(spec, norm, key) for key in norm.readers if key in spec.shapes)
-        bare = any(_bias_of(key) not in spec.shapes for key in norm.readers)
-        return Gauge(norm, readers, norm.bias is not None and bare)
-
     @property
     def vectors(self) -> list[str]:
         return [self.norm.gain] if self.norm.bias is None else [self.norm.gain, self.norm.bias]
 
+    @property
+    def shifted(self) -> list[str]:
+        """The biases of its readers, where they make up for its own."""
+        shifts = self.norm.bias is not None and not self.keeps
+        return [reader.bias for reader in self.readers if shifts and reader.bias is not None]
+
     def divides(self, state: Mapping[str, Tensor]) -> bool:
         """Whether a bias that the norm has to keep can be divided by its gain."""
-        return not self.keeps or bool((state[self.norm.gain].abs() > SMALL * state[self.norm.gain].abs().max()).all())
+        if not self.keeps:
+            return True
+        gain = state[self.norm.gain].double()
+        return torch.equal(_divisor(gain), gain)
 
 
 def gauges(spec: Spec) -> list[Gauge]:
     """The norms of all streams that can be rotated."""
-    return [Gauge.of(spec, norm) for norm in spec.gauged]
+    tensors = {key: tensor for tensor in spec.tensors for key in tensor.keys.values()} if spec.gauged else {}
+    found = []
+    for norm in spec.gauged:
+        readers = tuple(_reader(spec, norm, key, tensors[key]) for key in norm.readers if key in spec.shapes)
+        bare = any(_bias_of(key) not in spec.shapes for key in norm.readers)
+        found.append(Gauge(norm, readers, norm.bias is not None and bare))
+    return found
 
 
-def vectors(spec: Spec, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def vectors(gauges: Sequence[Gauge], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The gauge a model is in: gains, none of which is too small to divide by, and biases, in float64."""
     found = {}
-    for gauge in gauges(spec):
+    for gauge in gauges:
         found[gauge.norm.gain] = _divisor(state[gauge.norm.gain].double().cpu())
         if gauge.norm.bias is not None and not gauge.keeps:
             found[gauge.norm.bias] = state[gauge.norm.bias].double().cpu()
@@ -77,22 +86,22 @@ def vectors(spec: Spec, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def folded(
-    spec: Spec,
+    gauges: Sequence[Gauge],
     parts: Mapping[str, Lazy],
-    streams: Mapping[str, Element | None],
+    elements: Mapping[str, Element],
     into: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Lazy]:
-    """A model with the gains of some streams folded into their readers, in float64 (float32 for half precision).
+    """A model with the gains of some norms folded into their readers.
 
     Args:
-        spec: of the model.
-        parts: its tensors by canonical keys.
-        streams: `{stream: the element that is going to act on it}`; None for none.
+        gauges: the norms.
+        parts: the tensors of the model by canonical keys; readers and `shifted` biases are `widened`.
+        elements: what is going to act, `{symmetry: element}`.
         into: the gauge that `unfolded` will bring it to, for which biases make up already here; None for 1, 0.
     """
     out = dict(parts)
-    for gauge in (gauge for gauge in gauges(spec) if gauge.norm.stream in streams):
-        norm, element = gauge.norm, streams[gauge.norm.stream]
+    for gauge in gauges:
+        norm, element = gauge.norm, elements.get(gauge.norm.stream)
         gain = parts[norm.gain].read().double().cpu()
         out[norm.gain] = Here.of(torch.ones_like(gain), own=True)
         if norm.bias is not None:
@@ -107,18 +116,16 @@ def folded(
                     if reader.bias is not None:
                         one, weight = parts[reader.bias], parts[reader.weight]
                         plus = partial(_plus, axis=reader.axis, vector=bias)
-                        out[reader.bias] = Computed(one.shape, wide(one.dtype), [one, weight], plus)
+                        out[reader.bias] = Computed(one.shape, one.dtype, [one, weight], plus)
         for reader in gauge.readers:
             out[reader.weight] = _times(parts[reader.weight], reader.axis, gain)
     return out
 
 
-def unfolded(
-    spec: Spec, parts: Mapping[str, Lazy], streams: Mapping[str, Element], into: Mapping[str, Tensor]
-) -> dict[str, Lazy]:
+def unfolded(gauges: Sequence[Gauge], parts: Mapping[str, Lazy], into: Mapping[str, Tensor]) -> dict[str, Lazy]:
     """A folded model in the gauge `into`: its readers divided by the gains that its norms get."""
     out = dict(parts)
-    for gauge in (gauge for gauge in gauges(spec) if gauge.norm.stream in streams):
+    for gauge in gauges:
         gain = into[gauge.norm.gain]
         out[gauge.norm.gain] = Here.of(gain, own=True)
         if gauge.norm.bias is not None:
@@ -155,8 +162,7 @@ def centred(spec: Spec, parts: Mapping[str, Lazy]) -> dict[str, Lazy]:
     return out
 
 
-def _reader(spec: Spec, norm: Norm, key: str) -> Reader:
-    tensor = next(t for t in spec.tensors if key in t.keys.values())
+def _reader(spec: Spec, norm: Norm, key: str, tensor: Labelled) -> Reader:
     axis = stream_axis(tensor, norm.stream)
     bias = _bias_of(key)
     if bias not in spec.shapes:
@@ -195,20 +201,19 @@ def _along(vector: Tensor, x: Tensor, axis: int) -> Tensor:
 
 
 def _times(part: Lazy, axis: int, vector: Tensor) -> Lazy:
-    return Computed(part.shape, wide(part.dtype), [part], partial(_scaled, axis=axis, vector=vector))
+    return Computed(part.shape, part.dtype, [part], partial(_scaled, axis=axis, vector=vector))
 
 
 def _scaled(inputs: Sequence[Tensor], axis: int, vector: Tensor) -> Tensor:
-    x = inputs[0].to(wide(inputs[0].dtype))
-    return x * _along(vector, x, axis)
+    return inputs[0] * _along(vector, inputs[0], axis)
 
 
 def _plus(inputs: Sequence[Tensor], axis: int, vector: Tensor) -> Tensor:
     """c + W v"""
-    bias, weight = (x.to(wide(x.dtype)) for x in inputs)
+    bias, weight = inputs
     flat = weight.movedim(axis, -1)
     rows = laid_out(flat.reshape(-1, flat.shape[-1]))
-    return bias + (rows @ laid_out(vector.to(weight.device, weight.dtype))).reshape(bias.shape)
+    return bias + (rows @ laid_out(vector.to(weight.device, weight.dtype))).reshape(bias.shape).to(bias.dtype)
 
 
 def _centre(inputs: Sequence[Tensor], axis: int) -> Tensor:

@@ -74,6 +74,5 @@ def kept_apart(spec: Spec, streams: Iterable[str]) -> str | None:
     tied = spec.untied_by(set(streams))
     if not tied:
         return None
-    return (
-        f"{some(tied)} is stored apart from {some({spec.ties[t] for t in tied})}, as the last norm's gain goes into it"
-    )
+    kept = sorted({spec.ties[target] for target in tied})
+    return f"{some(tied)} is stored apart from {some(kept)}, as the last norm's gain goes into it"

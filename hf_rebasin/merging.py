@@ -51,11 +51,11 @@ def combine(
     module = registry.find("merge_methods", method)
     sums = getattr(module, "sums", None)
     elementwise = getattr(module, "ELEMENTWISE", False) or sums is not None
-    first = checkpoints[0]
-    if apart := untied_like(first, checkpoints[1:]):
+    given, *others = checkpoints
+    first = untied_like(given, others)
+    if apart := [key for key in first.parts if key not in given.parts]:
         logger.info("%s of the merge is stored apart, as one of the models has it so", some(apart))
-        first = first.apart(apart)
-        checkpoints = [first, *checkpoints[1:]]
+    checkpoints = [first, *others]
     lined = [lined_up(first, checkpoint, backbone_only=backbone_only) for checkpoint in checkpoints]
     parts: dict[str, Lazy] = {}
     for key, one in first.parts.items():
@@ -152,8 +152,8 @@ def head_of(checkpoint: Checkpoint, prefix: str) -> set[str]:
     return set(checkpoint.parts) - inside if inside else set()
 
 
-def untied_like(first: Checkpoint, others: Sequence[Checkpoint]) -> dict[str, str]:
-    """What the first model ties and another one knowingly does not, `{disk key: whose tensor it shares}`.
+def untied_like(first: Checkpoint, others: Sequence[Checkpoint]) -> Checkpoint:
+    """The first model, with what it ties and another one knowingly does not stored apart; if there is any.
 
     That a file stores for a tie what its own class would not look at is not knowing.
     """
@@ -164,7 +164,7 @@ def untied_like(first: Checkpoint, others: Sequence[Checkpoint]) -> dict[str, st
             there = target in other.parts and kept in other.parts and target not in other.declared_ties
             if there and not equal(other.parts[target], other.parts[kept]):
                 apart[target] = kept
-    return apart
+    return first.apart(apart) if apart else first
 
 
 def lined_up(

@@ -39,9 +39,8 @@ def plan(recipe: Recipe, out: Path) -> Iterator[str]:
         yield f"would align {', '.join(o.name for o in others)} to {first.name} by {recipe.align.solver}:"
         given = spec_of(first)
         for other in moved:
-            spec, notes = recipe.align.limits().on(
-                given, lined_state(first, lined_up(first, other), given.table.prefix)
-            )
+            lined = lined_up(first, other, backbone_only=recipe.backbone_only)
+            spec, notes = recipe.align.limits().on(given, lined_state(first, lined, given.table.prefix))
             for note in notes:
                 yield f"  {other.name}: {note}"
         for line in symmetries(spec, every=False):

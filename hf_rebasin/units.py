@@ -106,7 +106,9 @@ def _solve_family(nested: Nested, similarity: Similarity, top: str) -> Elements:
     if not inside.contexts:
         if alone is None and diagonal is not None:
             alone = torch.zeros_like(diagonal)
-        return {top: group.project(alone, diagonal) if symmetry.moves and alone is not None else group.identity((), n)}
+        if not symmetry.moves or alone is None:
+            return {top: group.identity((), n)}
+        return {top: group.project(alone, *_given(diagonal))}
     if not symmetry.moves and len(inside.contexts) == 1 and similarity.keys() == {(top, *inside.contexts)}:
         (inner_name,), (both,) = inside.contexts, similarity.values()  # all places at once
         each = both.diagonal(dim1=0, dim2=2).movedim(-1, 0)
@@ -143,24 +145,22 @@ def _solve_side_by_side(nested: Nested, similarity: Similarity, top: str, values
 
     How well two places match is known from `best`; elements are needed of those alone that end up together.
     """
-    along: dict[str, tuple[Tensor, Tensor | None]] = {}
+    along: dict[str, list[Tensor]] = {}
     for names, tensor in similarity.items():
         inner = next((name for name in names if name != top), None)
         if inner is not None and inner == _name(inner):
             first = names.index(top)
             diagonal = similarity.get((top, inner + DIAGONAL))
-            ends = [first, 2 + first], [0, 1]
-            along[inner] = tensor.movedim(*ends), None if diagonal is None else diagonal.movedim(*ends)
-    for name, (here, beside) in along.items():
-        values += group_of(nested.spec, name).best(here, beside)
+            along[inner] = [each.movedim([first, 2 + first], [0, 1]) for each in (tensor, *_given(diagonal))]
+    for name, both in along.items():
+        values += group_of(nested.spec, name).best(*both)
     outer = group_of(nested.spec, top).project(values)
     order = outer.act(torch.arange(len(values)))
     elements: Elements = {top: outer}
     for name in nested.contexts:
         if name in along:
-            here, beside = along[name]
             ours = torch.arange(len(order)), order
-            elements[name] = group_of(nested.spec, name).project(here[ours], None if beside is None else beside[ours])
+            elements[name] = group_of(nested.spec, name).project(*(each[ours] for each in along[name]))
         elif name != top:
             elements[name] = nested.identity(name)
     return elements
@@ -193,6 +193,11 @@ def _contract(nested: Nested, names: tuple[str, ...], tensor: Tensor, elements: 
             # the contexts were brought to the front; put them back where they are in `left`
             tensor = moved.movedim(list(range(len(batch))), [left.index(c) for c in contexts])
     return tensor
+
+
+def _given(diagonal: Tensor | None) -> list[Tensor]:
+    """The further argument of a group with signs, where there is one."""
+    return [] if diagonal is None else [diagonal]
 
 
 def _name(label: str) -> str:

@@ -208,6 +208,10 @@ def test_another_head_can_be_left_out(run, tmp_path):
     assert status == 1
     assert "(--backbone-only)" in said
     assert not (tmp_path / "out").exists()
+    status, said = run(*command, "--backbone-only", "--dry-run")
+    assert status == 0, said
+    assert "would align" in said
+    assert not (tmp_path / "out").exists()
     status, said = run(*command, "--backbone-only")
     assert status == 0, said
     head, kept = (Checkpoint.open(tmp_path / name).tensors["classifier.weight"] for name in ("out", "a"))

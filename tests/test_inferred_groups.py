@@ -9,12 +9,12 @@ import zoo
 from conftest import TINY, forward_pass
 from hypothesis import HealthCheck, assume, given, settings
 from test_inference import IDS, SEQUENCE, L, Net, P
-from test_marks import random_element, unit_norms
+from test_marks import unit_norms
 from test_tables_and_inference import SCALED_SOMEWHERE
 from torch import nn
 from torch.nn import functional as F
 
-from hf_rebasin import Checkpoint, infer_spec, spec_for
+from hf_rebasin import Alignment, Checkpoint, infer_spec, spec_for
 from hf_rebasin.alignment import act
 from hf_rebasin.axes import READER, leaves, parse
 from hf_rebasin.binding import bind_to
@@ -33,8 +33,7 @@ def kinds(spec):
 def change(model, inputs, spec, seed=0):
     """(relative change of the outputs under a random element of every group, what is allowed)"""
     checkpoint, prefix = Checkpoint.open(model), spec.table.prefix
-    generator = torch.Generator().manual_seed(seed)
-    elements = {name: random_element(spec, name, generator) for name in spec.symmetries}
+    elements = Alignment.random(spec, torch.Generator().manual_seed(seed)).elements
     state = checkpoint.state(prefix)
     moved = checkpoint.with_state(act(spec, elements, state), prefix).model()
     before, float32_inside = outputs(model, inputs)

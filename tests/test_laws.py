@@ -19,7 +19,7 @@ from hf_rebasin.binding import bind_to, read_spec
 from hf_rebasin.canonical import STRETCHING
 from hf_rebasin.checking import example_inputs, outputs
 from hf_rebasin.errors import CheckpointError
-from hf_rebasin.gauge import vectors as gauge_of
+from hf_rebasin.gauge import gauges, vectors
 from hf_rebasin.groups.permutation import Element as Permutation
 from hf_rebasin.table import KINDS, families, table_for
 
@@ -57,7 +57,7 @@ def test_a_gauge_is_put_on_and_taken_off(tiny):
     if not spec.gauged:
         return
     model, other = (Checkpoint.open(m) for m in (tiny, other_gains(tiny)))
-    mine, theirs = (gauge_of(spec, c.state(spec.table.prefix)) for c in (model, other))
+    mine, theirs = (vectors(gauges(spec), c.state(spec.table.prefix)) for c in (model, other))
     g = replace(Alignment.random(spec, torch.Generator().manual_seed(0)), gauge=theirs, origin=mine)
     moved = g.apply(model)
     state = moved.state(spec.table.prefix)
@@ -67,6 +67,20 @@ def test_a_gauge_is_put_on_and_taken_off(tiny):
     after, _ = outputs(moved.model(torch.float64), inputs)
     assert (before - after).abs().max() <= (1e-5 if float32_inside else 1e-10) * before.abs().max()
     assert distance(as_stored(model, moved), g.inverse().apply(moved)) <= 1e-9
+
+
+def test_half_precision_is_moved_in_float32(tiny):
+    """Vectors of norms alone are float64 on the way: there is one number where matrices have a row."""
+    model = Checkpoint.open(Checkpoint.open(tiny).model(torch.bfloat16))
+    spec = spec_for(model)
+    moved = Alignment.random(spec, torch.Generator().manual_seed(0)).on(spec, model.state(spec.table.prefix))
+
+    def kinds(part):
+        return {part.dtype}.union(*map(kinds, getattr(part, "inputs", ())))
+
+    vectors_of_norms = {key for gauge in gauges(spec) for key in gauge.vectors}
+    wide = {key for key, part in moved.parts.items() if torch.float64 in kinds(part)}
+    assert wide <= vectors_of_norms
 
 
 def other_gains(model):

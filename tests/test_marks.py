@@ -12,7 +12,6 @@ from conftest import ALL_OR_SOME, TINY, drawn
 from test_laws import outputs_moved, unmoved
 
 from hf_rebasin import Alignment, Checkpoint, RebasinError, spec_for
-from hf_rebasin.alignment import identity_of
 from hf_rebasin.axes import leaves, map_leaves, parse, show
 from hf_rebasin.binding import bind_to
 from hf_rebasin.table import table_for
@@ -29,10 +28,6 @@ CANCELLED = {
     "text_model.encoder.layers.*.self_attn.k_proj.bias": {1},
     "vision_model.encoder.layers.*.self_attn.k_proj.bias": {1},
 }
-
-
-def random_element(spec, name, generator):
-    return Alignment.random(spec, generator).elements.get(name) or identity_of(spec, name)
 
 
 def change(model, table):

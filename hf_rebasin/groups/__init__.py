@@ -39,16 +39,17 @@ class Element(Protocol):
         ...
 
     @classmethod
-    def project(cls, similarity: Tensor, diagonal: Tensor | None = None) -> Self:
+    def project(cls, similarity: Tensor) -> Self:
         """The g that keeps lengths and maximises ⟨similarity, g⟩ for (*batch, n, n) matrices ⟨fixed i, moving j⟩.
 
-        `diagonal` is the similarity of what is marked diagonal, where the group has signs that do not reach it.
+        A group in `table.SIGNED` also takes `diagonal`, the similarity of what is marked diagonal: signs do not reach
+        it.
         """
         ...
 
     @classmethod
-    def best(cls, similarity: Tensor, diagonal: Tensor | None = None) -> Tensor:
-        """⟨similarity, g⟩ for the g that `project` finds, (*batch) in float64."""
+    def best(cls, similarity: Tensor) -> Tensor:
+        """⟨similarity, g⟩ for the g that `project` finds, (*batch) in float64; of the same arguments."""
         ...
 
     @classmethod

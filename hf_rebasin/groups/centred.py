@@ -23,16 +23,15 @@ class Element(Matrices):
         return cls(plane @ random_rotations(batch, n - 1, generator) @ plane.mT + 1 / n)
 
     @classmethod
-    def project(cls, similarity: Tensor, diagonal: Tensor | None = None) -> Element:
+    def project(cls, similarity: Tensor) -> Element:
         """The best Q with Q 1 = 1; what of the similarity is not in the plane is the same for all of them."""
         plane = _plane(similarity.shape[-1])
-        whole = (similarity if diagonal is None else similarity + diagonal).to("cpu", torch.float64)
+        whole = similarity.to("cpu", torch.float64)
         return cls(plane @ polar(plane.mT @ whole @ plane) @ plane.mT + 1 / len(plane))
 
     @classmethod
-    def best(cls, similarity: Tensor, diagonal: Tensor | None = None) -> Tensor:
-        whole = similarity if diagonal is None else similarity + diagonal
-        return cls.project(whole).contract(whole)
+    def best(cls, similarity: Tensor) -> Tensor:
+        return cls.project(similarity).contract(similarity)
 
     @classmethod
     def relax(cls, batch: tuple[int, ...], n: int, softening: Softening) -> Relaxed:

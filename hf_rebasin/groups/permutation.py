@@ -35,14 +35,13 @@ class Element:
         return cls(random_orders(batch, n, generator))
 
     @classmethod
-    def project(cls, similarity: Tensor, diagonal: Tensor | None = None) -> Element:
+    def project(cls, similarity: Tensor) -> Element:
         """The best assignment."""
-        return cls(assigned(similarity if diagonal is None else similarity + diagonal))
+        return cls(assigned(similarity))
 
     @classmethod
-    def best(cls, similarity: Tensor, diagonal: Tensor | None = None) -> Tensor:
-        whole = similarity if diagonal is None else similarity + diagonal
-        return cls.project(whole).contract(whole)
+    def best(cls, similarity: Tensor) -> Tensor:
+        return cls.project(similarity).contract(similarity)
 
     @classmethod
     def moments(cls, x: Tensor, y: Tensor) -> Tensor:

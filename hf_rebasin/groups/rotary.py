@@ -20,17 +20,16 @@ class Element(Matrices):
         return cls(_matrices(scale * angle.cos(), scale * angle.sin()))
 
     @classmethod
-    def project(cls, similarity: Tensor, diagonal: Tensor | None = None) -> Element:
+    def project(cls, similarity: Tensor) -> Element:
         """The best turn: the angle of the part of the similarity that is such a matrix."""
-        a, b = _complex((similarity if diagonal is None else similarity + diagonal).to("cpu", torch.float64))
+        a, b = _complex(similarity.to("cpu", torch.float64))
         length = torch.hypot(a, b)
         none = length <= TINY
         return cls(_matrices(torch.where(none, 1.0, a / length), torch.where(none, 0.0, b / length)))
 
     @classmethod
-    def best(cls, similarity: Tensor, diagonal: Tensor | None = None) -> Tensor:
-        whole = similarity if diagonal is None else similarity + diagonal
-        return torch.hypot(*_complex(whole.to("cpu", torch.float64)))
+    def best(cls, similarity: Tensor) -> Tensor:
+        return torch.hypot(*_complex(similarity.to("cpu", torch.float64)))
 
     @classmethod
     def balance(cls, writers: Tensor, readers: Tensor) -> Element:
