@@ -18,9 +18,9 @@ from torch import Tensor
 
 from .alignment import Alignment, act, group_of
 from .axes import DIAGONAL, READER
-from .gauge import centred, folded, gauges, narrowed, vectors, widened
+from .gauge import gauges, plain, vectors
 from .groups import Element
-from .lazy import Here, Tensors, parts_of
+from .lazy import Here, Tensors
 from .objective import Problem, equal_within
 from .solving import Clock, Solution, Status
 from .spec import Spec
@@ -81,21 +81,9 @@ def at_home(alignment: Alignment) -> float:
     return still / max(sum(order.numel() for order in orders), 1)
 
 
-def plain(spec: Spec, state: Mapping[str, Tensor]) -> Tensors:
-    """A model with its gains folded away, and without what its LayerNorms do not let through.
-
-    In float32, or float64 where the model is.
-    """
-    given = parts_of(state)
-    parts = {key: widened(part) for key, part in given.items()}
-    form = centred(spec, folded(gauges(spec), parts, {}))
-    dtypes = {key: torch.promote_types(given[key].dtype, torch.float32) for key in form}
-    return Tensors({key: narrowed(part, dtypes[key]) for key, part in form.items()})
-
-
 def canonical(spec: Spec, state: Mapping[str, Tensor]) -> tuple[Tensors, dict[str, Element]]:
     """(the canonical form of a model, the elements that balanced it)"""
-    form = plain(spec, state)
+    form = plain(spec, state, centre=True)
     elements = {}
     for name, sides in moments(spec, [form]).items():
         if sides.keys() == {"", READER}:
@@ -110,7 +98,10 @@ def fit(problem: Problem, elements: Mapping[str, Element], clock: Clock) -> Alig
     """An alignment of the elements, with scales and bases fitted to the fixed model, in the fixed model's gauge."""
     spec = problem.spec
     with clock("fit"):
-        fixed, moving = plain(spec, problem.fixed), act(spec, elements, plain(spec, problem.moving))
+        fixed, moving = (
+            plain(spec, problem.fixed, centre=True),
+            act(spec, elements, plain(spec, problem.moving, centre=True)),
+        )
         fitted = dict(elements)
         sides: Any
         for name, sides in moments(spec, [fixed, moving]).items():

@@ -21,15 +21,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from . import registry
-from .alignment import Alignment, act_on_block, extent, group_of
+from .alignment import Alignment, act_on_block
 from .errors import OptionError
-from .gauge import folded, vectors, widened
-from .groups import Element
-from .lazy import Tensors, parts_of
+from .gauge import gauges, plain, vectors
 from .objective import Forward, Problem, equal_within, matched_tensors, weight_of
-from .relaxing import Acting, Permuting, Relaxed, Softening
+from .relaxed_alignment import RelaxedAlignment, acted, split
+from .relaxing import Acting, Permuting, Softening
 from .solving import Clock, Solution, Status
-from .spec import Labelled, Spec
+from .spec import Labelled
 
 Cost: TypeAlias = Literal["l2", "l1", "cosine", "mid", "rnd"]
 OF_WEIGHTS = ("l2", "l1", "cosine")
@@ -121,7 +120,13 @@ class _Descending:
         self.spec = start.spec
         self.moved = start.on(self.spec, problem.moving)
         with clock("start"):
-            self.fixed, self.moving = (_linear(self.spec, s, problem.device) for s in (problem.fixed, self.moved))
+            self.fixed, self.moving = (
+                {
+                    key: tensor.detach().to(problem.device).contiguous()
+                    for key, tensor in plain(self.spec, state).items()
+                }
+                for state in (problem.fixed, self.moved)
+            )
         dtype = max((t.dtype for t in self.fixed.values()), key=lambda kind: kind.itemsize, default=torch.float32)
         soften = Softening(
             problem.generator,
@@ -133,11 +138,8 @@ class _Descending:
             problem.device,
             dtype,
         )
-        names = [name for name in self.spec.symmetries if name in self.spec.free]
-        self.ends: list[dict[str, Relaxed]] = []
-        for _ in range(2 if knobs.both_ends and cost not in OF_WEIGHTS else 1):
-            relaxed = {n: group_of(self.spec, n).relax(*extent(self.spec, n), soften) for n in names}
-            self.ends.append({n: r for n, r in relaxed.items() if r.permuting or r.smooth})
+        count = 2 if knobs.both_ends and cost not in OF_WEIGHTS else 1
+        self.ends = [RelaxedAlignment.identity(self.spec, soften) for _ in range(count)]
         matched = matched_tensors(self.spec)
         self.pairs = [
             (tensor, tensor.gather(self.fixed), tensor.gather(self.moving))
@@ -154,8 +156,8 @@ class _Descending:
 
     def solution(self, start: Solution) -> Solution:
         """The best exact alignment of all that are seen on the way down; `start` where none is better."""
-        permuting = [latent for end in self.ends for r in end.values() for latent in r.permuting]
-        smooth = [latent for end in self.ends for r in end.values() for latent in r.smooth]
+        permuting = [latent for end in self.ends for latent in end.permuting]
+        smooth = [latent for end in self.ends for latent in end.smooth]
         best, found = self._exact([{} for _ in self.ends]), None
         history = [self._objective(best)]
         if not permuting and not smooth:
@@ -172,7 +174,7 @@ class _Descending:
             for step in range(1, self.knobs.steps + 1):
                 with self.clock("steps"), torch.enable_grad():
                     optimizer.zero_grad()
-                    value = self._value([{n: r.soft() for n, r in end.items()} for end in self.ends])
+                    value = self._value([end.soft() for end in self.ends])
                     value.backward()
                     _averaged([*permuting, *smooth])
                     optimizer.step()
@@ -182,8 +184,8 @@ class _Descending:
                 if step % self.knobs.check_every and step != self.knobs.steps:
                     continue
                 with self.clock("exact"):
-                    hard = [{n: r.hard() for n, r in end.items()} for end in self.ends]
-                    now = self._exact(hard)
+                    hard = [end.hard() for end in self.ends]
+                    now = self._exact([alignment.elements for alignment in hard])
                 waited = 0 if now < best else waited + 1
                 if now < best:
                     best, found = now, hard
@@ -202,13 +204,13 @@ class _Descending:
             status = Status.EQUAL
         return Solution(alignment, history[-1], tuple(history), status, seconds, start.notes)
 
-    def _between(self, hard: Sequence[Mapping[str, Element]]) -> Alignment:
-        """From where it started, g; or with h at the other end, h⁻¹ g, which is the same function of what is between."""
-        gauge = vectors(self.spec, self.problem.fixed), vectors(self.spec, self.moved)
-        g, *others = (Alignment(self.spec, dict(elements)) for elements in hard)
+    def _between(self, hard: Sequence[Alignment]) -> Alignment:
+        """g; or with h at the other end, h⁻¹ g: what is between the two models is the same function."""
+        norms = gauges(self.spec)
+        g, *others = hard
         for h in others:
             g = h.inverse().compose(g)
-        return replace(g, gauge=gauge[0], origin=gauge[1])
+        return replace(g, gauge=vectors(norms, self.problem.fixed), origin=vectors(norms, self.moved))
 
     @property
     def _size(self) -> float:
@@ -271,41 +273,15 @@ class _Descending:
             y = acted(self.spec, elements[0], tensor, b)
             x = acted(self.spec, elements[1], tensor, a) if len(elements) > 1 else a
             whole = torch.lerp(x, y, t) if x.is_floating_point() else x
-            for index, key in tensor.keys.items():
-                merged[key] = whole[index] if index else whole
+            merged |= split(tensor, whole)
         return self.loss({**self.fixed, **merged}, batch)
-
-
-def acted(spec: Spec, elements: Mapping[str, Acting], tensor: Labelled, x: Tensor) -> Tensor:
-    """g · x for one labelled tensor, with gradients to g."""
-    if tensor.names.isdisjoint(elements):
-        return x
-    views = [(block, act_on_block(spec, elements, block, block.view(x))) for block in tensor.blocks]
-    if len(views) == 1 and views[0][1].numel() == x.numel():
-        return views[0][1].reshape(x.shape)
-    out = torch.empty_like(x)
-    for block, moved in views:
-        block.view(out).copy_(moved)
-    return out
-
-
-def _linear(spec: Spec, state: Mapping[str, Tensor], device: Any) -> dict[str, Tensor]:
-    """A model with the gains of rotated streams in their readers, in float32 or its own wider dtype."""
-    given = parts_of(state)
-    streams = {norm.stream: None for norm in spec.gauged}
-    parts = folded(spec, {key: widened(part) for key, part in given.items()}, streams) if streams else given
-    tensors = {}
-    for key, tensor in Tensors(parts).items():
-        wide = torch.promote_types(given[key].dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
-        tensors[key] = tensor.detach().to(device, wide).contiguous()
-    return tensors
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
 class _Between:
-    """The loss of a module with other tensors in it, given by canonical keys; it is a copy, the user's is not touched."""
+    """The loss of a copy of the fixed module with other tensors in it, given by canonical keys."""
 
     def __init__(self, forward: Forward, device: Any):
         module, self.names = forward.module()
@@ -353,13 +329,14 @@ def _share(data: Iterable[Any]) -> Iterator[Any]:
 
 def _endless(data: Iterable[Any]) -> Iterator[Any]:
     while True:
-        count = 0
-        for count, batch in enumerate(_share(data), 1):
+        came = False
+        for batch in _share(data):
+            came = True
             yield batch
-        if not count:
+        if not came:
             raise OptionError(
-                "the data gave no batch, or not for another round; give what can be read several times, such as a list "
-                "or a DataLoader"
+                "the data gave no batch, or not for another round; give what can be read several times, such as a "
+                "list or a DataLoader"
             )
 
 

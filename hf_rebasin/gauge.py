@@ -23,7 +23,7 @@ from .axes import Leaf
 from .elements import TINY
 from .errors import SpecError
 from .groups import Element
-from .lazy import Computed, Here, Lazy, laid_out, rounded
+from .lazy import Computed, Here, Lazy, Tensors, laid_out, parts_of, rounded
 from .spec import Labelled, Norm, Spec
 
 SMALL = 1e-4  # of the largest gain: nothing is divided by less
@@ -134,6 +134,21 @@ def unfolded(gauges: Sequence[Gauge], parts: Mapping[str, Lazy], into: Mapping[s
         for reader in gauge.readers:
             out[reader.weight] = _times(out[reader.weight], reader.axis, 1 / gain)
     return out
+
+
+def plain(spec: Spec, state: Mapping[str, Tensor], *, centre: bool = False) -> Tensors:
+    """A model with its gains folded away, in float32 or its own wider dtype.
+
+    With `centre`, also without what its LayerNorms do not let through, for comparing: a bias that a norm keeps is read
+    past that.
+    """
+    given = parts_of(state)
+    form = folded(gauges(spec), {key: widened(part) for key, part in given.items()}, {})
+    if centre:
+        form = centred(spec, form)
+    return Tensors(
+        {key: narrowed(part, torch.promote_types(given[key].dtype, torch.float32)) for key, part in form.items()}
+    )
 
 
 def widened(part: Lazy) -> Lazy:

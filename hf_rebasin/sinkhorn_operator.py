@@ -1,6 +1,3 @@
-import torch
-
-
 def sinkhorn(x, temperature=1.0, iterations=20, *, implicit=True):
     z = x / temperature
     for _ in range(iterations):

@@ -27,6 +27,7 @@ FLOORS = (
     {"merge_methods"},
     {"objective"},
     {"units"},
+    {"relaxed_alignment"},
     {"alignment", "limits"},
     {"gauge"},
     {"groups"},

@@ -77,7 +77,7 @@ class Element(Protocol):
 
     @classmethod
     def relax(cls, batch: tuple[int, ...], n: int, softening: Softening) -> Relaxed:
-        """The identity with gradients: latent numbers, the relaxed element they give, and the way back to the group."""
+        """The identity with gradients: latent numbers, the relaxed element they give, the nearest exact one."""
         ...
 
     def contract(self, similarity: Tensor, diagonal: bool = False) -> Tensor:

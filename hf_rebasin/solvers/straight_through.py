@@ -1,7 +1,7 @@
-"""Straight-through matching: the forward pass takes the best assignment, the gradient passes as if it were not there.
+"""Straight-through matching: the forward pass takes the best assignment, the gradient passes untouched.
 
-Git Re-Basin (Ainsworth, Hayase, Srinivasa 2022, arXiv 2209.04836), section 3.3, with latent matrices in place of latent
-weights.
+Git Re-Basin (Ainsworth, Hayase, Srinivasa 2022, arXiv 2209.04836), section 3.3, with latent matrices in place of
+latent weights.
 """
 
 from dataclasses import dataclass
