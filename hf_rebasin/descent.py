@@ -30,6 +30,7 @@ from .relaxing import Acting, Permuting, Softening
 from .solving import Clock, Solution, Status
 from .spec import Labelled
 
+Pairs: TypeAlias = "list[tuple[Labelled, Tensor, Tensor]]"  # of tensors that the groups act on linearly
 Cost: TypeAlias = Literal["l2", "l1", "cosine", "mid", "rnd"]
 OF_WEIGHTS = ("l2", "l1", "cosine")
 
@@ -102,8 +103,7 @@ class Descent:
             start = self._started(problem)
         if start.status in (Status.EQUAL, Status.IDENTITY):
             return start
-        descending = _Descending(self, problem, cost, start.alignment, clock)
-        return descending.solution(start)
+        return _Descending(self, problem, cost, start, clock).solution()
 
     def _started(self, problem: Problem) -> Solution:
         if self.start == "identity":
@@ -115,18 +115,14 @@ class Descent:
 class _Descending:
     """One descent: the two models in a form that groups act on linearly, and latents of all that moves."""
 
-    def __init__(self, knobs: Descent, problem: Problem, cost: Cost, start: Alignment, clock: Clock):
+    def __init__(self, knobs: Descent, problem: Problem, cost: Cost, start: Solution, clock: Clock):
         self.knobs, self.problem, self.cost, self.start, self.clock = knobs, problem, cost, start, clock
-        self.spec = start.spec
-        self.moved = start.on(self.spec, problem.moving)
+        self.spec = start.alignment.spec
         with clock("start"):
-            self.fixed, self.moving = (
-                {
-                    key: tensor.detach().to(problem.device).contiguous()
-                    for key, tensor in plain(self.spec, state).items()
-                }
-                for state in (problem.fixed, self.moved)
-            )
+            self.fixed = self._linear(problem.fixed)
+            self.moved = start.alignment.on(self.spec, problem.moving)
+            self.pairs = self._paired(self._linear(self.moved))
+            self.sizes = [sum(self._size(pair[0], pair[i]) for pair in self.pairs) for i in (1, 2)]
         dtype = max((t.dtype for t in self.fixed.values()), key=lambda kind: kind.itemsize, default=torch.float32)
         soften = Softening(
             problem.generator,
@@ -140,28 +136,36 @@ class _Descending:
         )
         count = 2 if knobs.both_ends and cost not in OF_WEIGHTS else 1
         self.ends = [RelaxedAlignment.identity(self.spec, soften) for _ in range(count)]
-        matched = matched_tensors(self.spec)
-        self.pairs = [
-            (tensor, tensor.gather(self.fixed), tensor.gather(self.moving))
-            for tensor in (matched if cost in OF_WEIGHTS else self.spec.tensors)
-            if all(key in self.moving for key in tensor.keys.values())
-        ]
         if cost not in OF_WEIGHTS:
             assert problem.forward is not None
             self.loss = _Between(problem.forward, problem.device)
             self.batches = _endless(problem.forward.data)
             self.checked = list(islice(_share(problem.forward.data), knobs.checks))
 
+    def _linear(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A model in the form that groups act on linearly, where it is computed with."""
+        device = self.problem.device
+        return {key: t.detach().to(device).contiguous() for key, t in plain(self.spec, state).items()}
+
+    def _paired(self, moving: Mapping[str, Tensor]) -> Pairs:
+        """What the cost looks at, of both models; what the moving one has not is the fixed one's."""
+        tensors = matched_tensors(self.spec) if self.cost in OF_WEIGHTS else self.spec.tensors
+        there = (t for t in tensors if all(key in moving for key in t.keys.values()))
+        return [(tensor, tensor.gather(self.fixed), tensor.gather(moving)) for tensor in there]
+
     # --- the loop ----------------------------------------------------------------------------------------------------
 
-    def solution(self, start: Solution) -> Solution:
-        """The best exact alignment of all that are seen on the way down; `start` where none is better."""
+    def solution(self) -> Solution:
+        """The best exact alignment of all that are seen on the way down, the start and the identity among them."""
         permuting = [latent for end in self.ends for latent in end.permuting]
         smooth = [latent for end in self.ends for latent in end.smooth]
-        best, found = self._exact([{} for _ in self.ends]), None
-        history = [self._objective(best)]
+        still: list[Mapping[str, Acting]] = [{} for _ in self.ends]
+        with self.clock("exact"):
+            identity = self._exact(still, self._paired(self._linear(self.problem.moving)))
+            best, found = self._exact(still, self.pairs), None
+        history = [self._objective(identity), self._objective(best)]
         if not permuting and not smooth:
-            return replace(start, objective=history[-1], history=tuple(history))
+            return replace(self.start, objective=history[-1], history=tuple(history))
         groups = [{"params": permuting, "lr": self.knobs.lr}, {"params": smooth, "lr": self.knobs.smooth_lr}]
         optimizer = OPTIMIZERS[self.knobs.optimizer]([group for group in groups if group["params"]])
         cosine = self.knobs.schedule == "cosine"
@@ -185,24 +189,32 @@ class _Descending:
                     continue
                 with self.clock("exact"):
                     hard = [end.hard() for end in self.ends]
-                    now = self._exact([alignment.elements for alignment in hard])
+                    now = self._exact([alignment.elements for alignment in hard], self.pairs)
                 waited = 0 if now < best else waited + 1
                 if now < best:
                     best, found = now, hard
                 history.append(self._objective(best))
                 bar.set_postfix(cost=f"{best:.4g}")
-                if self.cost in OF_WEIGHTS and best <= NOTHING * self._size:
+                if self.cost in OF_WEIGHTS and best <= NOTHING * self.sizes[0]:
                     break
                 if waited >= self.knobs.patience:
                     status = Status.SETTLED
                     break
-        seconds = dict(start.seconds) | self.clock.seconds
-        if found is None:
-            return replace(start, objective=history[-1], history=tuple(history), status=status, seconds=seconds)
-        alignment = self._between(found).compose(self.start)
-        if equal_within(self.problem, alignment):
+        seconds = {**self.start.seconds, **self.clock.seconds}
+        alignment = self.start.alignment if found is None else self._between(found).compose(self.start.alignment)
+        if best > identity:  # a start that the cost thinks little of, and nothing better near it
+            history.append(history[0])
+            alignment, status = Alignment.identity(self.problem.spec), Status.IDENTITY
+        elif equal_within(self.problem, alignment):
             status = Status.EQUAL
-        return Solution(alignment, history[-1], tuple(history), status, seconds, start.notes)
+        return replace(
+            self.start,
+            alignment=alignment,
+            objective=history[-1],
+            history=tuple(history),
+            status=status,
+            seconds=seconds,
+        )
 
     def _between(self, hard: Sequence[Alignment]) -> Alignment:
         """g; or with h at the other end, h⁻¹ g: what is between the two models is the same function."""
@@ -212,48 +224,43 @@ class _Descending:
             g = h.inverse().compose(g)
         return replace(g, gauge=vectors(norms, self.problem.fixed), origin=vectors(norms, self.moved))
 
-    @property
-    def _size(self) -> float:
-        return sum(a.double().square().sum().item() for _, a, _ in self.pairs)
-
     def _objective(self, cost: float) -> float:
         """What rises as the cost falls: Σ ⟨fixed, g · moving⟩ for "l2", in groups that keep lengths; else −cost."""
-        if self.cost != "l2":
-            return -cost
-        both = sum(self._weighted(tensor, a) + self._weighted(tensor, b) for tensor, a, b in self.pairs)
-        return 0.5 * (both - cost)
+        return 0.5 * (sum(self.sizes) - cost) if self.cost == "l2" else -cost
 
-    def _weighted(self, tensor: Labelled, x: Tensor) -> float:
-        return sum(
-            weight_of(self.spec, block) * block.view(x).double().square().sum().item() for block in tensor.blocks
-        )
+    def _size(self, tensor: Labelled, x: Tensor) -> float:
+        """‖x‖², blocks weighted as in the cost."""
+        squares = ((weight_of(self.spec, b), b.view(x).square().sum(dtype=torch.float64)) for b in tensor.blocks)
+        return sum(weight * square.item() for weight, square in squares)
 
     # --- costs -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _exact(self, elements: Sequence[Mapping[str, Acting]]) -> float:
-        """The cost of exact elements, on all batches that are checked."""
+    def _exact(self, elements: Sequence[Mapping[str, Acting]], pairs: Pairs) -> float:
+        """The cost of exact elements, on all batches that are checked; each at another place for "rnd"."""
         if self.cost in OF_WEIGHTS:
-            return float(self._of_weights(elements))
-        places = torch.linspace(*self.knobs.interval, 3).tolist() if self.cost == "rnd" else [0.5]
-        values = [self._loss(elements, t, batch) for t in places for batch in self.checked]
+            return float(self._of_weights(elements, pairs))
+        count = len(self.checked)
+        low, high = self.knobs.interval
+        places = [low + (high - low) * (i + 0.5) / count if self.cost == "rnd" else 0.5 for i in range(count)]
+        values = [self._loss(elements, pairs, t, batch) for t, batch in zip(places, self.checked, strict=True)]
         mean = torch.stack(values).double().mean()
         return _mean(mean).item()
 
     def _value(self, elements: Sequence[Mapping[str, Acting]]) -> Tensor:
         """The cost of relaxed elements, on the next batch."""
         if self.cost in OF_WEIGHTS:
-            return self._of_weights(elements)
+            return self._of_weights(elements, self.pairs)
         low, high = self.knobs.interval
         t = 0.5
         if self.cost == "rnd":
             t = low + (high - low) * torch.rand((), generator=self.problem.generator).item()
-        return self._loss(elements, t, next(self.batches))
+        return self._loss(elements, self.pairs, t, next(self.batches))
 
-    def _of_weights(self, elements: Sequence[Mapping[str, Acting]]) -> Tensor:
+    def _of_weights(self, elements: Sequence[Mapping[str, Acting]], pairs: Pairs) -> Tensor:
         total: Any = 0.0
         squares: Any = 0.0
-        for tensor, a, b in self.pairs:
+        for tensor, a, b in pairs:
             for block in tensor.blocks:
                 y = act_on_block(self.spec, elements[0], block, block.view(b))
                 x = act_on_block(self.spec, elements[1], block, block.view(a)) if len(elements) > 1 else block.view(a)
@@ -267,9 +274,9 @@ class _Descending:
                     total = total + weight * size.sum(dtype=torch.float64)
         return 1 - total / squares.prod().sqrt() if self.cost == "cosine" else total
 
-    def _loss(self, elements: Sequence[Mapping[str, Acting]], t: float, batch: Any) -> Tensor:
+    def _loss(self, elements: Sequence[Mapping[str, Acting]], pairs: Pairs, t: float, batch: Any) -> Tensor:
         merged: dict[str, Tensor] = {}
-        for tensor, a, b in self.pairs:
+        for tensor, a, b in pairs:
             y = acted(self.spec, elements[0], tensor, b)
             x = acted(self.spec, elements[1], tensor, a) if len(elements) > 1 else a
             whole = torch.lerp(x, y, t) if x.is_floating_point() else x

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import permutations
 
 import pytest
@@ -13,13 +13,16 @@ from torch import nn
 
 from hf_rebasin import Alignment, Checkpoint, Problem, Status, Table, align, registry, spec_for
 from hf_rebasin.errors import CheckpointError, MismatchError, OptionError, UnknownNameError
+from hf_rebasin.knobs import knobs_of
 from hf_rebasin.solvers.weight_matching import Solver as WeightMatching
 from hf_rebasin.table import table_for
 
 
 @pytest.fixture(params=registry.names("solvers"))
 def solver(request):
-    return request.param
+    """A solver; of those that go by steps, a few are enough for what is a law."""
+    kind = registry.find("solvers", request.param).Solver
+    return kind(**({"steps": 4, "check_every": 2} if "steps" in knobs_of(kind) else {}))
 
 
 @pytest.mark.parametrize("groups", ["permutation", "full"])
@@ -28,7 +31,7 @@ def test_two_unrelated_models_get_closer_and_keep_their_function(solver, family,
     before = {key: tensor.clone() for key, tensor in Checkpoint.open(other).tensors.items()}
     solution = align(family, other, solver=solver, groups=groups)
     assert solution.objective > solution.history[0]
-    assert solution.status is Status.CONVERGED
+    assert solution.status in (Status.CONVERGED, Status.SETTLED, Status.STEP_LIMIT)
     assert same_tensors(other, before), "the moving model was changed"
     moved = solution.apply(other)
     back = solution.alignment.inverse().apply(moved)
@@ -64,9 +67,11 @@ def test_the_same_seed_gives_the_same_alignment(solver, bert):
 
 def test_the_alignment_does_not_hang_on_the_hash_seed(solver, tmp_path):
     script = (
-        "import sys, torch; from conftest import TINY, other_seed; from hf_rebasin import align\n"
+        "import sys, torch; from conftest import TINY, other_seed; from hf_rebasin import align, registry\n"
         "model = TINY['bert-1-BertForMaskedLM']\n"
-        f"align(model, other_seed(model), solver={solver!r}).alignment.save(sys.argv[1])"
+        f"solver = registry.find('solvers', {solver.__module__.rpartition('.')[2]!r}).Solver\n"
+        f"knobs = {asdict(solver)!r}\n"
+        "align(model, other_seed(model), solver=solver(**knobs)).alignment.save(sys.argv[1])"
     )
     files = [tmp_path / f"{seed}.safetensors" for seed in (1, 2)]
     running = []
@@ -147,7 +152,8 @@ def test_no_solution_is_below_the_identity(solver, generator):
         generator.manual_seed(seed)
         a, b = ({f"{i}": torch.randn(sizes[i + 1], sizes[i], generator=generator) for i in range(5)} for _ in range(2))
         b |= {"2": a["2"] + 0.1 * torch.randn(12, 12, generator=generator)}
-        solution = align(a, b, spec=table, solver=solver, starts=1)
+        one = replace(solver, starts=1) if "starts" in knobs_of(type(solver)) else solver
+        solution = align(a, b, spec=table, solver=one)
         assert solution.objective >= solution.history[0]
 
 
