@@ -41,7 +41,7 @@ FLOORS = (
     {"classes"},
     {"folder"},
     {"files"},
-    {"lazy", "text", "registry", "knobs", "inputs"},
+    {"lazy", "text", "registry", "knobs", "inputs", "sinkhorn_operator"},
     {"errors"},
 )
 
