@@ -151,7 +151,7 @@ def _by_conjugate_gradients(p: Tensor, grad: Tensor) -> Tensor:
 
 
 def _by_cholesky(p: Tensor, grad: Tensor) -> Tensor:
-    """The gradient for a stack of matrices, τ apart, in float64: the shift of `_cholesky` is of the size of its eps."""
+    """The gradient for a stack of matrices, τ apart, in float64: `_cholesky` shifts by as much as rounding is."""
     system = _System(p.double(), grad.double())
     return system.gradient(_cholesky(system)).to(p.dtype)
 
