@@ -18,7 +18,7 @@ FLOORS = (
     {"__init__", "__main__"},
     {"cli"},
     {"showing"},
-    {"demo", "coordinate_descent", "interpolation"},
+    {"demo", "coordinate_descent", "interpolation", "rebasin_net", "loss"},
     {"api"},
     {"comparing", "evaluate", "recalibrate", "recipe", "modules"},
     {"solvers"},
