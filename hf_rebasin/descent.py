@@ -10,6 +10,7 @@ Costs are those of Re-basin via implicit Sinkhorn differentiation (Guerrero Peñ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -35,6 +36,10 @@ Cost: TypeAlias = Literal["l2", "l1", "cosine", "mid", "rnd"]
 OF_WEIGHTS = ("l2", "l1", "cosine")
 
 OPTIMIZERS: dict[str, Any] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+SCHEDULES: dict[str, Callable[[int], Callable[[int], float]]] = {  # {name: steps to (step to share of the rate)}
+    "constant": lambda steps: lambda step: 1.0,
+    "cosine": lambda steps: lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps),
+}
 NOTHING = 1e-12  # of the squared norm of the fixed model: two models as far apart are equal
 
 
@@ -122,7 +127,10 @@ class _Descending:
             self.fixed = self._linear(problem.fixed)
             self.moved = start.alignment.on(self.spec, problem.moving)
             self.pairs = self._paired(self._linear(self.moved))
-            self.sizes = [sum(self._size(pair[0], pair[i]) for pair in self.pairs) for i in (1, 2)]
+            self.sizes = [
+                sum(self._size(tensor, a) for tensor, a, _ in self.pairs),
+                sum(self._size(tensor, b) for tensor, _, b in self.pairs),
+            ]
         dtype = max((t.dtype for t in self.fixed.values()), key=lambda kind: kind.itemsize, default=torch.float32)
         soften = Softening(
             problem.generator,
@@ -134,6 +142,7 @@ class _Descending:
             problem.device,
             dtype,
         )
+        self.found: list[Alignment] | None = None
         count = 2 if knobs.both_ends and cost not in OF_WEIGHTS else 1
         self.ends = [RelaxedAlignment.identity(self.spec, soften) for _ in range(count)]
         if cost not in OF_WEIGHTS:
@@ -157,64 +166,62 @@ class _Descending:
 
     def solution(self) -> Solution:
         """The best exact alignment of all that are seen on the way down, the start and the identity among them."""
-        permuting = [latent for end in self.ends for latent in end.permuting]
-        smooth = [latent for end in self.ends for latent in end.smooth]
         still: list[Mapping[str, Acting]] = [{} for _ in self.ends]
         with self.clock("exact"):
             identity = self._exact(still, self._paired(self._linear(self.problem.moving)))
-            best, found = self._exact(still, self.pairs), None
-        history = [self._objective(identity), self._objective(best)]
-        if not permuting and not smooth:
-            return replace(self.start, objective=history[-1], history=tuple(history))
-        groups = [{"params": permuting, "lr": self.knobs.lr}, {"params": smooth, "lr": self.knobs.smooth_lr}]
-        optimizer = OPTIMIZERS[self.knobs.optimizer]([group for group in groups if group["params"]])
-        cosine = self.knobs.schedule == "cosine"
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.knobs.steps) if cosine else None
-        status, waited = Status.STEP_LIMIT, 0
-        quiet = None if self.problem.progress else True
-        with tqdm(
-            total=self.knobs.steps, desc="aligning by gradients", unit="step", leave=False, disable=quiet
-        ) as bar:
-            for step in range(1, self.knobs.steps + 1):
-                with self.clock("steps"), torch.enable_grad():
-                    optimizer.zero_grad()
-                    value = self._value([end.soft() for end in self.ends])
-                    value.backward()
-                    _averaged([*permuting, *smooth])
-                    optimizer.step()
-                    if schedule is not None:
-                        schedule.step()
-                bar.update()
-                if step % self.knobs.check_every and step != self.knobs.steps:
-                    continue
-                with self.clock("exact"):
-                    hard = [end.hard() for end in self.ends]
-                    now = self._exact([alignment.elements for alignment in hard], self.pairs)
-                waited = 0 if now < best else waited + 1
-                if now < best:
-                    best, found = now, hard
-                history.append(self._objective(best))
-                bar.set_postfix(cost=f"{best:.4g}")
-                if self.cost in OF_WEIGHTS and best <= NOTHING * self.sizes[0]:
-                    break
-                if waited >= self.knobs.patience:
-                    status = Status.SETTLED
-                    break
-        seconds = {**self.start.seconds, **self.clock.seconds}
-        alignment = self.start.alignment if found is None else self._between(found).compose(self.start.alignment)
-        if best > identity:  # a start that the cost thinks little of, and nothing better near it
-            history.append(history[0])
+            self.best = self._exact(still, self.pairs)
+        self.history = [self._objective(identity), self._objective(self.best)]
+        status = self._descended() if any(end.elements for end in self.ends) else self.start.status
+        alignment = self.start.alignment
+        if self.found is not None:
+            alignment = self._between(self.found).compose(alignment)
+        if self.best > identity:  # a start that the cost thinks little of, and nothing better near it
+            self.history.append(self.history[0])
             alignment, status = Alignment.identity(self.problem.spec), Status.IDENTITY
         elif equal_within(self.problem, alignment):
             status = Status.EQUAL
         return replace(
             self.start,
             alignment=alignment,
-            objective=history[-1],
-            history=tuple(history),
+            objective=self.history[-1],
+            history=tuple(self.history),
             status=status,
-            seconds=seconds,
+            seconds={**self.start.seconds, **self.clock.seconds},
         )
+
+    def _descended(self) -> Status:
+        """Step after step, `best` and `found` are the lowest cost of an exact alignment and where it was."""
+        knobs, waited = self.knobs, 0
+        permuting = [latent for end in self.ends for latent in end.permuting]
+        smooth = [latent for end in self.ends for latent in end.smooth]
+        groups = [{"params": permuting, "lr": knobs.lr}, {"params": smooth, "lr": knobs.smooth_lr}]
+        optimizer = OPTIMIZERS[knobs.optimizer]([group for group in groups if group["params"]])
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, SCHEDULES[knobs.schedule](knobs.steps))
+        quiet = None if self.problem.progress else True
+        with tqdm(total=knobs.steps, desc="aligning by gradients", unit="step", leave=False, disable=quiet) as bar:
+            for step in range(1, knobs.steps + 1):
+                with self.clock("steps"), torch.enable_grad():
+                    optimizer.zero_grad()
+                    self._value([end.soft() for end in self.ends]).backward()
+                    _averaged([*permuting, *smooth])
+                    optimizer.step()
+                    schedule.step()
+                bar.update()
+                if step % knobs.check_every and step != knobs.steps:
+                    continue
+                with self.clock("exact"):
+                    hard = [end.hard() for end in self.ends]
+                    cost = self._exact([alignment.elements for alignment in hard], self.pairs)
+                waited += 1
+                if cost < self.best:
+                    self.best, self.found, waited = cost, hard, 0
+                self.history.append(self._objective(self.best))
+                bar.set_postfix(cost=f"{self.best:.4g}")
+                if self.cost in OF_WEIGHTS and self.best <= NOTHING * self.sizes[0]:
+                    break
+                if waited >= knobs.patience:
+                    return Status.SETTLED
+        return Status.STEP_LIMIT
 
     def _between(self, hard: Sequence[Alignment]) -> Alignment:
         """g; or with h at the other end, h⁻¹ g: what is between the two models is the same function."""
