@@ -348,10 +348,7 @@ def _endless(data: Iterable[Any]) -> Iterator[Any]:
             came = True
             yield batch
         if not came:
-            raise OptionError(
-                "the data gave no batch, or not for another round; give what can be read several times, such as a "
-                "list or a DataLoader"
-            )
+            raise OptionError("the data gave no batch to this process")
 
 
 def _several() -> bool:
