@@ -148,8 +148,8 @@ class _Descending:
         if cost not in OF_WEIGHTS:
             assert problem.forward is not None
             self.loss = _Between(problem.forward, problem.device)
-            self.batches = _endless(problem.forward.data)
-            self.checked = list(islice(_share(problem.forward.data), knobs.checks))
+            self.batches = _endless(problem.forward.data)  # the first of it are for measuring, too, once it is round
+            self.checked = list(islice(self.batches, knobs.checks))
 
     def _linear(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A model in the form that groups act on linearly, where it is computed with."""
