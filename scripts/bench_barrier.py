@@ -1,11 +1,15 @@
 """Barriers between models trained from different seeds: as they are, and after every kind of alignment.
 
-    python scripts/bench_barrier.py [KIND ...] [--methods NAME ...] [--models DIR] [--out barrier]
+    python scripts/bench_barrier.py [KIND ...] [--methods NAME ...] [--fine-tune STEPS] [--models DIR]
+        [--out barrier]
 
 KIND is one of the test bed's (testbed.py): mlp64 mlp512 resnet vit gpt2 llama bert. All three pairs of three seeds, 25
 even points on the line. A barrier is the highest rise above the straight line between the ends, of the test loss and
 of the error rate. What is not in DIR (OUT/models by default; folders KIND-SEED) is trained there first, all of it in
 half an hour on one thread. Writes OUT/barrier.md, barrier.json with every number, and barrier.png.
+
+With --fine-tune, what is halfway between two models is trained on for so many steps, and the plain average for as many
+as any method had in all.
 
 Every moved model is written to disk and read again before it is measured; "own" is its test loss minus that of the
 model before the move. BatchNorm statistics are recomputed in every model on a line: the ends, and the plain averages.
@@ -25,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +42,13 @@ from hf_rebasin.demo import MLP_TABLE
 from hf_rebasin.evaluate import Curve
 from hf_rebasin.modules import merged
 from hf_rebasin.recalibrate import recalibrate
+from hf_rebasin.solvers.learned import Solver as Learned
 from hf_rebasin.solving import Solution
-from hf_rebasin.table import ROTATING
+from hf_rebasin.table import ROTATING, Table
 
+TUNED = ("plain", "full", "learned")
 SEEDS, POINTS = 3, 25
+BATCHES = 1000  # that a descent goes through, round after round
 TITLES = {
     "mlp64": "MLP, width 64",
     "mlp512": "MLP, width 512",
@@ -64,6 +71,7 @@ class Method:
     move: Callable[[Path, Path], Moved]
     colour: str
     kinds: Sequence[str] = tuple(TITLES)
+    steps: int = 0  # of gradients, on labelled training batches
 
 
 def plain(fixed: Path, moving: Path) -> Moved:
@@ -92,22 +100,51 @@ def rotation_alone(fixed: Path, moving: Path) -> Moved:
     return rotation_of(solution).apply(moving), seconds
 
 
+def sinkhorn(fixed: Path, moving: Path) -> Moved:
+    """Permutations, and scales of an MLP, through doubly stochastic matrices."""
+    return descended(fixed, moving, "sinkhorn")
+
+
+def learned(fixed: Path, moving: Path) -> Moved:
+    """Rotations, bases and scales, from the full alignment."""
+    return descended(fixed, moving, "learned")
+
+
 METHODS = {
     "plain": Method(plain, "#808080"),
     "permutations": Method(permutations, "#d55e00"),
     "rotation alone": Method(rotation_alone, "#009e73", ("llama",)),
     "full, 4 starts": Method(full_of_four, "#cc79a7"),
     "full": Method(full, "#0072b2"),
+    "sinkhorn": Method(sinkhorn, "#56b4e9", ("mlp64", "mlp512", "resnet")),
+    "learned": Method(learned, "#e69f00", ("vit", "gpt2", "llama", "bert"), steps=Learned().steps),
 }
 
 
 @cache
 def aligned(fixed: Path, moving: Path, groups: str, starts: int = 2) -> tuple[Solution, float]:
-    is_mlp = not (moving / "config.json").exists()
-    spec = replace(MLP_TABLE, groups={"hidden.*": "scaled"}) if is_mlp else None  # a ReLU lets positive scales through
     start = time.perf_counter()
-    solution = align(fixed, moving, spec=spec, groups=groups, starts=starts)
+    solution = align(fixed, moving, spec=mlp_table(moving), groups=groups, starts=starts)
     return solution, time.perf_counter() - start
+
+
+@cache
+def descended(fixed: Path, moving: Path, solver: str) -> Moved:
+    """By gradients of the loss halfway, on training batches."""
+    kind, spec = fixed.name.rpartition("-")[0], mlp_table(moving)
+    start = time.perf_counter()
+    solution = align(testbed.load(kind, fixed), moving, solver=solver, spec=spec, data=training(kind, BATCHES))
+    return solution.apply(Checkpoint.open(moving)), time.perf_counter() - start
+
+
+def mlp_table(folder: Path) -> Table | None:
+    """Of the test bed's MLPs; all else has one, or shows its symmetries."""
+    return None if (folder / "config.json").exists() else replace(MLP_TABLE, groups={"hidden.*": "scaled"})  # ReLU
+
+
+def training(kind: str, count: int, seed: int = 5) -> list[testbed.Batch]:
+    """Labelled training batches."""
+    return list(islice(testbed.batches(kind, "train", torch.Generator().manual_seed(seed)), count))
 
 
 def rotation_of(solution: Solution) -> Alignment:
@@ -185,6 +222,49 @@ def say(what: str) -> None:
     print(what, file=sys.stderr, flush=True)
 
 
+def tuned(kind: str, folder: Path, methods: Sequence[str], steps: int) -> Iterator[Result]:
+    """Models halfway, fine-tuned by as many steps; the plain average also by as many as any method had in all."""
+    paths = [folder / f"{kind}-{seed}" for seed in range(SEEDS)]
+    models = [testbed.load(kind, path) for path in paths]
+    own = [testbed.evaluate(model, kind)[0] for model in models]
+    before = {method: METHODS[method].steps for method in methods}
+    for a, b in combinations(range(SEEDS), 2):
+        for method in methods:
+            checkpoint, _ = METHODS[method].move(paths[a], paths[b])
+            with tempfile.TemporaryDirectory() as scratch:
+                moved = testbed.load(kind, checkpoint.save(Path(scratch) / "moved"))
+            counts = {0, steps}
+            if method == "plain":
+                counts |= {more + n for more in before.values() if more for n in (0, steps)}
+            for count in sorted(counts):
+                halfway = merged([moved, models[a]], "linear")
+                loss, accuracy = fine_tuned(halfway, kind, count)
+                yield {
+                    "kind": kind,
+                    "method": method,
+                    "pair": (a, b),
+                    "steps": before[method] + count,
+                    "fine_tuning": count,
+                    "loss": loss,
+                    "excess": loss - (own[a] + own[b]) / 2,
+                    "accuracy": accuracy,
+                }
+
+
+def fine_tuned(model: nn.Module, kind: str, steps: int) -> tuple[float, float]:
+    """(test loss, accuracy) after so many steps, in place: AdamW 1e-3 down to 0 by a cosine, gradients cut at 1."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+    model.train()
+    for batch in training(kind, steps, seed=6):
+        optimizer.zero_grad()
+        model(**batch)[0].backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return repaired(model, kind)
+
+
 # --- showing ---------------------------------------------------------------------------------------------------------
 
 COLUMNS = {  # of the table of one kind: what is above, and how it is written
@@ -222,6 +302,21 @@ def table(results: Sequence[Result], kind: str) -> str:
             rows.append([method, pair, *(form.format(r[column]) for column, (_, form) in COLUMNS.items())])
         rows.append([method, "worst", *(form.format(worst(found, c)) for c, (_, form) in COLUMNS.items())])
     return f"## {TITLES[kind]}\n\n{ends(methods['plain'])}\n\n{markdown(rows, left=2)}"
+
+
+def tuned_table(results: Sequence[Result], kind: str) -> str:
+    """Mean and worst excess over pairs, of every method at every number of steps."""
+    rows = [["halfway", "fine-tuning", "steps in all", "excess: mean", "worst", "accuracy"]]
+    found: dict[tuple[int, str, int], list[Result]] = {}
+    for r in results:
+        if r["kind"] == kind:
+            found.setdefault((r["steps"], r["method"], r["fine_tuning"]), []).append(r)
+    for (steps, method, count), of in sorted(found.items()):
+        mean = sum(r["excess"] for r in of) / len(of)
+        accuracy = min(r["accuracy"] for r in of)
+        cells = [method, str(count), str(steps), f"{mean:.4f}", f"{worst(of, 'excess'):.4f}", f"{accuracy:.2%}"]
+        rows.append(cells)
+    return f"Fine-tuned, test loss above the mean of the ends:\n\n{markdown(rows, left=1)}"
 
 
 def ends(results: Sequence[Result]) -> str:
@@ -301,6 +396,7 @@ def main() -> None:
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(TITLES)}; by default all")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="beside plain")
     parser.add_argument("--models", type=Path, metavar="DIR", help="where the trained models are, or are to be")
+    parser.add_argument("--fine-tune", type=int, default=0, metavar="STEPS", help="fine-tune what is halfway, too")
     parser.add_argument("--out", type=Path, default=Path("barrier"), help="folder of the report")
     arguments = parser.parse_args()
     kinds, folder = arguments.kinds or list(TITLES), arguments.models or arguments.out / "models"
@@ -310,7 +406,7 @@ def main() -> None:
 
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    start, results, report = time.perf_counter(), [], []
+    start, results, after, report = time.perf_counter(), [], [], []
     for kind in kinds:
         for seed in range(SEEDS):
             if not (folder / f"{kind}-{seed}").exists():
@@ -319,17 +415,22 @@ def main() -> None:
         for result in measure(kind, folder, chosen):
             results.append(result)
         report.append(table(results, kind))
+        if arguments.fine_tune:
+            after += tuned(kind, folder, [m for m in chosen if m in TUNED], arguments.fine_tune)
+            report[-1] += f"\n\n{tuned_table(after, kind)}"
         print(report[-1], end="\n\n", flush=True)
     print(summary(results))
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "barrier.md").write_text("\n\n".join(["# Barriers", summary(results), *report]) + "\n")
-    about = {
+    about: dict[str, Any] = {
         "command": shlex.join(["python", *sys.argv]),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("hf_rebasin", "torch", "transformers", "numpy", "scipy")},
         "seconds": time.perf_counter() - start,
     }
-    (arguments.out / "barrier.json").write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
+    (arguments.out / "barrier.json").write_text(
+        json.dumps(about | {"results": results, "fine_tuned": after}, indent=1) + "\n"
+    )
     plot(results, arguments.out / "barrier.png")
 
 

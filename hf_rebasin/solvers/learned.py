@@ -16,6 +16,8 @@ class Solver(Descent):
     """Knobs of learned matching: those of `Descent`."""
 
     permuting: Permuting = "kept"
+    steps: int = 1000
+    smooth_lr: float = 1e-2
     optimizer: Literal["adamw", "adam", "sgd"] = "adam"
     schedule: Literal["constant", "cosine"] = "cosine"
     both_ends: bool = True
