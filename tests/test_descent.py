@@ -218,7 +218,7 @@ def test_two_processes_agree(tmp_path):
 
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines=1", "--mixed_precision=no"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines=1", "--mixed_precision=no"]
     launch += ["--dynamo_backend=no", "--num_processes=2", "--multi_gpu"]
     subprocess.run([*launch, str(script), str(tmp_path), str(Path(__file__).parent)], check=True)
     for solver in ("sinkhorn", "learned"):
