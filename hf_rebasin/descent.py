@@ -93,6 +93,8 @@ class Descent:
         for name in ("steps", "check_every", "checks", "patience"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name} = {getattr(self, name)}; give 1 or more")
+        if self.start != "identity":
+            registry.find("solvers", self.start)
         low, high = self.interval
         if not 0 <= low <= high <= 1:
             raise OptionError(f"interval = {self.interval}; give two places between 0 and 1, the lower one first")

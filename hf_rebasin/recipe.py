@@ -14,7 +14,7 @@ Everything that is wrong with a recipe is said at once, before anything is downl
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from . import registry
-from .errors import RecipeError, UnknownNameError, nearest
+from .errors import OptionError, RecipeError, UnknownNameError, nearest
 from .knobs import knobs_of, read_knobs
 from .limits import Groups, Limits
 
@@ -172,6 +172,14 @@ def _mistake(loc: tuple[int | str, ...], kind: str, message: str) -> str:
     return f"{path}: {message[0].lower()}{message[1:]}"
 
 
+def _unfitting(solver: Callable[..., Any], knobs: Mapping[str, Any]) -> Iterator[str]:
+    """Knobs whose values do not go together, or name what there is not."""
+    try:
+        solver(**knobs)
+    except (OptionError, UnknownNameError) as error:
+        yield f"align: {error}"
+
+
 def _unknown_names(said: Mapping[str, Any]) -> Iterator[str]:
     """What the types cannot say: methods, solvers and their parameters, and a base that is one of the models."""
     method = said.get("merge_method", "linear")
@@ -195,8 +203,11 @@ def _unknown_names(said: Mapping[str, Any]) -> Iterator[str]:
         try:
             solver = registry.find("solvers", str(align.get("solver", "weight_matching"))).Solver
             own = AlignSettings.model_fields
-            for knob, message in read_knobs(solver, {k: v for k, v in align.items() if k not in own})[1].items():
+            knobs_given, wrong = read_knobs(solver, {k: v for k, v in align.items() if k not in own})
+            for knob, message in wrong.items():
                 yield f"align.{knob}: {message}"
+            if not wrong:
+                yield from _unfitting(solver, knobs_given)
         except UnknownNameError as error:
             yield f"align.solver: {error}"
     base, models = said.get("base_model"), said.get("models")

@@ -131,3 +131,16 @@ def test_errors_are_ours_and_builtin():
     for kind in kinds:
         assert any(base.__module__ == "builtins" and base not in (Exception, object) for base in kind.__mro__)
         assert kind.__name__ in errors.__doc__
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"start": "weight_matchin"}, "align: no solver 'weight_matchin'; did you mean 'weight_matching'"),
+        ({"steps": 0}, "align: steps = 0; give 1 or more"),
+        ({"step": 3}, "align.step: no such parameter; did you mean 'steps'"),
+    ],
+)
+def test_knobs_of_a_descent_are_checked_before_anything_is_opened(knobs, message):
+    with pytest.raises(RecipeError, match=message):
+        Recipe.from_dict({"models": ["a", "b"], "align": {"solver": "sinkhorn", **knobs}})
