@@ -145,6 +145,11 @@ def align(
         >>> solution = align(model, g.apply(model))
         >>> solution.status
         <Status.EQUAL: 'the moved model equals the fixed one, tensor by tensor'>
+
+    Two language models, by the loss of the model halfway between them, on batches with labels in them:
+
+        >>> solution = align(fixed, moving, solver="learned", data=loader, device=accelerator.device, progress=True)
+        >>> [-value for value in solution.history[:2]], -solution.objective  # plain, weight matching; learned
     """
     chosen = solver_with(solver, knobs) if isinstance(solver, str) else solver
     a, b = Checkpoint.open(fixed), Checkpoint.open(moving)

@@ -41,8 +41,10 @@ class Solution:
     Args:
         alignment: one element per symmetry.
         objective: Σ ⟨fixed, g · moving⟩ over all tensors that a symmetry touches, but gains and running statistics;
-            over larger groups than permutations, of the canonical forms of the two, blocks weighted by `weight_of`.
-        history: the objective at the start and after every sweep, of the start that won.
+            over larger groups than permutations, of the canonical forms of the two, blocks weighted by `weight_of`. Of
+            a descent, the same where its cost is "l2", of models whose gains are folded away, else minus its cost.
+        history: the objective at the start and after every sweep, of the start that won. Of a descent, at the
+            identity, where it started, and the best so far at every measurement.
         status: how it ended; its value says what to make of it.
         seconds: where the time went.
         notes: what was left out of the groups and why, and what else a user should know.
