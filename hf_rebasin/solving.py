@@ -6,7 +6,7 @@ import enum
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, overload
@@ -89,6 +89,9 @@ class Measure(Protocol):
     ) -> tuple[Similarity, bool]: ...
 
 
+Score: TypeAlias = Callable[[Elements], float]
+
+
 class Clock:
     """Adds up seconds by what they were spent on."""
 
@@ -113,34 +116,38 @@ ROUNDING = 1e-6
 SETTLED = 1e-3
 
 
-def coordinate_ascent(problem: Problem, measure: Measure, starts: int, max_sweeps: int) -> Solution:
+def coordinate_ascent(
+    problem: Problem, measure: Measure, starts: int, max_sweeps: int, score: Score | None = None
+) -> Solution:
     """Improve one unit at a time until none can be improved; the best of several starts.
 
     The first start goes outwards from what cannot move (embeddings, inputs, outputs): at each step it takes the unit
     of whose tensors the largest share is known already, and looks at that share alone. The others begin at the
     identity and take the units in random order, so they never end below it. There are no others where the first ends
     with equal models, as for a planted alignment, or with the identity, as for two models of one base.
+
+    `score` is what rises, where that is not Σ ⟨fixed, g · moving⟩ of the weights.
     """
     clock = Clock()
     spec = problem.spec
     if not spec.units:
         return Solution(Alignment(spec, {}), objective(problem, {}), (), Status.IDENTITY, clock.seconds)
-    enough = bound(problem) * (1 - ROUNDING)
-    best = _Ascent(problem, measure, clock, "start 1", enough).anchored().swept(max_sweeps)
+    enough = bound(problem) * (1 - ROUNDING) if score is None else math.inf
+    best = _Ascent(problem, measure, score, clock, "start 1", enough).anchored().swept(max_sweeps)
     start = 2
     # one more than asked for where the first ends below the identity, from which the second starts
     while start <= starts or (start == 2 and best.history[-1] < best.history[0]):
         if best.history[-1] >= best.history[0] and (best.is_identity or best.history[-1] >= enough):
             break
-        other = _Ascent(problem, measure, clock, f"start {start}", enough).swept(max_sweeps)
+        other = _Ascent(problem, measure, score, clock, f"start {start}", enough).swept(max_sweeps)
         best = max(best, other, key=lambda ascent: ascent.history[-1])  # the first of equals
         start += 1
     if best.history[-1] < best.history[0]:  # by rounding
-        best = _Ascent(problem, measure, clock, "identity", enough)
+        best = _Ascent(problem, measure, score, clock, "identity", enough)
     status = best.status
     if best.is_identity:
         status = Status.IDENTITY
-    elif best.history[-1] >= enough and all_equal(problem, best.elements):
+    elif (score is not None or best.history[-1] >= enough) and all_equal(problem, best.elements):
         status = Status.EQUAL
     alignment = Alignment(spec, best.elements)
     return Solution(alignment, best.history[-1], tuple(best.history), status, clock.seconds)
@@ -149,8 +156,11 @@ def coordinate_ascent(problem: Problem, measure: Measure, starts: int, max_sweep
 class _Ascent:
     """One start of the coordinate loop; `enough` is an objective that only equal models reach."""
 
-    def __init__(self, problem: Problem, measure: Measure, clock: Clock, name: str, enough: float):
-        self.problem, self.measure, self.clock, self.name, self.enough = problem, measure, clock, name, enough
+    def __init__(
+        self, problem: Problem, measure: Measure, score: Score | None, clock: Clock, name: str, enough: float
+    ):
+        self.problem, self.measure, self.score = problem, measure, score
+        self.clock, self.name, self.enough = clock, name, enough
         self.spec, self.status = problem.spec, Status.CONVERGED
         self.elements: Elements = dict(Alignment.identity(self.spec).elements)
         self.stale = {unit.outer for unit in self.spec.units}
@@ -158,7 +168,7 @@ class _Ascent:
 
     def objective(self) -> float:
         with self.clock("objective"):
-            return objective(self.problem, self.elements)
+            return objective(self.problem, self.elements) if self.score is None else self.score(self.elements)
 
     @property
     def is_identity(self) -> bool:

@@ -1,0 +1,237 @@
+"""What two models compute on the same inputs: how alike they are along every symmetry, from streamed cross-products.
+
+An activation carries the symmetries of the output axis of the weight that made it, so tables and inferred specs say
+where to look alike: at the outputs of linear maps, convolutions and embeddings for what they write, and at the outputs
+of norms for a stream that norms stand on. Only sums and cross-products are kept, in float64.
+
+Units that are permuted are compared by correlation, as in Git Re-Basin (Ainsworth et al. 2022, arXiv 2209.04836,
+section 3.1); what is rotated or invertible by covariance, its streams where sub-layers read them, behind norms without
+gains (2506.22712).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from .inputs import run
+from .objective import label_of
+from .spec import Dim, Labelled, Spec, Unit
+from .table import ROTATING
+from .units import Similarity
+
+MATRICES = ("invertible", "rotary", *ROTATING)  # kinds that mix units: no unit is compared by itself
+CHANNELS_FIRST = (_ConvNd, _BatchNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A block of a module's output: `places[i, j, …]` along its axis is unit i, j, … of the symmetries of `dims`."""
+
+    module: str
+    axis: int
+    dims: tuple[Dim, ...]
+    places: Tensor
+
+    @property
+    def names(self) -> set[str]:
+        return {dim.name for dim in self.dims if dim.name}
+
+
+def slots_of(spec: Spec, module: nn.Module, names: Mapping[str, str]) -> list[Slot]:
+    """Where a module's own activations carry symmetries that can move; `names` is `{canonical key: module key}`.
+
+    A rotated stream is looked at behind norms only, and so is any other that norms stand on; raw, what a few units
+    have much of drowns the rest.
+    """
+    found: list[tuple[bool, Slot]] = []
+    for tensor in spec.tensors:
+        name = names.get(tensor.key, "")
+        owner, _, attribute = name.rpartition(".")
+        if () not in tensor.keys or attribute != "weight" or tensor.names.isdisjoint(spec.free):
+            continue
+        part = module.get_submodule(owner)
+        axis = 1 if isinstance(part, CHANNELS_FIRST) or getattr(part, "data_format", "") == "channels_first" else -1
+        is_norm = len(tensor.shape) == 1
+        slots = _slots(tensor, _written(part, tensor), owner, axis)
+        found += [(is_norm, slot) for slot in slots if not slot.names.isdisjoint(spec.free)]
+    normed = {name for is_norm, slot in found if is_norm for name in slot.names}
+    rotated = {name for name in spec.free if spec.symmetries[name].kind in ROTATING}
+    return [slot for is_norm, slot in found if is_norm or slot.names.isdisjoint(normed | rotated)]
+
+
+def _written(module: nn.Module, tensor: Labelled) -> int:
+    """The axis of a weight that its module's output runs over."""
+    if isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D":  # transformers' is stored (in, out)
+        return 1
+    return 1 if isinstance(module, _ConvNd) and module.transposed else 0
+
+
+def _slots(tensor: Labelled, axis: int, module: str, out: int) -> Iterator[Slot]:
+    """The blocks along one axis, each once."""
+    stride, size, seen = math.prod(tensor.shape[axis + 1 :]), tensor.shape[axis], set()
+    for block in tensor.blocks:
+        dims = tuple(dim for dim in block.dims if dim.axis == axis)
+        start = block.offset // stride % size
+        if start in seen or not all(dim.size for dim in dims):
+            continue
+        seen.add(start)
+        places = torch.tensor(start)
+        for dim in dims:
+            places = places[..., None] + torch.arange(dim.size) * (dim.stride // stride)
+        yield Slot(module, out, dims, places)
+
+
+@dataclass
+class Sums:
+    """Over all samples of two models along one slot, in float64: count, Σx, Σx² of each, and Σ x yᵀ."""
+
+    count: int
+    sums: Tensor  # (2, n)
+    squares: Tensor  # (2, n)
+    cross: Tensor  # (n, n)
+
+    @staticmethod
+    def zero(n: int, device: Any) -> Sums:
+        kind: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        return Sums(0, torch.zeros(2, n, **kind), torch.zeros(2, n, **kind), torch.zeros(n, n, **kind))
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Samples (many, n) of both."""
+        both = torch.stack([x, y]).double()
+        self.count += len(x)
+        self.sums += both.sum(1)
+        self.squares += both.square().sum(1)
+        self.cross += both[0].mT @ both[1]
+
+    @property
+    def covariance(self) -> Tensor:
+        """(n, n), of the units of one with those of the other."""
+        a, b = self.sums / self.count
+        return self.cross / self.count - torch.outer(a, b)
+
+    @property
+    def deviations(self) -> Tensor:
+        """(2, n) standard deviations; 0 where they are no more than rounding."""
+        squares = self.squares / self.count
+        variances = squares - (self.sums / self.count).square()
+        return torch.where(variances > 1e-10 * squares, variances, 0.0).sqrt()
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """How alike two models are along every symmetry that activations carry."""
+
+    spec: Spec
+    slots: Sequence[tuple[Slot, Sums]] = field(repr=False)
+
+    def similarity(self, unit: Unit) -> Similarity:
+        """The same as of weights, see `hf_rebasin.units`; empty where no activation carries the unit."""
+        total: Similarity = {}
+        for slot, sums in self.slots:
+            inside = [i for i, dim in enumerate(slot.dims) if dim.name in unit.names]
+            if not inside or not {unit.outer} <= slot.names:
+                continue
+            shape = tuple(slot.places.shape)
+            matrix = self._alike(slot, sums).reshape(*shape, *shape)
+            beside = [i for i in range(len(shape)) if i not in inside]
+            for i in reversed(beside):  # what no symmetry of the unit moves is compared place by place
+                matrix = matrix.diagonal(dim1=i, dim2=matrix.dim() // 2 + i).sum(-1)
+            order = sorted(range(len(inside)), key=lambda k: unit.names.index(slot.dims[inside[k]].name or ""))
+            matrix = matrix.permute(*order, *(len(inside) + k for k in order))
+            labels = tuple(label_of(self.spec, slot.dims[inside[k]]) for k in order)
+            total[labels] = total[labels] + matrix if labels in total else matrix
+        return {labels: matrix.cpu() for labels, matrix in total.items()}
+
+    def _alike(self, slot: Slot, sums: Sums) -> Tensor:
+        """Correlations of units; of what is mixed, covariances in units of all that varies."""
+        a, b = sums.deviations
+        if any(self.spec.symmetries[name].kind in MATRICES for name in slot.names & self.spec.free):
+            size = sums.squares.sum(1).prod().sqrt()
+            return sums.cross * (len(a) / size if size else 0.0)
+        sizes = torch.outer(a, b)
+        return torch.where(sizes > 0, sums.covariance / sizes, 0.0)
+
+
+def collect(
+    spec: Spec,
+    module: nn.Module,
+    names: Mapping[str, str],
+    states: Sequence[Mapping[str, Tensor]],
+    batches: Iterable[Any],
+    device: Any = None,
+) -> Statistics:
+    """Run two models, the same module with other tensors in it, over batches; nothing of a batch is kept.
+
+    Args:
+        spec: what may move.
+        module: to compute with; its own tensors are not used.
+        names: `{canonical key: module key}`.
+        states: of the fixed and of the moving model, by canonical keys.
+        batches: inputs of the forward pass; labels among them are no matter. Positions that an `attention_mask` leaves
+            out are not looked at.
+        device: where it is computed.
+    """
+    slots = slots_of(spec, module, names)
+    sums = [Sums.zero(slot.places.numel(), device) for slot in slots]
+    tensors = [{names[key]: state[key] for key in names} for state in states]
+    with _listening(module, {slot.module for slot in slots}) as heard, torch.no_grad():
+        for batch in batches:
+            said: list[dict[str, list[Tensor]]] = []
+            for one in tensors:
+                heard.clear()
+                torch.func.functional_call(_Run(module), {f"module.{k}": t for k, t in one.items()}, (batch,))
+                said.append(dict(heard))
+            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            for slot, total in zip(slots, sums, strict=True):
+                for pair in zip(*(one.get(slot.module, []) for one in said), strict=True):
+                    total.add(*(_samples(x, slot, mask) for x in pair))
+    return Statistics(spec, [(slot, total) for slot, total in zip(slots, sums, strict=True) if total.count])
+
+
+class _Run(nn.Module):
+    """A module that is called as its inputs want it."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch: Any) -> Any:
+        return run(self.module, batch)
+
+
+@contextmanager
+def _listening(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """{name: its outputs, call after call} of submodules, while it lasts."""
+    heard: dict[str, list[Tensor]] = {}
+
+    def hear(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            output = output[0] if isinstance(output, tuple) else output
+            if isinstance(output, Tensor):
+                heard.setdefault(name, []).append(output)
+
+        return hook
+
+    handles = [module.get_submodule(name).register_forward_hook(hear(name)) for name in sorted(names)]
+    try:
+        yield heard
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _samples(x: Tensor, slot: Slot, mask: Tensor | None) -> Tensor:
+    """(many, n) numbers of a slot's units."""
+    x = x.movedim(slot.axis, -1)
+    if mask is not None and x.shape[:-1] == mask.shape:
+        x = x[mask.bool()]
+    return x.reshape(-1, x.shape[-1])[:, slot.places.reshape(-1).to(x.device)]
