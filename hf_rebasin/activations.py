@@ -65,6 +65,10 @@ def slots_of(spec: Spec, module: nn.Module, names: Mapping[str, str]) -> list[Sl
         found += [(is_norm, slot) for slot in slots if not slot.names.isdisjoint(spec.free)]
     normed = {name for is_norm, slot in found if is_norm for name in slot.names}
     rotated = {name for name in spec.free if spec.symmetries[name].kind in ROTATING}
+    based = {name for name in spec.free if spec.symmetries[name].kind in ("invertible", "rotary")}
+    import os
+    if os.environ.get("HEADS") in ("weights", "all"): rotated = rotated | based
+    if os.environ.get("HEADS") == "all": rotated = rotated | {n for n in spec.free if n.startswith("ff")}
     return [slot for is_norm, slot in found if is_norm or slot.names.isdisjoint(normed | rotated)]
 
 
@@ -155,6 +159,10 @@ class Statistics:
         """Correlations of units; of what is mixed, covariances in units of all that varies."""
         a, b = sums.deviations
         if any(self.spec.symmetries[name].kind in MATRICES for name in slot.names & self.spec.free):
+            import os
+            if os.environ.get("CENTRE"):
+                size = a.norm() * b.norm()
+                return sums.covariance * (len(a) / size if size else 0.0)
             size = sums.squares.sum(1).prod().sqrt()
             return sums.cross * (len(a) / size if size else 0.0)
         sizes = torch.outer(a, b)
