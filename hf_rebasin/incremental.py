@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from .alignment import Alignment
@@ -76,9 +77,9 @@ def learn(
     start at I (AdamW); in the last step it is the nearest permutation. δ is found by SGD with weight decay, its
     gradient clipped number by number. From arXiv 2212.12042 (section 4.3), whose settings are the defaults.
 
-    The cost is taken in the mode that the module is in: dropout and batch statistics act if it trains. δ moves
-    parameters that require gradients. Running statistics are mixed as weights are; `recalibrate` makes them anew. To
-    keep what was learned before, put some of the old data into the batches.
+    The cost is taken in the mode that the module is in, but for BatchNorm, which uses the statistics of the batch, as
+    none are known in between. In the result running statistics are mixed as weights are; `recalibrate` makes them
+    anew. δ moves parameters that require gradients. To keep what was learned before, put old data into the batches.
 
     Args:
         module: any module whose symmetries a table says, or its forward pass shows. Of every symmetry's group its
@@ -196,6 +197,9 @@ class _Near:
         self.own, self.device = checkpoint.state(prefix), softening.device
         self.theta = {key: self.own[key].to(self.device).contiguous() for key in self.names}
         self.template, self.module = template, copied(template).to(self.device)
+        for norm in self.module.modules():
+            if isinstance(norm, _BatchNorm):  # statistics of the ends mean nothing in between
+                norm.train()
         self.costed = Costed(self.module, loss)
         self.buffers = {name for name, _ in template.named_buffers(remove_duplicate=False)}
         self.relaxed = RelaxedAlignment.identity(spec, softening)
@@ -234,6 +238,8 @@ class _Near:
         """The module at (1 − α)θ + α·π(θ) + δ, computed in float64 and rounded once; whole numbers nearest."""
         out = self.module if self.device is None else copied(self.template)
         places = dict(out.named_parameters(remove_duplicate=False)) | dict(out.named_buffers(remove_duplicate=False))
+        for part, given in zip(out.modules(), self.template.modules(), strict=True):
+            part.training = given.training
         moved = alignment.on(alignment.spec, self.own)
         for key, name in self.names.items():
             own, there, place = self.own[key], moved[key], places[name]
