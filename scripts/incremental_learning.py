@@ -12,8 +12,9 @@ every method sees one task after the other, in the same batches and for as many 
     LwF        α 1, T 0.5: what the model before the task says of the new images is kept
     A-GEM      a gradient that would raise the loss on the memory is projected until it does not
     replay     fine-tune on new batches with the memory's, to tell what of ours is due to the memory
-    ours       `hf_rebasin.incremental.learn` on the batches of `replay`, its settings those of the paper; the same
-               without weight decay of δ, or with π held at the identity, so that δ alone is left
+    ours       `hf_rebasin.incremental.learn` on the batches of `replay`, its settings those of the paper; "π
+               held" is the same with π = identity, so that δ alone is left
+    free δ     the same without weight decay of δ, its gradient clipped at 1, which is almost never reached
     joint      all tasks at once, AdamW 1e-3, as many epochs: nothing to forget
 
 The memory holds 5 images per class of every task before. Methods that use it get, with every batch of the new task, as
@@ -81,19 +82,21 @@ def digits() -> tuple[Any, Any, Any, Any]:
     return images[:1297], labels[:1297], images[1297:], labels[1297:]
 
 
-FASHION = [
-    Path("/usr/share/datasets/fashion-mnist"),
-    Path("/usr/share/dataset-fashion-mnist"),
-    Path("/usr/share/fashion-mnist"),
-]
+def fashion_folder() -> Path | None:
+    """Where a package has put Fashion-MNIST, in the four compressed files it is published as."""
+    for place in ("*fashion-mnist*", "dataset*/*fashion-mnist*", "*fashion-mnist*/*"):
+        for file in sorted(Path("/usr/share").glob(f"{place}/train-images*.gz")):
+            return file.parent
+    return None
 
 
 def fashion() -> tuple[Any, Any, Any, Any]:
     """The first 3000 and 1000 images of Fashion-MNIST, of 28 × 28 pixels, with their labels."""
-    folder = next(folder for folder in FASHION if folder.is_dir())
+    if (folder := fashion_folder()) is None:
+        sys.exit("no Fashion-MNIST in /usr/share; install the package dataset-fashion-mnist, or take --images digits")
 
     def read(name: str, skip: int) -> Any:
-        (file,) = folder.rglob(f"{name}*.gz")
+        (file,) = folder.glob(f"{name}*.gz")
         return np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8, offset=skip)
 
     found: list[Any] = []
@@ -275,15 +278,19 @@ class Ours(Replay):
         return infer_spec(self.model, data[0][:1])
 
 
-class WithoutDecay(Ours):
+class Free(Ours):
     def learn(self, data: Batch, **knobs: Any) -> None:
-        super().learn(data, delta_decay=0.0, **knobs)
+        super().learn(data, delta_decay=0.0, delta_clip=1.0, **knobs)
 
 
 class Held(Ours):
     def spec(self, data: Batch) -> Spec:
         found = super().spec(data)
         return found.limited(dict.fromkeys(found.symmetries, "held"))
+
+
+class FreeHeld(Free, Held):
+    pass
 
 
 METHODS: dict[str, tuple[Callable[[nn.Module, torch.Generator], FineTune], str]] = {
@@ -293,8 +300,9 @@ METHODS: dict[str, tuple[Callable[[nn.Module, torch.Generator], FineTune], str]]
     "A-GEM": (AGEM, "#009e73"),
     "replay": (Replay, "#56b4e9"),
     "ours": (Ours, "#0072b2"),
-    "ours, no decay": (WithoutDecay, "#d55e00"),
-    "ours, π held": (Held, "#000000"),
+    "ours, π held": (Held, "#999933"),
+    "free δ": (Free, "#d55e00"),
+    "free δ, π held": (FreeHeld, "#000000"),
 }
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -413,7 +421,7 @@ def plot(results: Sequence[Result], file: Path) -> None:
 
 
 def main() -> None:
-    found = "fashion" if any(folder.is_dir() for folder in FASHION) else "digits"
+    found = "digits" if fashion_folder() is None else "fashion"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=[*METHODS, "joint"], choices=[*METHODS, "joint"])
     parser.add_argument("--seeds", type=int, default=3)
