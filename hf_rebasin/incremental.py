@@ -24,7 +24,7 @@ from .checkpoint import Checkpoint
 from .classes import copied, module_names
 from .descent import Costed
 from .describing import spec_of
-from .errors import CheckpointError, OptionError
+from .errors import CheckpointError, MismatchError, OptionError
 from .inputs import Inputs
 from .relaxed_alignment import RelaxedAlignment
 from .relaxing import Softening
@@ -108,7 +108,7 @@ def learn(
 
     Raises:
         OptionError: an option out of its range, no batches or none the second time, a loss that is not one number.
-        MismatchError, SpecError: nothing says what the symmetries are, or the table does not fit.
+        MismatchError, SpecError: nothing says what the symmetries are, or the spec or table is of another model.
         CheckpointError: NaN or Inf in the module, or one that stores its tensors otherwise than it computes with them.
 
     Example: what one episode does to a weight. θ = 1 and its permuted self, which has 3 in this place, with δ = 0.1:
@@ -193,6 +193,10 @@ class _Near:
         template, prefix = cast(nn.Module, checkpoint.template), spec.table.prefix
         if (disk := module_names(template)) is None:
             raise CheckpointError(f"{checkpoint.name} stores its tensors otherwise than it computes with them")
+        for key, shape in checkpoint.shapes(prefix).items():
+            if spec.shapes.get(key) != shape:
+                said = f"is {spec.shapes[key]}" if key in spec.shapes else "is unknown"
+                raise MismatchError(f"{checkpoint.name}: {key!r} is {shape} here, and {said} in the spec (spec=)")
         self.names = {key: disk[stored] for key, stored in checkpoint.canonical(prefix).items()}
         self.own, self.device = checkpoint.state(prefix), softening.device
         self.theta = {key: self.own[key].to(self.device).contiguous() for key in self.names}

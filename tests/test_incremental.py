@@ -167,6 +167,7 @@ def test_half_precision(module):
         (dict(loss=lambda module, batch: module(batch[0])), OptionError, r"shape \(30, 3\); it has to return one"),
         (dict(loss=lambda module, batch: torch.tensor(1.0)), OptionError, "no gradient"),
         (dict(inputs=None), MismatchError, "give inputs"),
+        (dict(spec=infer_spec(nn.Linear(6, 2), X[:1])), MismatchError, r"'0.weight' is \(8, 6\) here, and is unknown"),
     ],
 )
 def test_errors_say_what_to_do(module, other, error, said):
