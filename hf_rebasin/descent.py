@@ -306,7 +306,7 @@ class _Between:
             if isinstance(norm, _BatchNorm):  # statistics of one model mean nothing for another
                 norm.train()
         self.buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
-        self.costed, self.device = _Costed(module, forward.loss), device
+        self.costed, self.device = Costed(module, forward.loss), device
 
     def __call__(self, state: Mapping[str, Tensor], batch: Any) -> Tensor:
         from accelerate.utils import send_to_device
@@ -316,19 +316,22 @@ class _Between:
             value = state[key]
             tensors[f"module.{name}"] = value.detach().clone() if name in self.buffers else value
         batch = send_to_device(batch, self.device) if self.device is not None else batch
-        value = torch.func.functional_call(self.costed, tensors, (batch,))
-        if not isinstance(value, Tensor) or value.dim():
-            raise OptionError(f"the loss gave {_said(value)}; it has to return one number as a tensor")
-        return value
+        cost: Tensor = torch.func.functional_call(self.costed, tensors, (batch,))
+        return cost
 
 
-class _Costed(nn.Module):
+class Costed(nn.Module):
+    """(module, batch) → loss as a module of its own, for `torch.func.functional_call`; keys are `module.` + key."""
+
     def __init__(self, module: nn.Module, loss: Callable[[nn.Module, Any], Tensor]):
         super().__init__()
         self.module, self.loss = module, loss
 
     def forward(self, batch: Any) -> Tensor:
-        return self.loss(self.module, batch)
+        value = self.loss(self.module, batch)
+        if not isinstance(value, Tensor) or value.dim():
+            raise OptionError(f"the loss gave {_said(value)}; it has to return one number as a tensor")
+        return value
 
 
 def _said(value: Any) -> str:
