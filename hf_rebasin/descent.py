@@ -50,6 +50,9 @@ class Descent:
         smooth_lr: learning rate of rotations, bases and scales.
         optimizer: "adamw", "adam" or "sgd".
         schedule: of both learning rates: "constant", or "cosine" down to 0.
+        weight_decay: of what permutes, by "adamw": it keeps latent entries within about 1 / weight_decay. A matrix that
+            was mistaken early else becomes so hard that no gradient is left to mend it. By default 0.1; 0.1 / lr where
+            a step would take more than a tenth.
         interval: the λ of "rnd" are uniform between its ends.
         check_every: after as many steps the nearest exact alignment is measured.
         checks: on as many batches, the first of the data.
@@ -70,6 +73,7 @@ class Descent:
     smooth_lr: float = 3e-3
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     schedule: Literal["constant", "cosine"] = "constant"
+    weight_decay: float | None = None
     interval: tuple[float, float] = (0.0, 1.0)
     check_every: int = 10
     checks: int = 4
@@ -87,6 +91,8 @@ class Descent:
         for name in ("steps", "check_every", "checks", "patience"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name} = {getattr(self, name)}; give 1 or more")
+        if self.weight_decay is not None and not self.weight_decay >= 0:
+            raise OptionError(f"weight_decay = {self.weight_decay}; give 0 or more")
         low, high = self.interval
         if not 0 <= low <= high <= 1:
             raise OptionError(f"interval = {self.interval}; give two places between 0 and 1, the lower one first")
@@ -162,7 +168,12 @@ class _Descending:
         history = [self._objective(best)]
         if not permuting and not smooth:
             return replace(start, objective=history[-1], history=tuple(history))
-        groups = [{"params": permuting, "lr": self.knobs.lr}, {"params": smooth, "lr": self.knobs.smooth_lr}]
+        decay = 0.1 / max(self.knobs.lr, 1) if self.knobs.weight_decay is None else self.knobs.weight_decay
+        decay = decay if self.knobs.optimizer == "adamw" else 0.0
+        groups = [
+            {"params": permuting, "lr": self.knobs.lr, "weight_decay": decay},
+            {"params": smooth, "lr": self.knobs.smooth_lr, "weight_decay": 0.0},  # 0 is no better basis than any other
+        ]
         optimizer = OPTIMIZERS[self.knobs.optimizer]([group for group in groups if group["params"]])
         cosine = self.knobs.schedule == "cosine"
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.knobs.steps) if cosine else None
