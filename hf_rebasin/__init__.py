@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from .comparing import Comparison, Verdict
     from .coordinate_descent import MergeMany, PermutationCoordinateDescent
     from .errors import RebasinError
+    from .loss import DistCosineLoss, DistL1Loss, DistL2Loss, MidLoss, RndLoss
     from .objective import Problem
+    from .rebasin_net import RebasinNet, matching
     from .recipe import Recipe
     from .solving import Solution, Status
     from .spec import Spec
@@ -25,11 +27,17 @@ __all__ = [
     "Check",
     "Checkpoint",
     "Comparison",
+    "DistCosineLoss",
+    "DistL1Loss",
+    "DistL2Loss",
     "MergeMany",
+    "MidLoss",
     "PermutationCoordinateDescent",
     "Problem",
     "RebasinError",
+    "RebasinNet",
     "Recipe",
+    "RndLoss",
     "Solution",
     "Spec",
     "Status",
@@ -39,6 +47,7 @@ __all__ = [
     "check",
     "compare",
     "infer_spec",
+    "matching",
     "merge",
     "spec_for",
 ]
@@ -49,11 +58,17 @@ _HOME = {
     "Check": "checking",
     "Checkpoint": "checkpoint",
     "Comparison": "comparing",
+    "DistCosineLoss": "loss",
+    "DistL1Loss": "loss",
+    "DistL2Loss": "loss",
     "MergeMany": "coordinate_descent",
+    "MidLoss": "loss",
     "PermutationCoordinateDescent": "coordinate_descent",
     "Problem": "objective",
     "RebasinError": "errors",
+    "RebasinNet": "rebasin_net",
     "Recipe": "recipe",
+    "RndLoss": "loss",
     "Solution": "solving",
     "Spec": "spec",
     "Status": "solving",
@@ -63,6 +78,7 @@ _HOME = {
     "check": "checking",
     "compare": "api",
     "infer_spec": "api",
+    "matching": "rebasin_net",
     "merge": "api",
     "spec_for": "api",
 }

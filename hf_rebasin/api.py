@@ -163,6 +163,11 @@ def align(
         raise OptionError(f"solver {solver!r} looks at weights alone, and takes no data")
     if loss is not None and data is None:
         raise OptionError("a loss, but no data for it; give data=")
+    if data is not None and iter(data) is data:
+        raise OptionError(
+            f"data is a {type(data).__name__}, which can be read once; give what can be read several times, such as a "
+            "list or a DataLoader"
+        )
     return _solved(
         chosen,
         spec,

@@ -24,20 +24,20 @@ from .classes import (
     class_of,
     class_ties,
     config_of,
-    copied,
+    filled,
+    loaded,
     module_names,
     read_config,
-    separated,
     stored,
     ties_of,
     to_disk,
-    without_bars,
     without_weights,
 )
 from .errors import CheckpointError, some
 from .folder import (
     copy_side_files,
     download,
+    name_dtype,
     read_json,
     read_tensors,
     refuse_target,
@@ -290,7 +290,7 @@ class Checkpoint:
             CheckpointError: no class is known, or tensors are missing or of another shape.
         """
         if self.template is not None and (names := module_names(self.template)) is not None:
-            return self._into_copy(self.template, names, dtype)
+            return filled(self.template, self.tensors, names, dtype)
         if self.config is None:
             raise CheckpointError(
                 f"{self.name} has no configuration that transformers knows, so no module can be built"
@@ -299,20 +299,7 @@ class Checkpoint:
             dtype = next(iter(self.dtypes)) if len(self.dtypes) == 1 else torch.float32
         # transformers makes parameters of the very tensors it is given, which may be somebody else's
         own = {key: part.kept().tensor if isinstance(part, Here) else part.read() for key, part in self.parts.items()}
-        with without_bars():
-            model, info = self.owner.from_pretrained(
-                None,
-                config=copy.deepcopy(self.config),
-                state_dict=own,
-                dtype=dtype,
-                output_loading_info=True,
-            )
-        for what in ("missing_keys", "mismatched_keys"):
-            if info[what]:
-                raise CheckpointError(
-                    f"{self.name} does not load: {what.replace('_', ' ')} {some(map(str, info[what]))}"
-                )
-        return model.eval()
+        return loaded(self.owner, self.config, own, dtype, self.name)
 
     def computing(
         self, prefix: str | tuple[str, ...] | None = None, dtype: torch.dtype | None = None
@@ -345,20 +332,6 @@ class Checkpoint:
         if names is None:
             raise CheckpointError(f"{type(module).__name__} stores its tensors otherwise than it computes with them")
         return module, {key: disk for disk, key in names.items()}
-
-    def _into_copy(self, template: nn.Module, names: Mapping[str, str], dtype: torch.dtype | None) -> nn.Module:
-        model: Any = copied(template)
-        if apart := set(self.tensors) - names.keys():  # tied there, but not here
-            names = {**names, **separated(model, apart)}
-        if dtype is torch.float64:  # for checking; else what is not stored (rotary frequencies) keeps its precision
-            model = model.double()
-        places = dict(model.named_parameters(remove_duplicate=False))
-        places |= dict(model.named_buffers(remove_duplicate=False))
-        for key, tensor in self.tensors.items():
-            place = places[names[key]]  # a tied one is one object under two names
-            kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-            place.data = tensor.to(place.device, kind, copy=True)
-        return model
 
     def save(
         self,
@@ -393,16 +366,8 @@ class Checkpoint:
             generation = getattr(self.template, "generation_config", None)
             if generation is not None:
                 generation.save_pretrained(folder)
-        self._write_dtype(folder / "config.json")
-
-    def _write_dtype(self, file: Path) -> None:
-        """The configuration names the dtype of the weights, so that "auto" loads what was written."""
-        said = read_json(file)
-        if len(self.dtypes) == 1 and not said.keys().isdisjoint(("model_type", "dtype", "torch_dtype")):
-            dtype = str(next(iter(self.dtypes))).removeprefix("torch.")
-            if said.get("dtype", said.get("torch_dtype")) != dtype:
-                said.pop("torch_dtype", None)
-                file.write_text(json.dumps(said | {"dtype": dtype}, indent=2, sort_keys=True) + "\n")
+        if len(self.dtypes) == 1:
+            name_dtype(folder / "config.json", str(next(iter(self.dtypes))).removeprefix("torch."))
 
 
 Source: TypeAlias = str | os.PathLike[str] | nn.Module | Mapping[str, Tensor] | Checkpoint

@@ -165,8 +165,38 @@ def separated(model: Any, keys: Collection[str]) -> dict[str, str]:
     return found
 
 
+def filled(
+    template: nn.Module, tensors: Mapping[str, Tensor], names: Mapping[str, str], dtype: torch.dtype | None
+) -> nn.Module:
+    """A copy of a module with other tensors, by disk keys; `names` are its `module_names`."""
+    model: Any = copied(template)
+    if apart := set(tensors) - names.keys():  # tied there, but not here
+        names = {**names, **separated(model, apart)}
+    if dtype is torch.float64:  # for checking; else what is not stored (rotary frequencies) keeps its precision
+        model = model.double()
+    places = dict(model.named_parameters(remove_duplicate=False))
+    places |= dict(model.named_buffers(remove_duplicate=False))
+    for key, tensor in tensors.items():
+        place = places[names[key]]  # a tied one is one object under two names
+        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        place.data = tensor.to(place.device, kind, copy=True)
+    return model
+
+
+def loaded(owner: Any, config: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype, name: str) -> Any:
+    """A module of a class of transformers with tensors by disk keys; `name` is what messages call it."""
+    with _without_bars():
+        model, info = owner.from_pretrained(
+            None, config=copy.deepcopy(config), state_dict=dict(tensors), dtype=dtype, output_loading_info=True
+        )
+    for what in ("missing_keys", "mismatched_keys"):
+        if info[what]:
+            raise CheckpointError(f"{name} does not load: {what.replace('_', ' ')} {some(map(str, info[what]))}")
+    return model.eval()
+
+
 @contextmanager
-def without_bars() -> Iterator[None]:
+def _without_bars() -> Iterator[None]:
     """No progress bar of transformers, which shows one for tensors that are in memory already."""
     from transformers.utils import logging
 

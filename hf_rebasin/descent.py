@@ -10,6 +10,7 @@ Costs are those of Re-basin via implicit Sinkhorn differentiation (Guerrero Peñ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -30,10 +31,15 @@ from .relaxing import Acting, Permuting, Softening
 from .solving import Clock, Solution, Status
 from .spec import Labelled
 
+Pairs: TypeAlias = "list[tuple[Labelled, Tensor, Tensor]]"  # of tensors that the groups act on linearly
 Cost: TypeAlias = Literal["l2", "l1", "cosine", "mid", "rnd"]
 OF_WEIGHTS = ("l2", "l1", "cosine")
 
 OPTIMIZERS: dict[str, Any] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+SCHEDULES: dict[str, Callable[[int], Callable[[int], float]]] = {  # {name: steps to (step to share of the rate)}
+    "constant": lambda steps: lambda step: 1.0,
+    "cosine": lambda steps: lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps),
+}
 NOTHING = 1e-12  # of the squared norm of the fixed model: two models as far apart are equal
 
 
@@ -50,8 +56,8 @@ class Descent:
         smooth_lr: learning rate of rotations, bases and scales.
         optimizer: "adamw", "adam" or "sgd".
         schedule: of both learning rates: "constant", or "cosine" down to 0.
-        weight_decay: of what permutes, by "adamw": it keeps latent entries within about 1 / weight_decay. A matrix that
-            was mistaken early else becomes so hard that no gradient is left to mend it. By default 0.1; 0.1 / lr where
+        weight_decay: of what permutes, by "adamw": it keeps latent entries within about 1 / weight_decay. Otherwise
+            what was mistaken early becomes so hard that no gradient is left to mend it. By default 0.1; 0.1 / lr where
             a step would take more than a tenth.
         interval: the λ of "rnd" are uniform between its ends.
         check_every: after as many steps the nearest exact alignment is measured.
@@ -108,8 +114,7 @@ class Descent:
             start = self._started(problem)
         if start.status in (Status.EQUAL, Status.IDENTITY):
             return start
-        descending = _Descending(self, problem, cost, start.alignment, clock)
-        return descending.solution(start)
+        return _Descending(self, problem, cost, start, clock).solution()
 
     def _started(self, problem: Problem) -> Solution:
         if self.start == "identity":
@@ -121,18 +126,17 @@ class Descent:
 class _Descending:
     """One descent: the two models in a form that groups act on linearly, and latents of all that moves."""
 
-    def __init__(self, knobs: Descent, problem: Problem, cost: Cost, start: Alignment, clock: Clock):
+    def __init__(self, knobs: Descent, problem: Problem, cost: Cost, start: Solution, clock: Clock):
         self.knobs, self.problem, self.cost, self.start, self.clock = knobs, problem, cost, start, clock
-        self.spec = start.spec
-        self.moved = start.on(self.spec, problem.moving)
+        self.spec = start.alignment.spec
         with clock("start"):
-            self.fixed, self.moving = (
-                {
-                    key: tensor.detach().to(problem.device).contiguous()
-                    for key, tensor in plain(self.spec, state).items()
-                }
-                for state in (problem.fixed, self.moved)
-            )
+            self.fixed = self._linear(problem.fixed)
+            self.moved = start.alignment.on(self.spec, problem.moving)
+            self.pairs = self._paired(self._linear(self.moved))
+            self.sizes = [
+                sum(self._size(tensor, a) for tensor, a, _ in self.pairs),
+                sum(self._size(tensor, b) for tensor, _, b in self.pairs),
+            ]
         dtype = max((t.dtype for t in self.fixed.values()), key=lambda kind: kind.itemsize, default=torch.float32)
         soften = Softening(
             problem.generator,
@@ -144,76 +148,90 @@ class _Descending:
             problem.device,
             dtype,
         )
+        self.found: list[Alignment] | None = None
         count = 2 if knobs.both_ends and cost not in OF_WEIGHTS else 1
         self.ends = [RelaxedAlignment.identity(self.spec, soften) for _ in range(count)]
-        matched = matched_tensors(self.spec)
-        self.pairs = [
-            (tensor, tensor.gather(self.fixed), tensor.gather(self.moving))
-            for tensor in (matched if cost in OF_WEIGHTS else self.spec.tensors)
-            if all(key in self.moving for key in tensor.keys.values())
-        ]
         if cost not in OF_WEIGHTS:
             assert problem.forward is not None
             self.loss = _Between(problem.forward, problem.device)
-            self.batches = _endless(problem.forward.data)
-            self.checked = list(islice(_share(problem.forward.data), knobs.checks))
+            self.batches = _endless(problem.forward.data)  # the first of it are for measuring, too, once it is round
+            self.checked = list(islice(self.batches, knobs.checks))
+
+    def _linear(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A model in the form that groups act on linearly, where it is computed with."""
+        device = self.problem.device
+        return {key: t.detach().to(device).contiguous() for key, t in plain(self.spec, state).items()}
+
+    def _paired(self, moving: Mapping[str, Tensor]) -> Pairs:
+        """What the cost looks at, of both models; what the moving one has not is the fixed one's."""
+        tensors = matched_tensors(self.spec) if self.cost in OF_WEIGHTS else self.spec.tensors
+        there = (t for t in tensors if all(key in moving for key in t.keys.values()))
+        return [(tensor, tensor.gather(self.fixed), tensor.gather(moving)) for tensor in there]
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
-    def solution(self, start: Solution) -> Solution:
-        """The best exact alignment of all that are seen on the way down; `start` where none is better."""
+    def solution(self) -> Solution:
+        """The best exact alignment of all that are seen on the way down, the start and the identity among them."""
+        still: list[Mapping[str, Acting]] = [{} for _ in self.ends]
+        with self.clock("exact"):
+            identity = self._exact(still, self._paired(self._linear(self.problem.moving)))
+            self.best = self._exact(still, self.pairs)
+        self.history = [self._objective(identity), self._objective(self.best)]
+        status = self._descended() if any(end.elements for end in self.ends) else self.start.status
+        alignment = self.start.alignment
+        if self.found is not None:
+            alignment = self._between(self.found).compose(alignment)
+        if self.best > identity:  # a start that the cost thinks little of, and nothing better near it
+            self.history.append(self.history[0])
+            alignment, status = Alignment.identity(self.problem.spec), Status.IDENTITY
+        elif equal_within(self.problem, alignment):
+            status = Status.EQUAL
+        return replace(
+            self.start,
+            alignment=alignment,
+            objective=self.history[-1],
+            history=tuple(self.history),
+            status=status,
+            seconds={**self.start.seconds, **self.clock.seconds},
+        )
+
+    def _descended(self) -> Status:
+        """Step after step, `best` and `found` are the lowest cost of an exact alignment and where it was."""
+        knobs, waited = self.knobs, 0
         permuting = [latent for end in self.ends for latent in end.permuting]
         smooth = [latent for end in self.ends for latent in end.smooth]
-        best, found = self._exact([{} for _ in self.ends]), None
-        history = [self._objective(best)]
-        if not permuting and not smooth:
-            return replace(start, objective=history[-1], history=tuple(history))
-        decay = 0.1 / max(self.knobs.lr, 1) if self.knobs.weight_decay is None else self.knobs.weight_decay
-        decay = decay if self.knobs.optimizer == "adamw" else 0.0
+        decay = 0.1 / max(knobs.lr, 1) if knobs.weight_decay is None else knobs.weight_decay
         groups = [
-            {"params": permuting, "lr": self.knobs.lr, "weight_decay": decay},
-            {"params": smooth, "lr": self.knobs.smooth_lr, "weight_decay": 0.0},  # 0 is no better basis than any other
+            {"params": permuting, "lr": knobs.lr, "weight_decay": decay if knobs.optimizer == "adamw" else 0.0},
+            {"params": smooth, "lr": knobs.smooth_lr, "weight_decay": 0.0},  # 0 is no better a basis than others
         ]
-        optimizer = OPTIMIZERS[self.knobs.optimizer]([group for group in groups if group["params"]])
-        cosine = self.knobs.schedule == "cosine"
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.knobs.steps) if cosine else None
-        status, waited = Status.STEP_LIMIT, 0
+        optimizer = OPTIMIZERS[knobs.optimizer]([group for group in groups if group["params"]])
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, SCHEDULES[knobs.schedule](knobs.steps))
         quiet = None if self.problem.progress else True
-        with tqdm(
-            total=self.knobs.steps, desc="aligning by gradients", unit="step", leave=False, disable=quiet
-        ) as bar:
-            for step in range(1, self.knobs.steps + 1):
+        with tqdm(total=knobs.steps, desc="aligning by gradients", unit="step", leave=False, disable=quiet) as bar:
+            for step in range(1, knobs.steps + 1):
                 with self.clock("steps"), torch.enable_grad():
                     optimizer.zero_grad()
-                    value = self._value([end.soft() for end in self.ends])
-                    value.backward()
+                    self._value([end.soft() for end in self.ends]).backward()
                     _averaged([*permuting, *smooth])
                     optimizer.step()
-                    if schedule is not None:
-                        schedule.step()
+                    schedule.step()
                 bar.update()
-                if step % self.knobs.check_every and step != self.knobs.steps:
+                if step % knobs.check_every and step != knobs.steps:
                     continue
                 with self.clock("exact"):
                     hard = [end.hard() for end in self.ends]
-                    now = self._exact([alignment.elements for alignment in hard])
-                waited = 0 if now < best else waited + 1
-                if now < best:
-                    best, found = now, hard
-                history.append(self._objective(best))
-                bar.set_postfix(cost=f"{best:.4g}")
-                if self.cost in OF_WEIGHTS and best <= NOTHING * self._size:
+                    cost = self._exact([alignment.elements for alignment in hard], self.pairs)
+                waited += 1
+                if cost < self.best:
+                    self.best, self.found, waited = cost, hard, 0
+                self.history.append(self._objective(self.best))
+                bar.set_postfix(cost=f"{self.best:.4g}")
+                if self.cost in OF_WEIGHTS and self.best <= NOTHING * self.sizes[0]:
                     break
-                if waited >= self.knobs.patience:
-                    status = Status.SETTLED
-                    break
-        seconds = dict(start.seconds) | self.clock.seconds
-        if found is None:
-            return replace(start, objective=history[-1], history=tuple(history), status=status, seconds=seconds)
-        alignment = self._between(found).compose(self.start)
-        if equal_within(self.problem, alignment):
-            status = Status.EQUAL
-        return Solution(alignment, history[-1], tuple(history), status, seconds, start.notes)
+                if waited >= knobs.patience:
+                    return Status.SETTLED
+        return Status.STEP_LIMIT
 
     def _between(self, hard: Sequence[Alignment]) -> Alignment:
         """g; or with h at the other end, h⁻¹ g: what is between the two models is the same function."""
@@ -223,48 +241,43 @@ class _Descending:
             g = h.inverse().compose(g)
         return replace(g, gauge=vectors(norms, self.problem.fixed), origin=vectors(norms, self.moved))
 
-    @property
-    def _size(self) -> float:
-        return sum(a.double().square().sum().item() for _, a, _ in self.pairs)
-
     def _objective(self, cost: float) -> float:
         """What rises as the cost falls: Σ ⟨fixed, g · moving⟩ for "l2", in groups that keep lengths; else −cost."""
-        if self.cost != "l2":
-            return -cost
-        both = sum(self._weighted(tensor, a) + self._weighted(tensor, b) for tensor, a, b in self.pairs)
-        return 0.5 * (both - cost)
+        return 0.5 * (sum(self.sizes) - cost) if self.cost == "l2" else -cost
 
-    def _weighted(self, tensor: Labelled, x: Tensor) -> float:
-        return sum(
-            weight_of(self.spec, block) * block.view(x).double().square().sum().item() for block in tensor.blocks
-        )
+    def _size(self, tensor: Labelled, x: Tensor) -> float:
+        """‖x‖², blocks weighted as in the cost."""
+        squares = ((weight_of(self.spec, b), b.view(x).square().sum(dtype=torch.float64)) for b in tensor.blocks)
+        return sum(weight * square.item() for weight, square in squares)
 
     # --- costs -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _exact(self, elements: Sequence[Mapping[str, Acting]]) -> float:
-        """The cost of exact elements, on all batches that are checked."""
+    def _exact(self, elements: Sequence[Mapping[str, Acting]], pairs: Pairs) -> float:
+        """The cost of exact elements, on all batches that are checked; each at another place for "rnd"."""
         if self.cost in OF_WEIGHTS:
-            return float(self._of_weights(elements))
-        places = torch.linspace(*self.knobs.interval, 3).tolist() if self.cost == "rnd" else [0.5]
-        values = [self._loss(elements, t, batch) for t in places for batch in self.checked]
+            return float(self._of_weights(elements, pairs))
+        count = len(self.checked)
+        low, high = self.knobs.interval
+        places = [low + (high - low) * (i + 0.5) / count if self.cost == "rnd" else 0.5 for i in range(count)]
+        values = [self._loss(elements, pairs, t, batch) for t, batch in zip(places, self.checked, strict=True)]
         mean = torch.stack(values).double().mean()
         return _mean(mean).item()
 
     def _value(self, elements: Sequence[Mapping[str, Acting]]) -> Tensor:
         """The cost of relaxed elements, on the next batch."""
         if self.cost in OF_WEIGHTS:
-            return self._of_weights(elements)
+            return self._of_weights(elements, self.pairs)
         low, high = self.knobs.interval
         t = 0.5
         if self.cost == "rnd":
             t = low + (high - low) * torch.rand((), generator=self.problem.generator).item()
-        return self._loss(elements, t, next(self.batches))
+        return self._loss(elements, self.pairs, t, next(self.batches))
 
-    def _of_weights(self, elements: Sequence[Mapping[str, Acting]]) -> Tensor:
+    def _of_weights(self, elements: Sequence[Mapping[str, Acting]], pairs: Pairs) -> Tensor:
         total: Any = 0.0
         squares: Any = 0.0
-        for tensor, a, b in self.pairs:
+        for tensor, a, b in pairs:
             for block in tensor.blocks:
                 y = act_on_block(self.spec, elements[0], block, block.view(b))
                 x = act_on_block(self.spec, elements[1], block, block.view(a)) if len(elements) > 1 else block.view(a)
@@ -278,9 +291,9 @@ class _Descending:
                     total = total + weight * size.sum(dtype=torch.float64)
         return 1 - total / squares.prod().sqrt() if self.cost == "cosine" else total
 
-    def _loss(self, elements: Sequence[Mapping[str, Acting]], t: float, batch: Any) -> Tensor:
+    def _loss(self, elements: Sequence[Mapping[str, Acting]], pairs: Pairs, t: float, batch: Any) -> Tensor:
         merged: dict[str, Tensor] = {}
-        for tensor, a, b in self.pairs:
+        for tensor, a, b in pairs:
             y = acted(self.spec, elements[0], tensor, b)
             x = acted(self.spec, elements[1], tensor, a) if len(elements) > 1 else a
             whole = torch.lerp(x, y, t) if x.is_floating_point() else x
@@ -345,10 +358,7 @@ def _endless(data: Iterable[Any]) -> Iterator[Any]:
             came = True
             yield batch
         if not came:
-            raise OptionError(
-                "the data gave no batch, or not for another round; give what can be read several times, such as a "
-                "list or a DataLoader"
-            )
+            raise OptionError("the data gave no batch to this process")
 
 
 def _several() -> bool:

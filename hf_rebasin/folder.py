@@ -184,6 +184,15 @@ def copy_side_files(source: Path, folder: Path) -> None:
             shutil.copytree(file, folder / file.name)
 
 
+def name_dtype(config: Path, dtype: str) -> None:
+    """The configuration names the dtype of the weights, so that "auto" loads what was written."""
+    said = read_json(config)
+    known = not said.keys().isdisjoint(("model_type", "dtype", "torch_dtype"))
+    if known and said.get("dtype", said.get("torch_dtype")) != dtype:
+        said.pop("torch_dtype", None)
+        config.write_text(json.dumps(said | {"dtype": dtype}, indent=2, sort_keys=True) + "\n")
+
+
 def write_tensors(folder: Path, parts: Mapping[str, Lazy], max_shard_size: str, progress: bool = False) -> None:
     """Stream tensors to safetensors files, in shards with an index where they are larger than one, and their sha256.
 

@@ -99,7 +99,8 @@ def _scaled(x: Tensor, temperature: float, iterations: int) -> Tensor:
 
     K has its maximum 1 in every row and every column, so the first sums lie between 1 / n and n². An entry of K below
     `tiny` is lost; in P it would be below tiny · max u · max v. As long as neither exceeds tiny^(-1/3), that is
-    tiny^(1/3), far less than rounding; before one does, u and v move into the exponents and K is made anew.
+    tiny^(1/3), far less than rounding; before one does, u moves into the exponents and K is made anew.
+    The first iteration of a new K never exceeds it.
     """
     limit = torch.finfo(x.dtype).tiny ** (-1 / 3)
     z = x / temperature
@@ -108,7 +109,7 @@ def _scaled(x: Tensor, temperature: float, iterations: int) -> Tensor:
         z -= z.amax(-2, keepdim=True)
         highest = z.amax(-1, keepdim=True)
         z -= highest  # every column keeps the 0 it had: the row of that 0 had the maximum 0
-        k, u, v = z.exp(), highest.exp(), highest  # where this u is 0, the row was nothing beside a column's maximum
+        k, u = z.exp(), highest.exp()  # where this u is 0, the row was nothing beside any column's maximum
         while left:
             new_v = (k.mT @ u).reciprocal()  # (*batch, n, 1)
             new_u = (k @ new_v).reciprocal()  # (*batch, n, 1)
@@ -117,8 +118,7 @@ def _scaled(x: Tensor, temperature: float, iterations: int) -> Tensor:
             u, v, left = new_u, new_v, left - 1
         if not left:
             return k.mul_(u).mul_(v.mT)
-        z += u.log()
-        z += v.log().mT
+        z += u.log()  # v may be forgotten: columns come first
 
 
 class _Implicit(torch.autograd.Function):
@@ -151,7 +151,7 @@ def _by_conjugate_gradients(p: Tensor, grad: Tensor) -> Tensor:
 
 
 def _by_cholesky(p: Tensor, grad: Tensor) -> Tensor:
-    """The gradient for a stack of matrices, τ apart, in float64: the shift of `_cholesky` is of the size of its eps."""
+    """The gradient for a stack of matrices, τ apart, in float64: `_cholesky` shifts by as much as rounding is."""
     system = _System(p.double(), grad.double())
     return system.gradient(_cholesky(system)).to(p.dtype)
 

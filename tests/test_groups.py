@@ -7,6 +7,7 @@ import torch
 
 from hf_rebasin import registry
 from hf_rebasin.elements import LARGE, polar
+from hf_rebasin.relaxing import Softening
 
 BATCH = (2, 3)
 
@@ -146,6 +147,64 @@ def test_what_has_no_weights_is_left_alone(group, n):
     moments = group.moments(nothing, nothing)
     assert group.balance(moments, moments).is_identity()
     assert group.fit((moments,) * 3, (moments,) * 3).is_identity()
+
+
+def relaxed(group, n, generator, **knobs):
+    """A relaxed element, its latents random."""
+    found = group.relax(BATCH, n, Softening(generator, dtype=torch.float64, **knobs))
+    with torch.no_grad():
+        for latent in (*found.permuting, *found.smooth):
+            latent += 0.2 * torch.randn(latent.shape, generator=generator, dtype=torch.float64)
+        for latent in found.permuting:
+            latent += 2 * latent.detach().roll(1, -1)
+    return found
+
+
+@pytest.mark.parametrize("permuting", ["sinkhorn", "straight_through", "kept"])
+def test_relaxed_elements_begin_at_the_identity(permuting, group, n, x, generator):
+    found = group.relax(BATCH, n, Softening(generator, permuting))
+    assert found.hard().is_identity()
+    if permuting != "sinkhorn":
+        for mark in ("", "'", "~"):
+            torch.testing.assert_close(found.soft().act(x, mark), x)
+
+
+@pytest.mark.parametrize("permuting", ["straight_through", "kept"])
+def test_relaxed_elements_act_as_the_exact_ones(permuting, group, n, x, generator):
+    """Where nothing is doubly stochastic; and what is exact is an element that can be stored."""
+    found = relaxed(group, n, generator, permuting=permuting)
+    hard = group.read(found.hard().tensors(), BATCH, n)
+    for mark in ("", "'", "~"):
+        torch.testing.assert_close(found.soft().act(x, mark), hard.act(x, mark))
+
+
+def test_gradients_of_relaxed_elements(group, n, x, generator):
+    """By finite differences, for every mark; a straight-through element has those of a matrix of free numbers."""
+    found = relaxed(group, n, generator, implicit=False)
+    latents = (*found.permuting, *found.smooth)
+    for mark in ("", "'"):
+        assert torch.autograd.gradcheck(lambda *_, mark=mark: found.soft().act(x, mark), latents, fast_mode=True)
+    for latent in relaxed(group, n, generator, permuting="straight_through").permuting:
+        assert latent.requires_grad
+
+
+def test_gradients_find_what_is_planted(group, n, x, generator):
+    """In every group, from writers and readers; from the identity, which is elsewhere."""
+    g = relaxed(group, n, generator).hard()
+    y = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    found = group.relax(BATCH, n, Softening(generator, dtype=torch.float64))
+    optimizer = torch.optim.Adam([*found.permuting, *found.smooth], lr=0.05)
+
+    def loss(acting):
+        pairs = ((acting.act(z, mark), g.act(z, mark)) for z, mark in ((x, ""), (y, "'")))
+        return sum((a - b).square().sum() for a, b in pairs)
+
+    start = loss(found.hard())
+    for _ in range(400):
+        optimizer.zero_grad()
+        loss(found.soft()).backward()
+        optimizer.step()
+    assert loss(found.hard()) < 0.05 * start
 
 
 def test_what_is_stored_makes_the_element_again(group, n, x, generator):

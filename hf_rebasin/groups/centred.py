@@ -37,7 +37,13 @@ class Element(Matrices):
     def relax(cls, batch: tuple[int, ...], n: int, softening: Softening) -> Relaxed:
         """A rotation of the plane at right angles to the ones-vector."""
         latent, plane = softening.zeros(*batch, n - 1, n - 1), _plane(n).to(softening.device)
-        return relaxed_matrix(cls, (latent,), lambda: plane @ torch.matrix_exp(latent - latent.mT) @ plane.mT + 1 / n)
+        one, still = (torch.eye(m, dtype=torch.float64, device=softening.device) for m in (n, n - 1))
+
+        def matrix() -> Tensor:
+            """Exactly I for no turn."""
+            return one + plane @ (torch.matrix_exp(latent - latent.mT) - still) @ plane.mT
+
+        return relaxed_matrix(cls, (latent,), matrix)
 
     @classmethod
     def refuse(cls, matrix: Tensor) -> None:

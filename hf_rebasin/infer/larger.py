@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..axes import DIAGONAL, READER
-from .linear import CENTRED, Normed, Reading
+from .linear import Reading
+from .norms import CENTRED, Normed
 from .record import Seen
 from .sides import Place
 from .tracing import Traced
@@ -43,14 +44,14 @@ def larger(traced: Traced, atoms: Iterable[Atom], contexts: Mapping[Atom, list[A
     search = _Search(traced, key_of)
     outer = {context for atom in atoms for context in contexts[atom]}
     open_ = [a for a in atoms if a.pin is None and a not in outer and a not in search.sides.bent]
-    normed = {norm.atom for norm in search.reading.norms}
+    normed = {norm.atom for norm in search.reading.norms.found}
     for atom in open_:
         if atom in normed and not contexts[atom]:
             search.stream(atom)
     for row, there in search.reading.rows:  # from here on a table is one tensor, whatever is done with it
         search.sides.link(row, there)
     for atom in open_:
-        if atom not in normed | search.reading.squared:
+        if atom not in normed | search.reading.norms.squared:
             search.invertible(atom)
     return search.found
 
@@ -87,11 +88,12 @@ class _Search:
 
     def stream(self, atom: Atom) -> None:
         """What is written is added up and read by norms alone; what these give is read by weights alone."""
-        norms = [norm for norm in self.reading.norms if norm.atom is atom]
+        norms = [norm for norm in self.reading.norms.found if norm.atom is atom]
         kinds = {norm.kind for norm in norms}
         readers = self._readers(atom, norms)
         marks = self._stream_marks(atom, norms)
-        if readers is None or marks is None or len(kinds) > 1 or (CENTRED in kinds and atom in self.reading.squared):
+        squared = CENTRED in kinds and atom in self.reading.norms.squared
+        if readers is None or marks is None or len(kinds) > 1 or squared:
             return
         self.found.kinds[atom] = kinds.pop()
         self.found.marks |= marks

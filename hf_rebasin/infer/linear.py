@@ -1,4 +1,4 @@
-"""A second reading of the operations: which of them are linear, along which axes, and which are norms.
+"""A second reading of the operations: which of them are linear, along which axes.
 
 Every operation has been read once, for the axes that it moves together. Now that all axes are known, it is asked for
 more: whether a matrix might act where so far a permutation does. What is not said here to be linear bends all it
@@ -12,24 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from .norms import Norms
 from .record import Seen, Step
 from .sides import Place, Sides
 from .unification import Atom
 
-ORTHOGONAL, CENTRED = "orthogonal", "centred"
 Terms: TypeAlias = list[tuple[Seen, str]]
-
-
-@dataclass(frozen=True)
-class Normed:
-    """One norm of one axis: what it reads, what it gives, and the parameters in it."""
-
-    kind: str
-    atom: Atom
-    before: Place
-    after: Place
-    affine: tuple[Place, ...]  # of its gain, and of its bias if it has one
-    parameters: tuple[int, ...]  # their ids
 
 
 @dataclass(frozen=True)
@@ -47,14 +35,13 @@ class Reading:
     """What the operations say."""
 
     sides: Sides = field(default_factory=Sides)
-    norms: list[Normed] = field(default_factory=list)
+    norms: Norms = field(init=False)
     contracted: dict[Atom, list[Contracted]] = field(default_factory=dict)
     rows: list[tuple[Place, Place]] = field(default_factory=list)  # of a parameter, of its rows found by number
-    squared: set[Atom] = field(default_factory=set)
-    squares: set[int] = field(default_factory=set)  # tensors that are squares of others
-    lengths: set[int] = field(default_factory=set)  # means of squares along the last axis, and what is made of them
-    normalised: set[int] = field(default_factory=set)  # what was divided by such a length
     scaled: set[int] = field(default_factory=set)  # what was multiplied by a number, and what is made of it alone
+
+    def __post_init__(self) -> None:
+        self.norms = Norms(self.sides)
 
     def read(self, step: Step) -> None:
         name = step.name if step.name in READERS else step.name.removesuffix("_")
@@ -63,14 +50,14 @@ class Reading:
             reader = _bent  # its axes are others now
         for one in (*step.seen, *step.outs):
             self.sides.collapsed(one)
-            if one.tensor in self.squares and reader not in (_reduced, _copied):
+            if one.tensor in self.norms.squares and reader not in (_reduced, _copied):
                 self.sides.bend(one)
         reader(self, step)
         if len(step.seen) == 1 and (name in ("mul", "div") or step.seen[0].tensor in self.scaled):
             self.scaled |= {out.tensor for out in step.outs}
         alone = len(step.seen) == len(step.outs) == 1 and step.out.shape == step.seen[0].shape
-        if alone and step.seen[0].tensor in self.lengths:
-            self.lengths.add(step.out.tensor)
+        if alone and step.seen[0].tensor in self.norms.lengths:
+            self.norms.lengths.add(step.out.tensor)
 
     def broadcast(self, step: Step, terms: Sequence[Seen], product: bool) -> None:
         """A sum or a product: linear along an axis that all terms of a sum have, or exactly one factor."""
@@ -135,7 +122,7 @@ def _copied(reading: Reading, step: Step) -> None:
     x, out = step.seen[0], step.out
     if not out.floating:
         return _bent(reading, step)
-    for kept in (reading.squares, reading.normalised):
+    for kept in (reading.norms.squares, reading.norms.normalised):
         if x.tensor in kept:
             kept.add(out.tensor)
     for d in range(len(x.shape)):
@@ -161,12 +148,12 @@ def _multiplied(reading: Reading, step: Step) -> None:
     factors = step.seen
     if len({t.tensor for t in factors}) < len(factors):
         return _squared(reading, step)
-    normalised = any(t.tensor in reading.normalised for t in factors)
-    if normalised and len(factors) == 2 and _gained(reading, step, *sorted(factors, key=lambda t: len(t.shape))):
+    normalised = any(t.tensor in reading.norms.normalised for t in factors)
+    if normalised and len(factors) == 2 and reading.norms.gained(step, *sorted(factors, key=lambda t: len(t.shape))):
         return None
     reading.broadcast(step, factors, product=True)
-    if any(t.tensor in reading.lengths for t in factors) or (normalised and len(factors) == 1):
-        reading.normalised.add(step.out.tensor)
+    if any(t.tensor in reading.norms.lengths for t in factors) or (normalised and len(factors) == 1):
+        reading.norms.normalised.add(step.out.tensor)
     return None
 
 
@@ -177,8 +164,8 @@ def _divided(reading: Reading, step: Step) -> None:
         return _bent(reading, step)
     for by in step.seen[1:]:
         reading.sides.bend(by)
-        if by.tensor in reading.lengths:
-            reading.normalised.add(step.out.tensor)
+        if by.tensor in reading.norms.lengths:
+            reading.norms.normalised.add(step.out.tensor)
     return reading.broadcast(step, step.seen, product=True)
 
 
@@ -193,15 +180,8 @@ def _zeros(reading: Reading, step: Step) -> None:
 @reads("square pow")
 def _squared(reading: Reading, step: Step) -> None:
     """Σ x² is what an orthogonal matrix keeps: nothing else may be made of squares."""
-    x, last = step.seen[0], len(step.out.shape) - 1
-    alone = x.stack is None and last >= 0 and len(reading.sides.leaves(x.axis(None, last))) == 1
-    if not alone or step.out.tensor == x.tensor or step.arguments.get("exponent", 2) != 2:
-        return _bent(reading, step)
-    reading.sides.bend(x, range(last))
-    reading.sides.bend(step.out, range(last))
-    reading.squared.update(reading.sides.leaves(x.axis(None, last)))
-    reading.squares.add(step.out.tensor)
-    return None
+    if not reading.norms.square(step):
+        _bent(reading, step)
 
 
 @reads("mean sum")
@@ -211,10 +191,10 @@ def _reduced(reading: Reading, step: Step) -> None:
     dims = step["dim"]
     dims = range(n) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     gone = {d % n for d in dims if n}
-    if x.tensor in reading.squares and gone == {n - 1}:
-        reading.lengths.add(out.tensor)
+    if x.tensor in reading.norms.squares and gone == {n - 1}:
+        reading.norms.lengths.add(out.tensor)
     else:
-        reading.sides.bend(x, range(n) if x.tensor in reading.squares else sorted(gone))
+        reading.sides.bend(x, range(n) if x.tensor in reading.norms.squares else sorted(gone))
     kept = [d for d in range(n) if step["keepdim"] or d not in gone]
     for e, d in enumerate(kept):
         if d not in gone:
@@ -223,38 +203,8 @@ def _reduced(reading: Reading, step: Step) -> None:
 
 @reads("native_layer_norm _fused_rms_norm")
 def _layer_norm(reading: Reading, step: Step) -> None:
-    x, kind = step["input"], ORTHOGONAL if "rms" in step.name else CENTRED
-    gain = step["weight"]
-    if gain is None or len(step["normalized_shape"]) > 1 or not _normed(reading, step, kind, x, gain, step["bias"]):
-        return _bent(reading, step)
-    others = range(len(x.shape) - 1)
-    reading.sides.bend(x, others)
-    return reading.sides.bend(step.out, others)
-
-
-def _gained(reading: Reading, step: Step, gain: Seen, x: Seen) -> bool:
-    """Whether this is a normalised tensor times the gain of its norm."""
-    if x.tensor not in reading.normalised or not _normed(reading, step, ORTHOGONAL, x, gain, None):
-        return False
-    for d in range(len(x.shape) - 1):
-        reading.sides.same(x, d, step.out, d)
-    return True
-
-
-def _normed(reading: Reading, step: Step, kind: str, x: Seen, gain: Seen, bias: Seen | None) -> bool:
-    """Note a norm along the last axis, if it can be named: by its gain, a parameter with that axis alone."""
-    affine = [gain] if bias is None else [gain, bias]
-    if x.stack is not None or any(t.origin is None or len(t.shape) != 1 or not t.has(0) for t in affine):
-        return False
-    ends = [reading.sides.at(t, len(t.shape) - 1) for t in (x, step.out, *affine)]
-    if len(reading.sides.leaves(x.axis(None, len(x.shape) - 1))) != 1 or len(ends[0]) != 1:
-        return False
-    if any([atom for atom, _ in end] != [atom for atom, _ in ends[0]] for end in ends):
-        return False
-    atom, places = ends[0][0][0], [end[0][1] for end in ends]
-    origins = tuple(t.origin for t in affine if t.origin is not None)
-    reading.norms.append(Normed(kind, atom, places[0], places[1], tuple(places[2:]), origins))
-    return True
+    if not reading.norms.fused(step):
+        _bent(reading, step)
 
 
 # --- contractions ----------------------------------------------------------------------------------------------------

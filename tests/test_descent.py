@@ -1,0 +1,226 @@
+"""Alignment by gradients: costs on weights and on data, over groups and families."""
+
+import sys
+
+import pytest
+import torch
+from conftest import FIRST, TINY, other_seed, same_tensors
+from torch import nn
+
+from hf_rebasin import Alignment, Checkpoint, Status, Table, align, infer_spec, merge
+from hf_rebasin.errors import CheckpointError, OptionError
+from hf_rebasin.inputs import example_inputs, outputs_in, run
+from hf_rebasin.modules import merged
+
+TABLE = Table(
+    {
+        "0.weight": "h.0, _",
+        "0.bias": "h.0",
+        "2.weight": "h.1, h.0'",
+        "2.bias": "h.1",
+        "4.weight": "_, h.1'",
+        "4.bias": "_",
+    },
+    {"h.*": "permutation"},
+)
+
+
+def mlp(seed, width=10):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1))
+
+
+def squares(module, batch):
+    """A loss for any module: the mean square of what it gives."""
+    return torch.stack(
+        [x.double().square().mean() for x in outputs_in(run(module, batch)) if x.is_floating_point()]
+    ).mean()
+
+
+def inputs_of(model):
+    inputs = example_inputs(model.config, torch.Generator().manual_seed(0))
+    return {k: x.to(model.dtype) if x.is_floating_point() else x for k, x in inputs.items()}
+
+
+@pytest.mark.parametrize("solver", ["sinkhorn", "straight_through"])
+@pytest.mark.parametrize("cost", ["l2", "l1", "cosine"])
+def test_planted_permutations_come_back_from_the_identity(solver, cost):
+    a = mlp(0)
+    b = Alignment.random(infer_spec(a, torch.zeros(1, 2)), torch.Generator().manual_seed(1)).apply(a)
+    knobs = {"solver": solver, "spec": TABLE, "start": "identity", "check_every": 1}
+    solution = align(a, b, cost=cost, **knobs)
+    assert solution.status is Status.EQUAL
+    assert same_tensors(solution.apply(b), a)
+    assert align(a, mlp(1), cost=cost, steps=2, **knobs).status is not Status.EQUAL
+
+
+@pytest.mark.parametrize("family", FIRST)
+def test_the_loss_that_was_found_is_that_of_the_merge(family):
+    """Over all groups: the models that a descent computes with, and the merged checkpoint, are the same function."""
+    model = TINY[FIRST[family]]
+    other, batch = other_seed(model), inputs_of(model)
+    try:
+        Checkpoint.open(model).computing()
+    except CheckpointError as error:
+        pytest.skip(str(error))
+    solution = align(
+        model, other, solver="learned", data=[batch], loss=squares, steps=4, check_every=1, checks=1, smooth_lr=1e-2
+    )
+    halfway = merge([solution.apply(other), model]).model(torch.float64)
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in halfway.modules()):
+        for module in halfway.modules():  # as the descent does
+            module.training = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    with torch.no_grad():
+        assert squares(halfway, batch).item() == pytest.approx(-solution.objective, rel=2e-5)
+    if solution.status is Status.IDENTITY:  # only permutations, which `learned` keeps, and none that help
+        assert not solution.alignment.moved
+    else:
+        assert solution.objective >= max(solution.history[:2])
+        assert solution.history[0] != pytest.approx(solution.objective, rel=1e-3)
+
+
+def test_the_loss_at_the_identity_is_that_of_the_plain_average():
+    a, b = mlp(0), mlp(1)
+    x = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
+
+    def loss(module, batch):
+        return (module(batch) - 1).square().mean()
+
+    solution = align(a, b, solver="sinkhorn", spec=TABLE, data=[x], loss=loss, cost="mid", steps=1)
+    assert solution.history[0] == pytest.approx(-loss(merged([a, b], "linear"), x).item(), rel=1e-5)
+    between = align(a, b, solver="sinkhorn", spec=TABLE, data=[x], loss=loss, cost="rnd", interval=(0.2, 0.2), steps=1)
+    assert between.history[0] == pytest.approx(-loss(merged([a, b], "lerp", t=0.2), x).item(), rel=1e-5)
+    assert between.history[0] != pytest.approx(solution.history[0], rel=1e-5)
+
+
+def test_the_costs_of_weights_are_what_they_are_called():
+    a, b = mlp(0), mlp(1)
+    flat = [
+        torch.cat([p.detach().double().flatten() for n, p in m.named_parameters() if n != "4.bias"]) for m in (a, b)
+    ]
+    x, y = flat
+    expected = {
+        "l2": (x * y).sum(),
+        "l1": -(x - y).abs().sum(),
+        "cosine": (x * y).sum() / (x.norm() * y.norm()) - 1,
+    }
+    for cost, value in expected.items():
+        history = align(a, b, solver="sinkhorn", spec=TABLE, cost=cost, steps=1).history
+        assert history[0] == pytest.approx(value.item(), rel=1e-5)
+
+
+def test_the_users_models_are_not_touched():
+    a, b = mlp(0).train(), mlp(1).train()
+    a[2].weight.requires_grad_(False)
+    before = [{k: t.clone() for k, t in m.state_dict().items()} for m in (a, b)]
+    flags = [[p.requires_grad for p in m.parameters()] for m in (a, b)]
+
+    def loss(module, batch):
+        assert all(p is not q for p in module.parameters() for q in (*a.parameters(), *b.parameters()))
+        return module(batch).square().mean()
+
+    align(a, b, solver="sinkhorn", spec=TABLE, data=[torch.ones(3, 2)], loss=loss, steps=2, check_every=1)
+    assert [[p.requires_grad for p in m.parameters()] for m in (a, b)] == flags
+    assert all(m.training and all(p.grad is None for p in m.parameters()) for m in (a, b))
+    assert all(
+        torch.equal(t, old[k]) for m, old in zip((a, b), before, strict=True) for k, t in m.state_dict().items()
+    )
+
+
+@pytest.mark.parametrize("solver", ["sinkhorn", "straight_through", "learned"])
+def test_no_result_is_worse_than_its_start(solver, bert):
+    """A learning rate that ruins everything."""
+    other, batch = other_seed(bert), inputs_of(bert)
+    knobs = {"solver": solver, "data": [batch], "loss": squares, "steps": 3, "check_every": 1, "checks": 1}
+    wild = align(bert, other, lr=50.0, smooth_lr=50.0, **knobs)
+    assert wild.objective >= max(wild.history[:2])
+    assert wild.status in (Status.STEP_LIMIT, Status.IDENTITY)
+
+
+def test_patience_and_the_step_limit():
+    a, b = mlp(0), mlp(1)
+    knobs = {"solver": "sinkhorn", "spec": TABLE, "lr": 1e-9, "check_every": 1}
+    settled = align(a, b, patience=3, steps=50, **knobs)
+    assert settled.status is Status.SETTLED
+    assert len(settled.history) == 2 + 3
+    assert align(a, b, patience=3, steps=2, **knobs).status is Status.STEP_LIMIT
+
+
+def test_gradients_of_both_kinds_find_the_same():
+    a = mlp(0)
+    b = Alignment.random(infer_spec(a, torch.zeros(1, 2)), torch.Generator().manual_seed(1)).apply(a)
+    found = [
+        align(a, b, solver="sinkhorn", spec=TABLE, start="identity", check_every=1, implicit=implicit)
+        for implicit in (True, False)
+    ]
+    assert found[0].history == pytest.approx(found[1].history)
+    assert len(found[0].history) < 60
+
+
+def test_a_model_says_its_own_loss(bert):
+    batch = inputs_of(bert)
+    labelled = {**batch, "labels": batch["input_ids"]}
+    solution = align(bert, other_seed(bert), solver="learned", data=[labelled], steps=1)
+    assert solution.objective >= solution.history[0]
+    with pytest.raises(OptionError, match="gives no loss for these batches; put labels in them, or give loss="):
+        align(bert, other_seed(bert), solver="learned", data=[batch], steps=1)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"cost": "mid"}, "the cost 'mid' is a loss on data, and there are none"),
+        ({"loss": squares}, "a loss, but no data for it"),
+        ({"data": iter([])}, "data is a list_iterator, which can be read once"),
+        ({"data": [], "loss": squares}, "the data gave no batch"),
+        ({"data": [torch.ones(3, 2)], "loss": lambda module, batch: module(batch)}, r"a tensor of shape \(3, 1\)"),
+        ({"data": [torch.ones(3, 2)], "loss": lambda module, batch: 1.0}, "the loss gave float"),
+        ({"steps": 0}, "steps = 0; give 1 or more"),
+        ({"interval": (0.5, 0.1)}, "interval = "),
+        ({"both_ends": True}, "both_ends needs permuting='kept'"),
+        ({"cost": "l3"}, "cost: 'l3' does not fit"),
+        ({"temperature": 0.0}, "temperature"),
+    ],
+)
+def test_what_cannot_be_is_said(knobs, message):
+    with pytest.raises(OptionError, match=message):
+        align(mlp(0), mlp(1), solver="sinkhorn", spec=TABLE, **knobs)
+
+
+def test_weight_matching_takes_no_data():
+    with pytest.raises(OptionError, match="looks at weights alone, and takes no data"):
+        align(mlp(0), mlp(1), spec=TABLE, data=[torch.ones(3, 2)])
+
+
+SCRIPT = """
+import sys, torch
+from accelerate import Accelerator
+sys.path.insert(0, sys.argv[2])
+from test_descent import TABLE, mlp
+from hf_rebasin import align
+accelerator = Accelerator(cpu=True)
+data = [torch.randn(8, 2, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+def loss(module, batch):
+    return (module(batch) - batch.sum(1, keepdim=True)).square().mean()
+for solver in ("sinkhorn", "learned"):
+    table = TABLE if solver == "sinkhorn" else TABLE.__class__(TABLE.rows, {"h.*": "scaled"})
+    chosen = align(mlp(0), mlp(1), spec=table, solver=solver, data=data, loss=loss, steps=6, check_every=2, checks=2,
+                   cost="mid")
+    chosen.alignment.save(f"{sys.argv[1]}/{solver}-{accelerator.num_processes}-{accelerator.process_index}")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_agree(tmp_path):
+    """Each takes half of the batches, and both come to the same alignment."""
+    import subprocess
+    from pathlib import Path
+
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines=1", "--mixed_precision=no"]
+    launch += ["--dynamo_backend=no", "--num_processes=2", "--multi_gpu"]
+    subprocess.run([*launch, str(script), str(tmp_path), str(Path(__file__).parent)], check=True)
+    for solver in ("sinkhorn", "learned"):
+        first, second = ((tmp_path / f"{solver}-2-{rank}").read_bytes() for rank in (0, 1))
+        assert first == second
