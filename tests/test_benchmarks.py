@@ -80,3 +80,32 @@ def test_incremental_learning_of_three_rotations(tmp_path):
     assert results["joint"]["accuracy"] > 0.8
     assert done.stdout.strip() in (tmp_path / "incremental.md").read_text()
     assert (tmp_path / "incremental.png").stat().st_size > 10_000
+
+
+def sinkhorn_rebasin(out, *arguments):
+    script = ROOT / "scripts" / "benchmark_sinkhorn_rebasin.py"
+    command = [sys.executable, script, *map(str, arguments), "--out", out]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("|")]
+
+
+def test_sinkhorn_rebasin_recovers_planted_permutations(tmp_path):
+    """Every pair within 300 steps, as in the paper."""
+    header, _, *rows = sinkhorn_rebasin(tmp_path, "planted", "--pairs", 3)
+    assert len(rows) == 9
+    for row in rows:
+        cells = dict(zip(header, row, strict=True))
+        assert (cells["exact in 300"], cells["L1"]) == ("100%", "0.00"), row
+
+
+def test_sinkhorn_rebasin_between_networks_trained_apart(tmp_path):
+    """Barriers of the MLP alone, few steps; and the test bed at the values it is held to."""
+    header, _, *rows = sinkhorn_rebasin(tmp_path, "barriers", "--kinds", "mlp64", "--steps", 20)
+    assert [row[0] for row in rows][:2] == ["plain", "weight matching"]
+    assert all(len(row) == len(header) for row in rows)
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    header, _, *rows = sinkhorn_rebasin(tmp_path, "testbed")
+    assert len(rows) == 6
+    for row in rows:
+        cells = dict(zip(header, row, strict=True))
+        assert float(cells["Sinkhorn Mid"]) <= float(cells["target"]), row
