@@ -83,8 +83,8 @@ class Descent:
     weight_decay: float | None = None
     interval: tuple[float, float] = (0.0, 1.0)
     check_every: int = 10
-    checks: int = 4
-    patience: int = 10
+    checks: int = 8
+    patience: int = 30
     both_ends: bool = False
     permuting: Permuting = "sinkhorn"
     temperature: float = 1.0

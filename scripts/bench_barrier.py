@@ -100,8 +100,13 @@ def rotation_alone(fixed: Path, moving: Path) -> Moved:
     return rotation_of(solution).apply(moving), seconds
 
 
-def sinkhorn(fixed: Path, moving: Path) -> Moved:
-    """Permutations through doubly stochastic matrices."""
+def sinkhorn_mid(fixed: Path, moving: Path) -> Moved:
+    """Permutations through doubly stochastic matrices, by the loss halfway."""
+    return descended(fixed, moving, "sinkhorn", "permutation", "mid")
+
+
+def sinkhorn_rnd(fixed: Path, moving: Path) -> Moved:
+    """The same, by the loss at random places."""
     return descended(fixed, moving, "sinkhorn", "permutation", "rnd")
 
 
@@ -122,7 +127,8 @@ METHODS = {
     "full, 4 starts": Method(full_of_four, "#cc79a7"),
     "full": Method(full, "#0072b2"),
     "straight-through": Method(straight_through, "#f0e442", ("mlp64", "mlp512", "resnet")),
-    "sinkhorn": Method(sinkhorn, "#56b4e9", ("mlp64", "mlp512", "resnet")),
+    "sinkhorn, mid": Method(sinkhorn_mid, "#56b4e9", ("mlp64", "mlp512", "resnet")),
+    "sinkhorn, rnd": Method(sinkhorn_rnd, "#000000", ("mlp64", "mlp512", "resnet")),
     "learned": Method(learned, "#e69f00", ("vit", "gpt2", "llama", "bert"), steps=Learned().steps),
 }
 
@@ -413,7 +419,8 @@ def main() -> None:
 
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    start, results, after, report = time.perf_counter(), [], [], []
+    start, results, report = time.perf_counter(), [], []
+    after: list[Result] = []
     for kind in kinds:
         for seed in range(SEEDS):
             if not (folder / f"{kind}-{seed}").exists():
