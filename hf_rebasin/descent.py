@@ -49,7 +49,8 @@ class Descent:
 
     Args:
         cost: "l2", "l1" or "cosine" of the weights; with data, "mid" for the loss halfway between the models or "rnd"
-            for the loss at a random place of `interval`. By default "mid" with data, "l2" without. "l1" is descended
+            for the loss at a random place of `interval`. By default "mid" with data ("rnd" for `learned`), "l2"
+            without. "l1" is descended
             as a mean, as in the paper, whose `lr` of 10 belongs to that: its gradients lie below the eps of AdamW.
         start: the solver whose alignment is improved, or "identity"; no result is worse than it.
         steps: of the optimizer, at most.
@@ -93,6 +94,7 @@ class Descent:
     noise: float = 0.0
 
     TAKES_DATA: ClassVar[bool] = True
+    ON_DATA: ClassVar[Cost] = "mid"  # the cost where none is said
 
     def __post_init__(self) -> None:
         for name in ("steps", "check_every", "checks", "patience"):
@@ -109,7 +111,7 @@ class Descent:
             raise OptionError("both_ends needs permuting='kept': only what is no permutation can move at both ends")
 
     def solve(self, problem: Problem) -> Solution:
-        cost = self.cost or ("l2" if problem.forward is None else "mid")
+        cost = self.cost or ("l2" if problem.forward is None else self.ON_DATA)
         if cost not in OF_WEIGHTS and problem.forward is None:
             raise OptionError(f"the cost {cost!r} is a loss on data, and there are none; give data, or one of l2, l1")
         clock = Clock()

@@ -117,7 +117,7 @@ def straight_through(fixed: Path, moving: Path) -> Moved:
 
 def learned(fixed: Path, moving: Path) -> Moved:
     """Rotations, bases and scales, from the full alignment."""
-    return descended(fixed, moving, "learned", "full", "mid")
+    return descended(fixed, moving, "learned", "full", "rnd")
 
 
 METHODS = {
