@@ -50,8 +50,8 @@ class Descent:
     Args:
         cost: "l2", "l1" or "cosine" of the weights; with data, "mid" for the loss halfway between the models or "rnd"
             for the loss at a random place of `interval`. By default "mid" with data ("rnd" for `learned`), "l2"
-            without. "l1" is descended
-            as a mean, as in the paper, whose `lr` of 10 belongs to that: its gradients lie below the eps of AdamW.
+            without. "l1" is descended as a mean, as in the paper, whose `lr` of 10 belongs to that: its gradients lie
+            below the eps of AdamW.
         start: the solver whose alignment is improved, or "identity"; no result is worse than it.
         steps: of the optimizer, at most.
         lr: learning rate of what permutes.
