@@ -49,13 +49,18 @@ class Descent:
 
     Args:
         cost: "l2", "l1" or "cosine" of the weights; with data, "mid" for the loss halfway between the models or "rnd"
-            for the loss at a random place of `interval`. By default "mid" with data, "l2" without.
+            for the loss at a random place of `interval`. By default "mid" with data ("rnd" for `learned`), "l2"
+            without. "l1" is descended as a mean, as in the paper, whose `lr` of 10 belongs to that: its gradients lie
+            below the eps of AdamW.
         start: the solver whose alignment is improved, or "identity"; no result is worse than it.
         steps: of the optimizer, at most.
         lr: learning rate of what permutes.
         smooth_lr: learning rate of rotations, bases and scales.
         optimizer: "adamw", "adam" or "sgd".
         schedule: of both learning rates: "constant", or "cosine" down to 0.
+        weight_decay: of what permutes, by "adamw": it keeps latent entries within about 1 / weight_decay. Otherwise
+            what was mistaken early becomes so hard that no gradient is left to mend it. By default 0.1; 0.1 / lr where
+            a step would take more than a tenth.
         interval: the λ of "rnd" are uniform between its ends.
         check_every: after as many steps the nearest exact alignment is measured.
         checks: on as many batches, the first of the data.
@@ -76,10 +81,11 @@ class Descent:
     smooth_lr: float = 3e-3
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     schedule: Literal["constant", "cosine"] = "constant"
+    weight_decay: float | None = None
     interval: tuple[float, float] = (0.0, 1.0)
     check_every: int = 10
-    checks: int = 4
-    patience: int = 10
+    checks: int = 8
+    patience: int = 30
     both_ends: bool = False
     permuting: Permuting = "sinkhorn"
     temperature: float = 1.0
@@ -88,6 +94,7 @@ class Descent:
     noise: float = 0.0
 
     TAKES_DATA: ClassVar[bool] = True
+    ON_DATA: ClassVar[Cost] = "mid"  # the cost where none is said
 
     def __post_init__(self) -> None:
         for name in ("steps", "check_every", "checks", "patience"):
@@ -95,6 +102,8 @@ class Descent:
                 raise OptionError(f"{name} = {getattr(self, name)}; give 1 or more")
         if self.start != "identity":
             registry.find("solvers", self.start)
+        if self.weight_decay is not None and not self.weight_decay >= 0:
+            raise OptionError(f"weight_decay = {self.weight_decay}; give 0 or more")
         low, high = self.interval
         if not 0 <= low <= high <= 1:
             raise OptionError(f"interval = {self.interval}; give two places between 0 and 1, the lower one first")
@@ -102,7 +111,7 @@ class Descent:
             raise OptionError("both_ends needs permuting='kept': only what is no permutation can move at both ends")
 
     def solve(self, problem: Problem) -> Solution:
-        cost = self.cost or ("l2" if problem.forward is None else "mid")
+        cost = self.cost or ("l2" if problem.forward is None else self.ON_DATA)
         if cost not in OF_WEIGHTS and problem.forward is None:
             raise OptionError(f"the cost {cost!r} is a loss on data, and there are none; give data, or one of l2, l1")
         clock = Clock()
@@ -129,6 +138,7 @@ class _Descending:
             self.fixed = self._linear(problem.fixed)
             self.moved = start.alignment.on(self.spec, problem.moving)
             self.pairs = self._paired(self._linear(self.moved))
+            self.count = sum(a.numel() for _, a, _ in self.pairs)
             self.sizes = [
                 sum(self._size(tensor, a) for tensor, a, _ in self.pairs),
                 sum(self._size(tensor, b) for tensor, _, b in self.pairs),
@@ -196,7 +206,11 @@ class _Descending:
         knobs, waited = self.knobs, 0
         permuting = [latent for end in self.ends for latent in end.permuting]
         smooth = [latent for end in self.ends for latent in end.smooth]
-        groups = [{"params": permuting, "lr": knobs.lr}, {"params": smooth, "lr": knobs.smooth_lr}]
+        decay = 0.1 / max(knobs.lr, 1) if knobs.weight_decay is None else knobs.weight_decay
+        groups = [
+            {"params": permuting, "lr": knobs.lr, "weight_decay": decay if knobs.optimizer == "adamw" else 0.0},
+            {"params": smooth, "lr": knobs.smooth_lr, "weight_decay": 0.0},  # 0 is no better a basis than others
+        ]
         optimizer = OPTIMIZERS[knobs.optimizer]([group for group in groups if group["params"]])
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, SCHEDULES[knobs.schedule](knobs.steps))
         quiet = None if self.problem.progress else True
@@ -259,7 +273,8 @@ class _Descending:
     def _value(self, elements: Sequence[Mapping[str, Acting]]) -> Tensor:
         """The cost of relaxed elements, on the next batch."""
         if self.cost in OF_WEIGHTS:
-            return self._of_weights(elements, self.pairs)
+            value = self._of_weights(elements, self.pairs)
+            return value / self.count if self.cost == "l1" else value
         low, high = self.knobs.interval
         t = 0.5
         if self.cost == "rnd":
@@ -306,7 +321,7 @@ class _Between:
             if isinstance(norm, _BatchNorm):  # statistics of one model mean nothing for another
                 norm.train()
         self.buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
-        self.costed, self.device = _Costed(module, forward.loss), device
+        self.costed, self.device = Costed(module, forward.loss), device
 
     def __call__(self, state: Mapping[str, Tensor], batch: Any) -> Tensor:
         from accelerate.utils import send_to_device
@@ -316,19 +331,22 @@ class _Between:
             value = state[key]
             tensors[f"module.{name}"] = value.detach().clone() if name in self.buffers else value
         batch = send_to_device(batch, self.device) if self.device is not None else batch
-        value = torch.func.functional_call(self.costed, tensors, (batch,))
-        if not isinstance(value, Tensor) or value.dim():
-            raise OptionError(f"the loss gave {_said(value)}; it has to return one number as a tensor")
-        return value
+        cost: Tensor = torch.func.functional_call(self.costed, tensors, (batch,))
+        return cost
 
 
-class _Costed(nn.Module):
+class Costed(nn.Module):
+    """(module, batch) → loss as a module of its own, for `torch.func.functional_call`; keys are `module.` + key."""
+
     def __init__(self, module: nn.Module, loss: Callable[[nn.Module, Any], Tensor]):
         super().__init__()
         self.module, self.loss = module, loss
 
     def forward(self, batch: Any) -> Tensor:
-        return self.loss(self.module, batch)
+        value = self.loss(self.module, batch)
+        if not isinstance(value, Tensor) or value.dim():
+            raise OptionError(f"the loss gave {_said(value)}; it has to return one number as a tensor")
+        return value
 
 
 def _said(value: Any) -> str:

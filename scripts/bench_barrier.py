@@ -100,14 +100,24 @@ def rotation_alone(fixed: Path, moving: Path) -> Moved:
     return rotation_of(solution).apply(moving), seconds
 
 
-def sinkhorn(fixed: Path, moving: Path) -> Moved:
-    """Permutations, and scales of an MLP, through doubly stochastic matrices."""
-    return descended(fixed, moving, "sinkhorn")
+def sinkhorn_mid(fixed: Path, moving: Path) -> Moved:
+    """Permutations through doubly stochastic matrices, by the loss halfway."""
+    return descended(fixed, moving, "sinkhorn", "permutation", "mid")
+
+
+def sinkhorn_rnd(fixed: Path, moving: Path) -> Moved:
+    """The same, by the loss at random places."""
+    return descended(fixed, moving, "sinkhorn", "permutation", "rnd")
+
+
+def straight_through(fixed: Path, moving: Path) -> Moved:
+    """Permutations, by the gradient of their matrices as if these were free."""
+    return descended(fixed, moving, "straight_through", "permutation", "mid")
 
 
 def learned(fixed: Path, moving: Path) -> Moved:
     """Rotations, bases and scales, from the full alignment."""
-    return descended(fixed, moving, "learned")
+    return descended(fixed, moving, "learned", "full", "rnd")
 
 
 METHODS = {
@@ -116,7 +126,9 @@ METHODS = {
     "rotation alone": Method(rotation_alone, "#009e73", ("llama",)),
     "full, 4 starts": Method(full_of_four, "#cc79a7"),
     "full": Method(full, "#0072b2"),
-    "sinkhorn": Method(sinkhorn, "#56b4e9", ("mlp64", "mlp512", "resnet")),
+    "straight-through": Method(straight_through, "#f0e442", ("mlp64", "mlp512", "resnet")),
+    "sinkhorn, mid": Method(sinkhorn_mid, "#56b4e9", ("mlp64", "mlp512", "resnet")),
+    "sinkhorn, rnd": Method(sinkhorn_rnd, "#000000", ("mlp64", "mlp512", "resnet")),
     "learned": Method(learned, "#e69f00", ("vit", "gpt2", "llama", "bert"), steps=Learned().steps),
 }
 
@@ -129,11 +141,12 @@ def aligned(fixed: Path, moving: Path, groups: str, starts: int = 2) -> tuple[So
 
 
 @cache
-def descended(fixed: Path, moving: Path, solver: str) -> Moved:
-    """By gradients of the loss halfway, on training batches."""
+def descended(fixed: Path, moving: Path, solver: str, groups: str, cost: str) -> Moved:
+    """By gradients of the loss in between, on training batches."""
     kind, spec = fixed.name.rpartition("-")[0], mlp_table(moving)
     start = time.perf_counter()
-    solution = align(testbed.load(kind, fixed), moving, solver=solver, spec=spec, data=training(kind, BATCHES))
+    data = training(kind, BATCHES)
+    solution = align(testbed.load(kind, fixed), moving, solver=solver, spec=spec, groups=groups, data=data, cost=cost)
     return solution.apply(Checkpoint.open(moving)), time.perf_counter() - start
 
 
@@ -406,7 +419,8 @@ def main() -> None:
 
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    start, results, after, report = time.perf_counter(), [], [], []
+    start, results, report = time.perf_counter(), [], []
+    after: list[Result] = []
     for kind in kinds:
         for seed in range(SEEDS):
             if not (folder / f"{kind}-{seed}").exists():

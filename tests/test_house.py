@@ -20,7 +20,7 @@ FLOORS = (
     {"showing"},
     {"demo", "coordinate_descent", "interpolation", "rebasin_net", "loss"},
     {"api"},
-    {"comparing", "evaluate", "recalibrate", "recipe", "modules"},
+    {"comparing", "evaluate", "recalibrate", "recipe", "modules", "incremental"},
     {"solvers"},
     {"canonical", "descent"},
     {"checking", "solving", "pairing", "merging"},

@@ -23,8 +23,9 @@ def blocks(language):
 def demo_folder(tmp_path):
     """What the demo leaves, without the training."""
     for seed in range(2):
-        torch.manual_seed(seed)
-        demo.EXPERIMENTS["resnet"].build().eval().save_pretrained(tmp_path / "demo" / "resnet" / f"seed-{seed}")
+        for kind in ("resnet", "vit"):
+            torch.manual_seed(seed)
+            demo.EXPERIMENTS[kind].build().eval().save_pretrained(tmp_path / "demo" / kind / f"seed-{seed}")
     return tmp_path
 
 

@@ -5,19 +5,26 @@ nothing that moving one could not reach, as all groups act linearly, but is foun
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from ..descent import Descent
+from ..descent import Cost, Descent
 from ..relaxing import Permuting
 
 
 @dataclass(frozen=True)
 class Solver(Descent):
-    """Knobs of learned matching: those of `Descent`."""
+    """Knobs of learned matching: those of `Descent`.
+
+    By the loss at random places: halfway alone, what is found is good there and may be bad beside it, where one of the
+    models is much better than the other.
+    """
 
     permuting: Permuting = "kept"
     steps: int = 1000
     smooth_lr: float = 1e-2
     optimizer: Literal["adamw", "adam", "sgd"] = "adam"
     schedule: Literal["constant", "cosine"] = "cosine"
+    interval: tuple[float, float] = (0.2, 0.8)
     both_ends: bool = True
+
+    ON_DATA: ClassVar[Cost] = "rnd"
