@@ -63,18 +63,16 @@ def test_the_loss_that_was_found_is_that_of_the_merge(family):
         Checkpoint.open(model).computing()
     except CheckpointError as error:
         pytest.skip(str(error))
-    solution = align(
-        model, other, solver="learned", data=[batch], loss=squares, steps=4, check_every=1, checks=1, smooth_lr=1e-2
-    )
+    start = "weight_matching" if family in ("gpt2", "llama") else "identity"  # which costs less
+    knobs = {"start": start, "cost": "mid", "steps": 3, "check_every": 1, "checks": 1}
+    solution = align(model, other, solver="learned", data=[batch], loss=squares, **knobs)
     halfway = merge([solution.apply(other), model]).model(torch.float64)
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in halfway.modules()):
         for module in halfway.modules():  # as the descent does
             module.training = isinstance(module, nn.modules.batchnorm._BatchNorm)
     with torch.no_grad():
         assert squares(halfway, batch).item() == pytest.approx(-solution.objective, rel=2e-5)
-    if solution.status is Status.IDENTITY:  # only permutations, which `learned` keeps, and none that help
-        assert not solution.alignment.moved
-    else:
+    if solution.alignment.moved:  # there is more than permutations, which `learned` keeps
         assert solution.objective >= max(solution.history[:2])
         assert solution.history[0] != pytest.approx(solution.objective, rel=1e-3)
 
