@@ -5,8 +5,7 @@ where to look alike: at the outputs of linear maps, convolutions and embeddings 
 of norms for a stream that norms stand on. Only sums and cross-products are kept, in float64.
 
 Units that are permuted are compared by correlation, as in Git Re-Basin (Ainsworth et al. 2022, arXiv 2209.04836,
-section 3.1); what is rotated or invertible by covariance, its streams where sub-layers read them, behind norms without
-gains (2506.22712).
+section 3.1); streams that are rotated where sub-layers read them, behind norms without gains (2506.22712).
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ from .spec import Dim, Labelled, Spec, Unit
 from .table import ROTATING
 from .units import Similarity
 
-MATRICES = ("invertible", "rotary", *ROTATING)  # kinds that mix units: no unit is compared by itself
 CHANNELS_FIRST = (_ConvNd, _BatchNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
 
 
@@ -49,8 +47,9 @@ class Slot:
 def slots_of(spec: Spec, module: nn.Module, names: Mapping[str, str]) -> list[Slot]:
     """Where a module's own activations carry symmetries that can move; `names` is `{canonical key: module key}`.
 
-    A rotated stream is looked at behind norms only, and so is any other that norms stand on; raw, what a few units
-    have much of drowns the rest.
+    Where a stream is rotated, the outputs of its norms alone: raw, what a few units have much of drowns the rest, and
+    once streams agree, weights tell better than activations which units and heads are alike (docs/log.md). Otherwise
+    the outputs of norms for whatever they stand on, and those of all other layers for what these write.
     """
     found: list[tuple[bool, Slot]] = []
     for tensor in spec.tensors:
@@ -60,16 +59,12 @@ def slots_of(spec: Spec, module: nn.Module, names: Mapping[str, str]) -> list[Sl
             continue
         part = module.get_submodule(owner)
         axis = 1 if isinstance(part, CHANNELS_FIRST) or getattr(part, "data_format", "") == "channels_first" else -1
-        is_norm = len(tensor.shape) == 1
         slots = _slots(tensor, _written(part, tensor), owner, axis)
-        found += [(is_norm, slot) for slot in slots if not slot.names.isdisjoint(spec.free)]
+        found += [(len(tensor.shape) == 1, slot) for slot in slots if not slot.names.isdisjoint(spec.free)]
+    if spec.gauged:
+        return [slot for is_norm, slot in found if is_norm]
     normed = {name for is_norm, slot in found if is_norm for name in slot.names}
-    rotated = {name for name in spec.free if spec.symmetries[name].kind in ROTATING}
-    based = {name for name in spec.free if spec.symmetries[name].kind in ("invertible", "rotary")}
-    import os
-    if os.environ.get("HEADS") in ("weights", "all"): rotated = rotated | based
-    if os.environ.get("HEADS") == "all": rotated = rotated | {n for n in spec.free if n.startswith("ff")}
-    return [slot for is_norm, slot in found if is_norm or slot.names.isdisjoint(normed | rotated)]
+    return [slot for is_norm, slot in found if is_norm or slot.names.isdisjoint(normed)]
 
 
 def _written(module: nn.Module, tensor: Labelled) -> int:
@@ -156,15 +151,11 @@ class Statistics:
         return {labels: matrix.cpu() for labels, matrix in total.items()}
 
     def _alike(self, slot: Slot, sums: Sums) -> Tensor:
-        """Correlations of units; of what is mixed, covariances in units of all that varies."""
-        a, b = sums.deviations
-        if any(self.spec.symmetries[name].kind in MATRICES for name in slot.names & self.spec.free):
-            import os
-            if os.environ.get("CENTRE"):
-                size = a.norm() * b.norm()
-                return sums.covariance * (len(a) / size if size else 0.0)
+        """Correlations of units; of a stream that is rotated, products in units of its size."""
+        if any(self.spec.symmetries[name].kind in ROTATING for name in slot.names):
             size = sums.squares.sum(1).prod().sqrt()
-            return sums.cross * (len(a) / size if size else 0.0)
+            return sums.cross * (len(sums.cross) / size if size else 0.0)
+        a, b = sums.deviations
         sizes = torch.outer(a, b)
         return torch.where(sizes > 0, sums.covariance / sizes, 0.0)
 

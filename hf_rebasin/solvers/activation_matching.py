@@ -66,8 +66,7 @@ class Solver:
             batches = islice(problem.forward.data, self.batches)
             statistics = collect(problem.spec, module, names, states, batches, problem.device)
         mixed = _Mixed(problem, statistics, self.weights)
-        found = coordinate_ascent(problem, mixed, self.starts, self.max_sweeps, mixed.score)
-        return found
+        return coordinate_ascent(problem, mixed, self.starts, self.max_sweeps, mixed.score)
 
 
 class _Mixed:
