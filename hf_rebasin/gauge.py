@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .axes import Leaf
+from .axes import DIAGONAL, Leaf
 from .elements import TINY
 from .errors import SpecError
 from .groups import Element
@@ -171,7 +171,9 @@ def centred(spec: Spec, parts: Mapping[str, Lazy]) -> dict[str, Lazy]:
     out = dict(parts)
     for tensor in spec.tensors:
         for axis, node in enumerate(tensor.axes[len(next(iter(tensor.keys))) :]):
-            if isinstance(node, Leaf) and node.name and spec.symmetries[node.name].kind == "centred":
+            if not isinstance(node, Leaf) or not node.name or node.mark == DIAGONAL:  # gains are 1 by now, and stay
+                continue
+            if spec.symmetries[node.name].kind == "centred":
                 for key in tensor.keys.values():
                     out[key] = Computed(out[key].shape, out[key].dtype, [out[key]], partial(_centre, axis=axis))
     return out
