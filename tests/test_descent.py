@@ -7,8 +7,9 @@ import torch
 from conftest import FIRST, TINY, other_seed, same_tensors
 from torch import nn
 
-from hf_rebasin import Alignment, Checkpoint, Status, Table, align, infer_spec, merge
+from hf_rebasin import Alignment, Checkpoint, Status, Table, align, infer_spec, merge, spec_for
 from hf_rebasin.errors import CheckpointError, OptionError
+from hf_rebasin.gauge import plain
 from hf_rebasin.inputs import example_inputs, outputs_in, run
 from hf_rebasin.modules import merged
 
@@ -222,3 +223,18 @@ def test_two_processes_agree(tmp_path):
     for solver in ("sinkhorn", "learned"):
         first, second = ((tmp_path / f"{solver}-2-{rank}").read_bytes() for rank in (0, 1))
         assert first == second
+
+
+@pytest.mark.parametrize("centre", [False, True])
+def test_a_model_with_its_gains_folded_away_is_the_same_function(centre):
+    """ViT: LayerNorms in front of a rotated stream; centred, too, as no norm has a bias that it keeps there."""
+    model = TINY[FIRST["vit"]]
+    checkpoint, spec = Checkpoint.open(model), spec_for(model)
+    prefix, inputs = spec.table.prefix, inputs_of(model)
+    assert spec.gauged
+    folded = checkpoint.with_state(plain(spec, checkpoint.state(prefix), centre=centre), prefix).model()
+    for norm in spec.gauged:
+        gain = Checkpoint.open(folded).state(prefix)[norm.gain]
+        assert torch.equal(gain, torch.ones_like(gain))
+    with torch.no_grad():
+        torch.testing.assert_close(folded(**inputs).logits, model(**inputs).logits)
