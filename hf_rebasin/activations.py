@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from .errors import OptionError
 from .inputs import run
 from .objective import label_of
+from .processes import shared_out, sum_of_all
 from .spec import Dim, Labelled, Spec, Unit
 from .table import ROTATING
 from .units import Similarity
@@ -111,6 +113,11 @@ class Sums:
         self.squares += both.square().sum(1)
         self.cross += both[0].mT @ both[1]
 
+    def of_all(self) -> Sums:
+        """Over all processes."""
+        count = int(sum_of_all(torch.tensor(self.count, dtype=torch.int64, device=self.sums.device)))
+        return Sums(count, *map(sum_of_all, (self.sums, self.squares, self.cross)))
+
     @property
     def covariance(self) -> Tensor:
         """(n, n), of the units of one with those of the other."""
@@ -178,12 +185,17 @@ def collect(
         batches: inputs of the forward pass; labels among them are no matter. Positions that an `attention_mask` leaves
             out are not looked at.
         device: where it is computed.
+
+    Raises:
+        OptionError: no batches.
     """
     slots = slots_of(spec, module, names)
     sums = [Sums.zero(slot.places.numel(), device) for slot in slots]
     tensors = [{names[key]: state[key] for key in names} for state in states]
+    came = False
     with _listening(module, {slot.module for slot in slots}) as heard, torch.no_grad():
-        for batch in batches:
+        for batch in shared_out(batches):
+            came = True
             said: list[dict[str, list[Tensor]]] = []
             for one in tensors:
                 heard.clear()
@@ -193,7 +205,10 @@ def collect(
             for slot, total in zip(slots, sums, strict=True):
                 for pair in zip(*(one.get(slot.module, []) for one in said), strict=True):
                     total.add(*(_samples(x, slot, mask) for x in pair))
-    return Statistics(spec, [(slot, total) for slot, total in zip(slots, sums, strict=True) if total.count])
+    if not came:
+        raise OptionError("the data gave no batch to this process")
+    summed = [total.of_all() for total in sums]
+    return Statistics(spec, [(slot, total) for slot, total in zip(slots, summed, strict=True) if total.count])
 
 
 class _Run(nn.Module):

@@ -29,7 +29,7 @@ from .pairing import (
     tokenizer_folder,
     vocabularies,
 )
-from .solvers.weight_matching import weight_similarity
+from .similarity import weight_similarity
 from .spec import Spec, Unit
 from .table import ROTATING
 from .text import family_of, spread

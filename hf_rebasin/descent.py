@@ -26,6 +26,7 @@ from .alignment import Alignment, act_on_block
 from .errors import OptionError
 from .gauge import gauges, plain, vectors
 from .objective import Forward, Problem, equal_within, matched_tensors, weight_of
+from .processes import averaged, mean_of_all, shared_out
 from .relaxed_alignment import RelaxedAlignment, acted, split
 from .relaxing import Acting, Permuting, Softening
 from .solving import Clock, Solution, Status
@@ -219,7 +220,7 @@ class _Descending:
                 with self.clock("steps"), torch.enable_grad():
                     optimizer.zero_grad()
                     self._value([end.soft() for end in self.ends]).backward()
-                    _averaged([*permuting, *smooth])
+                    averaged([*permuting, *smooth])
                     optimizer.step()
                     schedule.step()
                 bar.update()
@@ -268,7 +269,7 @@ class _Descending:
         places = [low + (high - low) * (i + 0.5) / count if self.cost == "rnd" else 0.5 for i in range(count)]
         values = [self._loss(elements, pairs, t, batch) for t, batch in zip(places, self.checked, strict=True)]
         mean = torch.stack(values).double().mean()
-        return _mean(mean).item()
+        return mean_of_all(mean).item()
 
     def _value(self, elements: Sequence[Mapping[str, Acting]]) -> Tensor:
         """The cost of relaxed elements, on the next batch."""
@@ -353,40 +354,11 @@ def _said(value: Any) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def _share(data: Iterable[Any]) -> Iterator[Any]:
-    """The batches of this process: what accelerate has prepared is shared out already."""
-    batches = iter(data)
-    if not _several() or type(data).__module__.startswith("accelerate."):
-        return batches
-    return islice(batches, torch.distributed.get_rank(), None, torch.distributed.get_world_size())
-
-
 def _endless(data: Iterable[Any]) -> Iterator[Any]:
     while True:
         came = False
-        for batch in _share(data):
+        for batch in shared_out(data):
             came = True
             yield batch
         if not came:
             raise OptionError("the data gave no batch to this process")
-
-
-def _several() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _mean(value: Tensor) -> Tensor:
-    """Of all processes."""
-    if not _several():
-        return value
-    from accelerate.utils import reduce
-
-    return reduce(value, "mean")
-
-
-def _averaged(latents: Iterable[Tensor]) -> None:
-    """Gradients become their mean over all processes."""
-    if _several():
-        for latent in latents:
-            if latent.grad is not None:
-                latent.grad = _mean(latent.grad)

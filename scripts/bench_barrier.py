@@ -48,6 +48,7 @@ from hf_rebasin.table import ROTATING, Table
 
 TUNED = ("plain", "full", "learned")
 SEEDS, POINTS = 3, 25
+LOOKED_AT = 16  # batches, by activation matching
 BATCHES = 1000  # that a descent goes through, round after round
 TITLES = {
     "mlp64": "MLP, width 64",
@@ -126,6 +127,7 @@ METHODS = {
     "rotation alone": Method(rotation_alone, "#009e73", ("llama",)),
     "full, 4 starts": Method(full_of_four, "#cc79a7"),
     "full": Method(full, "#0072b2"),
+    "activations": Method(activations, "#882255"),
     "straight-through": Method(straight_through, "#f0e442", ("mlp64", "mlp512", "resnet")),
     "sinkhorn, mid": Method(sinkhorn_mid, "#56b4e9", ("mlp64", "mlp512", "resnet")),
     "sinkhorn, rnd": Method(sinkhorn_rnd, "#000000", ("mlp64", "mlp512", "resnet")),
@@ -138,6 +140,23 @@ def aligned(fixed: Path, moving: Path, groups: str, starts: int = 2) -> tuple[So
     start = time.perf_counter()
     solution = align(fixed, moving, spec=mlp_table(moving), groups=groups, starts=starts)
     return solution, time.perf_counter() - start
+
+
+def activations(fixed: Path, moving: Path) -> Moved:
+    """By what the two say to a few batches, without labels."""
+    kind = fixed.name.rpartition("-")[0]
+    groups = "permutation" if kind in ("mlp64", "mlp512", "resnet") else "full"
+    data = [{k: x for k, x in batch.items() if k != "labels"} for batch in training(kind, LOOKED_AT)]
+    start = time.perf_counter()
+    solution = align(
+        testbed.load(kind, fixed),
+        moving,
+        solver="activation_matching",
+        spec=mlp_table(moving),
+        groups=groups,
+        data=data,
+    )
+    return solution.apply(Checkpoint.open(moving)), time.perf_counter() - start
 
 
 @cache

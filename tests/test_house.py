@@ -22,7 +22,7 @@ FLOORS = (
     {"api"},
     {"comparing", "evaluate", "recalibrate", "recipe", "modules", "incremental"},
     {"solvers"},
-    {"canonical", "descent"},
+    {"canonical", "descent", "activations", "similarity"},
     {"checking", "solving", "pairing", "merging"},
     {"merge_methods"},
     {"objective"},
@@ -45,7 +45,7 @@ FLOORS = (
     {"classes"},
     {"folder"},
     {"files"},
-    {"lazy", "text", "registry", "knobs", "inputs", "sinkhorn_operator"},
+    {"lazy", "text", "registry", "knobs", "inputs", "sinkhorn_operator", "processes"},
     {"errors"},
 )
 

@@ -40,10 +40,13 @@ class Solver:
     max_sweeps: int = 100
 
     TAKES_DATA: ClassVar[bool] = True
+    NEEDS_DATA: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.weights <= 1:
             raise OptionError(f"weights = {self.weights}; give a share between 0 and 1")
+        if self.batches is not None and self.batches < 1:
+            raise OptionError(f"batches = {self.batches}; give 1 or more")
 
     def solve(self, problem: Problem) -> Solution:
         if problem.forward is None:

@@ -1,0 +1,48 @@
+"""Several processes, as `accelerate launch` starts them: each takes a share of the batches, all come to the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def shared_out(data: Iterable[Any]) -> Iterator[Any]:
+    """The batches of this process: what accelerate has prepared is shared out already."""
+    batches = iter(data)
+    if not _several() or type(data).__module__.startswith("accelerate."):
+        return batches
+    return islice(batches, torch.distributed.get_rank(), None, torch.distributed.get_world_size())
+
+
+def mean_of_all(value: Tensor) -> Tensor:
+    """The mean over all processes."""
+    return _reduced(value, "mean")
+
+
+def sum_of_all(value: Tensor) -> Tensor:
+    """The sum over all processes."""
+    return _reduced(value, "sum")
+
+
+def averaged(latents: Iterable[Tensor]) -> None:
+    """Gradients become their mean over all processes."""
+    for latent in latents:
+        if latent.grad is not None:
+            latent.grad = mean_of_all(latent.grad)
+
+
+def _several() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _reduced(value: Tensor, how: str) -> Tensor:
+    if not _several():
+        return value
+    from accelerate.utils import reduce
+
+    out: Tensor = reduce(value, how)
+    return out
