@@ -101,6 +101,23 @@ def rotation_alone(fixed: Path, moving: Path) -> Moved:
     return rotation_of(solution).apply(moving), seconds
 
 
+def activations(fixed: Path, moving: Path) -> Moved:
+    """By what the two say to a few batches, without labels."""
+    kind = fixed.name.rpartition("-")[0]
+    groups = "permutation" if kind in ("mlp64", "mlp512", "resnet") else "full"
+    data = [{k: x for k, x in batch.items() if k != "labels"} for batch in training(kind, LOOKED_AT)]
+    start = time.perf_counter()
+    solution = align(
+        testbed.load(kind, fixed),
+        moving,
+        solver="activation_matching",
+        spec=mlp_table(moving),
+        groups=groups,
+        data=data,
+    )
+    return solution.apply(Checkpoint.open(moving)), time.perf_counter() - start
+
+
 def sinkhorn_mid(fixed: Path, moving: Path) -> Moved:
     """Permutations through doubly stochastic matrices, by the loss halfway."""
     return descended(fixed, moving, "sinkhorn", "permutation", "mid")
@@ -140,23 +157,6 @@ def aligned(fixed: Path, moving: Path, groups: str, starts: int = 2) -> tuple[So
     start = time.perf_counter()
     solution = align(fixed, moving, spec=mlp_table(moving), groups=groups, starts=starts)
     return solution, time.perf_counter() - start
-
-
-def activations(fixed: Path, moving: Path) -> Moved:
-    """By what the two say to a few batches, without labels."""
-    kind = fixed.name.rpartition("-")[0]
-    groups = "permutation" if kind in ("mlp64", "mlp512", "resnet") else "full"
-    data = [{k: x for k, x in batch.items() if k != "labels"} for batch in training(kind, LOOKED_AT)]
-    start = time.perf_counter()
-    solution = align(
-        testbed.load(kind, fixed),
-        moving,
-        solver="activation_matching",
-        spec=mlp_table(moving),
-        groups=groups,
-        data=data,
-    )
-    return solution.apply(Checkpoint.open(moving)), time.perf_counter() - start
 
 
 @cache
