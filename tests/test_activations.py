@@ -59,6 +59,14 @@ def test_larger_groups(family):
     assert distance(stored, {key: back[key] for key in stored}) <= 1e-6
 
 
+def test_half_precision_is_matched_too():
+    model = Checkpoint.open(TINY[FIRST["vit"]]).model(torch.bfloat16)
+    data = [{k: x.float() for k, x in batch.items()} for batch in batches_of(model)]
+    moved, _ = moved_copy(model)
+    solution = align(model, moved, solver="activation_matching", groups="permutation", data=data)
+    assert same_tensors(solution.apply(moved), model)
+
+
 def test_the_weights_are_not_looked_at_for_permutations():
     """A net whose activations say one thing and whose weights, by noise in what is never active, say another."""
     torch.manual_seed(0)

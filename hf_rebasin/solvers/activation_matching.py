@@ -7,10 +7,13 @@ section 3.1); rotations by Procrustes on the normalised stream, and bases in hea
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import ClassVar
+
+import torch
+from torch import Tensor
 
 from ..activations import Statistics, collect
 from ..canonical import in_full
@@ -28,22 +31,23 @@ class Solver:
     """Knobs of activation matching.
 
     Args:
-        weights: the share of weight matching in what is maximised, from 0 to 1.
+        weights: the share of weight matching in what is maximised, from 0 to 1. By default ½ where streams are
+            rotated, of which both know something, else 0 (docs/log.md).
         batches: how many are looked at; by default all that the data have.
-        starts: as in weight matching; with activations alone one is enough.
+        starts: as in weight matching; one is enough where weights have no share.
         max_sweeps: as in weight matching.
     """
 
-    weights: float = 0.0
+    weights: float | None = None
     batches: int | None = None
-    starts: int = 1
+    starts: int = 2
     max_sweeps: int = 100
 
     TAKES_DATA: ClassVar[bool] = True
     NEEDS_DATA: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.weights <= 1:
+        if self.weights is not None and not 0 <= self.weights <= 1:
             raise OptionError(f"weights = {self.weights}; give a share between 0 and 1")
         if self.batches is not None and self.batches < 1:
             raise OptionError(f"batches = {self.batches}; give 1 or more")
@@ -63,13 +67,20 @@ class Solver:
             module, names = problem.forward.module()
             module = module.to(problem.device).eval()
             states = [
-                {key: tensor.to(problem.device) for key, tensor in state.items()}
+                {key: _wide(tensor).to(problem.device) for key, tensor in state.items()}
                 for state in (problem.fixed, problem.moving)
             ]
             batches = islice(problem.forward.data, self.batches)
             statistics = collect(problem.spec, module, names, states, batches, problem.device)
-        mixed = _Mixed(problem, statistics, self.weights)
-        return coordinate_ascent(problem, mixed, self.starts, self.max_sweeps, mixed.score)
+        weights = (0.5 if problem.spec.gauged else 0.0) if self.weights is None else self.weights
+        mixed = _Mixed(problem, statistics, weights)
+        found = coordinate_ascent(problem, mixed, self.starts, self.max_sweeps, mixed.score)
+        return replace(found, seconds=clock.seconds | dict(found.seconds))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 or its own wider dtype."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
 
 
 class _Mixed:
@@ -97,12 +108,12 @@ class _Mixed:
         return total, exact
 
     def score(self, elements: Elements) -> float:
-        """What the similarities are of."""
-        spec = self.problem.spec
-        total = 0.0
+        """What rises: how alike activations are, and the share of weights; these alone where nothing is carried."""
+        if not any(self.alike.values()):
+            return objective(self.problem, elements)
+        total = self.share * objective(self.problem, elements) if self.share else 0.0
         for unit, alike in self.alike.items():
-            nested = Nested.of(spec, unit)
+            nested = Nested.of(self.problem.spec, unit)
             everything = {name: elements.get(name) or nested.identity(name) for name in nested.contexts}
             total += (1 - self.weights) * value(nested, alike, everything)
-        silent = any(not alike for alike in self.alike.values())
-        return total + (self.share or silent) * objective(self.problem, elements) if self.share or silent else total
+        return total
