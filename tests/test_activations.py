@@ -1,11 +1,15 @@
 """Activation matching: what two models say to the same inputs tells which of their features are alike."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import FIRST, TINY, distance, moved_copy, other_seed, same_tensors
 from torch import nn
 
-from hf_rebasin import Checkpoint, Status, align, infer_spec, spec_for
+from hf_rebasin import Alignment, Checkpoint, Status, align, infer_spec, spec_for
 from hf_rebasin.activations import collect, slots_of
 from hf_rebasin.errors import CheckpointError, OptionError
 from hf_rebasin.inputs import example_inputs
@@ -137,3 +141,40 @@ def test_what_cannot_be_is_said(bert):
     for knobs in ({"weights": 2.0}, {"batches": 0}):
         with pytest.raises(OptionError, match=next(iter(knobs))):
             align(bert, other_seed(bert), solver="activation_matching", data=batches_of(bert, 1), **knobs)
+
+
+SCRIPT = """
+import sys
+from accelerate import Accelerator
+accelerator = Accelerator(cpu=True)
+sys.path.insert(0, sys.argv[2])
+import torch
+from test_activations import FIRST, TINY, batches_of, moved_copy
+from hf_rebasin import align
+model = TINY[FIRST["gpt2"]]
+other, _ = moved_copy(model, groups="full")
+torch.manual_seed(0)
+with torch.no_grad():
+    for p in other.parameters():
+        p += 0.05 * p.std(correction=0) * torch.randn_like(p)
+for groups in ("permutation", "full"):
+    found = align(model, other, solver="activation_matching", data=batches_of(model, 6), groups=groups)
+    found.alignment.save(f"{sys.argv[1]}/{groups}-{accelerator.num_processes}-{accelerator.process_index}")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(tmp_path):
+    """Of a model in other coordinates, with noise: permutations are the same, rotations and bases up to rounding."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines=1", "--mixed_precision=no"]
+    launch += ["--dynamo_backend=no", "--num_processes=2", "--multi_gpu"]
+    for command in ([sys.executable], launch):
+        subprocess.run([*command, str(script), str(tmp_path), str(Path(__file__).parent)], check=True)
+    for groups in ("permutation", "full"):
+        one, first, second = (Alignment.load(tmp_path / f"{groups}-{name}") for name in ("1-0", "2-0", "2-1"))
+        for name, element in one.elements.items():
+            for part, tensor in element.tensors().items():
+                torch.testing.assert_close(first[name].tensors()[part], tensor, rtol=1e-6, atol=1e-6)
+                assert torch.equal(first[name].tensors()[part], second[name].tensors()[part])
