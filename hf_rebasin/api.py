@@ -121,8 +121,8 @@ def align(
             bases inside heads, scales. "permutation" for the permutations in them: no value changes but its place.
         keep_tied: only permute a stream where rotating it would store a head apart from the embedding it is tied to.
         hold: names of symmetries, or patterns as `ff.*`, that stay as they are.
-        data: batches that can be read several times, such as a list or a DataLoader, for solvers that descend a loss.
-            Under `accelerate launch` every process takes its share.
+        data: batches that can be read several times, such as a list or a DataLoader, for solvers that descend a loss or
+            compare activations. Under `accelerate launch` every process takes its share.
         loss: gives the loss, one number, for (module, batch); the module is a copy of the fixed one with merged
             tensors in it. By default what a transformers model says for a batch with labels in it.
         device: where similarities and losses are computed, such as `accelerator.device`; by default where the tensors
@@ -149,7 +149,7 @@ def align(
     Two language models, by the loss of the model halfway between them, on batches with labels in them:
 
         >>> solution = align(fixed, moving, solver="learned", data=loader, device=accelerator.device, progress=True)
-        >>> [-value for value in solution.history[:2]], -solution.objective  # plain, weight matching; learned
+        >>> [-value for value in solution.history[:2]], -solution.objective  # nothing moved, weight matching; learned
     """
     chosen = solver_with(solver, knobs) if isinstance(solver, str) else solver
     a, b = Checkpoint.open(fixed), Checkpoint.open(moving)
