@@ -149,7 +149,7 @@ def align(
     Two language models, by the loss of the model halfway between them, on batches with labels in them:
 
         >>> solution = align(fixed, moving, solver="learned", data=loader, device=accelerator.device, progress=True)
-        >>> [-value for value in solution.history[:2]], -solution.objective  # nothing moved, weight matching; learned
+        >>> [-value for value in solution.history[:2]]  # with nothing moved, and by weight matching
     """
     chosen = solver_with(solver, knobs) if isinstance(solver, str) else solver
     a, b = Checkpoint.open(fixed), Checkpoint.open(moving)
