@@ -121,8 +121,8 @@ def align(
             bases inside heads, scales. "permutation" for the permutations in them: no value changes but its place.
         keep_tied: only permute a stream where rotating it would store a head apart from the embedding it is tied to.
         hold: names of symmetries, or patterns as `ff.*`, that stay as they are.
-        data: batches that can be read several times, such as a list or a DataLoader, for solvers that descend a loss or
-            compare activations. Under `accelerate launch` every process takes its share.
+        data: batches that can be read several times, such as a list or a DataLoader, for solvers that descend a loss
+            or compare activations. Under `accelerate launch` every process takes its share.
         loss: gives the loss, one number, for (module, batch); the module is a copy of the fixed one with merged
             tensors in it. By default what a transformers model says for a batch with labels in it.
         device: where similarities and losses are computed, such as `accelerator.device`; by default where the tensors
