@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from .computing import Computing
 from .errors import OptionError
 from .inputs import run
 from .objective import label_of
@@ -191,15 +192,15 @@ def collect(
     """
     slots = slots_of(spec, module, names)
     sums = [Sums.zero(slot.places.numel(), device) for slot in slots]
-    tensors = [{names[key]: state[key] for key in names} for state in states]
+    computed = Computing(module, names, run, device)
     came = False
     with _listening(module, {slot.module for slot in slots}) as heard, torch.no_grad():
         for batch in shared_out(batches):
             came = True
             said: list[dict[str, list[Tensor]]] = []
-            for one in tensors:
+            for state in states:
                 heard.clear()
-                torch.func.functional_call(_Run(module), {f"module.{k}": t for k, t in one.items()}, (batch,))
+                computed(state, batch)
                 said.append(dict(heard))
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
             for slot, total in zip(slots, sums, strict=True):
@@ -209,17 +210,6 @@ def collect(
         raise OptionError("the data gave no batch to this process")
     summed = [total.of_all() for total in sums]
     return Statistics(spec, [(slot, total) for slot, total in zip(slots, summed, strict=True) if total.count])
-
-
-class _Run(nn.Module):
-    """A module that is called as its inputs want it."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, batch: Any) -> Any:
-        return run(self.module, batch)
 
 
 @contextmanager

@@ -17,15 +17,15 @@ from itertools import islice
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 from tqdm import tqdm
 
 from . import registry
 from .alignment import Alignment, act_on_block
+from .computing import Computing, by_batch_statistics, one_number
 from .errors import OptionError
 from .gauge import gauges, plain, vectors
-from .objective import Forward, Problem, equal_within, matched_tensors, weight_of
+from .objective import Problem, equal_within, matched_tensors, weight_of
 from .processes import averaged, mean_of_all, shared_out
 from .relaxed_alignment import RelaxedAlignment, acted, split
 from .relaxing import Acting, Permuting, Softening
@@ -160,7 +160,10 @@ class _Descending:
         self.ends = [RelaxedAlignment.identity(self.spec, soften) for _ in range(count)]
         if cost not in OF_WEIGHTS:
             assert problem.forward is not None
-            self.loss = _Between(problem.forward, problem.device)
+            module, names = problem.forward.module()
+            module = module.to(problem.device).eval().requires_grad_(False)
+            by_batch_statistics(module)
+            self.loss = Computing(module, names, one_number(problem.forward.loss), problem.device)
             self.batches = _endless(problem.forward.data)  # the first of it are for measuring, too, once it is round
             self.checked = list(islice(self.batches, knobs.checks))
 
@@ -306,52 +309,11 @@ class _Descending:
             x = acted(self.spec, elements[1], tensor, a) if len(elements) > 1 else a
             whole = torch.lerp(x, y, t) if x.is_floating_point() else x
             merged |= split(tensor, whole)
-        return self.loss({**self.fixed, **merged}, batch)
-
-
-# --- data ------------------------------------------------------------------------------------------------------------
-
-
-class _Between:
-    """The loss of a copy of the fixed module with other tensors in it, given by canonical keys."""
-
-    def __init__(self, forward: Forward, device: Any):
-        module, self.names = forward.module()
-        module = module.to(device).eval().requires_grad_(False)
-        for norm in module.modules():
-            if isinstance(norm, _BatchNorm):  # statistics of one model mean nothing for another
-                norm.train()
-        self.buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
-        self.costed, self.device = Costed(module, forward.loss), device
-
-    def __call__(self, state: Mapping[str, Tensor], batch: Any) -> Tensor:
-        from accelerate.utils import send_to_device
-
-        tensors = {}
-        for key, name in self.names.items():
-            value = state[key]
-            tensors[f"module.{name}"] = value.detach().clone() if name in self.buffers else value
-        batch = send_to_device(batch, self.device) if self.device is not None else batch
-        cost: Tensor = torch.func.functional_call(self.costed, tensors, (batch,))
-        return cost
-
-
-class Costed(nn.Module):
-    """(module, batch) → loss as a module of its own, for `torch.func.functional_call`; keys are `module.` + key."""
-
-    def __init__(self, module: nn.Module, loss: Callable[[nn.Module, Any], Tensor]):
-        super().__init__()
-        self.module, self.loss = module, loss
-
-    def forward(self, batch: Any) -> Tensor:
-        value = self.loss(self.module, batch)
-        if not isinstance(value, Tensor) or value.dim():
-            raise OptionError(f"the loss gave {_said(value)}; it has to return one number as a tensor")
+        value: Tensor = self.loss({**self.fixed, **merged}, batch)
         return value
 
 
-def _said(value: Any) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+# --- data ------------------------------------------------------------------------------------------------------------
 
 
 def _endless(data: Iterable[Any]) -> Iterator[Any]:

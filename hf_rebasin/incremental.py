@@ -15,14 +15,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from .alignment import Alignment
 from .binding import bind_to
 from .checkpoint import Checkpoint
 from .classes import copied, module_names
-from .descent import Costed
+from .computing import Computing, by_batch_statistics, one_number
 from .describing import spec_of
 from .errors import CheckpointError, MismatchError, OptionError
 from .inputs import Inputs
@@ -201,11 +200,8 @@ class _Near:
         self.own, self.device = checkpoint.state(prefix), softening.device
         self.theta = {key: self.own[key].to(self.device).contiguous() for key in self.names}
         self.template, self.module = template, copied(template).to(self.device)
-        for norm in self.module.modules():
-            if isinstance(norm, _BatchNorm):  # statistics of the ends mean nothing in between
-                norm.train()
-        self.costed = Costed(self.module, loss)
-        self.buffers = {name for name, _ in template.named_buffers(remove_duplicate=False)}
+        by_batch_statistics(self.module)
+        self.computed = Computing(self.module, self.names, one_number(loss), self.device)
         self.relaxed = RelaxedAlignment.identity(spec, softening)
         learning = {name for name, p in template.named_parameters(remove_duplicate=False) if p.requires_grad}
         self.delta = {
@@ -220,19 +216,14 @@ class _Near:
 
     def cost(self, batch: Any, beta: float) -> Tensor:
         """C(½(θ + π(θ)) + δ) + β‖δ‖² of one batch."""
-        tensors, moved = {}, self.relaxed.apply(self.theta)
-        for key, name in self.names.items():
-            value = self.theta[key]
+        between, moved = {}, self.relaxed.apply(self.theta)
+        for key, value in self.theta.items():
             if moved[key] is not value and value.is_floating_point():
                 value = torch.lerp(value, moved[key], 0.5)
             if key in self.delta:
                 value = (value + self.delta[key]).to(value.dtype)
-            tensors[f"module.{name}"] = value.detach().clone() if name in self.buffers else value
-        if self.device is not None:
-            from accelerate.utils import send_to_device
-
-            batch = send_to_device(batch, self.device)
-        cost: Tensor = torch.func.functional_call(self.costed, tensors, (batch,))
+            between[key] = value
+        cost: Tensor = self.computed(between, batch)
         if not cost.requires_grad:
             raise OptionError("the loss has no gradient; it has to be computed with the module it is given")
         return cost + beta * sum(delta.square().sum() for delta in self.delta.values()) if beta else cost

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .classes import copied
+from .computing import by_batch_statistics
 from .errors import MismatchError, OptionError
 from .inputs import Inputs, run
 
@@ -139,9 +139,7 @@ class _Between(_ToModel):
         t = self.place()
         points = {id(b): torch.lerp(b, a.to(b.dtype), t) for a, b in self._pairs(modelb)}
         between = copied(modelb, points)
-        for norm in between.modules():
-            if isinstance(norm, _BatchNorm):  # statistics of one model mean nothing for another
-                norm.train()
+        by_batch_statistics(between)
         return self.criterion(run(between, input), target)
 
     def place(self) -> float:

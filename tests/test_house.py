@@ -45,7 +45,7 @@ FLOORS = (
     {"classes"},
     {"folder"},
     {"files"},
-    {"lazy", "text", "registry", "knobs", "inputs", "sinkhorn_operator", "processes"},
+    {"lazy", "text", "registry", "knobs", "inputs", "sinkhorn_operator", "processes", "computing"},
     {"errors"},
 )
 
