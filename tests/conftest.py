@@ -2,6 +2,8 @@
 
 import itertools
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from random import Random
@@ -89,6 +91,17 @@ def other_seed(model, seed=1000):
     """A model of the same class and configuration with other random weights."""
     torch.manual_seed(seed)
     return type(model)(model.config).to(model.dtype).eval()
+
+
+def run_script(text, folder, processes=1):
+    """Run a script with (folder, folder of the tests) as its arguments; several processes by accelerate, on CPUs."""
+    script = folder / "script.py"
+    script.write_text(text)
+    launch = [sys.executable]
+    if processes > 1:  # what asks for GPUs starts gloo processes where there are none
+        launch += ["-m", "accelerate.commands.launch", "--num_machines=1", "--mixed_precision=no"]
+        launch += ["--dynamo_backend=no", "--multi_gpu", f"--num_processes={processes}"]
+    subprocess.run([*launch, str(script), str(folder), str(Path(__file__).parent)], check=True)
 
 
 def same_tensors(a, b):

@@ -1,12 +1,8 @@
 """Activation matching: what two models say to the same inputs tells which of their features are alike."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from conftest import FIRST, TINY, distance, moved_copy, other_seed, same_tensors
+from conftest import FIRST, TINY, distance, moved_copy, other_seed, run_script, same_tensors
 from torch import nn
 
 from hf_rebasin import Alignment, Checkpoint, Status, align, infer_spec, spec_for
@@ -166,12 +162,8 @@ for groups in ("permutation", "full"):
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path):
     """Of a model in other coordinates, with noise: permutations are the same, rotations and bases up to rounding."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines=1", "--mixed_precision=no"]
-    launch += ["--dynamo_backend=no", "--num_processes=2", "--multi_gpu"]
-    for command in ([sys.executable], launch):
-        subprocess.run([*command, str(script), str(tmp_path), str(Path(__file__).parent)], check=True)
+    for processes in (1, 2):
+        run_script(SCRIPT, tmp_path, processes)
     for groups in ("permutation", "full"):
         one, first, second = (Alignment.load(tmp_path / f"{groups}-{name}") for name in ("1-0", "2-0", "2-1"))
         for name, element in one.elements.items():

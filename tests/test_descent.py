@@ -1,10 +1,8 @@
 """Alignment by gradients: costs on weights and on data, over groups and families."""
 
-import sys
-
 import pytest
 import torch
-from conftest import FIRST, TINY, other_seed, same_tensors
+from conftest import FIRST, TINY, other_seed, run_script, same_tensors
 from torch import nn
 
 from hf_rebasin import Alignment, Checkpoint, Status, Table, align, infer_spec, merge, spec_for
@@ -212,14 +210,7 @@ for solver in ("sinkhorn", "learned"):
 @pytest.mark.slow
 def test_two_processes_agree(tmp_path):
     """Each takes half of the batches, and both come to the same alignment."""
-    import subprocess
-    from pathlib import Path
-
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines=1", "--mixed_precision=no"]
-    launch += ["--dynamo_backend=no", "--num_processes=2", "--multi_gpu"]
-    subprocess.run([*launch, str(script), str(tmp_path), str(Path(__file__).parent)], check=True)
+    run_script(SCRIPT, tmp_path, processes=2)
     for solver in ("sinkhorn", "learned"):
         first, second = ((tmp_path / f"{solver}-2-{rank}").read_bytes() for rank in (0, 1))
         assert first == second
