@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import PurePath, PurePosixPath, PureWindowsPath
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -26,3 +27,27 @@ def spread(items: Sequence[Item], limit: int) -> list[Item]:
     """At most so many of them, evenly, first and last among them."""
     k = min(limit, len(items))
     return [items[round(i * (len(items) - 1) / max(k - 1, 1))] for i in range(k)]
+
+
+def without_place(name: str) -> str:
+    """An absolute path by its last two components, as it means nothing elsewhere; any other name as it is.
+
+    Example:
+        >>> without_place("/data/runs/vit/seed-0"), without_place("me/vit-seed-0")
+        ('vit/seed-0', 'me/vit-seed-0')
+    """
+    bare = name.removeprefix("file://")
+    kind: type[PurePath] = PureWindowsPath if re.match(r"[A-Za-z]:[\\/]|\\\\", bare) else PurePosixPath
+    path = kind(bare)
+    if not path.is_absolute() and not bare.startswith("~"):
+        return name
+    parts = [part for part in path.parts if part != path.anchor and not part.startswith("~")]
+    return "/".join(parts[-2:])
+
+
+_PATHS = re.compile(r"""(?<![\w.~/<\\])(?:file://)?~?(?:[A-Za-z]:)?(?:[/\\][^\s/\\'"`<>|:;,()\[\]{}]+)+[/\\]?""")
+
+
+def without_places(text: str) -> str:
+    """The same of every absolute path in a text; a folder with a blank in its name is known by no pattern."""
+    return _PATHS.sub(lambda found: without_place(found[0]), text)
