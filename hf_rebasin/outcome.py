@@ -12,8 +12,14 @@ from pydantic import BeforeValidator
 
 from .errors import OptionError, some
 
-# What JSON has no number for (NaN, ±∞) is null there, and NaN when it is read again.
-Number: TypeAlias = Annotated[float, BeforeValidator(lambda said: math.nan if said is None else said)]
+
+def _finite_or_nan(said: object) -> object:
+    return math.nan if said is None else said
+
+
+# What JSON has no number for (NaN, ±∞) is null there, and NaN when it is read again; what is not known is left out.
+Number: TypeAlias = Annotated[float, BeforeValidator(_finite_or_nan)]
+Known: TypeAlias = Annotated[float | None, BeforeValidator(_finite_or_nan)]
 Consumed: TypeAlias = Literal["nothing", "unlabelled inputs", "labels"]
 CONSUMED: tuple[Consumed, ...] = ("nothing", "unlabelled inputs", "labels")  # from little to much
 
@@ -100,12 +106,12 @@ class Row:
     name: str
     consumed: Consumed = "nothing"
     control: bool = False
-    loss: Number | None = None
+    loss: Known = None
     metrics: Mapping[str, Number] = field(default_factory=dict)
-    excess: Number | None = None
-    ratio: Number | None = None
-    barrier: Number | None = None
-    seconds: float | None = None
+    excess: Known = None
+    ratio: Known = None
+    barrier: Known = None
+    seconds: Known = None
     note: str = ""
 
 
@@ -155,9 +161,9 @@ class Exactness:
         keys: whether the moved model has the same keys, and so on.
     """
 
-    difference: Number | None = None
-    before: Number | None = None
-    after: Number | None = None
+    difference: Known = None
+    before: Known = None
+    after: Known = None
     dtype: str = ""
     keys: bool | None = None
     shapes: bool | None = None

@@ -128,7 +128,7 @@ class Report:
         return render(report=report, views=views, summary=summary(views), stem=stem)
 
     def to_json(self) -> str:
-        """The same numbers, keys sorted; NaN and infinities are null. Barriers and verdicts are in it, too."""
+        """The same numbers, keys sorted, barriers and verdicts, too. NaN and infinities are null; None is left out."""
         return json.dumps(_said(self.public()), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     @staticmethod
@@ -184,7 +184,8 @@ def _said(value: Any) -> Any:
         return {str(key): _said(part) for key, part in value.items()}
     if is_dataclass(value):
         names = (*(f.name for f in fields(value)), *DERIVED.get(type(value).__name__, ()))
-        return {name: _said(getattr(value, name)) for name in names}
+        said = {name: getattr(value, name) for name in names}
+        return {name: _said(part) for name, part in said.items() if part is not None}
     return value
 
 

@@ -305,6 +305,8 @@ def test_json_and_back(make):
         line = again.pairs[0].lines[0]
         assert plain["pairs"][0]["lines"][0]["loss"][2:4] == [None, None]
         assert math.isnan(line.loss[2])
+        assert math.isnan(again.pairs[0].rows[2].excess)
+        assert again.pairs[0].rows[1].seconds is None
         assert math.isnan(line.barrier)
 
 
