@@ -231,8 +231,7 @@ def _solved(
     forward = None
     if data is not None:
         own = fixed.untied(tied, spec.ties, prefix) if tied else fixed
-        wide = max((torch.promote_types(kind, torch.float32) for kind in fixed.dtypes), key=lambda kind: kind.itemsize)
-        forward = Forward(partial(own.computing, prefix, wide), data, loss)
+        forward = Forward(partial(own.computing, prefix, fixed.wide), data, loss)
     solution = solver.solve(Problem(matched, here, there, generator, device, progress, forward))
     found = solution.alignment
     kinds = {name: symmetry.kind for name, symmetry in found.spec.symmetries.items()}

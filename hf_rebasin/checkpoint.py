@@ -246,6 +246,12 @@ class Checkpoint:
         """Of its floating-point tensors, without what is recomputed anyway."""
         return {p.dtype for key, p in self.parts.items() if p.dtype.is_floating_point and not recomputed(key, p)}
 
+    @property
+    def wide(self) -> torch.dtype:
+        """What to compute with it in: float32, or a wider dtype among its own."""
+        kinds = [torch.promote_types(kind, torch.float32) for kind in self.dtypes]
+        return max(kinds, key=lambda kind: kind.itemsize, default=torch.float32)
+
     def refuse_quantised(self) -> None:
         """Raise CheckpointError for a quantised model."""
         narrow = sorted(str(kind) for kind in self.dtypes if kind.itemsize < 2)

@@ -1,0 +1,143 @@
+"""Refit: every linear map of a merged model by least squares, on what it reads, to what the merged models say there.
+
+An average of weights gives something else than an average of what two layers say, the more so the farther from the
+input. So layer by layer, W = argmin ‖X W − T‖² + r‖W − W₀‖² with X what the layer of the *merged* model reads, the
+layers before it refitted already, T the mean of what the layer says in the models that were merged, and W₀ the
+average: W = (XᵀX + rI)⁻¹(XᵀT + rW₀), with 1 among the columns of X for the bias. No labels, no gradients; of the data
+only XᵀX and XᵀT are kept. After PLeaS (Nasery et al. 2024, 2407.02447) and RegMean (Jin et al. 2022, 2212.09849).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import Checkpoint
+from .classes import stored, to_disk
+from .errors import OptionError
+from .layers import Calls, Change, NormStatistics, Step, change_in_order
+from .lazy import Here, Lazy, rounded
+from .objective import Device
+
+RIDGE = 1e-3
+
+
+def refit(
+    merged: Checkpoint,
+    models: Sequence[Checkpoint],
+    data: Iterable[Any],
+    *,
+    weights: Sequence[float] | None = None,
+    ridge: float = RIDGE,
+    device: Device = None,
+    progress: bool = False,
+) -> Checkpoint:
+    """Fit the layers of a merge, in the order of its forward pass, to the mean of what the merged models say.
+
+    Linear layers, Conv1D and convolutions (grouped, depthwise, dilated) are fitted; a weight that is tied to another
+    stays as it is merged, and so does what is no layer of those. BatchNorm statistics become those of the data.
+
+    Args:
+        merged: the merge; it stays as it is.
+        models: what was merged, in one system of coordinates (moved already).
+        data: unlabelled batches that can be read again and again; a few thousand tokens or images do. Under
+            `accelerate launch` every process takes its share. Positions that an `attention_mask` leaves out do not
+            count.
+        weights: of the models in the mean; by default equal.
+        ridge: r = ridge · tr(XᵀX) / n.
+        device: where it is computed.
+        progress: show a progress bar (on a terminal).
+
+    Returns:
+        The refitted merge, with the keys and dtypes it had.
+
+    Raises:
+        OptionError: no data, or weights that are not one per model with a sum.
+        CheckpointError: no class is known that could be run.
+
+    Example: y = x W with W = 2 in one model and 4 in the other: T = 3x, so W = 3 whatever W₀ was, as far as the ridge
+    lets it. Where layers follow each other, and the first ones do not agree, the average is not the answer.
+
+        >>> better = refit(merge([a, moved]), [Checkpoint.open(a), Checkpoint.open(moved)], batches)
+    """
+    shares = shares_of(weights, len(models))
+    if not ridge > 0:
+        raise OptionError(f"ridge = {ridge}; give a number above 0, such as {RIDGE}")
+    modules = [computing(checkpoint, device) for checkpoint in (merged, *models)]
+    change_in_order(
+        modules,
+        data,
+        lambda step: _fit(step, shares, ridge, device),
+        device=device,
+        progress="refitting" if progress else "",
+    )
+    return with_values(merged, modules[0])
+
+
+def shares_of(weights: Sequence[float] | None, count: int) -> list[float]:
+    """The share of each of `count` models; OptionError unless there is one weight for each, and a sum to divide by."""
+    given = [1.0] * count if weights is None else list(weights)
+    if len(given) != count or not sum(given) > 0:
+        raise OptionError(f"got {len(given)} weights for {count} models; give one for each, with a sum above 0")
+    return [weight / sum(given) for weight in given]
+
+
+def computing(checkpoint: Checkpoint, device: Device) -> nn.Module:
+    """A module of its own, in float32 or a wider dtype of its tensors."""
+    module: nn.Module = checkpoint.model(checkpoint.wide)
+    return module.to(device).eval()
+
+
+def with_values(merged: Checkpoint, module: nn.Module) -> Checkpoint:
+    """A checkpoint with the values of a module, rounded to its dtypes."""
+    parts: dict[str, Lazy] = {}
+    for key, tensor in to_disk(module, stored(module)).items():
+        part = merged.parts.get(key)
+        if part is not None and part.dtype.is_floating_point:
+            parts[key] = Here.of(rounded(tensor.detach().cpu(), part.dtype).clone(), own=True)
+    return merged.with_parts(parts)
+
+
+def _fit(step: Step, shares: Sequence[float], ridge: float, device: Device) -> Change:
+    return _LeastSquares(step, shares, ridge, device) if step.norm is None else NormStatistics(step.norm, device)
+
+
+class _LeastSquares:
+    """The normal equations of the layers of a step, which read the same."""
+
+    def __init__(self, step: Step, shares: Sequence[float], ridge: float, device: Device):
+        self.layers, self.shares, self.ridge = step.layers, shares, ridge
+        shapes = [layer.matrix.shape for layer in self.layers]
+        groups, width = shapes[0][0], max(shape[1] for shape in shapes) + 1  # with the column of ones
+        kind: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        self.sums = [torch.zeros(groups, width, n, **kind) for n in (width, *(shape[2] for shape in shapes))]
+
+    def add(self, calls: Sequence[Calls], mask: Tensor | None) -> None:
+        own, *others = calls
+        first = self.layers[0]
+        for k, (read, _) in enumerate(own[first.name]):
+            x = _with_ones(first.samples(read, mask).double())
+            self.sums[0] += x.mT @ x
+            for total, layer in zip(self.sums[1:], self.layers, strict=True):
+                said = (layer.answers(other[layer.name][k][1], mask) for other in others)
+                total += x.mT @ sum(share * y.double() for share, y in zip(self.shares, said, strict=True))
+
+    def write(self) -> None:
+        squares, *products = self.sums
+        for layer, product in zip(self.layers, products, strict=True):
+            matrix, bias = layer.matrix.double(), layer.bias
+            n = squares.shape[-1] if bias is not None else squares.shape[-1] - 1
+            before = matrix if bias is None else torch.cat([matrix, bias.double()[:, None]], 1)
+            left, right = squares[:, :n, :n], product[:, :n]
+            r = self.ridge * left.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
+            r = torch.where(r > 0, r, 1.0)  # a layer that has read nothing stays as it is
+            eye = torch.eye(n, dtype=left.dtype, device=left.device)
+            fitted = torch.linalg.solve(left + r * eye, right + r * before)
+            layer.write(fitted if bias is None else fitted[:, :-1], None if bias is None else fitted[:, -1])
+
+
+def _with_ones(x: Tensor) -> Tensor:
+    return torch.cat([x, torch.ones_like(x[..., :1])], -1)
