@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -26,6 +26,14 @@ def mean_of_all(value: Tensor) -> Tensor:
 def sum_of_all(value: Tensor) -> Tensor:
     """The sum over all processes."""
     return _reduced(value, "sum")
+
+
+def numbers_of_all(values: Sequence[float], device: Any = None) -> list[float]:
+    """Plain numbers, summed over all processes in float64; `device` is one that these can talk from."""
+    if not _several():
+        return list(values)
+    total: list[float] = sum_of_all(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
+    return total
 
 
 def averaged(latents: Iterable[Tensor]) -> None:
