@@ -16,7 +16,7 @@ from .errors import OptionError, nearest
 from .evaluate import Measured, evaluate
 from .inputs import refuse_read_once
 from .lazy import Here, Tensors
-from .merging import combine, equal, untied_like
+from .merging import combine, untied_like
 
 Measure: TypeAlias = Callable[[nn.Module], Measured]
 Prepare: TypeAlias = Callable[[nn.Module], object]
@@ -155,25 +155,36 @@ def interpolate(
     return Curve(tuple(at), tuple(one.loss for one in found), metrics)
 
 
-def between(fixed: Source, moving: Source, t: float, *, prepare: Prepare | None = None) -> Checkpoint:
+def between(
+    fixed: Source,
+    moving: Source,
+    t: float,
+    *,
+    prepare: Prepare | None = None,
+    device: torch.device | str | None = None,
+) -> Checkpoint:
     """One model on the line, as `interpolate` measures it: lazy, but for what `prepare` changes.
 
     Args:
         fixed: the model at λ = 0, whose files it takes.
         moving: the model at λ = 1.
         t: λ, such as the `best` of a curve.
-        prepare: what was done to every model on the line; it is done once more, in memory.
+        prepare: what was done to every model on the line; it is done once more, to a module in memory.
+        device: where that is.
     """
     checkpoint = combine([Checkpoint.open(fixed), Checkpoint.open(moving)], "lerp", {"t": t})
     if prepare is None:
         return checkpoint
-    module = checkpoint.model()
+    module = checkpoint.model().to(device)
     prepare(module)
-    prepared, names = Checkpoint.open(module).state().parts, checkpoint.canonical()
-    written = {key: Here.of(prepared[name].read().to(checkpoint.parts[key].dtype)) for name, key in names.items()}
-    return checkpoint.with_parts(
-        {key: part for key, part in written.items() if not equal(part, checkpoint.parts[key])}
-    )
+    prepared, changed = Checkpoint.open(module).state(), {}
+    for name, key in checkpoint.canonical().items():
+        part = checkpoint.parts[key]
+        if name in prepared:  # a tied tensor that a file stores all the same is not
+            value = prepared[name].to("cpu", part.dtype)
+            if not torch.equal(value, part.read().cpu()):
+                changed[key] = Here.of(value)
+    return checkpoint.with_parts(changed)
 
 
 def _ends(fixed: Source, moving: Source) -> list[Checkpoint]:
@@ -213,8 +224,9 @@ class _Copy:
         memory = {_memory(tensor) for tensor in own}
         there = Checkpoint.open(self.module).state()
         names = {name: key for name, key in here.canonical().items() if name in there or key not in here.declared_ties}
-        if all(name in there and _memory(there[name]) in memory for name in names):
-            self.places = {key: there[name] for name, key in names.items()}
+        if not all(name in there and _memory(there[name]) in memory for name in names):
+            return
+        self.places = {key: there[name] for name, key in names.items()}
         written = set(map(_memory, self.places.values()))
         self.rest = [(tensor, tensor.detach().clone()) for tensor in own if _memory(tensor) not in written]
 

@@ -228,6 +228,7 @@ def test_what_cannot_be_measured_is_said(data, options, message):
 
 
 SCRIPT = """
+import os
 import sys
 from pathlib import Path
 
@@ -239,7 +240,9 @@ from test_evaluate import CAUSAL, MASKED, cut, sentences
 from hf_rebasin.errors import OptionError
 from hf_rebasin.evaluate import evaluate
 
-state, found = PartialState(), []
+# Not told that these are processes on CPUs, accelerate takes each of them for the only one. They are two nevertheless.
+PartialState()
+found = []
 for model in (MASKED, CAUSAL[0]):
     for size in (5, 64):  # of 64, one process gets all there is
         found.append(evaluate(model, cut(sentences(model, share=0.3), size), metrics=None))
@@ -247,7 +250,8 @@ for model in (MASKED, CAUSAL[0]):
 try:
     evaluate(MASKED, [])
 except OptionError:
-    torch.save([vars(one) for one in found], Path(sys.argv[1]) / f"{state.num_processes}-{state.process_index}.pt")
+    name = "-".join(os.environ.get(*pair) for pair in (("WORLD_SIZE", "1"), ("RANK", "0")))
+    torch.save([vars(one) for one in found], Path(sys.argv[1]) / f"{name}.pt")
 """
 
 
