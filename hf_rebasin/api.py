@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -16,8 +16,7 @@ from .checkpoint import Checkpoint, Source
 from .comparing import Comparison, compared
 from .describing import inferred, spec_of
 from .errors import OptionError
-from .inputs import Inputs
-from .inputs import run as run_module
+from .inputs import Inputs, own_loss, refuse_read_once
 from .knobs import knobs_for
 from .lazy import Tensors
 from .limits import Groups, Limits, kept_apart
@@ -168,11 +167,8 @@ def align(
         raise OptionError(f"solver {solver!r} looks at weights alone, and takes no data")
     if loss is not None and data is None:
         raise OptionError("a loss, but no data for it; give data=")
-    if data is not None and iter(data) is data:
-        raise OptionError(
-            f"data is a {type(data).__name__}, which can be read once; give what can be read several times, such as a "
-            "list or a DataLoader"
-        )
+    if data is not None:
+        refuse_read_once(data)
     return _solved(
         chosen,
         spec,
@@ -186,19 +182,6 @@ def align(
         data=data,
         loss=loss or own_loss,
     )
-
-
-def own_loss(module: nn.Module, batch: Any) -> Tensor:
-    """What a module says is its loss, for a batch with labels in it."""
-    said = run_module(module, batch)
-    found = said.get("loss") if isinstance(said, Mapping) else getattr(said, "loss", None)
-    if found is None and isinstance(batch, Mapping) and "labels" in batch and isinstance(said, tuple):
-        found = said[0]
-    if found is None:
-        raise OptionError(
-            f"{type(module).__name__} gives no loss for these batches; put labels in them, or give loss="
-        )
-    return cast(Tensor, found)
 
 
 def _solved(

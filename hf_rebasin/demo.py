@@ -27,7 +27,7 @@ from tqdm import tqdm
 from .api import align, merge
 from .checking import outputs
 from .errors import OptionError, nearest
-from .evaluate import Curve, curve
+from .line import Curve, interpolate
 from .recalibrate import recalibrate
 from .table import Table
 from .text import columns
@@ -150,12 +150,10 @@ def statistics_batches() -> Iterator[Batch]:
         yield {"pixel_values": x}
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module) -> tuple[float, float]:
-    """(mean loss, accuracy) on the test images."""
+def evaluation_batches() -> list[Batch]:
+    """The test images with their labels."""
     x, y = digits()[1]
-    loss, logits = model.eval()(pixel_values=x, labels=y)[:2]
-    return loss.item(), (logits.argmax(-1) == y).double().mean().item()
+    return [{"pixel_values": x, "labels": y}]
 
 
 def train(kind: str, seed: int) -> nn.Module:
@@ -223,8 +221,8 @@ def compare(kind: str, seeds: tuple[int, int], a: nn.Module, b: nn.Module, point
     seconds = time.perf_counter() - start
     inputs = {"pixel_values": digits()[1][0]}
     before, after = (outputs(model, inputs)[0] for model in (b, moved))
-    plain = curve(a, b, evaluate, points=points, prepare=prepare)
-    aligned = curve(a, moved, evaluate, points=points, prepare=prepare)
+    plain = interpolate(a, b, evaluation_batches(), points=points, prepare=prepare)
+    aligned = interpolate(a, moved, evaluation_batches(), points=points, prepare=prepare)
     return Pair(kind, seeds, plain, aligned, (before - after).abs().max().item(), seconds), moved
 
 
@@ -247,8 +245,8 @@ def row(pair: Pair) -> tuple[str, ...]:
     return (
         f"{pair.seeds[0]}-{pair.seeds[1]}",
         f"{ends} %",
-        f"{100 * pair.plain.middle[1]:.1f} %",
-        f"{100 * pair.aligned.middle[1]:.1f} %",
+        f"{100 * pair.plain.middle['accuracy']:.1f} %",
+        f"{100 * pair.aligned.middle['accuracy']:.1f} %",
         f"{pair.plain.barrier:.3f}",
         f"{pair.aligned.barrier:.3f}",
         f"{pair.ratio:.2f}",

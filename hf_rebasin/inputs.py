@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
-from .errors import CheckpointError
+from .errors import CheckpointError, OptionError
 
 # A tensor, a sequence of positional arguments, or a mapping of keyword arguments.
 Inputs: TypeAlias = "Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]"
@@ -27,6 +28,60 @@ def run(module: nn.Module, inputs: Inputs) -> Any:
     if isinstance(inputs, Mapping):
         return module(**inputs)
     return module(*inputs) if isinstance(inputs, tuple | list) else module(inputs)
+
+
+def own_loss(module: nn.Module, batch: Any) -> Tensor:
+    """What a module says is its loss, for a batch with labels in it."""
+    return loss_in(module, run(module, batch), batch)
+
+
+def loss_in(module: nn.Module, said: Any, batch: Any) -> Tensor:
+    """The same of what it said already.
+
+    Raises:
+        OptionError: there is none.
+    """
+    found = _said(said, "loss", batch, 0)
+    if found is None:
+        raise OptionError(
+            f"{type(module).__name__} gives no loss for these batches; put labels in them, or give loss="
+        )
+    return found
+
+
+def logits_in(said: Any, batch: Any) -> Tensor | None:
+    """The scores that go with the labels of a batch; None where there are none."""
+    return _said(said, "logits", batch, 1)
+
+
+def _said(said: Any, name: str, batch: Any, place: int) -> Tensor | None:
+    """By its name, or by its place in the tuple that is given for labels."""
+    found = said.get(name) if isinstance(said, Mapping) else getattr(said, name, None)
+    if found is None and isinstance(batch, Mapping) and "labels" in batch and isinstance(said, tuple):
+        found = said[place] if len(said) > place else None
+    return cast("Tensor | None", found)
+
+
+def refuse_read_once(data: Iterable[Any]) -> None:
+    """Raise OptionError for an iterator."""
+    if iter(data) is data:
+        raise OptionError(
+            f"data is a {type(data).__name__}, which can be read once; give what can be read several times, such as a "
+            "list or a DataLoader"
+        )
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """In evaluation mode and without gradients; afterwards every part has the mode it had."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def outputs_in(said: Any) -> Iterator[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -28,6 +28,14 @@ def sum_of_all(value: Tensor) -> Tensor:
     return _reduced(value, "sum")
 
 
+def numbers_of_all(values: Sequence[float], device: Any = None) -> list[float]:
+    """Plain numbers, summed over all processes in float64; `device` is one that these can talk from."""
+    if not _several():
+        return list(values)
+    total: list[float] = sum_of_all(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
+    return total
+
+
 def averaged(latents: Iterable[Tensor]) -> None:
     """Gradients become their mean over all processes."""
     for latent in latents:
@@ -40,9 +48,9 @@ def _several() -> bool:
 
 
 def _reduced(value: Tensor, how: str) -> Tensor:
+    """By torch, which knows of processes that accelerate was not told of: its own reduce would leave them apart."""
     if not _several():
         return value
-    from accelerate.utils import reduce
-
-    out: Tensor = reduce(value, how)
-    return out
+    out = value.detach().clone(memory_format=torch.contiguous_format)
+    torch.distributed.all_reduce(out)
+    return out / torch.distributed.get_world_size() if how == "mean" else out

@@ -39,7 +39,8 @@ from torch import nn
 
 from hf_rebasin import Alignment, Checkpoint, align
 from hf_rebasin.demo import MLP_TABLE
-from hf_rebasin.evaluate import Curve
+from hf_rebasin.evaluate import Measured
+from hf_rebasin.line import Curve, interpolate
 from hf_rebasin.modules import merged
 from hf_rebasin.recalibrate import recalibrate
 from hf_rebasin.solvers.learned import Solver as Learned
@@ -196,7 +197,6 @@ def measure(kind: str, folder: Path, methods: Sequence[str]) -> Iterator[Result]
     paths = [folder / f"{kind}-{seed}" for seed in range(SEEDS)]
     models = [testbed.load(kind, path) for path in paths]
     own = [testbed.evaluate(model, kind)[0] for model in models]  # with the statistics they were saved with
-    ends = [repaired(model, kind) for model in models]
     baselines: dict[tuple[int, int], Curve] = {}
     for method in methods:
         for a, b in combinations(range(SEEDS), 2):
@@ -204,10 +204,7 @@ def measure(kind: str, folder: Path, methods: Sequence[str]) -> Iterator[Result]
             with tempfile.TemporaryDirectory() as scratch:
                 moved = testbed.load(kind, checkpoint.save(Path(scratch) / "moved"))
             change = testbed.evaluate(moved, kind)[0] - own[b]
-            # the moved model comes first, as a merge is of its kind: a head that the move untied stays untied
-            between = (merged([moved, models[a]], "lerp", t=1 - i / (POINTS - 1)) for i in range(1, POINTS - 1))
-            points = [ends[a], *(repaired(model, kind) for model in between), repaired(moved, kind)]
-            curve = Curve(*zip(*points, strict=True))
+            curve = measured(models[a], moved, kind)
             baseline = baselines.setdefault((a, b), curve)
             yield {
                 "kind": kind,
@@ -217,13 +214,23 @@ def measure(kind: str, folder: Path, methods: Sequence[str]) -> Iterator[Result]
                 "loss_ratio": ratio(curve.barrier, baseline.barrier),
                 "error_barrier": curve.error_barrier,
                 "error_ratio": ratio(curve.error_barrier, baseline.error_barrier),
-                "middle_loss": curve.middle[0],
-                "middle_accuracy": curve.middle[1],
+                "middle_loss": curve.middle["loss"],
+                "middle_accuracy": curve.middle["accuracy"],
                 "own": change,
                 "align_seconds": seconds,
                 "loss": curve.loss,
                 "accuracy": curve.accuracy,
             }
+
+
+def measured(a: nn.Module, b: nn.Module, kind: str) -> Curve:
+    """BatchNorm statistics are recomputed in every model of the line, ends included."""
+
+    def measure(model: nn.Module) -> Measured:
+        loss, accuracy = repaired(model, kind)
+        return Measured(loss, {"accuracy": accuracy})
+
+    return interpolate(a, b, measure, points=POINTS)
 
 
 def repaired(model: nn.Module, kind: str) -> tuple[float, float]:

@@ -109,18 +109,13 @@ def barrier(a, b) -> float:
     import torch
 
     from hf_rebasin.checking import example_inputs
-    from hf_rebasin.evaluate import curve
+    from hf_rebasin.line import interpolate
 
     inputs = example_inputs(a.config, torch.Generator().manual_seed(0))
     labels = (
         inputs["input_ids"] if "input_ids" in inputs else torch.zeros(len(inputs["pixel_values"]), dtype=torch.int64)
     )
-
-    @torch.no_grad()
-    def loss(model) -> tuple[float, float]:
-        return model(**inputs, labels=labels).loss.item(), 0.0
-
-    return curve(a.model(), b.model(), loss, points=5).barrier
+    return interpolate(a, b, [{**inputs, "labels": labels}], points=5).barrier
 
 
 def measure(folder: Path, groups: str) -> None:

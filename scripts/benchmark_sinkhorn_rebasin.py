@@ -25,7 +25,7 @@ from typing import Any
 
 import testbed
 import torch
-from bench_barrier import markdown, say, train, training_images
+from bench_barrier import markdown, measured, say, train
 from benchmark_planted_mlps import PAPER, TARGETS, networks, table
 from benchmark_rebasin import ResNet18
 from torch import Tensor, nn
@@ -33,8 +33,7 @@ from tqdm import tqdm
 
 from hf_rebasin import Alignment, Spec, Table, align, infer_spec, spec_for
 from hf_rebasin.demo import MLP_TABLE
-from hf_rebasin.evaluate import Curve, curve
-from hf_rebasin.recalibrate import recalibrate
+from hf_rebasin.line import Curve
 from hf_rebasin.solving import Solution
 
 KINDS = {"mlp64": "MLP, two hidden layers", "vgg": "VGG", "resnet": "ResNet"}
@@ -222,13 +221,6 @@ def trained_vgg(seed: int, steps: int = 600) -> nn.Module:
     return model
 
 
-def measured(a: nn.Module, b: nn.Module, kind: str) -> Curve:
-    """BatchNorm statistics are recomputed in every model of the line, ends included."""
-    return curve(
-        a, b, lambda m: testbed.evaluate(m, kind), prepare=lambda m: recalibrate(m, training_images()), points=25
-    )
-
-
 def symmetries(kind: str, model: nn.Module) -> Spec | Table:
     return MLP_TABLE if kind.startswith("mlp") else infer_spec(model, {"pixel_values": testbed.digits()[1][0][:2]})
 
@@ -256,7 +248,7 @@ def barriers(arguments: argparse.Namespace) -> None:
     for name in METHODS:
         cells = [
             " ".join(f"{c.barrier:.3f}" for c in curves[kind][name])
-            + f" ({min(c.middle[1] for c in curves[kind][name]):.1%})"
+            + f" ({min(c.middle['accuracy'] for c in curves[kind][name]):.1%})"
             for kind in curves
         ]
         rows.append([name, *cells, f"{mean(seconds[name]):.1f}"])

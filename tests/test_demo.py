@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from conftest import same_tensors
 from torch import nn
 
 from hf_rebasin import Checkpoint, Verdict, compare, demo
 from hf_rebasin.errors import OptionError
-from hf_rebasin.evaluate import Curve, curve
+from hf_rebasin.evaluate import evaluate
 from hf_rebasin.recalibrate import recalibrate
 
 
@@ -21,7 +20,7 @@ def test_the_demo_in_small(tmp_path):
     assert len(pair.plain.loss) == 25
     assert any("0-1" in line for line in said)
     merged = demo.MLP.from_pretrained(tmp_path / "mlp" / "merged")
-    assert demo.evaluate(merged)[1] > 0.94
+    assert evaluate(merged, demo.evaluation_batches()).metrics["accuracy"] > 0.94
     assert compare(tmp_path / "mlp" / "seed-0", tmp_path / "mlp" / "seed-1").verdict is Verdict.TRAINED_APART
     assert {f.name for f in (tmp_path / "mlp").iterdir()} == {"seed-0", "seed-1", "aligned-1", "merged"}
 
@@ -31,22 +30,6 @@ def test_bad_options_are_said_before_training(tmp_path):
         demo.run(tmp_path, ["resnt"])
     with pytest.raises(OptionError, match="two seeds, got 1"):
         demo.run(tmp_path, ["mlp"], seeds=1)
-
-
-def test_the_barrier_is_the_highest_rise_above_the_chord():
-    assert Curve((1.0, 3.0, 2.0), (0.0, 0.0, 0.0)).barrier == 1.5
-    assert Curve((1.0, 1.2, 2.0), (0.0, 0.0, 0.0)).barrier == 0
-    assert Curve((0.0, 0.0, 0.0), (1.0, 0.25, 0.5)).error_barrier == 0.5
-    assert Curve((1.0, 2.0, 5.0, 0.5, 0.0), (0.0,) * 5).middle == (5.0, 0.0)
-
-
-def test_a_curve_begins_and_ends_at_the_models():
-    a, b = nn.Linear(2, 2), nn.Linear(2, 2)
-    seen = []
-    curve(a, b, lambda m: (seen.append(m) or 0.0, 0.0), points=5)
-    assert same_tensors(seen[0], a)
-    assert same_tensors(seen[-1], b)
-    torch.testing.assert_close(seen[2].weight, (a.weight + b.weight) / 2)
 
 
 def test_statistics_are_the_cumulative_average_and_nothing_else_changes(generator):

@@ -20,6 +20,7 @@ FLOORS = (
     {"showing"},
     {"demo", "coordinate_descent", "interpolation", "rebasin_net", "loss"},
     {"api"},
+    {"line"},
     {"comparing", "evaluate", "recalibrate", "recipe", "modules", "incremental"},
     {"report"},
     {"page"},
