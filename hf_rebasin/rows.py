@@ -116,10 +116,12 @@ def open_rows(
         OptionError: no such dataset, revision, configuration or split; files that cannot be read, or without rows.
     """
     place = _place(dataset, files, revision, token)
-    found = _splits(dataset, name, place, streaming, token)
+    found = _saved(dataset, name, place) or _splits(dataset, name, place, streaming, token)
     if split not in found:
         raise OptionError(f"{dataset} has no split {split!r}{nearest(split, found)}")
-    stream = found[split] if streaming else found[split].to_iterable_dataset()
+    stream = found[split]
+    if hasattr(stream, "to_iterable_dataset"):  # it is not streamed already
+        stream = stream.to_iterable_dataset()
     if stream.features is not None:
         stream = stream.decode(False)
     if shuffle:
@@ -207,6 +209,18 @@ def _commit(repository: str, revision: str | None, token: str | None) -> str | N
             f"{repository!r} is neither a file or folder here nor a dataset on the Hub that can be read "
             f"({type(error).__name__}){close if 'did you mean' in close else ''}"
         ) from error
+
+
+def _saved(dataset: str, name: str | None, place: _Place) -> Mapping[str, Any] | None:
+    """The splits of what `save_to_disk` of `datasets` wrote; None where a folder is something else."""
+    if not any((Path(place.path) / file).is_file() for file in ("dataset_dict.json", "state.json")):
+        return None
+    if name is not None or place.files is not None:
+        raise OptionError(f"{dataset} was written by save_to_disk and has no configurations or files to choose from")
+    import datasets
+
+    saved = datasets.load_from_disk(place.path)
+    return dict(saved) if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
 
 
 def _splits(dataset: str, name: str | None, place: _Place, streaming: bool, token: str | None) -> Mapping[str, Any]:

@@ -11,6 +11,7 @@ import torch
 import yaml
 from conftest import HUB
 from datasets import ClassLabel, Dataset, Features, Value
+from huggingface_hub import HfApi
 from PIL import Image
 from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -205,15 +206,16 @@ def test_the_worked_example_holds():
 
 
 def test_text_of_a_causal_model_is_packed(gpt, text):
-    batches = opened(gpt, text, max_length=10, batch_size=4)
+    batches = opened(gpt, text, max_length=9, batch_size=4)
     first = next(iter(batches))
     assert {key: tuple(value.shape) for key, value in first.items()} == dict.fromkeys(
-        ("input_ids", "attention_mask", "labels"), (4, 10)
+        ("input_ids", "attention_mask", "labels"), (4, 9)
     )
     ids = [i for batch in batches for i in batch["input_ids"].flatten().tolist()]
     vocabulary = gpt_tokenizer().get_vocab()
     whole = [i for one in TEXTS for i in [*(vocabulary[word] for word in one.split()), 0]]  # 0 ends every text
-    assert ids == whole[: len(whole) // 10 * 10]
+    assert ids == whole[: len(whole) // 9 * 9]
+    assert len(whole) % 9
     assert all(torch.equal(batch["labels"], batch["input_ids"]) for batch in batches)
     assert batches.labelled
     loss = GPT2LMHeadModel(gpt.config)(**first).loss
@@ -381,6 +383,7 @@ def test_files_of_every_kind_give_the_same(classifier, reviews):
     assert equal(opened(classifier, "csv", files={"test": reviews}, split="test"), expected)
     assert equal(opened(classifier, "parts", files=["0.parquet", "1.parquet"], streaming=False), expected)
     assert not equal(opened(classifier, "parts/1.parquet"), expected)
+    assert equal(opened(classifier, "parts/1.parquet"), opened(classifier, "parts", files="1.parquet"))
 
 
 def test_a_dataset_of_the_hub_is_read_at_one_commit(classifier, on_the_hub):
@@ -395,6 +398,39 @@ def test_a_dataset_of_the_hub_is_read_at_one_commit(classifier, on_the_hub):
     )
     again = opened(classifier, f"org/reviews@{commit}", name="short", split="validation", samples=6, streaming=False)
     assert equal(batches, again)
+
+
+def test_a_revision_stays_what_it_was(classifier, tmp_path):
+    api = HfApi()
+    api.create_repo("org/growing", repo_type="dataset", exist_ok=True)
+
+    def pushed(text):
+        said = {"path_in_repo": "data.csv", "repo_id": "org/growing", "repo_type": "dataset"}
+        return api.upload_file(path_or_fileobj=f"text,label\n{text},1\n".encode(), **said).oid
+
+    commit = pushed("a cat")
+    before = opened(classifier, "org/growing")
+    pushed("the dog ran under")
+    after = opened(classifier, "org/growing")
+    assert next(iter(before))["input_ids"].shape[1] == 4
+    assert next(iter(after))["input_ids"].shape[1] == 6
+    assert equal(opened(classifier, "org/growing", revision=commit), before)
+
+
+def test_datasets_saved_to_disk(classifier, reviews):
+    data = datasets.load_dataset("csv", data_files=reviews)
+    data.save_to_disk("both")
+    data["train"].save_to_disk("one")
+    expected = list(opened(classifier, reviews))
+    assert equal(opened(classifier, "both"), expected)
+    assert equal(opened(classifier, "one"), expected)
+    with pytest.raises(OptionError, match="no configurations or files to choose from"):
+        opened(classifier, "both", name="short")
+
+
+def test_labels_in_words_are_no_text_to_read(classifier):
+    write("rows.jsonl", '{"body": "the cat sat", "label": "positive"}\n')
+    assert next(iter(opened(classifier, "rows.jsonl")))["input_ids"].shape[1] == 5
 
 
 def test_only_what_is_needed_is_read(gpt):
@@ -597,6 +633,9 @@ def test_labels_are_matched_by_their_strings(classifier):
     write("rows.jsonl", '{"text": "a", "label": "Positive"}\n{"text": "a", "label": "positive"}\n')
     (batch,) = opened(classifier, "rows.jsonl")
     assert batch["labels"].tolist() == [1, 0]
+    write("rows.jsonl", '{"text": "a", "label": "POSITIVE"}\n')
+    with pytest.raises(MismatchError, match="a label 'POSITIVE'"):
+        opened(classifier, "rows.jsonl")
 
 
 def test_which_labels_are_meant(classifier, reviews):
