@@ -88,7 +88,12 @@ def images_for(
         processor = AutoImageProcessor.from_pretrained(checkpoint.folder)
     except Exception as error:  # a broken file raises whatever the code reading it stumbles on
         raise CheckpointError(f"the image processor of {checkpoint.name} cannot be loaded: {error}") from error
-    return Images(rows, column, processor, getattr(checkpoint.config, "num_channels", None), labels)
+    return Images(rows, column, processor, getattr(_seeing(checkpoint), "num_channels", None), labels)
+
+
+def _seeing(checkpoint: Checkpoint) -> Any:
+    """The part of a configuration that is about images."""
+    return getattr(checkpoint.config, "vision_config", checkpoint.config)
 
 
 def refuse_size(checkpoint: Checkpoint, pixels: Tensor) -> None:
@@ -96,7 +101,7 @@ def refuse_size(checkpoint: Checkpoint, pixels: Tensor) -> None:
 
     Some say a size and take any, so where it is another the model is asked, without its weights.
     """
-    size = getattr(checkpoint.config, "image_size", None)
+    size = getattr(_seeing(checkpoint), "image_size", None)
     sides = (size, size) if isinstance(size, int) else size
     if sides is None or tuple(sides) == tuple(pixels.shape[-2:]):
         return

@@ -216,13 +216,16 @@ def tokens_of(checkpoint: Checkpoint, max_length: int | None, needs: str = "") -
     except Exception as error:  # a broken file raises whatever the code reading it stumbles on
         raise CheckpointError(f"the tokenizer of {name} cannot be loaded: {error!r}") from error
     token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if highest >= config.vocab_size:
+    known = getattr(config, "vocab_size", None)
+    if known is None:
+        raise CheckpointError(f"{name} does not say how many tokens it knows (vocab_size in config.json)")
+    if highest >= known:
         raise MismatchError(
-            f"the tokenizer of {name} has tokens up to {highest} ({token!r}), and the model {config.vocab_size} "
+            f"the tokenizer of {name} has tokens up to {highest} ({token!r}), and the model {known} "
             "(vocab_size); one of the two is of another model"
         )
     pads = (getattr(config, "pad_token_id", None), tokenizer.pad_token_id, tokenizer.eos_token_id)
-    pad = next((one for one in pads if isinstance(one, int) and 0 <= one < config.vocab_size), None)
+    pad = next((one for one in pads if isinstance(one, int) and 0 <= one < known), None)
     if needs == "pad" and pad is None:
         raise CheckpointError(
             f"the tokenizer of {name} has neither a pad token nor an end-of-text token to fill up rows with; name one "

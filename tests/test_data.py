@@ -3,6 +3,7 @@
 import csv
 import inspect
 import json
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -20,6 +21,7 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     ConvNextConfig,
+    EncoderDecoderConfig,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
@@ -34,6 +36,7 @@ from transformers import (
 from hf_rebasin import Checkpoint, processes
 from hf_rebasin.data import DataSettings, open_data
 from hf_rebasin.errors import CheckpointError, MismatchError, OptionError
+from hf_rebasin.inputs import outputs_in
 from hf_rebasin.recalibrate import recalibrate
 from hf_rebasin.rows import open_rows
 
@@ -309,6 +312,43 @@ def test_rows_are_filled_up_with_the_end_of_text(gpt, text, pad):
     assert batch["input_ids"][1, 2] == 0
 
 
+def serves(model, folder):
+    """Whether data is found for a model that it computes with."""
+    config = getattr(model.config, "vision_config", model.config)
+    write("rows.jsonl", "".join(json.dumps({"text": one, "label": i % 2}) + "\n" for i, one in enumerate(TEXTS)))
+    if takes_images := hasattr(config, "num_channels"):
+        size, channels = getattr(config, "image_size", 16), config.num_channels
+        mode, mean = {1: "L", 3: "RGB"}[channels], [0.5] * channels
+        (folder / "pictures").mkdir()
+        Image.new(mode, (9, 9), 77).save(folder / "pictures" / "a.png")
+        sides = {"height": size, "width": size}
+        ViTImageProcessor(size=sides, image_mean=mean, image_std=mean).save_pretrained(folder)
+    else:
+        bert_tokenizer().save_pretrained(folder)
+    checkpoint = replace(Checkpoint.open(model), folder=folder)
+    batches = opened(checkpoint, "pictures" if takes_images else "rows.jsonl", samples=6, batch_size=3)
+    batch = next(iter(batches))
+    with torch.no_grad():
+        said = model(**{key: one.double() if key == "pixel_values" else one for key, one in batch.items()})
+    finite = all(one.isfinite().all() for one in outputs_in(said))
+    return finite and batches.labelled == ("labels" in batch) == ("loss" in said)
+
+
+def test_one_model_of_every_table_is_served(family, tmp_path):
+    if hasattr(family.config, "text_config"):
+        with pytest.raises(MismatchError, match="text and images together"):
+            serves(family, tmp_path)
+    else:
+        assert serves(family, tmp_path)
+
+
+@pytest.mark.slow
+def test_every_model_is_served(tiny, tmp_path):
+    if {"input_ids", "pixel_values"} <= inspect.signature(tiny.forward).parameters.keys():
+        pytest.skip("takes text and images together")
+    assert serves(tiny, tmp_path)
+
+
 # --- images ----------------------------------------------------------------------------------------------------------
 
 
@@ -579,6 +619,9 @@ def test_a_model_whose_tokenizer_does_not_fit(gpt, mlm, text, tmp_path):
     highest = rf"tokens up to {len(WORDS) + 4} \('noon'\), and the model {len(WORDS) + 1} \(vocab_size\)"
     bert_tokenizer().save_pretrained(gpt.folder)
     refused(MismatchError, highest, gpt)
+    both = EncoderDecoderConfig.from_encoder_decoder_configs(mlm.config, mlm.config)
+    pair = a_model(both, "EncoderDecoderModel", mlm.folder)
+    refused(CheckpointError, "does not say how many tokens it knows", pair)
     write(gpt.folder / "tokenizer.json", "{}")
     refused(CheckpointError, "tokenizer of the model cannot be loaded", gpt)
 
