@@ -9,7 +9,7 @@ Whatever is wrong with it is said when it is opened, before a model computes any
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from itertools import count, islice
@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from .checkpoint import Checkpoint
-from .errors import CheckpointError, MismatchError, OptionError
+from .errors import CheckpointError, MismatchError, OptionError, some
 from .imaging import images_for, refuse_size
 from .labelling import classes_of
 from .rows import Files, Rows, open_rows
@@ -142,6 +142,8 @@ class Batches:
         """One line for reports."""
         said = self.settings
         parts = [said.dataset + (f" at {self.rows.commit}" if self.rows.commit else "")]
+        files = said.files.get(said.split, "") if isinstance(said.files, Mapping) else said.files
+        parts += [f"files {files if isinstance(files, str) else some(files)}"] if files else []
         parts += [f"configuration {said.name}"] if said.name else []
         parts += [f"split {said.split}", f"column {self.preparation.column}"]
         parts += [f"shuffled by {said.shuffle} with seed {said.seed}"] if said.shuffle else []

@@ -34,7 +34,6 @@ class Rows:
         stream: of `datasets`, with images left undecoded.
         kinds: `{column: "text", "image", or what else it holds}`.
         features: `{column: its type in datasets}`; empty where files do not say.
-        first: the first few rows.
         commit: of the repository on the Hub; None for local files.
         tokens: `{repository: token}` for images that lie there one by one.
     """
@@ -43,7 +42,6 @@ class Rows:
     stream: Any = field(repr=False)
     kinds: Mapping[str, str]
     features: Mapping[str, Any] = field(repr=False)
-    first: Sequence[Row] = field(repr=False)
     commit: str | None = None
     tokens: Mapping[str, str] = field(default_factory=dict, repr=False)
 
@@ -110,7 +108,7 @@ def open_rows(
     seed: int = 0,
     token: str | None = None,
 ) -> Rows:
-    """Open a dataset and read its first row; the arguments are those of `hf_rebasin.data.DataSettings`.
+    """Open a dataset and read its first rows; the arguments are those of `hf_rebasin.data.DataSettings`.
 
     Raises:
         OptionError: no such dataset, revision, configuration or split; files that cannot be read, or without rows.
@@ -135,7 +133,7 @@ def open_rows(
     features = dict(stream.features or {})
     kinds = {column: _kind(features.get(column), [row.get(column) for row in first]) for column in first[0]}
     tokens = {place.path: token} if place.commit and token else {}
-    return Rows(dataset, stream, kinds, features, first, place.commit, tokens)
+    return Rows(dataset, stream, kinds, features, place.commit, tokens)
 
 
 @dataclass(frozen=True)

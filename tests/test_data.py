@@ -420,7 +420,9 @@ def test_files_of_every_kind_give_the_same(classifier, reviews):
     assert len(expected) == 3
     for name in ("reviews.jsonl", "reviews.json", "reviews.tsv", "reviews.parquet", "parts", "parts/*.parquet"):
         assert equal(opened(classifier, name), expected), name
-    assert equal(opened(classifier, "csv", files={"test": reviews}, split="test"), expected)
+    by_reader = opened(classifier, "csv", files={"test": reviews}, split="test")
+    assert equal(by_reader, expected)
+    assert by_reader.describe().startswith("csv, files reviews.csv, split test, column text: ")
     assert equal(opened(classifier, "parts", files=["0.parquet", "1.parquet"], streaming=False), expected)
     assert not equal(opened(classifier, "parts/1.parquet"), expected)
     assert equal(opened(classifier, "parts/1.parquet"), opened(classifier, "parts", files="1.parquet"))
