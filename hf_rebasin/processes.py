@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 
+@runtime_checkable
+class Shared(Protocol):
+    """Batches that can leave out those of other processes before they are made."""
+
+    def share(self, rank: int, world: int) -> Iterator[Any]:
+        """The batches number `rank`, `rank + world`, …"""
+
+
 def shared_out(data: Iterable[Any]) -> Iterator[Any]:
     """The batches of this process: what accelerate has prepared is shared out already."""
-    batches = iter(data)
     if not _several() or type(data).__module__.startswith("accelerate."):
-        return batches
-    return islice(batches, torch.distributed.get_rank(), None, torch.distributed.get_world_size())
+        return iter(data)
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return data.share(rank, world) if isinstance(data, Shared) else islice(data, rank, None, world)
 
 
 def mean_of_all(value: Tensor) -> Tensor:
