@@ -1,8 +1,8 @@
 """The layers of a module in the order its forward pass calls them, changed one after the other on streamed sums.
 
 Linear layers, transformers' Conv1D and convolutions are one thing here: y = x W + b of samples x, for a convolution
-the patches of its input, group by group. What a layer is changed to hangs on what it reads, and so on all layers before
-it: there is one pass over the data for every place in the order, which ends as soon as that place has been reached.
+the patches of its input, group by group. What a layer is changed to hangs on what it reads, and so on all layers
+before it: there is one pass over the data for every place in the order, which ends as soon as that place has been reached.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from tqdm import tqdm
 
+from .checkpoint import Checkpoint
+from .classes import stored, to_disk
 from .errors import OptionError
 from .inputs import run
+from .lazy import Here, Lazy, rounded
 from .processes import shared_out, sum_of_all
 
 Calls = Mapping[str, list[tuple[Tensor, Tensor]]]  # of layers by their names: what they read and gave, call after call
@@ -276,3 +279,27 @@ class NormStatistics:
         variance = (squares / count - mean.square()).clamp_min(0)
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(variance * (count / (count - 1).clamp_min(1)))  # unbiased, as torch has it
+
+
+def shares_of(weights: Sequence[float] | None, count: int) -> list[float]:
+    """The share of each of `count` models; OptionError unless there is one weight for each, and a sum to divide by."""
+    given = [1.0] * count if weights is None else list(weights)
+    if len(given) != count or not sum(given) > 0:
+        raise OptionError(f"got {len(given)} weights for {count} models; give one for each, with a sum above 0")
+    return [weight / sum(given) for weight in given]
+
+
+def computing(checkpoint: Checkpoint, device: Any) -> nn.Module:
+    """A module of its own, in float32 or a wider dtype of its tensors."""
+    module: nn.Module = checkpoint.model(checkpoint.wide)
+    return module.to(device).eval()
+
+
+def with_values(merged: Checkpoint, module: nn.Module) -> Checkpoint:
+    """A checkpoint with the values of a module, rounded to its dtypes."""
+    parts: dict[str, Lazy] = {}
+    for key, tensor in to_disk(module, stored(module)).items():
+        part = merged.parts.get(key)
+        if part is not None and part.dtype.is_floating_point:
+            parts[key] = Here.of(rounded(tensor.detach().cpu(), part.dtype).clone(), own=True)
+    return merged.with_parts(parts)

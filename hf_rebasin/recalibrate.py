@@ -19,10 +19,9 @@ from tqdm import tqdm
 from .checkpoint import Checkpoint
 from .errors import OptionError
 from .inputs import Inputs, run
-from .layers import Calls, Change, NormStatistics, Step, change_in_order, there
+from .layers import Calls, Change, NormStatistics, Step, change_in_order, computing, shares_of, there, with_values
 from .objective import Device
 from .processes import shared_out, sum_of_all
-from .refit import computing, shares_of, with_values
 
 
 @torch.no_grad()

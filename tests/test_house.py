@@ -33,6 +33,7 @@ FLOORS = (
     {"canonical", "descent", "activations", "similarity"},
     {"checking", "solving", "pairing", "merging"},
     {"merge_methods"},
+    {"layers"},
     {"objective"},
     {"units"},
     {"relaxed_alignment"},

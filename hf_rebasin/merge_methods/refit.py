@@ -13,26 +13,41 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .checkpoint import Checkpoint
-from .classes import stored, to_disk
-from .errors import OptionError
-from .layers import Calls, Change, NormStatistics, Step, change_in_order
-from .lazy import Here, Lazy, rounded
-from .objective import Device
+from ..checkpoint import Checkpoint
+from ..errors import OptionError
+from ..layers import Calls, Change, NormStatistics, Step, change_in_order, computing, shares_of, with_values
 
 RIDGE = 1e-3
+ELEMENTWISE = True
 
 
-def refit(
+def merge(tensors: Sequence[Tensor], *, weights: Sequence[float] | None = None, ridge: float = RIDGE) -> Tensor:
+    """The weighted average, of which the fit begins.
+
+    Args:
+        tensors: one per model, all of one shape.
+        weights: of the models, in the average and in what is fitted to; by default equal.
+        ridge: r = ridge · tr(XᵀX) / n: how much the average counts beside the data.
+
+    Raises:
+        OptionError: weights that are not one per model with a sum, or a ridge that is not above 0.
+    """
+    if not ridge > 0:
+        raise OptionError(f"ridge = {ridge}; give a number above 0, such as {RIDGE}")
+    terms = [share * tensor for share, tensor in zip(shares_of(weights, len(tensors)), tensors, strict=True)]
+    return torch.stack(terms).sum(0)
+
+
+def finish(
     merged: Checkpoint,
     models: Sequence[Checkpoint],
     data: Iterable[Any],
     *,
     weights: Sequence[float] | None = None,
     ridge: float = RIDGE,
-    device: Device = None,
+    device: Any = None,
     progress: bool = False,
 ) -> Checkpoint:
     """Fit the layers of a merge, in the order of its forward pass, to the mean of what the merged models say.
@@ -64,8 +79,6 @@ def refit(
         >>> better = refit(merge([a, moved]), [Checkpoint.open(a), Checkpoint.open(moved)], batches)
     """
     shares = shares_of(weights, len(models))
-    if not ridge > 0:
-        raise OptionError(f"ridge = {ridge}; give a number above 0, such as {RIDGE}")
     modules = [computing(checkpoint, device) for checkpoint in (merged, *models)]
     change_in_order(
         modules,
@@ -77,38 +90,14 @@ def refit(
     return with_values(merged, modules[0])
 
 
-def shares_of(weights: Sequence[float] | None, count: int) -> list[float]:
-    """The share of each of `count` models; OptionError unless there is one weight for each, and a sum to divide by."""
-    given = [1.0] * count if weights is None else list(weights)
-    if len(given) != count or not sum(given) > 0:
-        raise OptionError(f"got {len(given)} weights for {count} models; give one for each, with a sum above 0")
-    return [weight / sum(given) for weight in given]
-
-
-def computing(checkpoint: Checkpoint, device: Device) -> nn.Module:
-    """A module of its own, in float32 or a wider dtype of its tensors."""
-    module: nn.Module = checkpoint.model(checkpoint.wide)
-    return module.to(device).eval()
-
-
-def with_values(merged: Checkpoint, module: nn.Module) -> Checkpoint:
-    """A checkpoint with the values of a module, rounded to its dtypes."""
-    parts: dict[str, Lazy] = {}
-    for key, tensor in to_disk(module, stored(module)).items():
-        part = merged.parts.get(key)
-        if part is not None and part.dtype.is_floating_point:
-            parts[key] = Here.of(rounded(tensor.detach().cpu(), part.dtype).clone(), own=True)
-    return merged.with_parts(parts)
-
-
-def _fit(step: Step, shares: Sequence[float], ridge: float, device: Device) -> Change:
+def _fit(step: Step, shares: Sequence[float], ridge: float, device: Any) -> Change:
     return _LeastSquares(step, shares, ridge, device) if step.norm is None else NormStatistics(step.norm, device)
 
 
 class _LeastSquares:
     """The normal equations of the layers of a step, which read the same."""
 
-    def __init__(self, step: Step, shares: Sequence[float], ridge: float, device: Device):
+    def __init__(self, step: Step, shares: Sequence[float], ridge: float, device: Any):
         self.layers, self.shares, self.ridge = step.layers, shares, ridge
         shapes = [layer.matrix.shape for layer in self.layers]
         groups, width = shapes[0][0], max(shape[1] for shape in shapes) + 1  # with the column of ones
