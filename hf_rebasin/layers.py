@@ -2,7 +2,7 @@
 
 Linear layers, transformers' Conv1D and convolutions are one thing here: y = x W + b of samples x, for a convolution
 the patches of its input, group by group. What a layer is changed to hangs on what it reads, and so on all layers
-before it: there is one pass over the data for every place in the order, which ends as soon as that place has been reached.
+before it: there is one pass over the data for every place in the order, which ends where that place is reached.
 """
 
 from __future__ import annotations
