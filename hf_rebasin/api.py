@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -20,10 +20,9 @@ from .inputs import Inputs, own_loss, refuse_read_once
 from .knobs import knobs_for
 from .lazy import Tensors
 from .limits import Groups, Limits, kept_apart
-from .merging import combine, lined_state, lined_up, method_with, untied_like
+from .merging import combine, finish_with, lined_state, lined_up, untied_like
 from .objective import Device, Forward, Problem
 from .pairing import Assumption, paired
-from .recipe import Recipe
 from .solving import Solution, Solver
 from .spec import Spec
 from .table import Table
@@ -169,7 +168,7 @@ def align(
         raise OptionError("a loss, but no data for it; give data=")
     if data is not None:
         refuse_read_once(data)
-    return _solved(
+    return solved(
         chosen,
         spec,
         a,
@@ -184,7 +183,7 @@ def align(
     )
 
 
-def _solved(
+def solved(
     solver: Solver,
     spec: Spec,
     fixed: Checkpoint,
@@ -232,6 +231,9 @@ def merge(
     dtype: torch.dtype | None = None,
     assume: Iterable[Assumption] = (),
     backbone_only: bool = False,
+    data: Iterable[Any] | None = None,
+    device: Device = None,
+    progress: bool = False,
     **knobs: Any,
 ) -> Checkpoint:
     """Merge models that share their coordinates already (align them first).
@@ -239,10 +241,13 @@ def merge(
     Args:
         models: folders, Hub ids, modules, state dicts or checkpoints; the first gives keys, shapes, dtypes,
             configuration and tokenizer.
-        method: a file of `hf_rebasin/merge_methods/`: "linear", "lerp", "slerp".
+        method: a file of `hf_rebasin/merge_methods/`: "linear", "lerp", "slerp", "refit".
         dtype: of the floating-point tensors of the result, by default what the first model has.
         assume: what to take for the same without looking: "config", "labels", "vocabulary".
         backbone_only: keep the first model's head; the others may have another, or none.
+        data: unlabelled batches that can be read several times, for "refit".
+        device: where that computes.
+        progress: whether it shows a progress bar (on a terminal).
         knobs: of the method, such as `t=0.3`.
 
     Returns:
@@ -263,7 +268,17 @@ def merge(
     for checkpoint in (first, *others):
         checkpoint.refuse_quantised()
     moved = [paired(first, other, assume, backbone_only=backbone_only) for other in others]
-    return combine([first, *moved], method, knobs, dtype=dtype, backbone_only=backbone_only)
+    merged = combine([first, *moved], method, knobs, dtype=dtype, backbone_only=backbone_only)
+    finish = finish_with(method, knobs)
+    if (finish is None) != (data is None):
+        said = "looks at no data" if finish is None else "looks at data, and there are none"
+        raise OptionError(f"merge method {method!r} {said}; {'leave out' if finish is None else 'give'} data=")
+    if finish is None or data is None:
+        return merged
+    refuse_read_once(data)
+    if backbone_only:
+        raise OptionError(f"merge method {method!r} computes with whole models, so backbone_only cannot go with it")
+    return finish(merged, [first, *moved], data, device=device, progress=progress)
 
 
 def compare(fixed: Source, moving: Source, *, device: Device = None, progress: bool = False) -> Comparison:
@@ -297,63 +312,6 @@ def compare(fixed: Source, moving: Source, *, device: Device = None, progress: b
     for checkpoint in (a, b):
         checkpoint.refuse_quantised()
     return compared(a, b, device=device, progress=progress)
-
-
-@dataclass(frozen=True)
-class Merged:
-    """What a recipe gave: the merge, the models that went into it, and one solution per model that was aligned."""
-
-    checkpoint: Checkpoint
-    models: tuple[Checkpoint, ...]
-    solutions: tuple[Solution, ...]
-
-
-def run(recipe: Recipe, *, device: Device = None, progress: bool = False) -> Merged:
-    """Open the models of a recipe, align all to the first (or to its `base_model`), and merge when it is saved."""
-    (first, *others), moved = opened(recipe)
-    backbone_only = recipe.backbone_only
-    solutions: list[Solution] = []
-    if recipe.align is not None:
-        for checkpoint in (first, *others):
-            checkpoint.refuse_broken()
-        solver, spec = solver_with(recipe.align.solver, recipe.align.knobs()), spec_of(first)
-        solve = partial(
-            _solved, solver, spec, first, seed=recipe.align.seed, device=device, backbone_only=backbone_only
-        )
-        limits = recipe.align.limits()
-        solutions = [solve(other, limits, progress=progress) for other in moved]
-        pairs = list(zip(solutions, moved, strict=True))
-        moved = [_moved_onto(first, s, other) if backbone_only else s.apply(other) for s, other in pairs]
-    dtype = None if recipe.dtype is None else getattr(torch, recipe.dtype)
-    knobs = recipe.method_knobs()
-    merged = combine([first, *moved], recipe.merge_method, knobs, dtype=dtype, backbone_only=backbone_only)
-    return Merged(merged, (first, *others), tuple(solutions))
-
-
-def opened(recipe: Recipe) -> tuple[list[Checkpoint], list[Checkpoint]]:
-    """(the models of a recipe, all but the first with their rows in its order); what does not fit is said here."""
-    entries = recipe.in_order()
-    method_with(recipe.merge_method, recipe.method_knobs(), len(entries))
-    models = [Checkpoint.open(entry.model, revision=entry.revision) for entry in entries]
-    for checkpoint in models:
-        checkpoint.refuse_quantised()
-    first, *others = models
-    moved = [paired(first, other, recipe.assume, backbone_only=recipe.backbone_only) for other in others]
-    first = untied_like(first, moved)
-    for other in moved:
-        lined_up(first, other, backbone_only=recipe.backbone_only)
-    return [first, *others], moved
-
-
-def _moved_onto(first: Checkpoint, solution: Solution, other: Checkpoint) -> Checkpoint:
-    """The backbone of another model as a part of the first: what its own head reads, if it has one, is no matter."""
-    spec = solution.alignment.spec
-    prefix = spec.table.prefix
-    names, there = first.canonical(prefix), lined_state(first, lined_up(first, other, backbone_only=True), prefix)
-    moved = solution.alignment.on(spec.within(there), there)
-    return Checkpoint(
-        Tensors({names[n]: part for n, part in moved.parts.items()}), name=other.name, sources=other.sources
-    )
 
 
 def solver_with(name: str, knobs: dict[str, Any]) -> Solver:

@@ -229,7 +229,7 @@ def merge(
 ) -> None:
     """Merge models that were trained apart into one that from_pretrained loads."""
     from . import showing
-    from .api import run
+    from .running import run
 
     if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
         _refuse_options_beside_a_recipe(context)

@@ -146,6 +146,13 @@ def method_with(name: str, knobs: Mapping[str, Any], models: int) -> Callable[..
     return partial(merge, **values)
 
 
+def finish_with(name: str, knobs: Mapping[str, Any]) -> Callable[..., Checkpoint] | None:
+    """What a merge method does to a whole merge, (merge, models, data) → checkpoint, with its knobs; None for most."""
+    module = registry.find("merge_methods", name)
+    finish = getattr(module, "finish", None)
+    return None if finish is None else partial(finish, **knobs_for(f"merge method {name!r}", module.merge, knobs))
+
+
 def head_of(checkpoint: Checkpoint, prefix: str) -> set[str]:
     """The disk keys that do not belong to the base model; none where no key says that there is a head."""
     inside = {key for key in checkpoint.parts if key.startswith(prefix)}

@@ -74,6 +74,11 @@ def recalibrate(
     return len(norms)
 
 
+def has_statistics(checkpoint: Checkpoint) -> bool:
+    """Whether a model has running statistics, by its keys."""
+    return any(key.endswith("running_mean") for key in checkpoint.parts)
+
+
 def _in_one_pass(
     model: nn.Module, norms: Sequence[_NormBase], batches: Iterable[Inputs], device: Device, progress: bool
 ) -> None:

@@ -1,4 +1,4 @@
-"""Recipes: a merge as a YAML file, in mergekit's words plus `align`.
+"""Recipes: a merge as a YAML file, in mergekit's words plus `align`, `data`, `refit`, `recalibrate` and `evaluate`.
 
     models:
       - model: me/bert-seed-0
@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from . import registry
+from .data import DataSettings
 from .errors import OptionError, RecipeError, UnknownNameError, nearest
 from .knobs import knobs_of, read_knobs
 from .limits import Groups, Limits
@@ -63,6 +65,26 @@ class AlignSettings(BaseModel):
         return dict(self.model_extra or {})
 
 
+class RefitSettings(_Strict):
+    """How the layers of a merge are fitted to what the merged models say; see `hf_rebasin.merge_methods.refit`."""
+
+    ridge: float = Field(default=1e-3, gt=0)
+
+
+class EvaluateSettings(DataSettings):
+    """What a merge is measured on: data, and how many points of the line between two models (0: none)."""
+
+    points: int = Field(default=25, ge=0)
+    metrics: tuple[str, ...] | None = None
+
+    @field_validator("points")
+    @classmethod
+    def _two_ends(cls, points: int) -> int:
+        if points == 1:
+            raise ValueError("a line has two ends; give 2 or more points, or 0 for no line")
+        return points
+
+
 class Recipe(_Strict):
     """A merge, said completely.
 
@@ -75,6 +97,11 @@ class Recipe(_Strict):
         assume: what is taken for the same without looking: `config`, `labels`, `vocabulary`.
         backbone_only: keep the first model's head; the others may have another, or none.
         dtype: of the result, by default that of the first model.
+        data: what is looked at while merging, by solvers, `refit` and `recalibrate`; without labels but for solvers
+            that descend a loss.
+        refit: fit the layers of the merge to what the merged models say; `true`, or `{ridge: …}`.
+        recalibrate: `statistics` (of BatchNorm layers; with data the default), `repair`, or `false`.
+        evaluate: what the merge is measured on, `{split: test}` or whatever else is different from `data`.
 
     Example:
         >>> recipe = Recipe.from_dict({"models": ["a", "b"], "merge_method": "lerp", "parameters": {"t": 0.3}})
@@ -94,6 +121,34 @@ class Recipe(_Strict):
     assume: tuple[Literal["config", "labels", "vocabulary"], ...] = ()
     backbone_only: bool = False
     dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = None
+    data: DataSettings | None = None
+    refit: RefitSettings | None = None
+    recalibrate: Literal["statistics", "repair"] | None = "statistics"
+    evaluate: EvaluateSettings | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _evaluate_like_data(cls, said: Any) -> Any:
+        """What `evaluate` does not say is as in `data`."""
+        data, evaluate = (said.get(key) for key in ("data", "evaluate"))
+        if isinstance(data, Mapping) and isinstance(evaluate, Mapping) and "dataset" not in evaluate:
+            return {**said, "evaluate": {**data, **evaluate}}
+        return said
+
+    @field_validator("data", "evaluate", mode="before")
+    @classmethod
+    def _short_data(cls, said: Any) -> Any:
+        return {"dataset": said} if isinstance(said, str) else said
+
+    @field_validator("refit", mode="before")
+    @classmethod
+    def _refit_or_not(cls, said: Any) -> Any:
+        return {True: {}, False: None}[said] if isinstance(said, bool) else said
+
+    @field_validator("recalibrate", mode="before")
+    @classmethod
+    def _recalibrate_or_not(cls, said: Any) -> Any:
+        return {True: "statistics", False: None}[said] if isinstance(said, bool) else said
 
     @field_validator("models", mode="before")
     @classmethod
@@ -133,7 +188,7 @@ class Recipe(_Strict):
         except ValidationError as error:
             recipe = None
             mistakes = [_mistake(e["loc"], e["type"], e["msg"]) for e in error.errors()]
-        mistakes += _unknown_names(said)
+        mistakes += [*_unknown_names(said), *_without_data(said)]
         if mistakes or recipe is None:
             lines = "".join(f"\n  {mistake}" for mistake in mistakes)
             raise RecipeError(f"{name} has {len(mistakes)} mistake{'s' * (len(mistakes) > 1)}:{lines}")
@@ -160,7 +215,14 @@ class Recipe(_Strict):
         return {"weights": [1.0 if weight is None else weight for weight in weights], **self.parameters}
 
 
-_MODELS: dict[str, type[BaseModel]] = {"": Recipe, "models": ModelEntry, "parameters": ModelParameters}
+_MODELS: dict[str, type[BaseModel]] = {
+    "": Recipe,
+    "models": ModelEntry,
+    "parameters": ModelParameters,
+    "data": DataSettings,
+    "refit": RefitSettings,
+    "evaluate": EvaluateSettings,
+}
 
 
 def _mistake(loc: tuple[int | str, ...], kind: str, message: str) -> str:
@@ -178,6 +240,20 @@ def _unfitting(solver: Callable[..., Any], knobs: Mapping[str, Any]) -> Iterator
         solver(**knobs)
     except (OptionError, UnknownNameError) as error:
         yield f"align: {error}"
+
+
+def _without_data(said: Mapping[str, Any]) -> Iterator[str]:
+    """What needs data where there are none, or whole models where there are backbones."""
+    fitted = said.get("merge_method") == "refit" or bool(said.get("refit"))
+    needing = {"refit": fitted, "recalibrate": said.get("recalibrate") == "repair"}
+    for key in (key for key, needed in needing.items() if needed and said.get("backbone_only")):
+        yield f"{key}: it computes with whole models, so backbone_only cannot go with it"
+    align = said.get("align")
+    with suppress(UnknownNameError):
+        name = str(align.get("solver", "weight_matching")) if isinstance(align, Mapping) else "weight_matching"
+        needing["align.solver"] = getattr(registry.find("solvers", name).Solver, "NEEDS_DATA", False)
+    for key in (key for key, needed in needing.items() if needed and not said.get("data")):
+        yield f"{key}: it looks at data, and there are none; say which (data)"
 
 
 def _unknown_names(said: Mapping[str, Any]) -> Iterator[str]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from .api import opened
 from .checkpoint import Checkpoint
 from .comparing import Comparison, Standing, Verdict
 from .describing import spec_of
 from .limits import kept_apart
 from .merging import lined_state, lined_up
 from .recipe import Recipe
+from .running import opened
 from .solving import Solution
 from .spec import Spec
 from .text import columns, family_of, spread
@@ -32,7 +32,8 @@ def solved(solution: Solution, model: str) -> Iterator[str]:
 
 def plan(recipe: Recipe, out: Path) -> Iterator[str]:
     """What a merge would do, after every check that it would make before it writes."""
-    (first, *others), moved = opened(recipe)
+    found = opened(recipe)
+    (first, *others), moved = found.models, found.lined
     for checkpoint in (first, *others):
         checkpoint.refuse_broken()
     if recipe.align is not None:

@@ -5,9 +5,9 @@ import torch
 from conftest import FIRST, TINY, as_stored, distance, moved_copy, other_seed, same_tensors
 
 from hf_rebasin import Alignment, Checkpoint, Recipe, Status, align, compare, infer_spec, merge, spec_for
-from hf_rebasin.api import run
 from hf_rebasin.checking import example_inputs, outputs
 from hf_rebasin.errors import OptionError, RecipeError, UnknownNameError
+from hf_rebasin.running import run
 from hf_rebasin.showing import plan
 
 

@@ -335,8 +335,8 @@ def test_a_tied_head_stays_tied_where_the_file_stores_it(name, tmp_path):
 
 
 def test_a_bare_model_is_moved_as_a_part_of_the_one_with_a_head(tmp_path):
-    from hf_rebasin.api import run
     from hf_rebasin.recipe import Recipe
+    from hf_rebasin.running import run
 
     a = TINY["bert-4-BertForSequenceClassification"]
     bare = moved_copy(a)[0].bert

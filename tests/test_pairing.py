@@ -107,8 +107,8 @@ def test_vocabularies_are_compared_by_string(bert, tmp_path):
     assert same_tensors(merge([a, b]), a)
     solution = align(a, b)
     assert not solution.alignment.moved
-    from hf_rebasin.api import run
     from hf_rebasin.recipe import Recipe
+    from hf_rebasin.running import run
 
     assert same_tensors(run(Recipe.from_dict({"models": [str(a), str(b)]})).checkpoint, a)
     planted = moved_copy(Checkpoint.open(b))[0].save(tmp_path / "planted")

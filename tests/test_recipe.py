@@ -5,8 +5,8 @@ import yaml
 from conftest import ROOT, other_seed, same_tensors
 
 from hf_rebasin import Checkpoint, RebasinError, Recipe, align, merge
-from hf_rebasin.api import run
 from hf_rebasin.errors import RecipeError
+from hf_rebasin.running import run
 
 GOOD = {"models": ["a", {"model": "b", "parameters": {"weight": 2}}], "merge_method": "linear", "align": {"starts": 1}}
 

@@ -1,0 +1,196 @@
+"""A recipe, run: models and data are opened, models aligned, merged, fitted and recalibrated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from . import registry
+from .api import solved, solver_with
+from .checkpoint import Checkpoint
+from .data import Batches, open_data
+from .describing import spec_of
+from .errors import OptionError
+from .layers import computing, with_values
+from .lazy import Tensors
+from .merge_methods import refit
+from .merging import combine, finish_with, lined_state, lined_up, method_with, untied_like
+from .objective import Device
+from .pairing import paired
+from .recalibrate import has_statistics, recalibrate, repair
+from .recipe import Recipe
+from .solving import Clock, Solution
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a recipe names.
+
+    Args:
+        models: as they are, the fixed one first.
+        lined: the others with their rows in the order of the first.
+        data: what is looked at while merging.
+        evaluation: what the merge is measured on.
+    """
+
+    models: tuple[Checkpoint, ...]
+    lined: tuple[Checkpoint, ...]
+    data: Batches | None = None
+    evaluation: Batches | None = None
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a recipe gave.
+
+    Args:
+        checkpoint: the merge; what is elementwise in it is computed when it is saved.
+        opened: what went into it.
+        solutions: one per model that was aligned.
+        moved: all models but the first in its coordinates.
+        seconds: where the time went.
+    """
+
+    checkpoint: Checkpoint
+    opened: Opened
+    solutions: tuple[Solution, ...] = ()
+    moved: tuple[Checkpoint, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def models(self) -> tuple[Checkpoint, ...]:
+        return self.opened.models
+
+
+def opened(recipe: Recipe) -> Opened:
+    """Open all that a recipe names; what does not fit is said here, before anything is computed."""
+    entries = recipe.in_order()
+    method_with(recipe.merge_method, recipe.method_knobs(), len(entries))
+    models = [Checkpoint.open(entry.model, revision=entry.revision) for entry in entries]
+    for checkpoint in models:
+        checkpoint.refuse_quantised()
+    first, *others = models
+    lined = [paired(first, other, recipe.assume, backbone_only=recipe.backbone_only) for other in others]
+    first = untied_like(first, lined)
+    for other in lined:
+        lined_up(first, other, backbone_only=recipe.backbone_only)
+    data = None if recipe.data is None else open_data(recipe.data, first)
+    evaluation = None if recipe.evaluate is None else open_data(recipe.evaluate, first)
+    if evaluation is not None and not evaluation.labelled:
+        raise OptionError(f"evaluate: {evaluation.describe()}; a loss needs labels, so say which column (labels)")
+    if data is not None and evaluation is None and not _looks(recipe, first):
+        raise OptionError("there are data, and nothing of this merge looks at them; leave out data, or add evaluate")
+    return Opened((first, *others), tuple(lined), data, evaluation)
+
+
+def _looks(recipe: Recipe, first: Checkpoint) -> bool:
+    """Whether anything on the way to the merge looks at data."""
+    solver = None if recipe.align is None else registry.find("solvers", recipe.align.solver).Solver
+    return (
+        getattr(solver, "TAKES_DATA", False)
+        or recipe.merge_method == "refit"
+        or recipe.refit is not None
+        or recipe.recalibrate == "repair"
+        or (recipe.recalibrate is not None and has_statistics(first))
+    )
+
+
+def run(recipe: Recipe, *, device: Device = None, progress: bool = False) -> Merged:
+    """Align all models of a recipe to the first (or to its `base_model`), and merge them."""
+    found, clock = opened(recipe), Clock()
+    first, moved = found.models[0], found.lined
+    solutions: tuple[Solution, ...] = ()
+    if recipe.align is not None:
+        with clock("aligning"):
+            solutions = tuple(_solutions(recipe, found, device, progress))
+        pairs = list(zip(solutions, moved, strict=True))
+        moved = tuple(_moved_onto(first, s, other) if recipe.backbone_only else s.apply(other) for s, other in pairs)
+    checkpoint = merged(recipe, [first, *moved], found.data, clock, device=device, progress=progress)
+    return Merged(checkpoint, found, solutions, moved, clock.seconds)
+
+
+def _solutions(recipe: Recipe, found: Opened, device: Device, progress: bool) -> list[Solution]:
+    assert recipe.align is not None
+    for checkpoint in found.models:
+        checkpoint.refuse_broken()
+    first = found.models[0]
+    solver, spec = solver_with(recipe.align.solver, recipe.align.knobs()), spec_of(first)
+    solve = partial(solved, solver, spec, first, limits=recipe.align.limits(), seed=recipe.align.seed, device=device)
+    data = found.data if getattr(solver, "TAKES_DATA", False) else None
+    solve = partial(solve, backbone_only=recipe.backbone_only, data=data, progress=progress)
+    return [solve(moving=other) for other in found.lined]
+
+
+def merged(
+    recipe: Recipe,
+    models: Sequence[Checkpoint],
+    data: Batches | None,
+    clock: Clock,
+    *,
+    fitted: bool | None = None,
+    device: Device = None,
+    progress: bool = False,
+) -> Checkpoint:
+    """Merge models as a recipe says, with all that comes after it.
+
+    Args:
+        recipe: says how.
+        models: in one system of coordinates.
+        data: what is looked at.
+        clock: gets the seconds.
+        fitted: whether layers are fitted; by default as the recipe says.
+        device: where it is computed.
+        progress: show progress bars.
+    """
+    knobs = recipe.method_knobs()
+    dtype = None if recipe.dtype is None else getattr(torch, recipe.dtype)
+    out = combine(models, recipe.merge_method, knobs, dtype=dtype, backbone_only=recipe.backbone_only)
+    if data is None:
+        return out
+    shares = shares_in(recipe, len(models))
+    finish = finish_with(recipe.merge_method, knobs)
+    if recipe.refit is not None or (fitted and finish is None):
+        ridge = refit.RIDGE if recipe.refit is None else recipe.refit.ridge
+        finish = partial(refit.finish, weights=shares, ridge=ridge)
+    if finish is not None and fitted is not False:
+        with clock("refitting"):
+            out = finish(out, models, data, device=device, progress=progress)
+    with clock("recalibrating"):
+        if recipe.recalibrate == "repair":
+            out = repair(out, models, data, weights=shares, device=device, progress=progress)
+        elif recipe.recalibrate == "statistics":
+            out = recalibrated(out, data, device=device, progress=progress)
+    return out
+
+
+def shares_in(recipe: Recipe, count: int) -> list[float] | None:
+    """The share of every model in a merge, where its method has weights or one number t."""
+    knobs = recipe.method_knobs()
+    if "t" in knobs and count == 2:
+        return [1 - float(knobs["t"]), float(knobs["t"])]
+    return knobs.get("weights")
+
+
+def recalibrated(
+    checkpoint: Checkpoint, data: Batches, *, device: Device = None, progress: bool = False
+) -> Checkpoint:
+    """The same with BatchNorm statistics of the data; as it is, where there are none."""
+    if not has_statistics(checkpoint):
+        return checkpoint
+    module = computing(checkpoint, device)
+    recalibrate(module, data, device=device, progress=progress)
+    return with_values(checkpoint, module)
+
+
+def _moved_onto(first: Checkpoint, solution: Solution, other: Checkpoint) -> Checkpoint:
+    """The backbone of another model as a part of the first: what its own head reads, if it has one, is no matter."""
+    spec = solution.alignment.spec
+    prefix = spec.table.prefix
+    names, there = first.canonical(prefix), lined_state(first, lined_up(first, other, backbone_only=True), prefix)
+    moved = solution.alignment.on(spec.within(there), there)
+    return Checkpoint(
+        Tensors({names[n]: part for n, part in moved.parts.items()}), name=other.name, sources=other.sources
+    )
