@@ -49,6 +49,23 @@ KeepTied = Annotated[
 Hold = Annotated[
     list[str] | None, typer.Option(help="A symmetry that stays as it is, or a pattern as 'ff.*'. May be repeated.")
 ]
+DataName = Annotated[
+    str | None,
+    typer.Option(help="Dataset to look at: Hub id, folder or file. Labels are not needed but to descend a loss."),
+]
+DataOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data-option", "-d", help="Of the data, as split=train, column=text, samples=256. May be repeated."
+    ),
+]
+Metric = Annotated[
+    list[str] | None, typer.Option(help="accuracy or perplexity; by default what fits. May be repeated.")
+]
+Points = Annotated[int, typer.Option(min=0, help="Of the line between two models, ends included; 0 for no line.")]
+RecalibrateHow = Annotated[
+    str, typer.Option(help="statistics (of BatchNorm layers), repair (means and deviations of all units) or none.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is there.")]
 
 
@@ -222,6 +239,22 @@ def merge(
     ] = None,
     assume: Assume = None,
     backbone_only: BackboneOnly = False,
+    data: DataName = None,
+    data_option: DataOption = None,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Fit the layers of the merge to what the models say to the data.")
+    ] = False,
+    recalibrate: RecalibrateHow = "statistics",
+    evaluate: Annotated[
+        str | None, typer.Option(help="Dataset to measure on; by default that of --data, as --evaluate-option says.")
+    ] = None,
+    evaluate_option: Annotated[
+        list[str] | None,
+        typer.Option("--evaluate-option", "-e", help="As -d, and points=11 of the line. May be repeated."),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="HTML file for the report; its numbers and plots go beside it.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")
     ] = False,
@@ -246,19 +279,149 @@ def merge(
                 "dtype": dtype,
                 "assume": list(assume or []),
                 "backbone_only": backbone_only,
+                "data": _described(data, data_option, "--data"),
+                "refit": refit,
+                "recalibrate": False if recalibrate == "none" else recalibrate,
+                "evaluate": _described(evaluate, evaluate_option, "--evaluate", data),
             }
         )
+    _refuse_report(report, overwrite)
     refuse_target(out, overwrite, [Path(entry.model) for entry in recipe.models if Path(entry.model).is_dir()])
     if dry_run:
         for line in showing.plan(recipe, out):
             typer.echo(line)
         return
-    merged = run(recipe, device=None if recipe.align is None else _device(), progress=True)
+    needs_device = recipe.align is not None or recipe.data is not None or recipe.evaluate is not None
+    device = _device() if needs_device else None
+    merged = run(recipe, device=device, progress=True)
     for solution, model in zip(merged.solutions, merged.models[1:], strict=False):
         for line in showing.solved(solution, model.name):
             typer.echo(line)
     folder = merged.checkpoint.save(out, overwrite=overwrite, progress=True)
     typer.echo(f"merged model ({recipe.merge_method}): {folder}/, {showing.size(merged.checkpoint)}")
+    if recipe.evaluate is not None or report is not None:
+        from .judging import judged
+
+        found = judged(
+            recipe, merged, _open(str(folder)), created=_today(), command=_command(), device=device, progress=True
+        )
+        for line in showing.judged(found):
+            typer.echo(line)
+        if report is not None:
+            typer.echo(f"report: {found.save(report)[0]}")
+
+
+@app.command()
+def recalibrate(
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the model with new statistics.")],
+    data: Annotated[str, typer.Option(help="Dataset to take statistics of: Hub id, folder or file.")],
+    data_option: DataOption = None,
+    like: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="REPAIR: give every unit the mean and deviation that these models have on average, those that were "
+            "merged, in the coordinates of the merge. Give it once for each."
+        ),
+    ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="One pass for every BatchNorm layer: as of one big batch.")
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Recompute BatchNorm statistics of a model on data, or repair a merge of networks without BatchNorm."""
+    from . import showing
+    from .data import open_data
+    from .recalibrate import has_statistics, repair
+    from .running import recalibrated
+
+    checkpoint, sources = _open(model), [_open(name) for name in like or []]
+    refuse_target(out, overwrite, (*checkpoint.sources, *(path for one in sources for path in one.sources)))
+    if not sources and not has_statistics(checkpoint):
+        raise OptionError(
+            f"{model} has no running statistics; to repair a merge, name the models that were merged (--like A --like B)"
+        )
+    batches = open_data(_data_settings(data, data_option), checkpoint)
+    typer.echo(f"data: {batches.describe()}")
+    if sources:
+        new = repair(checkpoint, sources, batches, device=_device(), progress=True)
+    else:
+        new = recalibrated(checkpoint, batches, exact=exact, device=_device(), progress=True)
+    typer.echo(f"recalibrated model: {new.save(out, overwrite=overwrite, progress=True)}/, {showing.size(new)}")
+
+
+@app.command()
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="One or more models. " + MODEL)],
+    data: Annotated[str, typer.Option(help="Dataset with labels, or text for a language model.")],
+    data_option: DataOption = None,
+    metric: Metric = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Loss and metrics of models on data."""
+    from . import showing
+    from .data import open_data
+    from .evaluate import evaluate as measure
+
+    found = {}
+    for name in models:
+        checkpoint = _open(name)
+        batches = open_data(_data_settings(data, data_option), checkpoint)
+        module = checkpoint.model().to(_device())
+        found[name] = measure(module, batches, metrics=metric, progress=True)
+    for line in showing.measured(found, as_json):
+        typer.echo(line)
+
+
+@app.command()
+def interpolate(
+    fixed: Annotated[str, typer.Argument(help="The model at λ = 0. " + MODEL)],
+    moving: Annotated[str, typer.Argument(help="The model at λ = 1, in the same coordinates (align it first).")],
+    data: Annotated[str, typer.Option(help="Dataset with labels, or text for a language model.")],
+    data_option: DataOption = None,
+    points: Points = 25,
+    metric: Metric = None,
+    recalibrate: Annotated[
+        str | None, typer.Option(help="Dataset for BatchNorm statistics of every model; its options as --data's.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the best model on the line.")] = None,
+    by: Annotated[str, typer.Option(help="What the best model is best by: loss or a metric.")] = "loss",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure the models on the line between two, and keep the best one."""
+    from functools import partial
+
+    from . import showing
+    from .data import open_data
+    from .evaluate import evaluate as measure
+    from .line import between
+    from .line import interpolate as along
+    from .recalibrate import recalibrate as renew
+
+    a, b = _open(fixed), _open(moving)
+    if out is not None:
+        refuse_target(out, overwrite, (*a.sources, *b.sources))
+    batches, device = open_data(_data_settings(data, data_option), a), _device()
+    prepare = None
+    if recalibrate is not None:
+        statistics = open_data(_data_settings(recalibrate, data_option).model_copy(update={"split": "train"}), a)
+        prepare = partial(renew, batches=statistics, device=device)
+    curve = along(
+        a,
+        b,
+        partial(measure, data=batches, metrics=metric),
+        points=points,
+        prepare=prepare,
+        device=device,
+        progress=True,
+    )
+    for line in showing.curve(curve, as_json):
+        typer.echo(line)
+    if out is not None:
+        best = curve.best_by(by)
+        folder = between(a, b, best, prepare=prepare, device=device).save(out, overwrite=overwrite, progress=True)
+        typer.echo(f"best model by {by} (λ = {best:.3g}): {folder}/", err=as_json)
 
 
 def main() -> None:
@@ -291,6 +454,11 @@ def _device() -> Any:
     return Accelerator().device
 
 
+def _data_settings(dataset: str, options: list[str] | None) -> Any:
+    """A description of data, whose mistakes are those of a recipe."""
+    return _recipe({"models": ["x", "y"], "align": False, "data": _described(dataset, options, "--data")}).data
+
+
 def _recipe(said: dict[str, Any]) -> Recipe:
     from .recipe import Recipe
 
@@ -317,6 +485,12 @@ def _refuse_options_beside_a_recipe(context: typer.Context) -> None:
         "dtype",
         "assume",
         "backbone_only",
+        "data",
+        "data_option",
+        "refit",
+        "recalibrate",
+        "evaluate",
+        "evaluate_option",
     ):
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
@@ -327,19 +501,49 @@ def _align(solver: str, seed: int, groups: str, keep_tied: bool, hold: list[str]
     return {"solver": solver, "seed": seed, "groups": groups, "keep_tied": keep_tied, "hold": hold or []}
 
 
-def _parameters(said: list[str]) -> dict[str, Any]:
+def _parameters(said: list[str], option: str = "--parameter", such: str = "t=0.3") -> dict[str, Any]:
     import yaml
 
     parameters = {}
     for one in said:
         name, equals, value = one.partition("=")
         if not equals:
-            raise OptionError(f"--parameter {one!r} is not NAME=VALUE, as in t=0.3")
+            raise OptionError(f"{option} {one!r} is not NAME=VALUE, as in {such}")
         try:
             parameters[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise OptionError(f"--parameter {one!r} has no value that can be read: {error}") from error
+            raise OptionError(f"{option} {one!r} has no value that can be read: {error}") from error
     return parameters
+
+
+def _described(
+    dataset: str | None, options: list[str] | None, option: str, otherwise: str | None = None
+) -> dict[str, Any] | None:
+    """A description of data as in a recipe; None where none is asked for."""
+    if dataset is None and options and otherwise is None:
+        raise OptionError(f"{option}-option {options[0]}, but no dataset; give {option}")
+    if dataset is None and not options:
+        return None
+    return {"dataset": dataset or otherwise, **_parameters(options or [], f"{option}-option", "split=test")}
+
+
+def _refuse_report(report: Path | None, overwrite: bool) -> None:
+    if report is not None and (report.suffix != ".html" or report.is_dir()):
+        raise OptionError(f"--report {report} is no HTML file; name one, such as report.html")
+    if report is not None and report.exists() and not overwrite:
+        raise OptionError(f"{report} is already there; name another file, or overwrite it (--overwrite)")
+
+
+def _today() -> str:
+    from datetime import date
+
+    return date.today().isoformat()
+
+
+def _command() -> str:
+    import shlex
+
+    return shlex.join(["hf-rebasin", *sys.argv[1:]])
 
 
 def _assumed(assume: list[str] | None) -> Any:

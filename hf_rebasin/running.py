@@ -130,7 +130,6 @@ def merged(
     data: Batches | None,
     clock: Clock,
     *,
-    fitted: bool | None = None,
     device: Device = None,
     progress: bool = False,
 ) -> Checkpoint:
@@ -141,7 +140,6 @@ def merged(
         models: in one system of coordinates.
         data: what is looked at.
         clock: gets the seconds.
-        fitted: whether layers are fitted; by default as the recipe says.
         device: where it is computed.
         progress: show progress bars.
     """
@@ -152,10 +150,9 @@ def merged(
         return out
     shares = shares_in(recipe, len(models))
     finish = finish_with(recipe.merge_method, knobs)
-    if recipe.refit is not None or (fitted and finish is None):
-        ridge = refit.RIDGE if recipe.refit is None else recipe.refit.ridge
-        finish = partial(refit.finish, weights=shares, ridge=ridge)
-    if finish is not None and fitted is not False:
+    if recipe.refit is not None:
+        finish = partial(refit.finish, weights=shares, ridge=recipe.refit.ridge)
+    if finish is not None:
         with clock("refitting"):
             out = finish(out, models, data, device=device, progress=progress)
     with clock("recalibrating"):
@@ -175,13 +172,13 @@ def shares_in(recipe: Recipe, count: int) -> list[float] | None:
 
 
 def recalibrated(
-    checkpoint: Checkpoint, data: Batches, *, device: Device = None, progress: bool = False
+    checkpoint: Checkpoint, data: Batches, *, exact: bool = False, device: Device = None, progress: bool = False
 ) -> Checkpoint:
     """The same with BatchNorm statistics of the data; as it is, where there are none."""
     if not has_statistics(checkpoint):
         return checkpoint
     module = computing(checkpoint, device)
-    recalibrate(module, data, device=device, progress=progress)
+    recalibrate(module, data, exact=exact, device=device, progress=progress)
     return with_values(checkpoint, module)
 
 

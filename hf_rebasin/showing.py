@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from .checkpoint import Checkpoint
 from .comparing import Comparison, Standing, Verdict
 from .describing import spec_of
+from .evaluate import Measured
 from .limits import kept_apart
+from .line import Curve
 from .merging import lined_state, lined_up
 from .recipe import Recipe
+from .report import Report
 from .running import opened
 from .solving import Solution
 from .spec import Spec
@@ -48,7 +53,52 @@ def plan(recipe: Recipe, out: Path) -> Iterator[str]:
             yield f"  {line}"
         if apart := kept_apart(spec, {norm.stream for norm in spec.gauged}):
             yield f"  if the two are not of one base: {apart} (--keep-tied permutes that stream instead)"
+    for what, batches in (("look at", found.data), ("measure on", found.evaluation)):
+        if batches is not None:
+            yield f"would {what} {batches.describe()}"
     yield f"would merge {1 + len(others)} models by {recipe.merge_method} to {out}/, {size(first)} as in {first.name}"
+
+
+def judged(report: Report) -> Iterator[str]:
+    """The rows of a report, and its verdict."""
+    for pair in report.pairs:
+        measured = [*pair.ends, *pair.rows]
+        if measured:
+            names = list(dict.fromkeys(name for row in measured for name in row.metrics))
+            table = [("", "loss", *names, "excess", "÷ plain", "barrier", "looked at")]
+            for row in measured:
+                numbers = [row.loss, *(row.metrics.get(name) for name in names), row.excess, row.ratio, row.barrier]
+                shown = ["" if number is None else f"{number:.4g}" for number in numbers]
+                looked = "" if row in pair.ends else f"{row.consumed}{' (control)' * row.control}"
+                table.append((row.name, *shown, looked))
+            yield ""
+            yield from columns(table, right=range(1, len(table[0]) - 1))
+    yield f"\nverdict: {report.verdict.text}"
+
+
+def measured(found: Mapping[str, Measured], as_json: bool) -> Iterator[str]:
+    """Losses and metrics of models."""
+    if as_json:
+        yield json.dumps({name: asdict(one) for name, one in found.items()}, indent=1)
+        return
+    names = list(dict.fromkeys(name for one in found.values() for name in one.metrics))
+    table = [("model", "loss", *names, "labels")]
+    for model, one in found.items():
+        table.append((model, f"{one.loss:.4f}", *(f"{one.metrics[name]:.4f}" for name in names), str(one.samples)))
+    yield from columns(table, right=range(1, len(table[0])))
+
+
+def curve(line: Curve, as_json: bool) -> Iterator[str]:
+    """What was measured along a line."""
+    if as_json:
+        said = {"barrier": line.barrier, "area": line.area, "best": line.best}
+        yield json.dumps({**asdict(line), **said}, indent=1)
+        return
+    table = [("λ", "loss", *line.metrics)]
+    for i, (t, loss) in enumerate(zip(line.at, line.loss, strict=True)):
+        table.append((f"{t:.3g}", f"{loss:.4f}", *(f"{values[i]:.4f}" for values in line.metrics.values())))
+    yield from columns(table, right=range(len(table[0])))
+    yield f"\nbarrier {line.barrier:.4f}, area {line.area:.4f}, lowest loss at λ = {line.best:.3g}"
 
 
 def side_by_side(a: Checkpoint, b: Checkpoint, comparison: Comparison) -> Iterator[str]:

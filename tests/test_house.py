@@ -19,6 +19,7 @@ FLOORS = (
     {"cli"},
     {"showing"},
     {"demo", "coordinate_descent", "interpolation", "rebasin_net", "loss"},
+    {"judging"},
     {"running"},
     {"api"},
     {"line"},
