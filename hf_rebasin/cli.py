@@ -55,9 +55,7 @@ DataName = Annotated[
 ]
 DataOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--data-option", "-d", help="Of the data, as split=train, column=text, samples=256. May be repeated."
-    ),
+    typer.Option("--data-option", "-d", help="Of the data, as split=train or samples=256. May be repeated."),
 ]
 Metric = Annotated[
     list[str] | None, typer.Option(help="accuracy or perplexity; by default what fits. May be repeated.")
@@ -164,6 +162,8 @@ def align(
     groups: GroupsName = "full",
     keep_tied: KeepTied = False,
     hold: Hold = None,
+    data: DataName = None,
+    data_option: DataOption = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Bring one model to the coordinates of another; its function stays exactly the same."""
@@ -191,6 +191,7 @@ def align(
         groups=cast("Groups", groups),
         keep_tied=keep_tied,
         hold=hold or (),
+        data=_batches(_described(data, data_option, "--data"), a),
         device=_device(),
         progress=True,
     )
@@ -308,7 +309,7 @@ def merge(
         for line in showing.judged(found):
             typer.echo(line)
         if report is not None:
-            typer.echo(f"report: {found.save(report)[0]}")
+            typer.echo(f"report: {found.save(report)[-1]}")
 
 
 @app.command()
@@ -331,7 +332,6 @@ def recalibrate(
 ) -> None:
     """Recompute BatchNorm statistics of a model on data, or repair a merge of networks without BatchNorm."""
     from . import showing
-    from .data import open_data
     from .recalibrate import has_statistics, repair
     from .running import recalibrated
 
@@ -339,9 +339,9 @@ def recalibrate(
     refuse_target(out, overwrite, (*checkpoint.sources, *(path for one in sources for path in one.sources)))
     if not sources and not has_statistics(checkpoint):
         raise OptionError(
-            f"{model} has no running statistics; to repair a merge, name the models that were merged (--like A --like B)"
+            f"{model} has no running statistics; to repair a merge, name what was merged (--like A --like B)"
         )
-    batches = open_data(_data_settings(data, data_option), checkpoint)
+    batches = _data(data, data_option, checkpoint)
     typer.echo(f"data: {batches.describe()}")
     if sources:
         new = repair(checkpoint, sources, batches, device=_device(), progress=True)
@@ -360,13 +360,12 @@ def evaluate(
 ) -> None:
     """Loss and metrics of models on data."""
     from . import showing
-    from .data import open_data
     from .evaluate import evaluate as measure
 
     found = {}
     for name in models:
         checkpoint = _open(name)
-        batches = open_data(_data_settings(data, data_option), checkpoint)
+        batches = _data(data, data_option, checkpoint)
         module = checkpoint.model().to(_device())
         found[name] = measure(module, batches, metrics=metric, progress=True)
     for line in showing.measured(found, as_json):
@@ -382,7 +381,10 @@ def interpolate(
     points: Points = 25,
     metric: Metric = None,
     recalibrate: Annotated[
-        str | None, typer.Option(help="Dataset for BatchNorm statistics of every model; its options as --data's.")
+        str | None, typer.Option(help="Dataset for BatchNorm statistics of every model on the line.")
+    ] = None,
+    recalibrate_option: Annotated[
+        list[str] | None, typer.Option(help="As -d; without --recalibrate of the dataset of --data.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the best model on the line.")] = None,
     by: Annotated[str, typer.Option(help="What the best model is best by: loss or a metric.")] = "loss",
@@ -393,7 +395,6 @@ def interpolate(
     from functools import partial
 
     from . import showing
-    from .data import open_data
     from .evaluate import evaluate as measure
     from .line import between
     from .line import interpolate as along
@@ -402,20 +403,12 @@ def interpolate(
     a, b = _open(fixed), _open(moving)
     if out is not None:
         refuse_target(out, overwrite, (*a.sources, *b.sources))
-    batches, device = open_data(_data_settings(data, data_option), a), _device()
+    batches, device = _data(data, data_option, a), _device()
     prepare = None
-    if recalibrate is not None:
-        statistics = open_data(_data_settings(recalibrate, data_option).model_copy(update={"split": "train"}), a)
-        prepare = partial(renew, batches=statistics, device=device)
-    curve = along(
-        a,
-        b,
-        partial(measure, data=batches, metrics=metric),
-        points=points,
-        prepare=prepare,
-        device=device,
-        progress=True,
-    )
+    if said := _described(recalibrate, recalibrate_option, "--recalibrate", data):
+        prepare = partial(renew, batches=_batches(said, a), device=device)
+    measured = partial(measure, data=batches, metrics=metric)
+    curve = along(a, b, measured, points=points, prepare=prepare, device=device, progress=True)
     for line in showing.curve(curve, as_json):
         typer.echo(line)
     if out is not None:
@@ -454,9 +447,16 @@ def _device() -> Any:
     return Accelerator().device
 
 
-def _data_settings(dataset: str, options: list[str] | None) -> Any:
-    """A description of data, whose mistakes are those of a recipe."""
-    return _recipe({"models": ["x", "y"], "align": False, "data": _described(dataset, options, "--data")}).data
+def _data(dataset: str, options: list[str] | None, checkpoint: Checkpoint) -> Any:
+    return _batches(_described(dataset, options, "--data"), checkpoint)
+
+
+def _batches(said: dict[str, Any] | None, checkpoint: Checkpoint) -> Any:
+    """Batches of what is described as in a recipe, with the mistakes of one; None of nothing."""
+    from .data import open_data
+
+    described = _recipe({"models": ["x", "y"], "align": False, "data": said}).data
+    return None if described is None else open_data(described, checkpoint)
 
 
 def _recipe(said: dict[str, Any]) -> Recipe:
