@@ -70,7 +70,7 @@ def judged(
         ends=tuple(ends),
         rows=with_excess(ends, rows),
         lines=tuple(lines),
-        likeness=tuple(likeness(first, result)) if len(result.solutions) == 1 else (),
+        likeness=judge.likeness(),
         moved=tuple(moved_in(result.solutions)),
         exactness=judge.exactness(saved) if result.solutions else None,
         seconds={**result.seconds, **judge.clock.seconds},
@@ -78,13 +78,13 @@ def judged(
         notes=tuple(dict.fromkeys(note for solution in result.solutions for note in solution.notes)),
         architecture="" if first.config is None else type(first.config).__name__.removesuffix("Config"),
     )
-    looked = {"merged on": data, "measured on": result.opened.evaluation}
+    looked = {"": result.opened.evaluation, "looked at while merging: ": data}
     said = recipe.model_dump(mode="json", exclude_defaults=True)
     return Report(
         title=f"{pair.fixed} and {pair.moving}",
         pairs=(pair,),
         recipe=yaml.safe_dump(said, sort_keys=False, allow_unicode=True),
-        data="; ".join(f"{what} {batches.describe()}" for what, batches in looked.items() if batches is not None),
+        data="; ".join(f"{what}{batches.describe()}" for what, batches in looked.items() if batches is not None),
         versions={"python": sys.version.split()[0], **{name: version(name) for name in SHOWN}},
         command=command,
         created=created,
@@ -170,6 +170,13 @@ class _Judge:
                 lines.append(Line(role, role, curve.at, curve.loss, dict(curve.metrics)))
         return lines
 
+    def likeness(self) -> tuple[Likeness, ...]:
+        """Of two models, before the second was moved and after."""
+        if len(self.result.solutions) != 1:
+            return ()
+        found, opened = self.result, self.result.opened
+        return tuple(likeness(found.solutions[0], opened.models[0], opened.lined[0], found.moved[0]))
+
     def exactness(self, saved: Checkpoint) -> Exactness:
         """Whether the moved models compute what they did, and the merge has what the first model has."""
         first, (before, *_), (after, *_) = self.result.models[0], self.result.opened.lined, self.result.moved
@@ -243,11 +250,10 @@ def moved_in(solutions: Sequence[Solution]) -> Iterator[Moved]:
         yield Moved(family, group, len(moved), size, sum(moved))
 
 
-def likeness(first: Checkpoint, result: Merged) -> Iterator[Likeness]:
+def likeness(solution: Solution, fixed: Checkpoint, before: Checkpoint, after: Checkpoint) -> Iterator[Likeness]:
     """Cosines of the weights along every symmetry, before and after; of one that goes all the way down, by layers."""
-    spec = result.solutions[0].alignment.spec
-    prefix = spec.table.prefix
-    states = [checkpoint.state(prefix) for checkpoint in (first, result.opened.lined[0], result.moved[0])]
+    spec = solution.alignment.spec
+    states = [checkpoint.state(spec.table.prefix) for checkpoint in (fixed, before, after)]
     sums: dict[tuple[str, str], Tensor] = {}
     for tensor in matched_tensors(spec):
         if not all(key in state for key in tensor.keys.values() for state in states):
@@ -264,11 +270,13 @@ def likeness(first: Checkpoint, result: Merged) -> Iterator[Likeness]:
             families.setdefault(family_of(name), []).append(name)
     for family, names in families.items():
         places = [(name, name) for name in names] if len(names) > 1 else [k for k in sums if k[0] == names[0] != k[1]]
-        points = []
-        for key in places:
-            before, after = (float(dot / (x * y).sqrt()) if x * y > 0 else 0.0 for dot, x, y in sums[key])
-            points.append((key[1], before, after))
-        yield Likeness(family, tuple(points))
+        yield Likeness(family, tuple((place, *_cosines(sums[name, place])) for name, place in places))
+
+
+def _cosines(sums: Tensor) -> tuple[float, float]:
+    """Before and after, of ⟨a, b⟩, ‖a‖², ‖b‖² for both."""
+    before, after = (float(dot / (x * y).sqrt()) if x * y > 0 else 0.0 for dot, x, y in sums)
+    return before, after
 
 
 def _layer(key: str) -> str:
