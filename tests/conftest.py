@@ -1,10 +1,12 @@
 """Set-up of the tests: a local Hub instead of the real one, one thread, TINY models of every table."""
 
+import gc
 import itertools
 import os
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from random import Random
 
@@ -43,6 +45,11 @@ FIRST = {name.split("-")[0]: name for name in reversed(TINY)}  # one model per t
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # torch, transformers and all tests stay: to look through them again and again is a tenth of the time
 
 
 def pytest_collection_modifyitems(config, items):
@@ -145,8 +152,12 @@ def drawn(cases, everything, models):
     return in_turn[: max(affordable, len(rows))]
 
 
+@cache
 def forward_pass(model):
-    """The spec that a forward pass shows; skips where modules fuse what the disk has apart, so that none can be."""
+    """The spec that a forward pass shows; skips where modules fuse what the disk has apart, so that none can be.
+
+    Kept, as models are not changed: a trace takes longer than most of what is done with it.
+    """
     checkpoint = Checkpoint.open(model)
     try:
         checkpoint.skeleton()

@@ -48,7 +48,7 @@ def change(model, inputs, spec, seed=0):
 def test_the_inferred_groups_keep_the_function(name):
     model = unit_norms(TINY[name])
     inputs = example_inputs(model.config, torch.Generator().manual_seed(0))
-    relative, bound = change(model, inputs, forward_pass(model))
+    relative, bound = change(model, inputs, forward_pass(TINY[name]))  # which does not look at weights
     assert relative <= bound
 
 
@@ -142,7 +142,7 @@ def test_norms_and_their_readers_are_those_of_the_table(tiny):
 
 def test_a_written_table_says_the_same_groups_and_norms(tiny):
     checkpoint = Checkpoint.open(tiny)
-    spec = forward_pass(checkpoint)
+    spec = forward_pass(tiny)
     again = bind_to(Table.of(_module(written(spec, checkpoint)), checkpoint.config), checkpoint)
     assert again.symmetries == spec.symmetries
     assert readers(again) == readers(spec)
