@@ -65,6 +65,12 @@ def tiny(request):
     return TINY[request.param]
 
 
+@pytest.fixture(params=[n if n in FIRST.values() else pytest.param(n, marks=pytest.mark.slow) for n in TINY])
+def sample(request):
+    """One TINY model per table, and with --slow all of them: for what hangs on the groups and not on the classes."""
+    return TINY[request.param]
+
+
 @pytest.fixture(params=list(FIRST.values()), ids=list(FIRST))
 def family(request):
     """One TINY model per table."""

@@ -7,8 +7,8 @@ import pytest
 import torch
 import zoo
 from conftest import TINY, forward_pass
-from hypothesis import HealthCheck, assume, given, settings
-from test_inference import IDS, SEQUENCE, L, Net, P
+from hypothesis import assume
+from test_inference import EXAMPLES, IDS, SEQUENCE, L, Net, P, composed_at_random
 from test_marks import unit_norms
 from test_tables_and_inference import SCALED_SOMEWHERE
 from torch import nn
@@ -60,26 +60,21 @@ def test_the_groups_inferred_in_the_zoo_keep_the_function(name):
     assert relative <= bound
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
-@given(zoo.modules())
-def test_modules_composed_at_random_keep_their_function_under_matrices(composed):
-    model, inputs = unit_norms(composed[0]), composed[1]
-    assume(outputs(model, inputs)[0].abs().max() > 1e-6)  # the mean of what a norm gives is nothing but rounding
-    spec = infer_spec(model, inputs)
-    relative, bound = change(model, inputs, spec)
-    assert relative <= 100 * bound, f"{composed[0].structure}\n{dict(spec.table.rows)}\n{dict(spec.table.groups)}"
+@EXAMPLES
+def test_modules_composed_at_random_keep_their_function_under_matrices(examples):
+    found = []  # the law would hold for an inference that finds no larger group
 
+    @composed_at_random(examples)
+    def law(composed):
+        model, inputs = unit_norms(composed[0]), composed[1]
+        assume(outputs(model, inputs)[0].abs().max() > 1e-6)  # the mean of what a norm gives is nothing but rounding
+        spec = infer_spec(model, inputs)
+        found.append(len(kinds(spec)))
+        relative, bound = change(model, inputs, spec)
+        said = f"{composed[0].structure}\n{dict(spec.table.rows)}\n{dict(spec.table.groups)}"
+        assert relative <= 100 * bound, said
 
-def test_modules_composed_at_random_have_larger_groups():
-    """The law above would hold for an inference that finds none."""
-    found = []
-
-    @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
-    @given(zoo.modules())
-    def count(composed):
-        found.append(len(kinds(infer_spec(*composed))))
-
-    count()
+    law()
     assert sum(found) > 10
 
 
