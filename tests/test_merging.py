@@ -1,15 +1,14 @@
 """Merging: laws over every registered method, and that nothing is lost, invented or averaged that should not be."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY, as_stored, moved_copy, other_seed, same_tensors
+from conftest import TINY, Anywhere, as_stored, moved_copy, other_seed, same_tensors
 from safetensors.torch import load_file, save_file
 
-from hf_rebasin import Alignment, Checkpoint, Solution, Status, align, merge, registry, spec_for
+from hf_rebasin import Alignment, Checkpoint, align, merge, registry, spec_for
 from hf_rebasin.errors import CheckpointError, MismatchError, OptionError, UnknownNameError
-from hf_rebasin.gauge import gauges, vectors
 
 METHODS = registry.names("merge_methods")
 
@@ -25,17 +24,6 @@ def pair(model, tmp_path):
         Checkpoint.open(model).save(tmp_path / "a"),
         Checkpoint.open(other_seed(model)).save(tmp_path / "b"),
     )
-
-
-@dataclass(frozen=True)
-class Anywhere:
-    """Moves a model at random, into the gauge of the other: how two are merged does not hang on what was found."""
-
-    def solve(self, problem):
-        norms = gauges(problem.spec)
-        gains = {"gauge": vectors(norms, problem.fixed), "origin": vectors(norms, problem.moving)}
-        moved = replace(Alignment.random(problem.spec, problem.generator), **gains)
-        return Solution(moved, 0.0, (0.0,), Status.CONVERGED)
 
 
 def test_merging_a_model_with_itself_gives_it_back(method, family):
