@@ -151,11 +151,13 @@ def _without_numbers(key: str) -> str:
 
 def lookup(globs: Mapping[str, Any], name: str, what: str) -> tuple[Any, tuple[str, ...]] | None:
     """The value of the one glob with the fewest stars that matches a bound name, and the digits its stars caught."""
+    if name in globs:
+        return globs[name], ()
     hits = []
     for glob, value in globs.items():
-        match = re.fullmatch(re.escape(glob).replace(r"\*", r"(\d+)"), name)
+        match = compile_key(glob).match(name) if "*" in glob else None
         if match:
-            hits.append((glob.count("*"), glob, value, match.groups()))
+            hits.append((glob.count("*"), glob, value, match[0]))
     if not hits:
         return None
     fewest = min(hit[0] for hit in hits)

@@ -135,12 +135,12 @@ def test_modules_that_share_a_tensor():
     assert not torch.equal(doubled.head.weight, model.head.weight)
 
 
-def test_a_model_of_a_model_has_tensors_of_its_own(tiny):
-    before = {key: tensor.clone() for key, tensor in Checkpoint.open(tiny).tensors.items()}
+def test_a_model_of_a_model_has_tensors_of_its_own(sample):
+    before = {key: tensor.clone() for key, tensor in Checkpoint.open(sample).tensors.items()}
     with torch.no_grad():
-        for parameter in Checkpoint.open(tiny).model().parameters():
+        for parameter in Checkpoint.open(sample).model().parameters():
             parameter.fill_(7.0)
-    assert all(torch.equal(Checkpoint.open(tiny).tensors[key], tensor) for key, tensor in before.items())
+    assert all(torch.equal(Checkpoint.open(sample).tensors[key], tensor) for key, tensor in before.items())
 
 
 def test_models_of_the_hub(bert, tmp_path):

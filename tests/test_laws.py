@@ -23,9 +23,17 @@ from hf_rebasin.gauge import gauges, vectors
 from hf_rebasin.groups.permutation import Element as Permutation
 from hf_rebasin.table import KINDS, families, table_for
 
+# in all its groups every model, in permutations alone one per table
+MOVED = pytest.mark.parametrize(
+    ("name", "groups"),
+    [(name, "full") for name in TINY]
+    + [pytest.param(n, "permutation", marks=[] if n in FIRST.values() else pytest.mark.slow) for n in TINY],
+)
 
-def test_moving_at_random_keeps_the_function(tiny):
-    for seed in range(3):
+
+@pytest.mark.parametrize("seeds", [[0], pytest.param([1, 2], marks=pytest.mark.slow)])
+def test_moving_at_random_keeps_the_function(tiny, seeds):
+    for seed in seeds:
         result = check(tiny, seed=seed)
         assert result.holds, str(result)
         assert 0 < result.symmetries // 2 < result.moved
@@ -92,8 +100,9 @@ def other_gains(model):
     return model
 
 
-@pytest.mark.parametrize("groups", ["permutation", "full"])
-def test_what_is_saved_is_what_is_loaded(tiny, tmp_path, groups):
+@MOVED
+def test_what_is_saved_is_what_is_loaded(name, tmp_path, groups):
+    tiny = TINY[name]
     moved, alignment = moved_copy(tiny, groups=groups)
     loaded = Alignment.load(alignment.save(tmp_path / "alignment.safetensors"))
     assert loaded.spec.symmetries == alignment.spec.symmetries
@@ -103,8 +112,9 @@ def test_what_is_saved_is_what_is_loaded(tiny, tmp_path, groups):
     assert same_tensors(alignment.apply(Checkpoint.open(Checkpoint.open(tiny).save(tmp_path / "unmoved"))), moved)
 
 
-@pytest.mark.parametrize("groups", ["permutation", "full"])
-def test_an_alignment_moves_a_loaded_module_to_the_weights_it_moves_the_disk_to(tiny, groups):
+@MOVED
+def test_an_alignment_moves_a_loaded_module_to_the_weights_it_moves_the_disk_to(name, groups):
+    tiny = TINY[name]
     moved, alignment = moved_copy(tiny, groups=groups)
     assert type(moved) is type(tiny)
     assert same_tensors(moved, alignment.apply(Checkpoint.open(tiny)))
@@ -120,12 +130,12 @@ def test_planted_alignments_come_back_exactly(tiny):
     assert all(torch.equal(found[name].order, planted[name].order) for name in planted.elements)
 
 
-def test_planted_elements_of_the_full_groups_come_back(tiny):
-    moved, _ = moved_copy(tiny, seed=7, groups="full")
-    solution = align(tiny, moved, seed=0)
+def test_planted_elements_of_the_full_groups_come_back(sample):
+    moved, _ = moved_copy(sample, seed=7, groups="full")
+    solution = align(sample, moved, seed=0)
     assert solution.status is Status.EQUAL
     back = solution.apply(moved)
-    assert distance(as_stored(tiny, back), back) <= 1e-5
+    assert distance(as_stored(sample, back), back) <= 1e-5
 
 
 def test_permutations_alone_do_not_bring_them_back(family):

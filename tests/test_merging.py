@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY, as_stored, moved_copy, other_seed, same_tensors
+from conftest import TINY, Anywhere, as_stored, moved_copy, other_seed, same_tensors
 from safetensors.torch import load_file, save_file
 
 from hf_rebasin import Alignment, Checkpoint, align, merge, registry, spec_for
@@ -59,7 +59,7 @@ def test_random_pairs_of_every_class_keep_the_keys_of_the_first_and_load_clean(t
     if not keep_tied and not spec_for(tiny).untied_by(spec_for(tiny).symmetries):
         return
     a, b = pair(tiny, tmp_path)
-    solution = align(a, b, starts=1, keep_tied=keep_tied)
+    solution = align(a, b, solver=Anywhere(), keep_tied=keep_tied)
     moved = solution.apply(b)
     out = merge([a, moved]).save(tmp_path / "out")
     mine, merged, theirs = load_file(a / "model.safetensors"), load_file(out / "model.safetensors"), moved.tensors

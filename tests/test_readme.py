@@ -21,11 +21,17 @@ def blocks(language):
 
 @pytest.fixture
 def demo_folder(tmp_path):
-    """What the demo leaves, without the training."""
+    """What the demo leaves, without the training and smaller."""
+    smaller = {
+        "resnet": {"embedding_size": 8, "hidden_sizes": [8, 12]},
+        "vit": {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32},
+    }
     for seed in range(2):
-        for kind in ("resnet", "vit"):
+        for kind, settings in smaller.items():
             torch.manual_seed(seed)
-            demo.EXPERIMENTS[kind].build().eval().save_pretrained(tmp_path / "demo" / kind / f"seed-{seed}")
+            model = demo.EXPERIMENTS[kind].build()
+            model = type(model)(type(model.config)(**{**model.config.to_dict(), **settings}))
+            model.eval().save_pretrained(tmp_path / "demo" / kind / f"seed-{seed}")
     return tmp_path
 
 

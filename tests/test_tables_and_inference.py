@@ -87,7 +87,7 @@ def test_a_table_and_the_forward_pass_agree(tiny):
 def test_a_wrong_row_would_be_seen(name, everything):
     """Also where moving the weights shows nothing, as for the biases of keys."""
     model = Checkpoint.open(TINY[name])
-    table, shown = table_for(model.config), forward_pass(model)
+    table, shown = table_for(model.config), forward_pass(TINY[name])
     todo = {
         (row, leaf, what): mutant
         for row in {tensor.row for tensor in spec_for(model).tensors}
@@ -104,7 +104,7 @@ def test_a_wrong_row_would_be_seen(name, everything):
 
 
 def test_a_wrong_context_would_be_seen():
-    model = Checkpoint.open(TINY["llama-0-LlamaForCausalLM"])
+    model = TINY["llama-0-LlamaForCausalLM"]
     table = table_for(model.config)
     flat = replace(table, groups={**table.groups, "group.*": "permutation"})
-    assert "group" in disagreement(bind_to(flat, model), forward_pass(model))
+    assert "group" in disagreement(bind_to(flat, Checkpoint.open(model)), forward_pass(model))
