@@ -283,7 +283,7 @@ def merge(
                 "data": _described(data, data_option, "--data"),
                 "refit": refit,
                 "recalibrate": False if recalibrate == "none" else recalibrate,
-                "evaluate": _described(evaluate, evaluate_option, "--evaluate", data),
+                "evaluate": _described(evaluate, evaluate_option, "--evaluate"),
             }
         )
     _refuse_report(report, overwrite)
@@ -405,8 +405,9 @@ def interpolate(
         refuse_target(out, overwrite, (*a.sources, *b.sources))
     batches, device = _data(data, data_option, a), _device()
     prepare = None
-    if said := _described(recalibrate, recalibrate_option, "--recalibrate", data):
-        prepare = partial(renew, batches=_batches(said, a), device=device)
+    if other := _described(recalibrate, recalibrate_option, "--recalibrate"):
+        like = _described(data, data_option, "--data") if recalibrate is None else None
+        prepare = partial(renew, batches=_batches({**(like or {}), **other}, a), device=device)
     measured = partial(measure, data=batches, metrics=metric)
     curve = along(a, b, measured, points=points, prepare=prepare, device=device, progress=True)
     for line in showing.curve(curve, as_json):
@@ -516,15 +517,10 @@ def _parameters(said: list[str], option: str = "--parameter", such: str = "t=0.3
     return parameters
 
 
-def _described(
-    dataset: str | None, options: list[str] | None, option: str, otherwise: str | None = None
-) -> dict[str, Any] | None:
-    """A description of data as in a recipe; None where none is asked for."""
-    if dataset is None and options and otherwise is None:
-        raise OptionError(f"{option}-option {options[0]}, but no dataset; give {option}")
-    if dataset is None and not options:
-        return None
-    return {"dataset": dataset or otherwise, **_parameters(options or [], f"{option}-option", "split=test")}
+def _described(dataset: str | None, options: list[str] | None, option: str) -> dict[str, Any] | None:
+    """A description of data as in a recipe; None where nothing is said."""
+    said = {} if dataset is None else {"dataset": dataset}
+    return {**said, **_parameters(options or [], f"{option}-option", "split=test")} or None
 
 
 def _refuse_report(report: Path | None, overwrite: bool) -> None:
