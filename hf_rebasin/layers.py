@@ -387,12 +387,13 @@ def _converted(batch: Any, dtype: torch.dtype) -> Any:
 class NormStatistics:
     """The mean and variance of what a BatchNorm reads, over all samples; a `Change`.
 
-    Of an InstanceNorm, the means of those of every instance.
+    Of an InstanceNorm, the means of those of every instance. With a correction of 1 variances are unbiased, as torch
+    keeps them; in training it normalises by those without.
     """
 
-    def __init__(self, norm: _NormBase, name: str = ""):
+    def __init__(self, norm: _NormBase, name: str = "", correction: int = 1):
         assert norm.running_mean is not None
-        self.norm, self.name = norm, name
+        self.norm, self.name, self.correction = norm, name, correction
         self.sums = [torch.zeros(3, norm.num_features, dtype=torch.float64, device=norm.running_mean.device)]
 
     def add(self, calls: Sequence[Calls], mask: Tensor | None = None) -> None:
@@ -422,7 +423,7 @@ class NormStatistics:
         assert norm.running_var is not None
         mean, variance = total / count, squares / count
         if not isinstance(norm, _InstanceNorm):
-            variance = (variance - mean.square()).clamp_min(0) * (count / (count - 1).clamp_min(1))  # unbiased
+            variance = (variance - mean.square()).clamp_min(0) * (count / (count - self.correction).clamp_min(1))
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(variance)
         return (self.name,)

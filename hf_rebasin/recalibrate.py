@@ -43,10 +43,10 @@ def recalibrate(
     """Recompute running mean and variance of every BatchNorm layer, in place, from all samples of all batches.
 
     In one pass each layer reads what batches look like that are normalised by their own statistics, as in training; so
-    batches should not be small. `exact` makes one pass for every layer, with the layers before it as they will be: the
-    statistics are then those of one big batch, however it was cut. An InstanceNorm that keeps statistics gets the mean
-    of those of all instances. Momentum and `num_batches_tracked`, which belong to training, stay as they are, and so
-    do layers that no pass calls.
+    batches should not be small. `exact` makes one pass for every layer, after those of the layers before it: the
+    statistics are then those of one big batch in training mode, however it was cut. An InstanceNorm that keeps
+    statistics gets the mean of those of all instances. Momentum and `num_batches_tracked`, which belong to training,
+    stay as they are, and so do layers that no pass calls.
 
     Args:
         model: any module; its mode is restored.
@@ -77,18 +77,28 @@ def recalibrate(
     with _unless_it_fails(model, norms.values()):
         model.eval()
         if exact:
-            change_in_order(
-                [model],
-                batches,
-                lambda step: None if step.norm is None else NormStatistics(step.norm, step.name),
-                device=device,
-                progress="recalibrating" if progress else "",
-            )
+            _in_order(model, batches, device, progress)
         else:
             _in_one_pass(
                 model, [NormStatistics(norm, name) for name, norm in norms.items()], batches, device, progress
             )
     return len(norms)
+
+
+def _in_order(model: nn.Module, batches: Iterable[Inputs], device: Device, progress: bool) -> None:
+    """Layers after a norm read what it gives in training on all samples at once; only then is its variance unbiased."""
+    made: list[NormStatistics] = []
+
+    def change(step: Step) -> Change | None:
+        if step.norm is None:
+            return None
+        made.append(NormStatistics(step.norm, step.name, correction=0))
+        return made[-1]
+
+    change_in_order([model], batches, change, device=device, progress="recalibrating" if progress else "")
+    for one in made:
+        one.correction = 1
+        one.write()
 
 
 def _in_one_pass(
