@@ -7,10 +7,11 @@ before it: there is one pass over the data for every place in the order, which e
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -18,16 +19,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 from tqdm import tqdm
 
 from .checkpoint import Checkpoint
-from .classes import stored, to_disk
-from .errors import OptionError
-from .inputs import run
-from .lazy import Here, Lazy, rounded
-from .processes import shared_out, sum_of_all
+from .errors import CheckpointError, OptionError, some
+from .inputs import refuse_read_once, run
+from .lazy import Here, Lazy, all_finite, rounded
+from .processes import numbers_of_all, shared_out, sum_of_all, that_of_the_first
+from .table import table_for
+
+logger = logging.getLogger(__name__)
 
 Calls = Mapping[str, list[tuple[Tensor, Tensor]]]  # of layers by their names: what they read and gave, call after call
+PIECE = 1 << 22  # numbers: so many are unfolded at a time of what a convolution reads
 
 
 @dataclass(frozen=True)
@@ -66,14 +71,48 @@ class Affine:
         if bias is not None:
             self.module.bias.detach().copy_(bias.reshape(-1))
 
-    def samples(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What it reads, (groups, many, in)."""
+    def samples(self, x: Tensor, mask: Tensor | None = None) -> Iterator[Tensor]:
+        """What it reads, (groups, many, in), piece by piece: patches are many times what they are cut from."""
         if not self.is_convolution:
-            return _looked_at(x, mask)[None]
-        conv, spatial = self.module, len(self.module.kernel_size)
-        x = x if x.dim() == spatial + 2 else x[None]
+            yield _looked_at(x, mask)[None]
+            return
+        x = self._padded(x)
+        places = prod(
+            (size - (k - 1) * dilation - 1) // stride + 1
+            for size, k, dilation, stride in zip(
+                x.shape[2:], self.module.kernel_size, self.module.dilation, self.module.stride, strict=True
+            )
+        )
+        images = max(1, PIECE // max(1, places * x.shape[1] * prod(self.module.kernel_size)))
+        yield from map(self._patches, x.split(images))
+
+    def answers(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What it gives, (groups, many, out)."""
+        if not self.is_convolution:
+            return _looked_at(y, mask)[None]
+        return self._batched(y).unflatten(1, (self.groups, -1)).movedim(1, 0).movedim(2, -1).flatten(1, -2)
+
+    def explains(self, x: Tensor, y: Tensor) -> bool:
+        """Whether it gave what a linear map gives: classes derived from one, and hooks, may do what they like."""
+        if self.is_convolution:
+            x, y = self._batched(x)[:1], self._batched(y)[:1]
+        elif not x.is_floating_point() or x.shape[-1] != self.matrix.shape[1]:
+            return False
+        read, given = torch.cat(list(self.samples(x)), 1).double(), self.answers(y).double()
+        said = read @ self.matrix.double()
+        said = said if self.bias is None else said + self.bias.double()[:, None]
+        return said.shape == given.shape and not (said - given).norm() > 0.05 * given.norm()  # NaN is refused later
+
+    def _batched(self, x: Tensor) -> Tensor:
+        return x if x.dim() == len(self.module.kernel_size) + 2 else x[None]
+
+    def _padded(self, x: Tensor) -> Tensor:
+        conv = self.module
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-        x = functional.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
+        return functional.pad(self._batched(x), conv._reversed_padding_repeated_twice, mode=mode)
+
+    def _patches(self, x: Tensor) -> Tensor:
+        conv, spatial = self.module, len(self.module.kernel_size)
         for i in range(spatial):
             window = conv.dilation[i] * (conv.kernel_size[i] - 1) + 1
             x = x.unfold(2 + i, window, conv.stride[i])[..., :: conv.dilation[i]]
@@ -81,22 +120,22 @@ class Affine:
         x = x.unflatten(1, (self.groups, -1)).movedim(1, 0).movedim(2, 2 + spatial)
         return x.flatten(1, 1 + spatial).flatten(2)
 
-    def answers(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What it gives, (groups, many, out)."""
-        if not self.is_convolution:
-            return _looked_at(y, mask)[None]
-        y = y if y.dim() == len(self.module.kernel_size) + 2 else y[None]
-        return y.unflatten(1, (self.groups, -1)).movedim(1, 0).movedim(2, -1).flatten(1, -2)
-
 
 def _is_conv1d(module: nn.Module) -> bool:
     """transformers' linear layer, whose weight is stored (in, out)."""
     return type(module).__name__ == "Conv1D"
 
 
+def _is_matrix(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
+
+
 def _looked_at(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(many, n), without the positions that a mask leaves out."""
-    return x[mask.bool()] if mask is not None and x.shape[:-1] == mask.shape else x.reshape(-1, x.shape[-1])
+    """(many, n), without the positions that a mask leaves out; these may have been laid end to end."""
+    flat = x.reshape(-1, x.shape[-1])
+    if mask is None or (x.shape[:-1] != mask.shape and x.shape[:-1] != (mask.numel(),)):
+        return flat
+    return flat[mask.reshape(-1).bool()]
 
 
 @dataclass(frozen=True)
@@ -121,8 +160,8 @@ class Change(Protocol):
     def add(self, calls: Sequence[Calls], mask: Tensor | None) -> None:
         """What the layers of the step read and gave in every model, on one batch."""
 
-    def write(self) -> None:
-        """Change the layers of the first model; `sums` are over all processes by now."""
+    def write(self) -> Sequence[str]:
+        """Change the layers of the first model, and say which; `sums` are over all processes by now."""
 
 
 @torch.no_grad()
@@ -132,8 +171,9 @@ def change_in_order(
     change: Callable[[Step], Change | None],
     *,
     device: Any = None,
+    dtype: torch.dtype | None = None,
     progress: str = "",
-) -> int:
+) -> list[str]:
     """Change the layers of the first model one after the other; the other models are only listened to.
 
     Args:
@@ -141,64 +181,147 @@ def change_in_order(
         batches: inputs of their forward pass, which can be read again and again; each process takes its share.
         change: what is to be done at a step; None leaves it as it is.
         device: where batches are brought.
+        dtype: what their floating-point numbers are brought to; by default they stay.
         progress: what the progress bar says; none without it.
 
     Returns:
-        How many layers were changed.
+        The names of the layers that were changed.
 
     Raises:
-        OptionError: no batches.
+        OptionError: no batches, or such as can be read once.
+        CheckpointError: NaN or Inf in what a layer reads or gives; names the layer.
     """
-    first = next(iter(batches), None)
-    if first is None:
-        raise OptionError("the data gave no batch")
-    steps = [(step, made) for step in order(models[0], there(first, device)) if (made := change(step)) is not None]
+    refuse_read_once(batches)
+    changed: list[str] = []
+    planned = _planned(models[0], batches, lambda batch: there(batch, device, dtype))
+    steps = [(step, made) for step in planned if (made := change(step)) is not None]
     for step, doing in tqdm(steps, desc=progress, unit="layer", leave=False, disable=None if progress else True):
         for batch in shared_out(batches):
-            batch = there(batch, device)
+            batch = there(batch, device, dtype)
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
             doing.add([heard(model, step.names, batch, step.calls) for model in models], mask)
         doing.sums = [sum_of_all(total) for total in doing.sums]
-        doing.write()
-    return sum(len(step.names) for step, _ in steps)
+        refuse_nan(doing.sums, step.names)
+        changed += doing.write()
+    if any(step.layers for step, _ in steps):
+        _say_what_is_left(models[0], planned)
+    if left := [name for step, _ in steps for name in step.names if name not in changed]:
+        logger.info("%s read nothing, or not the same in all models, so they stay as they are", some(left))
+    return changed
+
+
+def _say_what_is_left(module: nn.Module, planned: Sequence[Step]) -> None:
+    maps, found = _maps(module), {name for step in planned for name in step.names}
+    if left := [name for name in maps if name not in found]:
+        why = "as their weights are tied or computed, or no pass calls them"
+        logger.info("%d of %d linear maps stay as they are, %s: %s", len(left), len(maps), why, some(left))
+
+
+def refuse_nan(sums: Iterable[Tensor], names: Sequence[str]) -> None:
+    """Raise CheckpointError unless all is finite that layers were heard to read and to give."""
+    if not all(all_finite(total) for total in sums):
+        said = some(name or "the module" for name in names)
+        raise CheckpointError(
+            f"{said}: on these data NaN or Inf is in what is read or given there, in the merge or in a model that was "
+            "merged; look at the data, and at whether the models compute on them by themselves"
+        )
+
+
+def _planned(module: nn.Module, batches: Iterable[Any], brought: Callable[[Any], Any]) -> list[Step]:
+    """The steps, the same in every process, as these add up their sums step by step."""
+    first = next(iter(batches), None)
+    count, everywhere = numbers_of_all([first is not None, 1.0], next((p.device for p in module.parameters()), None))
+    if count < everywhere:
+        raise OptionError(
+            "the data gave no batch"
+            if not count
+            else f"the data gave a batch to {count:.0f} of {everywhere:.0f} processes; give each one"
+        )
+    found = order(module, brought(first))
+    plan = that_of_the_first([(step.names, step.norm is not None, step.calls) for step in found])
+    return [_step(module, *one) for one in plan]
+
+
+def _step(module: nn.Module, names: Sequence[str], is_norm: bool, calls: int) -> Step:
+    own = {name: module.get_submodule(name) for name in names}
+    if is_norm:
+        (norm,) = own.values()
+        assert isinstance(norm, _NormBase)
+        return Step(norm=norm, name=names[0], calls=calls)
+    return Step(tuple(Affine(name, part) for name, part in own.items()), name=names[0], calls=calls)
 
 
 def order(module: nn.Module, batch: Any) -> list[Step]:
     """The steps of a forward pass. Weights that a layer shares with something else belong to no step."""
-    own = dict(module.named_modules())
-    owners: dict[int, int] = {}
-    for parameter in chain.from_iterable(part._parameters.values() for part in own.values()):
-        if parameter is not None:
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    layers = [name for name, part in own.items() if _is_affine(part) and owners[id(part.weight)] == 1]
-    norms = [name for name, part in own.items() if isinstance(part, _NormBase) and part.track_running_stats]
-    called: list[tuple[str, Tensor]] = []
-    with _listening(module, [*layers, *norms], lambda name, x, _: called.append((name, x))):
+    layers, norms = _layers(module), {name for name, part in module.named_modules() if keeps_statistics(part)}
+    read: dict[str, list[int]] = {}  # the number of what was read, at every call
+    odd: set[str] = set()
+    number = 0
+    before: tuple[Any, int] = (None, -1)  # what was read last, and its version
+
+    def hear(name: str, x: Any, y: Any) -> None:
+        nonlocal number, before
+        # what was changed in place is something else
+        version = x._version if isinstance(x, Tensor) and not x.is_inference() else -1
+        if x is not before[0] or version != before[1]:
+            number, before = number + 1, (x, version)
+        if name in layers and name not in read and not _is_explained(layers[name], x, y):
+            odd.add(name)
+        read.setdefault(name, []).append(number)
+
+    with _listening(module, [*layers, *norms], hear):
         run(module, batch)
-    found: list[tuple[Tensor | None, list[str]]] = []
-    for name, x in called:
-        if any(name in names for _, names in found):
+    groups: list[list[str]] = []
+    for name, numbers in read.items():
+        one = groups[-1][0] if groups else name
+        alike = groups and read[one] == numbers and {name, one} <= layers.keys()
+        if name in odd:
             continue
-        if found and found[-1][0] is x:
-            found[-1][1].append(name)
+        if alike and _is_matrix(layers[name].module) and _is_matrix(layers[one].module):
+            groups[-1].append(name)
         else:
-            found.append((x if isinstance(own[name], nn.Linear) or _is_conv1d(own[name]) else None, [name]))
-    counts = {name: sum(name == other for other, _ in called) for name, _ in called}
-    return [
-        Step(
-            layers=tuple(Affine(name, own[name]) for name in names if name in layers),
-            norm=own[names[0]] if names[0] in norms else None,
-            name=names[0],
-            calls=sum(counts[name] for name in names),
-        )
-        for _, names in found
-    ]
+            groups.append([name])
+    return [_step(module, names, names[0] in norms, sum(len(read[name]) for name in names)) for names in groups]
+
+
+def _maps(module: nn.Module) -> list[str]:
+    return [name for name, part in module.named_modules() if _is_affine(part)]
+
+
+def _layers(module: nn.Module) -> dict[str, Affine]:
+    """The linear maps that have a weight, and a bias, of their own; no parametrisation computes it."""
+    parts = dict(module.named_modules())
+    owners: dict[int, int] = {}
+    biases: dict[int, int] = {}
+    for part in parts.values():
+        for parameter in part._parameters.values():
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+        if _is_affine(part):  # other modules name a bias that is none of theirs
+            bias = part._parameters.get("bias")
+            biases[id(bias)] = biases.get(id(bias), 0) + 1
+
+    def has_its_own(part: Any) -> bool:
+        weight, bias = (part._parameters.get(name) for name in ("weight", "bias"))
+        if weight is None or owners[id(weight)] > 1:
+            return False
+        return part.bias is None if bias is None else biases[id(bias)] == 1
+
+    return {name: Affine(name, part) for name, part in parts.items() if _is_affine(part) and has_its_own(part)}
 
 
 def _is_affine(module: nn.Module) -> bool:
     if isinstance(module, _ConvNd):
         return not module.transposed
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
+    return _is_matrix(module)
+
+
+def _is_explained(layer: Affine, x: Any, y: Any) -> bool:
+    return isinstance(x, Tensor) and isinstance(y, Tensor) and layer.explains(x, y)
+
+
+def keeps_statistics(module: nn.Module) -> bool:
+    """Whether it is a BatchNorm, or an InstanceNorm, with running statistics."""
+    return isinstance(module, _NormBase) and module.track_running_stats and module.running_mean is not None
 
 
 class _Reached(Exception):
@@ -212,8 +335,9 @@ def heard(module: nn.Module, names: Sequence[str], batch: Any, calls: int) -> Ca
 
     def hear(name: str, x: Tensor, y: Tensor) -> None:
         nonlocal left
-        found[name].append((x, y))
         left -= 1
+        # the last is done with at once; before that, what follows may change it in place
+        found[name].append((x.clone(), y.clone()) if left else (x, y))
         if not left:
             raise _Reached
 
@@ -226,12 +350,12 @@ def heard(module: nn.Module, names: Sequence[str], batch: Any, calls: int) -> Ca
 
 
 @contextmanager
-def _listening(module: nn.Module, names: Iterable[str], hear: Callable[[str, Tensor, Tensor], Any]) -> Iterator[None]:
-    """`hear(name, input, output)` at every call of some layers, while it lasts; what is changed in place is copied."""
+def _listening(module: nn.Module, names: Iterable[str], hear: Callable[[str, Any, Any], Any]) -> Iterator[None]:
+    """`hear(name, input, output)` at every call of some layers, while it lasts."""
 
     def hook(name: str) -> Any:
-        def called(_: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any], output: Tensor) -> None:
-            hear(name, inputs[0] if inputs else next(iter(named.values())), output.clone())
+        def called(_: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> None:
+            hear(name, inputs[0] if inputs else next(iter(named.values()), None), output)
 
         return called
 
@@ -243,42 +367,66 @@ def _listening(module: nn.Module, names: Iterable[str], hear: Callable[[str, Ten
             handle.remove()
 
 
-def there(batch: Any, device: Any) -> Any:
-    if device is None:
-        return batch
-    from accelerate.utils import send_to_device
+def there(batch: Any, device: Any, dtype: torch.dtype | None = None) -> Any:
+    """A batch on a device, its floating-point numbers in a dtype; None leaves them."""
+    if device is not None:
+        from accelerate.utils import send_to_device
 
-    return send_to_device(batch, device)
+        batch = send_to_device(batch, device)
+    return batch if dtype is None else _converted(batch, dtype)
+
+
+def _converted(batch: Any, dtype: torch.dtype) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(dtype) if batch.is_floating_point() else batch
+    if isinstance(batch, Mapping):
+        return {key: _converted(value, dtype) for key, value in batch.items()}
+    return type(batch)(_converted(one, dtype) for one in batch) if type(batch) in (tuple, list) else batch
 
 
 class NormStatistics:
-    """The mean and variance of what a BatchNorm reads, over all samples; a `Change`."""
+    """The mean and variance of what a BatchNorm reads, over all samples; a `Change`.
 
-    def __init__(self, norm: _NormBase, device: Any):
-        self.norm = norm
-        self.sums = [torch.zeros(3, norm.num_features, dtype=torch.float64, device=device)]  # Σ1, Σx, Σx²
+    Of an InstanceNorm, the means of those of every instance. With a correction of 1 variances are unbiased, as torch
+    keeps them; in training it normalises by those without.
+    """
+
+    def __init__(self, norm: _NormBase, name: str = "", correction: int = 1):
+        assert norm.running_mean is not None
+        self.norm, self.name, self.correction = norm, name, correction
+        self.sums = [torch.zeros(3, norm.num_features, dtype=torch.float64, device=norm.running_mean.device)]
 
     def add(self, calls: Sequence[Calls], mask: Tensor | None = None) -> None:
-        for read, _ in next(iter(calls[0].values())):
+        for read, _ in calls[0][self.name]:
             self.see(read)
 
     def see(self, read: Tensor) -> None:
         """(batch, channels, …)"""
-        x = read.double().movedim(1, -1).reshape(-1, self.norm.num_features)
-        self.sums[0] += torch.stack([torch.full_like(x[0], len(x)), x.sum(0), x.square().sum(0)])
+        x = read.detach().double()
+        if isinstance(self.norm, _InstanceNorm):
+            x = (x if x.dim() == self.norm._get_no_batch_dim() + 1 else x[None]).flatten(2)
+            said = torch.full_like(x[0, :, 0], len(x)), x.mean(2).sum(0), x.var(2).sum(0)  # Σ1, Σmean, Σvariance
+        else:
+            x = x.movedim(1, -1).reshape(-1, self.norm.num_features)
+            said = torch.full_like(x[0], len(x)), x.sum(0), x.square().sum(0)  # Σ1, Σx, Σx²
+        self.sums[0] += torch.stack(said)
 
     @property
     def samples(self) -> int:
         return int(self.sums[0][0, 0])
 
-    def write(self) -> None:
+    def write(self) -> Sequence[str]:
         (count, total, squares), norm = self.sums[0], self.norm
+        if not self.samples:
+            return ()
         assert norm.running_mean is not None
         assert norm.running_var is not None
-        mean = total / count
-        variance = (squares / count - mean.square()).clamp_min(0)
+        mean, variance = total / count, squares / count
+        if not isinstance(norm, _InstanceNorm):
+            variance = (variance - mean.square()).clamp_min(0) * (count / (count - self.correction).clamp_min(1))
         norm.running_mean.copy_(mean)
-        norm.running_var.copy_(variance * (count / (count - 1).clamp_min(1)))  # unbiased, as torch has it
+        norm.running_var.copy_(variance)
+        return (self.name,)
 
 
 def shares_of(weights: Sequence[float] | None, count: int) -> list[float]:
@@ -289,17 +437,36 @@ def shares_of(weights: Sequence[float] | None, count: int) -> list[float]:
     return [weight / sum(given) for weight in given]
 
 
-def computing(checkpoint: Checkpoint, device: Any) -> nn.Module:
-    """A module of its own, in float32 or a wider dtype of its tensors."""
-    module: nn.Module = checkpoint.model(checkpoint.wide)
-    return module.to(device).eval()
+def computing(checkpoints: Sequence[Checkpoint], device: Any) -> tuple[list[nn.Module], torch.dtype]:
+    """Modules of their own, all in float32 or in the widest dtype of all their tensors; and that dtype.
+
+    Raises:
+        CheckpointError: no class is known that could be run.
+    """
+    wide = max((checkpoint.wide for checkpoint in checkpoints), key=lambda kind: kind.itemsize)
+    return [checkpoint.model(wide).to(device).eval() for checkpoint in checkpoints], wide
 
 
 def with_values(merged: Checkpoint, module: nn.Module) -> Checkpoint:
-    """A checkpoint with the values of a module, rounded to its dtypes."""
+    """A checkpoint with the values of a module, rounded to its dtypes.
+
+    Raises:
+        CheckpointError: a value that does not fit its dtype, or has no place.
+    """
+    table = table_for(merged.config)
+    prefix = merged.base_prefix if table is None else table.prefix or merged.base_prefix
+    names, values = merged.canonical(prefix), Checkpoint.open(module)
     parts: dict[str, Lazy] = {}
-    for key, tensor in to_disk(module, stored(module)).items():
-        part = merged.parts.get(key)
-        if part is not None and part.dtype.is_floating_point:
-            parts[key] = Here.of(rounded(tensor.detach().cpu(), part.dtype).clone(), own=True)
+    for name, tensor in values.state(prefix).items():
+        key = names.get(name)
+        if key is None and name in values.canonical_ties(prefix).values():  # stored under its other name
+            continue
+        if key is None:
+            raise CheckpointError(f"{merged.name}: {name} of the module is none of its tensors, {some(names)}")
+        kind = merged.parts[key].dtype
+        if kind.is_floating_point:
+            value = rounded(tensor.detach().cpu(), kind).clone(memory_format=torch.contiguous_format)
+            if not all_finite(value):
+                raise CheckpointError(f"{key} has values that do not fit {kind}; merge into a wider dtype")
+            parts[key] = Here.of(value, own=True)
     return merged.with_parts(parts)

@@ -62,3 +62,12 @@ def _reduced(value: Tensor, how: str) -> Tensor:
     out = value.detach().clone(memory_format=torch.contiguous_format)
     torch.distributed.all_reduce(out)
     return out / torch.distributed.get_world_size() if how == "mean" else out
+
+
+def that_of_the_first(value: Any) -> Any:
+    """What the first process has, in all of them."""
+    if not _several():
+        return value
+    held = [value]
+    torch.distributed.broadcast_object_list(held)
+    return held[0]

@@ -7,21 +7,33 @@ every unit is given back the mean and the deviation that the merged models have 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 from tqdm import tqdm
 
 from .checkpoint import Checkpoint
 from .errors import OptionError
-from .inputs import Inputs, run
-from .layers import Calls, Change, NormStatistics, Step, change_in_order, computing, shares_of, there, with_values
+from .inputs import Inputs, refuse_read_once, run
+from .layers import (
+    Calls,
+    Change,
+    NormStatistics,
+    Step,
+    change_in_order,
+    computing,
+    keeps_statistics,
+    refuse_nan,
+    shares_of,
+    there,
+    with_values,
+)
 from .objective import Device
-from .processes import shared_out, sum_of_all
+from .processes import numbers_of_all, shared_out, sum_of_all
 
 
 @torch.no_grad()
@@ -31,8 +43,10 @@ def recalibrate(
     """Recompute running mean and variance of every BatchNorm layer, in place, from all samples of all batches.
 
     In one pass each layer reads what batches look like that are normalised by their own statistics, as in training; so
-    batches should not be small. `exact` makes one pass for every layer, with the layers before it as they will be: the
-    statistics are then those of one big batch, however it was cut.
+    batches should not be small. `exact` makes one pass for every layer, after those of the layers before it: the
+    statistics are then those of one big batch in training mode, however it was cut. An InstanceNorm that keeps
+    statistics gets the mean of those of all instances. Momentum and `num_batches_tracked`, which belong to training,
+    stay as they are, and so do layers that no pass calls.
 
     Args:
         model: any module; its mode is restored.
@@ -43,10 +57,11 @@ def recalibrate(
         progress: show a progress bar (on a terminal).
 
     Returns:
-        The number of BatchNorm layers; with none, no batch is read.
+        The number of layers that keep statistics; with none, no batch is read.
 
     Raises:
-        OptionError: there are BatchNorm layers and no batches. Whatever fails, the statistics stay as they were.
+        OptionError: there are such layers and no batches; with `exact`, batches that can be read once.
+        CheckpointError: NaN or Inf in what a layer reads; names it. Whatever fails, the statistics stay as they were.
 
     Example: of two batches, one of zeros and one of tens, the mean is 5 and not what the last one leaves.
 
@@ -56,21 +71,17 @@ def recalibrate(
         >>> norm.running_mean
         tensor([5.])
     """
-    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+    norms = {name: part for name, part in model.named_modules() if keeps_statistics(part)}
     if not norms:
         return 0
-    with _unless_it_fails(model, norms):
+    with _unless_it_fails(model, norms.values()):
         model.eval()
         if exact:
-            change_in_order(
-                [model],
-                batches,
-                lambda step: None if step.norm is None else NormStatistics(step.norm, device),
-                device=device,
-                progress="recalibrating" if progress else "",
-            )
+            _in_order(model, batches, device, progress)
         else:
-            _in_one_pass(model, norms, batches, device, progress)
+            _in_one_pass(
+                model, [NormStatistics(norm, name) for name, norm in norms.items()], batches, device, progress
+            )
     return len(norms)
 
 
@@ -79,46 +90,84 @@ def has_statistics(checkpoint: Checkpoint) -> bool:
     return any(key.endswith("running_mean") for key in checkpoint.parts)
 
 
+def _in_order(model: nn.Module, batches: Iterable[Inputs], device: Device, progress: bool) -> None:
+    """Layers after a norm read what it gives in training on all samples at once; only then is its variance unbiased."""
+    made: list[NormStatistics] = []
+
+    def change(step: Step) -> Change | None:
+        if step.norm is None:
+            return None
+        made.append(NormStatistics(step.norm, step.name, correction=0))
+        return made[-1]
+
+    change_in_order([model], batches, change, device=device, progress="recalibrating" if progress else "")
+    for one in made:
+        one.correction = 1
+        one.write()
+
+
 def _in_one_pass(
-    model: nn.Module, norms: Sequence[_NormBase], batches: Iterable[Inputs], device: Device, progress: bool
+    model: nn.Module, found: Sequence[NormStatistics], batches: Iterable[Inputs], device: Device, progress: bool
 ) -> None:
     """Every layer normalises by the batch, and what it reads is added up."""
-    seen = [
-        NormStatistics(norm, device or norm.running_mean.device) for norm in norms if norm.running_mean is not None
-    ]
-    handles = [
-        one.norm.register_forward_pre_hook(lambda _, inputs, one=one: one.see(inputs[0].detach())) for one in seen
-    ]
-    for norm in norms:
-        norm.momentum = 0.0  # nothing is written on the way
-        norm.train()  # only these: dropout stays off
-    try:
+    came = 0
+    with _by_the_batch(found):
         for batch in tqdm(shared_out(batches), desc="recalibrating", unit="batch", disable=None if progress else True):
             run(model, there(batch, device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    for one in seen:
+            came += 1
+    (total,) = numbers_of_all([came], found[0].sums[0].device)
+    if not total:
+        raise OptionError("no batch came, so there is nothing to take statistics of; is the iterator used up?")
+    for one in found:
         one.sums = [sum_of_all(total) for total in one.sums]
-        if not one.samples:
-            raise OptionError("no batch came, so there is nothing to take statistics of; is the iterator used up?")
+        refuse_nan(one.sums, [one.name])
         one.write()
 
 
 @contextmanager
-def _unless_it_fails(model: nn.Module, norms: Sequence[_NormBase]) -> Iterator[None]:
-    """Modes and momenta are restored, and if something fails the statistics, too."""
-    training, momenta = [m.training for m in model.modules()], [norm.momentum for norm in norms]
-    before = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
+def _by_the_batch(found: Sequence[NormStatistics]) -> Iterator[None]:
+    """Layers normalise by what they read, as in training; only that dropout is off and no process waits for another.
+
+    A BatchNorm finds the statistics of the batch where it looks for its own. An InstanceNorm is in training mode, with
+    a momentum of 0 so that it keeps what it has.
+    """
+
+    def hook(one: NormStatistics) -> Any:
+        def called(norm: Any, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+            read = inputs[0] if inputs else next(iter(named.values()))
+            one.see(read)
+            if not norm.training:
+                x = read.detach().double().movedim(1, -1).reshape(-1, norm.num_features)
+                norm.running_mean.copy_(x.mean(0))
+                norm.running_var.copy_(x.var(0, correction=0))
+
+        return called
+
+    handles = [one.norm.register_forward_pre_hook(hook(one), with_kwargs=True) for one in found]
+    momenta = {one.norm: one.norm.momentum for one in found if isinstance(one.norm, _InstanceNorm)}
+    for norm in momenta:
+        norm.train().momentum = 0.0
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+
+
+@contextmanager
+def _unless_it_fails(model: nn.Module, norms: Iterable[nn.Module]) -> Iterator[None]:
+    """Modes are restored, and if something fails the statistics, too."""
+    training = [m.training for m in model.modules()]
+    before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     try:
         yield
     except BaseException:
-        for norm, buffers in zip(norms, before, strict=True):
-            norm.load_state_dict(buffers, strict=False)
+        for buffer, kept in before:
+            buffer.copy_(kept)
         raise
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
         for module, mode in zip(model.modules(), training, strict=True):
             module.training = mode
 
@@ -137,7 +186,7 @@ def repair(
     For a unit of a linear map or a convolution with mean μ and deviation σ over the data, in the merge with all layers
     before it repaired: w ← w · σ_α / σ and b ← μ_α + (b − μ) · σ_α / σ, with σ_α = Σ αᵢ σᵢ and μ_α = Σ αᵢ μᵢ over the
     models. A layer without a bias keeps its mean times σ_α / σ. BatchNorm statistics are those of the data. What comes
-    out are ordinary weights.
+    out are ordinary weights. What is tied or called in no pass stays as it is merged; the log says which.
 
     Args:
         merged: the merge; it stays as it is.
@@ -152,30 +201,31 @@ def repair(
         The repaired merge, with the keys and dtypes it had.
 
     Raises:
-        OptionError: no data, or weights that are not one per model with a sum.
-        CheckpointError: no class is known that could be run.
+        OptionError: no data, or such as can be read once; weights that are not one per model with a sum.
+        CheckpointError: no class is known that could be run, or NaN in what a layer gives; names it.
 
     Example: two units with deviation 1 that know nothing of each other have an average with deviation √½, and so on
     from layer to layer. Times √2 it is 1 again.
 
         >>> repaired = repair(merge([a, moved]), [Checkpoint.open(a), Checkpoint.open(moved)], batches)
     """
+    refuse_read_once(data)
     shares = shares_of(weights, len(models))
-    modules = [computing(checkpoint, device) for checkpoint in (merged, *models)]
+    modules, dtype = computing([merged, *models], device)
 
     def change(step: Step) -> Change:
-        return _Rescaling(step, shares, device) if step.norm is None else NormStatistics(step.norm, device)
+        return _Rescaling(step, shares) if step.norm is None else NormStatistics(step.norm, step.name)
 
-    change_in_order(modules, data, change, device=device, progress="repairing" if progress else "")
+    change_in_order(modules, data, change, device=device, dtype=dtype, progress="repairing" if progress else "")
     return with_values(merged, modules[0])
 
 
 class _Rescaling:
     """Means and deviations of what the layers of a step give, in the merge and in what was merged; a `Change`."""
 
-    def __init__(self, step: Step, shares: Sequence[float], device: Device):
+    def __init__(self, step: Step, shares: Sequence[float]):
         self.layers, self.shares = step.layers, shares
-        kind: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        kind: dict[str, Any] = {"dtype": torch.float64, "device": self.layers[0].module.weight.device}
         shapes = [(1 + len(shares), 3, layer.groups, layer.matrix.shape[2]) for layer in self.layers]
         self.sums = [torch.zeros(shape, **kind) for shape in shapes]  # of every model Σ1, Σy, Σy²
 
@@ -184,18 +234,19 @@ class _Rescaling:
             for i, model in enumerate(calls):
                 for _, said in model[layer.name]:
                     y = layer.answers(said, mask).double()
-                    total[i] += torch.stack([torch.full_like(y[:, 0], y.shape[1]), y.sum(1), y.square().sum(1)])
+                    total[i] += torch.stack([torch.full_like(total[i, 0], y.shape[1]), y.sum(1), y.square().sum(1)])
 
-    def write(self) -> None:
-        for total, layer in zip(self.sums, self.layers, strict=True):
+    def write(self) -> Sequence[str]:
+        heard = [(layer, total) for layer, total in zip(self.layers, self.sums, strict=True) if total[:, 0].all()]
+        for layer, total in heard:
             count, sums, squares = total.unbind(1)
-            means = sums / count.clamp_min(1)
-            deviations = (squares / count.clamp_min(1) - means.square()).clamp_min(0).sqrt()
+            means = sums / count
+            deviations = (squares / count - means.square()).clamp_min(0).sqrt()
             shares = torch.tensor(self.shares, dtype=means.dtype, device=means.device)[:, None, None]
             mean, deviation = (shares * means[1:]).sum(0), (shares * deviations[1:]).sum(0)
-            alive = (deviations[0] > 1e-6 * means[0].abs()) & (count[0] > 0)
-            scale = torch.where(alive, deviation / deviations[0].clamp_min(1e-30), 1.0)
+            alive = deviations[0] > 1e-6 * means[0].abs()  # what never changes has no deviation to be scaled
+            scale = torch.where(alive, deviation / deviations[0], 1.0)
             bias = layer.bias
-            if bias is not None:
-                bias = torch.where(count[0] > 0, mean + (bias.double() - means[0]) * scale, bias.double())
-            layer.write(layer.matrix.double() * scale[:, None], bias)
+            moved = None if bias is None else mean + (bias.double() - means[0]) * scale
+            layer.write(layer.matrix.double() * scale[:, None], moved)
+        return [layer.name for layer, _ in heard]

@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from torch import nn
 
 from hf_rebasin import Checkpoint, Verdict, compare, demo
 from hf_rebasin.errors import OptionError
 from hf_rebasin.evaluate import evaluate
-from hf_rebasin.recalibrate import recalibrate
 
 
 def test_the_demo_in_small(tmp_path):
@@ -30,36 +28,6 @@ def test_bad_options_are_said_before_training(tmp_path):
         demo.run(tmp_path, ["resnt"])
     with pytest.raises(OptionError, match="two seeds, got 1"):
         demo.run(tmp_path, ["mlp"], seeds=1)
-
-
-def test_statistics_are_the_cumulative_average_and_nothing_else_changes(generator):
-    model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5), nn.Flatten()).eval()
-
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = model
-
-        def forward(self, x):
-            return self.net(x)
-
-    model[0].num_batches_tracked += 7  # of its training
-    net, batches = Net().eval(), [torch.randn(8, 3, 4, 4, generator=generator) + i for i in range(4)]
-    assert recalibrate(net, ({"x": x} for x in batches)) == 1
-    norm = model[0]
-    torch.testing.assert_close(norm.running_mean, torch.stack([x.mean((0, 2, 3)) for x in batches]).mean(0))
-    torch.testing.assert_close(norm.running_var, torch.stack([x.var((0, 2, 3)) for x in batches]).mean(0))
-    assert norm.momentum == 0.1
-    assert not any(m.training for m in net.modules())
-    assert recalibrate(nn.Linear(1, 1), iter([])) == 0
-    mean = norm.running_mean.clone()
-    with pytest.raises(OptionError, match="no batch came"):
-        recalibrate(net, iter([]))
-    assert torch.equal(norm.running_mean, mean)
-    with pytest.raises(AttributeError):
-        recalibrate(net, [{"x": None}])
-    assert norm.momentum == 0.1
-    assert not any(m.training for m in net.modules())
 
 
 @pytest.mark.slow

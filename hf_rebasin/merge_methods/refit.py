@@ -9,6 +9,8 @@ only XᵀX and XᵀT are kept. After PLeaS (Nasery et al. 2024, 2407.02447) and 
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,7 +19,18 @@ from torch import Tensor
 
 from ..checkpoint import Checkpoint
 from ..errors import OptionError
-from ..layers import Calls, Change, NormStatistics, Step, change_in_order, computing, shares_of, with_values
+from ..inputs import refuse_read_once
+from ..layers import (
+    Affine,
+    Calls,
+    Change,
+    NormStatistics,
+    Step,
+    change_in_order,
+    computing,
+    shares_of,
+    with_values,
+)
 
 RIDGE = 1e-3
 ELEMENTWISE = True
@@ -34,8 +47,7 @@ def merge(tensors: Sequence[Tensor], *, weights: Sequence[float] | None = None, 
     Raises:
         OptionError: weights that are not one per model with a sum, or a ridge that is not above 0.
     """
-    if not ridge > 0:
-        raise OptionError(f"ridge = {ridge}; give a number above 0, such as {RIDGE}")
+    _refuse_ridge(ridge)
     terms = [share * tensor for share, tensor in zip(shares_of(weights, len(tensors)), tensors, strict=True)]
     return torch.stack(terms).sum(0)
 
@@ -52,8 +64,10 @@ def finish(
 ) -> Checkpoint:
     """Fit the layers of a merge, in the order of its forward pass, to the mean of what the merged models say.
 
-    Linear layers, Conv1D and convolutions (grouped, depthwise, dilated) are fitted; a weight that is tied to another
-    stays as it is merged, and so does what is no layer of those. BatchNorm statistics become those of the data.
+    Linear layers, Conv1D and convolutions (grouped, depthwise, dilated) are fitted. A weight that is tied to another
+    or computed from others stays as it is merged, and so does a layer that no pass calls, or that reads other
+    positions in one model than in another, as experts do; the log says which. BatchNorm statistics become those of
+    the data.
 
     Args:
         merged: the merge; it stays as it is.
@@ -70,62 +84,92 @@ def finish(
         The refitted merge, with the keys and dtypes it had.
 
     Raises:
-        OptionError: no data, or weights that are not one per model with a sum.
-        CheckpointError: no class is known that could be run.
+        OptionError: no data, or such as can be read once; weights that are not one per model with a sum; the ridge.
+        CheckpointError: no class is known that could be run, or NaN in what a layer reads or gives.
 
     Example: y = x W with W = 2 in one model and 4 in the other: T = 3x, so W = 3 whatever W₀ was, as far as the ridge
     lets it. Where layers follow each other, and the first ones do not agree, the average is not the answer.
 
         >>> better = refit(merge([a, moved]), [Checkpoint.open(a), Checkpoint.open(moved)], batches)
     """
+    _refuse_ridge(ridge)
+    refuse_read_once(data)
     shares = shares_of(weights, len(models))
-    modules = [computing(checkpoint, device) for checkpoint in (merged, *models)]
-    change_in_order(
-        modules,
-        data,
-        lambda step: _fit(step, shares, ridge, device),
-        device=device,
-        progress="refitting" if progress else "",
-    )
+    modules, dtype = computing([merged, *models], device)
+
+    def change(step: Step) -> Change:
+        return _LeastSquares(step, shares, ridge) if step.norm is None else NormStatistics(step.norm, step.name)
+
+    change_in_order(modules, data, change, device=device, dtype=dtype, progress="refitting" if progress else "")
     return with_values(merged, modules[0])
 
 
-def _fit(step: Step, shares: Sequence[float], ridge: float, device: Any) -> Change:
-    return _LeastSquares(step, shares, ridge, device) if step.norm is None else NormStatistics(step.norm, device)
+def _refuse_ridge(ridge: float) -> None:
+    if not 0 < ridge < math.inf:
+        raise OptionError(f"ridge = {ridge}; give a number above 0, such as {RIDGE}")
 
 
 class _LeastSquares:
-    """The normal equations of the layers of a step, which read the same."""
+    """The normal equations of the layers of a step, which read the same; a `Change`."""
 
-    def __init__(self, step: Step, shares: Sequence[float], ridge: float, device: Any):
+    def __init__(self, step: Step, shares: Sequence[float], ridge: float):
         self.layers, self.shares, self.ridge = step.layers, shares, ridge
         shapes = [layer.matrix.shape for layer in self.layers]
-        groups, width = shapes[0][0], max(shape[1] for shape in shapes) + 1  # with the column of ones
-        kind: dict[str, Any] = {"dtype": torch.float64, "device": device}
-        self.sums = [torch.zeros(groups, width, n, **kind) for n in (width, *(shape[2] for shape in shapes))]
+        groups, width = shapes[0][0], shapes[0][1] + 1  # with the column of ones
+        kind: dict[str, Any] = {"dtype": torch.float64, "device": self.layers[0].module.weight.device}
+        apart = torch.zeros(len(shapes), **kind)  # how often a layer was not called on the same in all models
+        products = [torch.zeros(groups, width, n, **kind) for _, _, n in shapes]
+        self.sums = [apart, torch.zeros(groups, width, width, **kind), *products]
 
     def add(self, calls: Sequence[Calls], mask: Tensor | None) -> None:
+        apart, squares, *products = self.sums
+        together = [i for i, layer in enumerate(self.layers) if _alike([model[layer.name] for model in calls])]
+        apart += 1
+        apart[together] -= 1
         own, *others = calls
-        first = self.layers[0]
-        for k, (read, _) in enumerate(own[first.name]):
-            x = _with_ones(first.samples(read, mask).double())
-            self.sums[0] += x.mT @ x
-            for total, layer in zip(self.sums[1:], self.layers, strict=True):
-                said = (layer.answers(other[layer.name][k][1], mask) for other in others)
-                total += x.mT @ sum(share * y.double() for share, y in zip(self.shares, said, strict=True))
+        for k, (read, _) in enumerate(own[self.layers[0].name]):
+            said = {
+                i: self._said(self.layers[i], [other[self.layers[i].name][k][1] for other in others], mask)
+                for i in together
+            }
+            start = 0
+            for piece in self.layers[0].samples(read, mask):
+                x = _with_ones(piece.double())
+                rows = slice(start, start := start + x.shape[1])
+                squares += x.mT @ x
+                for i, y in said.items():
+                    products[i] += x.mT @ y[:, rows]
 
-    def write(self) -> None:
-        squares, *products = self.sums
-        for layer, product in zip(self.layers, products, strict=True):
-            matrix, bias = layer.matrix.double(), layer.bias
-            n = squares.shape[-1] if bias is not None else squares.shape[-1] - 1
-            before = matrix if bias is None else torch.cat([matrix, bias.double()[:, None]], 1)
-            left, right = squares[:, :n, :n], product[:, :n]
-            r = self.ridge * left.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
-            r = torch.where(r > 0, r, 1.0)  # a layer that has read nothing stays as it is
-            eye = torch.eye(n, dtype=left.dtype, device=left.device)
-            fitted = torch.linalg.solve(left + r * eye, right + r * before)
-            layer.write(fitted if bias is None else fitted[:, :-1], None if bias is None else fitted[:, -1])
+    def _said(self, layer: Affine, answers: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+        """(groups, many, out): the mean of what the models say."""
+        terms = (share * layer.answers(y, mask).double() for share, y in zip(self.shares, answers, strict=True))
+        return functools.reduce(Tensor.add_, terms)
+
+    def write(self) -> Sequence[str]:
+        apart, squares, *products = self.sums
+        changed = []
+        for layer, product, times in zip(self.layers, products, apart.tolist(), strict=True):
+            if times == 0 and squares.any():
+                self._fit(layer, squares, product)
+                changed.append(layer.name)
+        return changed
+
+    def _fit(self, layer: Affine, squares: Tensor, product: Tensor) -> None:
+        matrix, bias = layer.matrix.double(), layer.bias
+        n = squares.shape[-1] if bias is not None else squares.shape[-1] - 1
+        before = matrix if bias is None else torch.cat([matrix, bias.double()[:, None]], 1)
+        left, right = squares[:, :n, :n], product[:, :n]
+        r = self.ridge * left.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
+        r = torch.where(r > 0, r, 1.0)  # a group that has read nothing but 0 stays as it is
+        eye = torch.eye(n, dtype=left.dtype, device=left.device)
+        fitted = torch.linalg.solve(left + r * eye, right + r * before)
+        layer.write(fitted if bias is None else fitted[:, :-1], None if bias is None else fitted[:, -1])
+
+
+def _alike(models: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> bool:
+    """Whether a layer was called as often in all models, on as many samples."""
+    shapes = [[(read.shape, said.shape) for read, said in calls] for calls in models]
+    return all(one == shapes[0] for one in shapes)
 
 
 def _with_ones(x: Tensor) -> Tensor:
