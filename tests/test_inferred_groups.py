@@ -404,6 +404,12 @@ def shifted(s, x):
     return s.o(s.m(x))
 
 
+def flattened(s, x):
+    """Its reader has the stream once for every place of the sequence."""
+    x = s.a(x)
+    return s.f(s.n(x).flatten(1))
+
+
 def through_float32(s, x):
     x = s.a(x)
     x = x + s.down(s.up(s.n(x.float().double())).tanh())
@@ -412,7 +418,7 @@ def through_float32(s, x):
 
 STREAM = dict(a=(L, 3, 6), up=(L, 6, 7), down=(L, 7, 6), o=(L, 6, 2))
 LAYER, RMS = (nn.LayerNorm, 6), (RMSNorm, 6)
-MORE = dict(p=(L, 6, 2), g=(P, 6), e=(nn.Embedding, 5, 6))
+MORE = dict(p=(L, 6, 2), g=(P, 6), e=(nn.Embedding, 5, 6), f=(L, 42, 2))
 
 
 def normed(forward, *norms, kind=RMS):
@@ -449,7 +455,17 @@ def test_a_stream_turns(forward, kind, group):
     "forward",
     [
         *(post, un_normed, un_normed_head, added_back, sandwich, scaled, second_gain, gain_twice, written_after),
-        *(looked_up_after, two_norms, not_affine, a_norm_that_is_not_read, bent_after, gram, an_output, shifted),
+        *(
+            looked_up_after,
+            two_norms,
+            not_affine,
+            a_norm_that_is_not_read,
+            bent_after,
+            gram,
+            an_output,
+            shifted,
+            flattened,
+        ),
     ],
 )
 def test_a_stream_stays_where_anything_else_touches_it(forward, kind):

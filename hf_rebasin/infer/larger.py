@@ -18,7 +18,7 @@ from .norms import CENTRED, Normed
 from .record import Seen
 from .sides import Place
 from .tracing import Traced
-from .unification import Atom
+from .unification import Atom, flat
 
 Named = Callable[[int, str], str | None]  # a parameter's key in the table, as the module says it that reads it
 
@@ -68,8 +68,8 @@ class _Search:
         self.sides = self.reading.sides
         # for every atom its places in parameters
         self.parameters: dict[Atom, dict[Place, int]] = {}
-        for i, name in traced.names.items():
-            axes = tuple(traced.parameters[name])
+        self.axes = {i: tuple(traced.parameters[name]) for i, name in traced.names.items()}
+        for i, axes in self.axes.items():
             for atom, place in self.sides.whole(Seen(i, tuple(1 for _ in axes), axes)):
                 self.parameters.setdefault(atom, {})[place] = i
 
@@ -138,6 +138,8 @@ class _Search:
             key = self.key_of(weights[0], one.where) if len(weights) == 1 else None
             if name is None or key is None or not key.endswith(".weight"):
                 return None
+            if [flat(axis) for axis in self.axes[weights[0]]].count([atom]) != 1:
+                return None  # a part of a flattened axis: no gain is folded into that
             if one.scaled and weights[0] in self.record.looked_up:
                 return None  # a scale that goes with the tie (T5) would be lost where the two are told apart
             if key.removesuffix(".weight") not in readers[name]:
