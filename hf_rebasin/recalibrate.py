@@ -91,7 +91,7 @@ def has_statistics(checkpoint: Checkpoint) -> bool:
 
 
 def _in_order(model: nn.Module, batches: Iterable[Inputs], device: Device, progress: bool) -> None:
-    """Layers after a norm read what it gives in training on all samples at once; only then is its variance unbiased."""
+    """Layers after a norm read what it gives in training on all samples; its variance is unbiased only then."""
     made: list[NormStatistics] = []
 
     def change(step: Step) -> Change | None:

@@ -177,7 +177,7 @@ def recalibrated(
     """The same with BatchNorm statistics of the data; as it is, where there are none."""
     if not has_statistics(checkpoint):
         return checkpoint
-    module = computing(checkpoint, device)
+    (module,), _ = computing([checkpoint], device)
     recalibrate(module, data, exact=exact, device=device, progress=progress)
     return with_values(checkpoint, module)
 
