@@ -12,11 +12,17 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .comparing import Comparison, Verdict
     from .coordinate_descent import MergeMany, PermutationCoordinateDescent
+    from .data import DataSettings, open_data
     from .errors import RebasinError
+    from .evaluating import evaluate
+    from .line import between, interpolate
     from .loss import DistCosineLoss, DistL1Loss, DistL2Loss, MidLoss, RndLoss
+    from .merge_methods.refit import refit
     from .objective import Problem
     from .rebasin_net import RebasinNet, matching
+    from .recalibrating import recalibrate, repair
     from .recipe import Recipe
+    from .report import Report
     from .solving import Solution, Status
     from .spec import Spec
     from .table import Table
@@ -27,6 +33,7 @@ __all__ = [
     "Check",
     "Checkpoint",
     "Comparison",
+    "DataSettings",
     "DistCosineLoss",
     "DistL1Loss",
     "DistL2Loss",
@@ -37,6 +44,7 @@ __all__ = [
     "RebasinError",
     "RebasinNet",
     "Recipe",
+    "Report",
     "RndLoss",
     "Solution",
     "Spec",
@@ -44,11 +52,18 @@ __all__ = [
     "Table",
     "Verdict",
     "align",
+    "between",
     "check",
     "compare",
+    "evaluate",
     "infer_spec",
+    "interpolate",
     "matching",
     "merge",
+    "open_data",
+    "recalibrate",
+    "refit",
+    "repair",
     "spec_for",
 ]
 
@@ -58,6 +73,7 @@ _HOME = {
     "Check": "checking",
     "Checkpoint": "checkpoint",
     "Comparison": "comparing",
+    "DataSettings": "data",
     "DistCosineLoss": "loss",
     "DistL1Loss": "loss",
     "DistL2Loss": "loss",
@@ -68,6 +84,7 @@ _HOME = {
     "RebasinError": "errors",
     "RebasinNet": "rebasin_net",
     "Recipe": "recipe",
+    "Report": "report",
     "RndLoss": "loss",
     "Solution": "solving",
     "Spec": "spec",
@@ -75,11 +92,18 @@ _HOME = {
     "Table": "table",
     "Verdict": "comparing",
     "align": "api",
+    "between": "line",
     "check": "checking",
     "compare": "api",
+    "evaluate": "evaluating",
     "infer_spec": "api",
+    "interpolate": "line",
     "matching": "rebasin_net",
     "merge": "api",
+    "open_data": "data",
+    "recalibrate": "recalibrating",
+    "refit": "merge_methods.refit",
+    "repair": "recalibrating",
     "spec_for": "api",
 }
 

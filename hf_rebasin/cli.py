@@ -332,7 +332,7 @@ def recalibrate(
 ) -> None:
     """Recompute BatchNorm statistics of a model on data, or repair a merge of networks without BatchNorm."""
     from . import showing
-    from .recalibrate import has_statistics, repair
+    from .recalibrating import has_statistics, repair
     from .running import recalibrated
 
     checkpoint, sources = _open(model), [_open(name) for name in like or []]
@@ -360,7 +360,7 @@ def evaluate(
 ) -> None:
     """Loss and metrics of models on data."""
     from . import showing
-    from .evaluate import evaluate as measure
+    from .evaluating import evaluate as measure
 
     found = {}
     for name in models:
@@ -395,10 +395,10 @@ def interpolate(
     from functools import partial
 
     from . import showing
-    from .evaluate import evaluate as measure
+    from .evaluating import evaluate as measure
     from .line import between
     from .line import interpolate as along
-    from .recalibrate import recalibrate as renew
+    from .recalibrating import recalibrate as renew
 
     a, b = _open(fixed), _open(moving)
     if out is not None:

@@ -94,7 +94,7 @@ class MergeMany:
     This is MergeMany of Git Re-Basin (arXiv 2209.04836, algorithm 3), but for its first sweep, where the mean is taken
     over those that have been aligned already, beginning with the first: of models in unrelated coordinates it would be
     a mean of nothing. Parameters and statistics are averaged in float64, whole numbers are those of the first model.
-    BatchNorm statistics of a merge are best recomputed afterwards (`hf_rebasin.recalibrate`).
+    BatchNorm statistics of a merge are best recomputed afterwards (`hf_rebasin.recalibrating`).
 
     Args:
         models: two modules or more; they are never changed.

@@ -163,6 +163,12 @@ def open_data(settings: DataSettings, checkpoint: Checkpoint, *, token: str | No
         OptionError: no such dataset, revision, configuration, split or column; rows that cannot be read, or none.
         CheckpointError: a model without a tokenizer or image processor, or of no known class.
         MismatchError: data and model do not fit: tokens, labels, channels or sizes of images.
+
+    Example: 1024 = 64 * 16 rows by default.
+
+        >>> batches = open_data(DataSettings(dataset="stanfordnlp/imdb"), Checkpoint.open("me/bert-for-imdb"))
+        >>> len(list(batches))
+        64
     """
     kind = _kind(checkpoint)
     rows = open_rows(

@@ -30,11 +30,11 @@ from .api import align, merge
 from .checking import outputs
 from .checkpoint import Checkpoint
 from .errors import OptionError, nearest
-from .evaluate import Measured, evaluate
+from .evaluating import Measured, evaluate
 from .judging import likeness, moved_in
 from .line import Curve, interpolate
 from .outcome import Exactness, Likeness, Line, Row, with_excess
-from .recalibrate import recalibrate
+from .recalibrating import recalibrate
 from .report import Report
 from .solving import Solution
 from .table import Table

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .classes import copied
 from .errors import OptionError, nearest
 from .modules import Device, merged, refuse_unless_alike
-from .recalibrate import recalibrate
+from .recalibrating import recalibrate
 
 BETTER = {"min": operator.lt, "max": operator.gt}
 

@@ -22,12 +22,12 @@ from . import registry
 from .checking import outputs
 from .checkpoint import Checkpoint
 from .errors import MismatchError
-from .evaluate import evaluate
+from .evaluating import evaluate
 from .inputs import evaluating, example_inputs
 from .line import interpolate
 from .objective import Device, matched_tensors
 from .outcome import Consumed, Exactness, Likeness, Line, Moved, Pair, Row, with_excess
-from .recalibrate import has_statistics, recalibrate
+from .recalibrating import has_statistics, recalibrate
 from .recipe import Recipe, RefitSettings
 from .report import Report
 from .running import Merged, merged

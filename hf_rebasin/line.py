@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from .checkpoint import Checkpoint, Source
 from .errors import OptionError, nearest
-from .evaluate import Measured, evaluate
+from .evaluating import Measured, evaluate
 from .inputs import refuse_read_once
 from .lazy import Here, Tensors
 from .merging import combine, untied_like
@@ -171,6 +171,14 @@ def between(
         t: λ, such as the `best` of a curve.
         prepare: what was done to every model on the line; it is done once more, to a module in memory.
         device: where that is.
+
+    Raises:
+        MismatchError: models whose tensors differ in names or shapes.
+        CheckpointError: NaN or Inf in one of them, when values are computed.
+
+    Example:
+        >>> curve = interpolate("a", "b", loader, prepare=renew)
+        >>> between("a", "b", curve.best, prepare=renew).save("best")
     """
     checkpoint = combine([Checkpoint.open(fixed), Checkpoint.open(moving)], "lerp", {"t": t})
     if prepare is None:

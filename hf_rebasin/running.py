@@ -20,7 +20,7 @@ from .merge_methods import refit
 from .merging import combine, finish_with, lined_state, lined_up, method_with, untied_like
 from .objective import Device
 from .pairing import paired
-from .recalibrate import has_statistics, recalibrate, repair
+from .recalibrating import has_statistics, recalibrate, repair
 from .recipe import Recipe
 from .solving import Clock, Solution
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from .checkpoint import Checkpoint
 from .comparing import Comparison, Standing, Verdict
 from .describing import spec_of
-from .evaluate import Measured
+from .evaluating import Measured
 from .limits import kept_apart
 from .line import Curve
 from .merging import lined_state, lined_up

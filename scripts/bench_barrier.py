@@ -39,10 +39,10 @@ from torch import nn
 
 from hf_rebasin import Alignment, Checkpoint, align
 from hf_rebasin.demo import MLP_TABLE
-from hf_rebasin.evaluate import Measured
+from hf_rebasin.evaluating import Measured
 from hf_rebasin.line import Curve, interpolate
 from hf_rebasin.modules import merged
-from hf_rebasin.recalibrate import recalibrate
+from hf_rebasin.recalibrating import recalibrate
 from hf_rebasin.solvers.learned import Solver as Learned
 from hf_rebasin.solving import Solution
 from hf_rebasin.table import ROTATING, Table

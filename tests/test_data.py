@@ -37,7 +37,7 @@ from hf_rebasin import Checkpoint, processes
 from hf_rebasin.data import DataSettings, open_data
 from hf_rebasin.errors import CheckpointError, MismatchError, OptionError
 from hf_rebasin.inputs import outputs_in
-from hf_rebasin.recalibrate import recalibrate
+from hf_rebasin.recalibrating import recalibrate
 from hf_rebasin.rows import open_rows
 
 SPEECH = "the a cat dog bird sat ran flew on under over mat log sky and then slept soundly until noon"

@@ -5,7 +5,7 @@ import torch
 
 from hf_rebasin import Checkpoint, Verdict, compare, demo
 from hf_rebasin.errors import OptionError
-from hf_rebasin.evaluate import evaluate
+from hf_rebasin.evaluating import evaluate
 
 
 def test_the_demo_in_small(tmp_path):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from hf_rebasin.errors import OptionError
-from hf_rebasin.evaluate import Measured, evaluate
+from hf_rebasin.evaluating import Measured, evaluate
 
 SAMPLES = 64
 MASKED = TINY["bert-1-BertForMaskedLM"]
@@ -238,7 +238,7 @@ from accelerate import PartialState
 from test_evaluate import CAUSAL, MASKED, cut, sentences
 
 from hf_rebasin.errors import OptionError
-from hf_rebasin.evaluate import evaluate
+from hf_rebasin.evaluating import evaluate
 
 # Not told that these are processes on CPUs, accelerate takes each of them for the only one. They are two nevertheless.
 PartialState()

@@ -23,7 +23,7 @@ FLOORS = (
     {"running"},
     {"api"},
     {"line"},
-    {"comparing", "evaluate", "recalibrate", "recipe", "modules", "incremental"},
+    {"comparing", "evaluating", "recalibrating", "recipe", "modules", "incremental"},
     {"report"},
     {"page"},
     {"charts"},

@@ -11,9 +11,9 @@ from test_cli import run as command  # noqa: F401
 from hf_rebasin import Checkpoint, Recipe, align, demo, merge
 from hf_rebasin.data import DataSettings, open_data
 from hf_rebasin.errors import OptionError, RecipeError
-from hf_rebasin.evaluate import evaluate
+from hf_rebasin.evaluating import evaluate
 from hf_rebasin.judging import judged
-from hf_rebasin.recalibrate import recalibrate
+from hf_rebasin.recalibrating import recalibrate
 from hf_rebasin.running import run, shares_in
 
 SMALL = {

@@ -11,11 +11,11 @@ from torch import nn
 
 from hf_rebasin import Checkpoint, merge
 from hf_rebasin.errors import CheckpointError, MismatchError, OptionError
-from hf_rebasin.evaluate import Measured, evaluate
+from hf_rebasin.evaluating import Measured, evaluate
 from hf_rebasin.inputs import example_inputs
 from hf_rebasin.lazy import Here
 from hf_rebasin.line import Curve, between, interpolate
-from hf_rebasin.recalibrate import recalibrate
+from hf_rebasin.recalibrating import recalibrate
 
 THREE = (0.0, 0.5, 1.0)
 

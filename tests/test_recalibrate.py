@@ -10,7 +10,7 @@ from torch import nn
 from hf_rebasin import Checkpoint
 from hf_rebasin.errors import CheckpointError, OptionError
 from hf_rebasin.merging import combine
-from hf_rebasin.recalibrate import recalibrate, repair
+from hf_rebasin.recalibrating import recalibrate, repair
 
 # --- BatchNorm -------------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from hf_rebasin.errors import CheckpointError, OptionError
 from hf_rebasin.layers import order
 from hf_rebasin.merge_methods import refit
 from hf_rebasin.merging import combine
-from hf_rebasin.recalibrate import recalibrate, repair
+from hf_rebasin.recalibrating import recalibrate, repair
 
 
 def averaged(*models, **knobs):

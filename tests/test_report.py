@@ -15,7 +15,7 @@ from PIL import Image
 
 from hf_rebasin.charts import STYLES, domain, in_percent, said, styles, ticks
 from hf_rebasin.errors import OptionError
-from hf_rebasin.evaluate import Curve
+from hf_rebasin.evaluating import Curve
 from hf_rebasin.page import column, scientific
 from hf_rebasin.report import (
     Exactness,

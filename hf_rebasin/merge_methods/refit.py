@@ -52,7 +52,7 @@ def merge(tensors: Sequence[Tensor], *, weights: Sequence[float] | None = None, 
     return torch.stack(terms).sum(0)
 
 
-def finish(
+def refit(
     merged: Checkpoint,
     models: Sequence[Checkpoint],
     data: Iterable[Any],
@@ -102,6 +102,9 @@ def finish(
 
     change_in_order(modules, data, change, device=device, dtype=dtype, progress="refitting" if progress else "")
     return with_values(merged, modules[0])
+
+
+finish = refit  # of the average that `merge` gives
 
 
 def _refuse_ridge(ridge: float) -> None:
