@@ -32,6 +32,8 @@ def demo_folder(tmp_path):
             model = demo.EXPERIMENTS[kind].build()
             model = type(model)(type(model.config)(**{**model.config.to_dict(), **settings}))
             model.eval().save_pretrained(tmp_path / "demo" / kind / f"seed-{seed}")
+            demo.write_processor(tmp_path / "demo" / kind / f"seed-{seed}")
+    demo.write_digits(tmp_path / "demo" / "digits")
     return tmp_path
 
 
@@ -43,6 +45,8 @@ def test_the_quickstart_runs_as_written(demo_folder):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (demo_folder / "merged" / "model.safetensors").is_file()
+    assert "verdict: " in done.stdout
+    assert (demo_folder / "report.html").is_file()
     each = "\n".join(f"exec(compile({python!r}, 'README.md', 'exec'), {{}})" for python in blocks("python"))
     done = subprocess.run(
         [sys.executable, "-c", each], cwd=demo_folder, env=environment, capture_output=True, text=True
