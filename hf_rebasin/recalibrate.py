@@ -86,7 +86,7 @@ def recalibrate(
 
 
 def _in_order(model: nn.Module, batches: Iterable[Inputs], device: Device, progress: bool) -> None:
-    """Layers after a norm read what it gives in training on all samples at once; only then is its variance unbiased."""
+    """Layers after a norm read what it gives in training on all samples at once; after that variances are unbiased."""
     made: list[NormStatistics] = []
 
     def change(step: Step) -> Change | None:
