@@ -159,6 +159,7 @@ def solved(layer, x, target, average, ridge):
     return {name: part.reshape(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("ridge", [1e-3, 0.5])
 def test_the_answer_is_that_of_least_squares(name, ridge):
