@@ -11,8 +11,12 @@ half an hour on one thread. Writes OUT/barrier.md, barrier.json with every numbe
 With --fine-tune, what is halfway between two models is trained on for so many steps, and the plain average for as many
 as any method had in all.
 
-Every moved model is written to disk and read again before it is measured; "own" is its test loss minus that of the
-model before the move. BatchNorm statistics are recomputed in every model on a line: the ends, and the plain averages.
+Methods that make one model and no path (refit, REPAIR) have no barrier but an *excess*: the loss halfway above the
+mean of the ends. It stands in the row of every method.
+
+Every moved or merged model is written to disk and read again before it is measured; "own" is its test loss minus that
+of the model before the move. BatchNorm statistics are recomputed in every model on a line: the ends, and the plain
+averages. Those of refit and REPAIR are of the same unlabelled batches as all else they do.
 """
 
 from __future__ import annotations
@@ -41,15 +45,17 @@ from hf_rebasin import Alignment, Checkpoint, align
 from hf_rebasin.demo import MLP_TABLE
 from hf_rebasin.evaluating import Measured
 from hf_rebasin.line import Curve, interpolate
+from hf_rebasin.merge_methods import refit
+from hf_rebasin.merging import combine
 from hf_rebasin.modules import merged
-from hf_rebasin.recalibrating import recalibrate
+from hf_rebasin.recalibrating import recalibrate, repair
 from hf_rebasin.solvers.learned import Solver as Learned
 from hf_rebasin.solving import Solution
 from hf_rebasin.table import ROTATING, Table
 
 TUNED = ("plain", "full", "learned")
 SEEDS, POINTS = 3, 25
-LOOKED_AT = 16  # batches, by activation matching
+LOOKED_AT = 16  # unlabelled batches, by activation matching, refit and REPAIR
 BATCHES = 1000  # that a descent goes through, round after round
 TITLES = {
     "mlp64": "MLP, width 64",
@@ -60,6 +66,8 @@ TITLES = {
     "llama": "Llama",
     "bert": "BERT",
 }
+
+NARROW = ("mlp64", "mlp512", "resnet")  # that permutations bring together
 
 # --- methods ---------------------------------------------------------------------------------------------------------
 
@@ -74,6 +82,8 @@ class Method:
     colour: str
     kinds: Sequence[str] = tuple(TITLES)
     steps: int = 0  # of gradients, on labelled training batches
+    finish: Callable[..., Checkpoint] | None = None  # (merge, models, data): it makes one model, and no path
+    merge: str = "linear"
 
 
 def plain(fixed: Path, moving: Path) -> Moved:
@@ -102,11 +112,12 @@ def rotation_alone(fixed: Path, moving: Path) -> Moved:
     return rotation_of(solution).apply(moving), seconds
 
 
+@cache
 def activations(fixed: Path, moving: Path) -> Moved:
     """By what the two say to a few batches, without labels."""
     kind = fixed.name.rpartition("-")[0]
-    groups = "permutation" if kind in ("mlp64", "mlp512", "resnet") else "full"
-    data = [{k: x for k, x in batch.items() if k != "labels"} for batch in training(kind, LOOKED_AT)]
+    groups = "permutation" if kind in NARROW else "full"
+    data = unlabelled(kind)
     start = time.perf_counter()
     solution = align(
         testbed.load(kind, fixed),
@@ -146,10 +157,15 @@ METHODS = {
     "full, 4 starts": Method(full_of_four, "#cc79a7"),
     "full": Method(full, "#0072b2"),
     "activations": Method(activations, "#882255"),
-    "straight-through": Method(straight_through, "#f0e442", ("mlp64", "mlp512", "resnet")),
-    "sinkhorn, mid": Method(sinkhorn_mid, "#56b4e9", ("mlp64", "mlp512", "resnet")),
-    "sinkhorn, rnd": Method(sinkhorn_rnd, "#000000", ("mlp64", "mlp512", "resnet")),
+    "straight-through": Method(straight_through, "#f0e442", NARROW),
+    "sinkhorn, mid": Method(sinkhorn_mid, "#56b4e9", NARROW),
+    "sinkhorn, rnd": Method(sinkhorn_rnd, "#000000", NARROW),
     "learned": Method(learned, "#e69f00", ("vit", "gpt2", "llama", "bert"), steps=Learned().steps),
+    "permutations + REPAIR": Method(permutations, "#d55e00", NARROW, finish=repair),
+    "activations + REPAIR": Method(activations, "#882255", NARROW, finish=repair),
+    "refit of plain": Method(plain, "#808080", finish=refit.finish, merge="refit"),
+    "refit of full": Method(full, "#0072b2", finish=refit.finish, merge="refit"),
+    "refit": Method(activations, "#117733", finish=refit.finish, merge="refit"),
 }
 
 
@@ -173,6 +189,11 @@ def descended(fixed: Path, moving: Path, solver: str, groups: str, cost: str) ->
 def mlp_table(folder: Path) -> Table | None:
     """Of the test bed's MLPs; all else has one, or shows its symmetries."""
     return None if (folder / "config.json").exists() else replace(MLP_TABLE, groups={"hidden.*": "scaled"})  # ReLU
+
+
+def unlabelled(kind: str) -> list[testbed.Batch]:
+    """A few training batches."""
+    return [{k: x for k, x in batch.items() if k != "labels"} for batch in training(kind, LOOKED_AT)]
 
 
 def training(kind: str, count: int, seed: int = 5) -> list[testbed.Batch]:
@@ -201,26 +222,52 @@ def measure(kind: str, folder: Path, methods: Sequence[str]) -> Iterator[Result]
     for method in methods:
         for a, b in combinations(range(SEEDS), 2):
             checkpoint, seconds = METHODS[method].move(paths[a], paths[b])
-            with tempfile.TemporaryDirectory() as scratch:
-                moved = testbed.load(kind, checkpoint.save(Path(scratch) / "moved"))
-            change = testbed.evaluate(moved, kind)[0] - own[b]
-            curve = measured(models[a], moved, kind)
-            baseline = baselines.setdefault((a, b), curve)
-            yield {
-                "kind": kind,
-                "method": method,
-                "pair": (a, b),
-                "loss_barrier": curve.barrier,
-                "loss_ratio": ratio(curve.barrier, baseline.barrier),
-                "error_barrier": curve.error_barrier,
-                "error_ratio": ratio(curve.error_barrier, baseline.error_barrier),
-                "middle_loss": curve.middle["loss"],
-                "middle_accuracy": curve.middle["accuracy"],
-                "own": change,
-                "align_seconds": seconds,
-                "loss": curve.loss,
-                "accuracy": curve.accuracy,
+            moved = reloaded(checkpoint, kind)
+            row: Result = {"kind": kind, "method": method, "pair": (a, b), "align_seconds": seconds}
+            if METHODS[method].finish is None:
+                curve = measured(models[a], moved, kind)
+                baseline = baselines.setdefault((a, b), curve)
+                change = testbed.evaluate(moved, kind)[0] - own[b]
+                row |= along(curve, baseline) | {"own": change}
+                middle = curve.middle["loss"], curve.middle["accuracy"]
+            else:
+                baseline, start = baselines[a, b], time.perf_counter()
+                checkpoint = finished(METHODS[method], models[a], moved, kind)
+                row["align_seconds"] += time.perf_counter() - start
+                middle = testbed.evaluate(reloaded(checkpoint, kind), kind)
+            ends, plain_middle = (baseline.loss[0] + baseline.loss[-1]) / 2, baseline.middle["loss"]
+            yield row | {
+                "excess": middle[0] - ends,
+                "excess_ratio": ratio(middle[0] - ends, plain_middle - ends),
+                "middle_loss": middle[0],
+                "middle_accuracy": middle[1],
             }
+
+
+def reloaded(checkpoint: Checkpoint, kind: str) -> nn.Module:
+    """Written to disk, and read again."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model: nn.Module = testbed.load(kind, checkpoint.save(Path(scratch) / "model"))
+    return model
+
+
+def finished(method: Method, fixed: nn.Module, moved: nn.Module, kind: str) -> Checkpoint:
+    """One model halfway, made with a few unlabelled batches."""
+    assert method.finish is not None
+    models = [Checkpoint.open(fixed), Checkpoint.open(moved)]
+    return method.finish(combine(models, method.merge), models, unlabelled(kind))
+
+
+def along(curve: Curve, plain: Curve) -> Result:
+    """What a path has to show, beside the plain average's."""
+    return {
+        "loss_barrier": curve.barrier,
+        "loss_ratio": ratio(curve.barrier, plain.barrier),
+        "error_barrier": curve.error_barrier,
+        "error_ratio": ratio(curve.error_barrier, plain.error_barrier),
+        "loss": curve.loss,
+        "accuracy": curve.accuracy,
+    }
 
 
 def measured(a: nn.Module, b: nn.Module, kind: str) -> Curve:
@@ -311,17 +358,23 @@ COLUMNS = {  # of the table of one kind: what is above, and how it is written
     "loss_ratio": ("÷ plain", "{:.3f}"),
     "error_barrier": ("error barrier", "{:.2%}"),
     "error_ratio": ("÷ plain", "{:.3f}"),
-    "middle_loss": ("middle: loss", "{:.4f}"),
+    "excess": ("middle: excess", "{:.4f}"),
+    "excess_ratio": ("÷ plain", "{:.3f}"),
+    "middle_loss": ("loss", "{:.4f}"),
     "middle_accuracy": ("accuracy", "{:.2%}"),
     "own": ("own", "{:+.1e}"),
     "align_seconds": ("align s", "{:.1f}"),
 }
 
 
-def worst(results: Sequence[Result], column: str) -> float:
-    """Over all pairs."""
-    values = [result[column] for result in results]
-    return min(values) if column == "middle_accuracy" else max(values, key=abs)
+def worst(results: Sequence[Result], column: str) -> float | None:
+    """Over all pairs; None where there is none of it."""
+    values = [result[column] for result in results if column in result]
+    return min(values) if column == "middle_accuracy" else max(values, key=abs, default=None)
+
+
+def written(form: str, value: float | None) -> str:
+    return "" if value is None else form.format(value)
 
 
 def by_method(results: Sequence[Result], kind: str) -> dict[str, list[Result]]:
@@ -338,8 +391,8 @@ def table(results: Sequence[Result], kind: str) -> str:
     for method, found in methods.items():
         for r in found:
             pair = "{}–{}".format(*r["pair"])
-            rows.append([method, pair, *(form.format(r[column]) for column, (_, form) in COLUMNS.items())])
-        rows.append([method, "worst", *(form.format(worst(found, c)) for c, (_, form) in COLUMNS.items())])
+            rows.append([method, pair, *(written(form, r.get(column)) for column, (_, form) in COLUMNS.items())])
+        rows.append([method, "worst", *(written(form, worst(found, c)) for c, (_, form) in COLUMNS.items())])
     return f"## {TITLES[kind]}\n\n{ends(methods['plain'])}\n\n{markdown(rows, left=2)}"
 
 
@@ -370,17 +423,23 @@ def ends(results: Sequence[Result]) -> str:
 
 
 def summary(results: Sequence[Result]) -> str:
-    """One row per kind: the highest loss barrier of all pairs, and the lowest accuracy in the middle."""
+    """One row per kind: the highest loss barrier of all pairs, without a path the excess, and the lowest accuracy."""
     methods = list(dict.fromkeys(r["method"] for r in results))
     rows = [["", *methods]]
     for kind in dict.fromkeys(r["kind"] for r in results):
         of = by_method(results, kind)
         cells = [
-            f"{worst(of[m], 'loss_barrier'):.3f} ({worst(of[m], 'middle_accuracy'):.1%})" if m in of else ""
+            f"{worst(of[m], 'excess' if METHODS[m].finish else 'loss_barrier'):.3f} "
+            f"({worst(of[m], 'middle_accuracy'):.1%})"
+            if m in of
+            else ""
             for m in methods
         ]
         rows.append([TITLES[kind], *cells])
-    return f"Highest loss barrier of all pairs (lowest accuracy in the middle):\n\n{markdown(rows, left=1)}"
+    above = (
+        "Highest loss barrier of all pairs, of refit and REPAIR the excess halfway (lowest accuracy in the middle):"
+    )
+    return f"{above}\n\n{markdown(rows, left=1)}"
 
 
 def markdown(rows: Sequence[Sequence[str]], left: int) -> str:
@@ -412,6 +471,10 @@ def plot(results: Sequence[Result], file: Path) -> None:
     for axis, kind in zip(axes.flat, kinds, strict=False):
         for method, found in by_method(results, kind).items():
             colour = METHODS[method].colour
+            if METHODS[method].finish:
+                middle = sum(r["middle_loss"] for r in found) / len(found)
+                (handles[method],) = axis.plot([0.5], [middle], "x", color=colour, markersize=7, markeredgewidth=2)
+                continue
             for r in found:
                 axis.plot(where, r["loss"], color=colour, linewidth=0.8, alpha=0.4)
             mean = torch.tensor([r["loss"] for r in found]).mean(0)

@@ -109,3 +109,15 @@ def test_sinkhorn_rebasin_between_networks_trained_apart(tmp_path):
     for row in rows:
         cells = dict(zip(header, row, strict=True))
         assert float(cells["Sinkhorn Mid"]) <= float(cells["target"]), row
+
+
+def test_memory_of_statistics_does_not_grow():
+    """With 16 times the batches a process takes hardly more; their activations alone would be hundreds."""
+    script = ROOT / "scripts" / "benchmark_statistics.py"
+    command = [sys.executable, script, "--batches", "8", "128"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert "8 batches" in said[0]
+    rows = {line[:24].strip(): re.findall(r"([\d.]+) s +(\d+) MB", line) for line in said[1:]}
+    assert list(rows) == ["activation statistics", "refit", "REPAIR", "BatchNorm, one pass", "BatchNorm, exact"]
+    for what, ((_, few), (_, many)) in rows.items():
+        assert int(many) <= int(few) + 15, (what, said)

@@ -471,7 +471,6 @@ def test_statistics_are_recomputed_over_all_batches(form):
     }[form]
     models, _ = evaluated([a, b], 1, train_dataloader=shaped, input_indices=[1] if form == "second" else 0)
     middle = models[2]
-    assert middle.norm1.num_batches_tracked == 5
     assert middle.norm1.momentum == 0.1
     assert not middle.training
     with torch.no_grad():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import FIRST, TINY, distance, other_seed
 from test_activations import batches_of
-from test_refit import Net, normal, two
+from test_refit import Net, normal, two, with_statistics_of
 from torch import nn
 
 from hf_rebasin import Checkpoint
@@ -242,10 +242,7 @@ def test_repair_keeps_the_merge_and_its_form(resnet):
 
 
 def test_repair_of_a_model_and_itself_is_that_model(resnet):
-    recalibrated = Checkpoint.open(resnet).model()
-    data = batches_of(recalibrated, 2)
-    recalibrate(recalibrated, data, exact=True)
-    for model in (recalibrated, TINY[FIRST["bert"]], TINY[FIRST["convnext"]]):
+    for model in (with_statistics_of(resnet, batches_of(resnet, 2)), TINY[FIRST["bert"]], TINY[FIRST["convnext"]]):
         checkpoint = Checkpoint.open(model)
         again = repair(combine([checkpoint] * 2, "linear"), [checkpoint] * 2, batches_of(model, 2))
         assert distance(again, model) <= 1e-9

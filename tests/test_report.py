@@ -15,7 +15,7 @@ from PIL import Image
 
 from hf_rebasin.charts import STYLES, domain, in_percent, said, styles, ticks
 from hf_rebasin.errors import OptionError
-from hf_rebasin.evaluating import Curve
+from hf_rebasin.line import Curve
 from hf_rebasin.page import column, scientific
 from hf_rebasin.report import (
     Exactness,
@@ -135,7 +135,7 @@ def test_a_line_rises_above_its_chord():
 def test_barriers_are_those_of_evaluate():
     losses = [random.Random(seed).uniform(0, 5) for seed in range(25)]
     at = tuple(i / 24 for i in range(25))
-    assert Line("", "plain", at, tuple(losses)).barrier == pytest.approx(Curve(tuple(losses), ()).barrier, abs=1e-12)
+    assert Line("", "plain", at, tuple(losses)).barrier == pytest.approx(Curve(at, tuple(losses)).barrier, abs=1e-12)
 
 
 @pytest.mark.parametrize(
