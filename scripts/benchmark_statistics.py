@@ -68,12 +68,11 @@ def images(generator: Any) -> dict[str, Any]:
 
 def prepared(what: str, width: int, layers: int) -> Callable[[int], Any]:
     """The operation on so many batches, its models loaded."""
-    from hf_rebasin.recalibrating import recalibrate, repair
-
     from hf_rebasin import Checkpoint, spec_for
     from hf_rebasin.activations import collect
     from hf_rebasin.merge_methods import refit
     from hf_rebasin.merging import combine
+    from hf_rebasin.recalibrating import recalibrate, repair
 
     if what.startswith("BatchNorm"):
         model = image_model()
