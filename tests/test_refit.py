@@ -282,6 +282,8 @@ def test_layers_that_read_the_same_are_one_step():
 
     net = two(lambda: Net(call, q=nn.Linear(4, 4), k=nn.Linear(4, 4), v=nn.Linear(4, 4), o=nn.Linear(4, 4)))[0]
     assert steps_of(net, normal(3, 4)) == [("q",), ("k", "v"), ("o",)]  # q reads something else, too
+    rewritten = Net(lambda net, x: net.a(x) + net.b(x.relu_()), a=nn.Linear(4, 4), b=nn.Linear(4, 4))
+    assert steps_of(rewritten, torch.randn(3, 4)) == [("a",), ("b",)]  # one tensor, and yet another thing
     norm = Net(
         lambda net, x: net.a(x) + net.n(x) + net.b(x), a=nn.Linear(4, 4), n=nn.BatchNorm1d(4), b=nn.Linear(4, 4)
     )
