@@ -4,17 +4,45 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from .errors import OptionError, RebasinError
 from .folder import refuse_target
+from .options import (
+    MODEL,
+    Assume,
+    BackboneOnly,
+    DataName,
+    DataOption,
+    GroupsName,
+    Hold,
+    KeepTied,
+    Metric,
+    Overwrite,
+    Points,
+    RecalibrateHow,
+    Seed,
+    SolverName,
+    align_settings,
+    assumed,
+    batches_for,
+    command,
+    data_for,
+    described,
+    found_device,
+    opened_model,
+    parameters,
+    recipe_file,
+    recipe_of,
+    refuse_options_beside_a_recipe,
+    refuse_report,
+    today,
+)
 
 if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
     from .limits import Groups
-    from .recipe import Recipe
 
 app = typer.Typer(
     name="hf-rebasin",
@@ -24,47 +52,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-MODEL = "Folder or Hub id; id@revision pins a commit, branch or tag."
-Assume = Annotated[
-    list[str] | None,
-    typer.Option(help="Take this for the same without looking: config, labels or vocabulary. May be repeated."),
-]
-Seed = Annotated[
-    int, typer.Option(min=0, max=2**63 - 1, help="Of everything random; the same seed gives the same bytes.")
-]
-SolverName = Annotated[str, typer.Option(help="How the coordinates are found.")]
-BackboneOnly = Annotated[
-    bool,
-    typer.Option("--backbone-only", help="Keep the first model's head; only base models are brought together."),
-]
-GroupsName = Annotated[
-    str,
-    typer.Option("--groups", help="full (rotations, bases of heads, scales, where exact) or permutation."),
-]
-KeepTied = Annotated[
-    bool,
-    typer.Option("--keep-tied", help="Never store a head apart from its embedding; its stream is only permuted."),
-]
-Hold = Annotated[
-    list[str] | None, typer.Option(help="A symmetry that stays as it is, or a pattern as 'ff.*'. May be repeated.")
-]
-DataName = Annotated[
-    str | None,
-    typer.Option(help="Dataset to look at: Hub id, folder or file. Labels are not needed but to descend a loss."),
-]
-DataOption = Annotated[
-    list[str] | None,
-    typer.Option("--data-option", "-d", help="Of the data, as split=train or samples=256. May be repeated."),
-]
-Metric = Annotated[
-    list[str] | None, typer.Option(help="accuracy or perplexity; by default what fits. May be repeated.")
-]
-Points = Annotated[int, typer.Option(min=0, help="Of the line between two models, ends included; 0 for no line.")]
-RecalibrateHow = Annotated[
-    str, typer.Option(help="statistics (of BatchNorm layers), repair (means and deviations of all units) or none.")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is there.")]
 
 
 @app.command()
@@ -90,8 +77,8 @@ def compare(
     from . import showing
     from .api import compare as look
 
-    a, b = _open(fixed), _open(moving)
-    comparison = look(a, b, device=_device(), progress=True)
+    a, b = opened_model(fixed), opened_model(moving)
+    comparison = look(a, b, device=found_device(), progress=True)
     for line in showing.side_by_side(a, b, comparison):
         typer.echo(line)
 
@@ -115,7 +102,7 @@ def inspect(
         raise OptionError("--write-table writes what was inferred; give --infer, too")
     if write_table is not None and write_table.exists():
         raise OptionError(f"{write_table} is already there; name another file")
-    checkpoint = _open(model)
+    checkpoint = opened_model(model)
     spec = inferred(checkpoint) if infer else spec_of(checkpoint)
     how = ", inferred from its forward pass" if spec.pins else ""
     typer.echo(f"{model} ({type(checkpoint.config).__name__.removesuffix('Config')}): {spec}{how}\n")
@@ -140,7 +127,7 @@ def check(
     from .checking import tiny_models
 
     failed = 0
-    checks = [(None, _open(model))] if model else tiny_models()
+    checks = [(None, opened_model(model))] if model else tiny_models()
     for name, one in checks:
         result = run_check(one, seed=seed)
         typer.echo(f"{name}: {str(result).partition(': ')[2]}" if name else str(result))
@@ -178,7 +165,7 @@ def align(
         raise OptionError(f"{alignment} is already there; name another file, or overwrite a file (--overwrite)")
     if alignment is not None and out is not None and alignment.resolve() == out.resolve():
         raise OptionError(f"{out} cannot be both the moved model and the alignment; name two")
-    a, b = _open(fixed), _open(moving)
+    a, b = opened_model(fixed), opened_model(moving)
     if out is not None:
         refuse_target(out, overwrite, (*a.sources, *b.sources))
     solution = find(
@@ -186,13 +173,13 @@ def align(
         b,
         solver=solver,
         seed=seed,
-        assume=_assumed(assume),
+        assume=assumed(assume),
         backbone_only=backbone_only,
         groups=cast("Groups", groups),
         keep_tied=keep_tied,
         hold=hold or (),
-        data=_batches(_described(data, data_option, "--data"), a),
-        device=_device(),
+        data=batches_for(described(data, data_option, "--data"), a),
+        device=found_device(),
         progress=True,
     )
     for line in showing.solved(solution, moving):
@@ -213,7 +200,7 @@ def apply(
     """Move a model by a saved alignment; its function stays exactly the same."""
     from .alignment import Alignment
 
-    checkpoint = _open(model)
+    checkpoint = opened_model(model)
     refuse_target(out, overwrite, checkpoint.sources)
     moved = Alignment.load(alignment).apply(checkpoint)
     typer.echo(f"moved model: {moved.save(out, overwrite=overwrite, progress=True)}/")
@@ -266,34 +253,34 @@ def merge(
     from .running import run
 
     if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
-        _refuse_options_beside_a_recipe(context)
-        recipe = _recipe_file(models[0])
+        refuse_options_beside_a_recipe(context)
+        recipe = recipe_file(models[0])
     else:
         if len(models) < 2:
             raise OptionError(f"a merge needs two models or a recipe (.yaml), got {models[0]!r}")
-        recipe = _recipe(
+        recipe = recipe_of(
             {
                 "models": models,
                 "merge_method": method,
-                "parameters": _parameters(parameter or []),
-                "align": _align(solver, seed, groups, keep_tied, hold) if align else False,
+                "parameters": parameters(parameter or []),
+                "align": align_settings(solver, seed, groups, keep_tied, hold) if align else False,
                 "dtype": dtype,
                 "assume": list(assume or []),
                 "backbone_only": backbone_only,
-                "data": _described(data, data_option, "--data"),
+                "data": described(data, data_option, "--data"),
                 "refit": refit,
                 "recalibrate": False if recalibrate == "none" else recalibrate,
-                "evaluate": _described(evaluate, evaluate_option, "--evaluate"),
+                "evaluate": described(evaluate, evaluate_option, "--evaluate"),
             }
         )
-    _refuse_report(report, overwrite)
+    refuse_report(report, overwrite)
     refuse_target(out, overwrite, [Path(entry.model) for entry in recipe.models if Path(entry.model).is_dir()])
     if dry_run:
         for line in showing.plan(recipe, out):
             typer.echo(line)
         return
     needs_device = recipe.align is not None or recipe.data is not None or recipe.evaluate is not None
-    device = _device() if needs_device else None
+    device = found_device() if needs_device else None
     merged = run(recipe, device=device, progress=True)
     for solution, model in zip(merged.solutions, merged.models[1:], strict=False):
         for line in showing.solved(solution, model.name):
@@ -304,7 +291,7 @@ def merge(
         from .judging import judged
 
         found = judged(
-            recipe, merged, _open(str(folder)), created=_today(), command=_command(), device=device, progress=True
+            recipe, merged, opened_model(str(folder)), created=today(), command=command(), device=device, progress=True
         )
         for line in showing.judged(found):
             typer.echo(line)
@@ -335,18 +322,18 @@ def recalibrate(
     from .recalibrating import has_statistics, repair
     from .running import recalibrated
 
-    checkpoint, sources = _open(model), [_open(name) for name in like or []]
+    checkpoint, sources = opened_model(model), [opened_model(name) for name in like or []]
     refuse_target(out, overwrite, (*checkpoint.sources, *(path for one in sources for path in one.sources)))
     if not sources and not has_statistics(checkpoint):
         raise OptionError(
             f"{model} has no running statistics; to repair a merge, name what was merged (--like A --like B)"
         )
-    batches = _data(data, data_option, checkpoint)
+    batches = data_for(data, data_option, checkpoint)
     typer.echo(f"data: {batches.describe()}")
     if sources:
-        new = repair(checkpoint, sources, batches, device=_device(), progress=True)
+        new = repair(checkpoint, sources, batches, device=found_device(), progress=True)
     else:
-        new = recalibrated(checkpoint, batches, exact=exact, device=_device(), progress=True)
+        new = recalibrated(checkpoint, batches, exact=exact, device=found_device(), progress=True)
     typer.echo(f"recalibrated model: {new.save(out, overwrite=overwrite, progress=True)}/, {showing.size(new)}")
 
 
@@ -364,9 +351,9 @@ def evaluate(
 
     found = {}
     for name in models:
-        checkpoint = _open(name)
-        batches = _data(data, data_option, checkpoint)
-        module = checkpoint.model().to(_device())
+        checkpoint = opened_model(name)
+        batches = data_for(data, data_option, checkpoint)
+        module = checkpoint.model().to(found_device())
         found[name] = measure(module, batches, metrics=metric, progress=True)
     for line in showing.measured(found, as_json):
         typer.echo(line)
@@ -400,14 +387,14 @@ def interpolate(
     from .line import interpolate as along
     from .recalibrating import recalibrate as renew
 
-    a, b = _open(fixed), _open(moving)
+    a, b = opened_model(fixed), opened_model(moving)
     if out is not None:
         refuse_target(out, overwrite, (*a.sources, *b.sources))
-    batches, device = _data(data, data_option, a), _device()
+    batches, device = data_for(data, data_option, a), found_device()
     prepare = None
-    if other := _described(recalibrate, recalibrate_option, "--recalibrate"):
-        like = _described(data, data_option, "--data") if recalibrate is None else None
-        prepare = partial(renew, batches=_batches({**(like or {}), **other}, a), device=device)
+    if other := described(recalibrate, recalibrate_option, "--recalibrate"):
+        like = described(data, data_option, "--data") if recalibrate is None else None
+        prepare = partial(renew, batches=batches_for({**(like or {}), **other}, a), device=device)
     measured = partial(measure, data=batches, metrics=metric)
     curve = along(a, b, measured, points=points, prepare=prepare, device=device, progress=True)
     for line in showing.curve(curve, as_json):
@@ -428,119 +415,3 @@ def main() -> None:
     except KeyboardInterrupt:
         typer.echo("interrupted; a model that was not finished leaves nothing behind", err=True)
         sys.exit(130)
-
-
-def _open(model: str) -> Checkpoint:
-    from .checkpoint import Checkpoint
-
-    entry = _recipe({"models": [model]}).models[0]
-    return Checkpoint.open(entry.model, revision=entry.revision)
-
-
-def _device() -> Any:
-    """Where accelerate places work, if there is an accelerator."""
-    import torch
-
-    if not torch.accelerator.is_available():
-        return None
-    from accelerate import Accelerator
-
-    return Accelerator().device
-
-
-def _data(dataset: str, options: list[str] | None, checkpoint: Checkpoint) -> Any:
-    return _batches(_described(dataset, options, "--data"), checkpoint)
-
-
-def _batches(said: dict[str, Any] | None, checkpoint: Checkpoint) -> Any:
-    """Batches of what is described as in a recipe, with the mistakes of one; None of nothing."""
-    from .data import open_data
-
-    described = _recipe({"models": ["x", "y"], "align": False, "data": said}).data
-    return None if described is None else open_data(described, checkpoint)
-
-
-def _recipe(said: dict[str, Any]) -> Recipe:
-    from .recipe import Recipe
-
-    return Recipe.from_dict(said, name="the command")
-
-
-def _recipe_file(path: str) -> Recipe:
-    from .recipe import Recipe
-
-    return Recipe.from_file(path)
-
-
-def _refuse_options_beside_a_recipe(context: typer.Context) -> None:
-    """What a recipe says is not said again on the command line."""
-    for name in (
-        "method",
-        "parameter",
-        "align",
-        "solver",
-        "seed",
-        "groups",
-        "keep_tied",
-        "hold",
-        "dtype",
-        "assume",
-        "backbone_only",
-        "data",
-        "data_option",
-        "refit",
-        "recalibrate",
-        "evaluate",
-        "evaluate_option",
-    ):
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            raise OptionError(f"--{name.replace('_', '-')} is given beside a recipe; write it into the recipe")
-
-
-def _align(solver: str, seed: int, groups: str, keep_tied: bool, hold: list[str] | None) -> dict[str, Any]:
-    return {"solver": solver, "seed": seed, "groups": groups, "keep_tied": keep_tied, "hold": hold or []}
-
-
-def _parameters(said: list[str], option: str = "--parameter", such: str = "t=0.3") -> dict[str, Any]:
-    import yaml
-
-    parameters = {}
-    for one in said:
-        name, equals, value = one.partition("=")
-        if not equals:
-            raise OptionError(f"{option} {one!r} is not NAME=VALUE, as in {such}")
-        try:
-            parameters[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise OptionError(f"{option} {one!r} has no value that can be read: {error}") from error
-    return parameters
-
-
-def _described(dataset: str | None, options: list[str] | None, option: str) -> dict[str, Any] | None:
-    """A description of data as in a recipe; None where nothing is said."""
-    said = {} if dataset is None else {"dataset": dataset}
-    return {**said, **_parameters(options or [], f"{option}-option", "split=test")} or None
-
-
-def _refuse_report(report: Path | None, overwrite: bool) -> None:
-    if report is not None and (report.suffix != ".html" or report.is_dir()):
-        raise OptionError(f"--report {report} is no HTML file; name one, such as report.html")
-    if report is not None and report.exists() and not overwrite:
-        raise OptionError(f"{report} is already there; name another file, or overwrite it (--overwrite)")
-
-
-def _today() -> str:
-    from datetime import date
-
-    return date.today().isoformat()
-
-
-def _command() -> str:
-    import shlex
-
-    return shlex.join(["hf-rebasin", *sys.argv[1:]])
-
-
-def _assumed(assume: list[str] | None) -> Any:
-    return _recipe({"models": ["x"], "assume": list(assume or [])}).assume

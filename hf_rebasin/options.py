@@ -1,0 +1,172 @@
+"""What the command line asks for: options that several verbs have, and what is made of them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import OptionError
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+    from .recipe import Recipe
+
+MODEL = "Folder or Hub id; id@revision pins a commit, branch or tag."
+Assume = Annotated[
+    list[str] | None,
+    typer.Option(help="Take this for the same without looking: config, labels or vocabulary. May be repeated."),
+]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**63 - 1, help="Of everything random; the same seed gives the same bytes.")
+]
+SolverName = Annotated[str, typer.Option(help="How the coordinates are found.")]
+BackboneOnly = Annotated[
+    bool,
+    typer.Option("--backbone-only", help="Keep the first model's head; only base models are brought together."),
+]
+GroupsName = Annotated[
+    str,
+    typer.Option("--groups", help="full (rotations, bases of heads, scales, where exact) or permutation."),
+]
+KeepTied = Annotated[
+    bool,
+    typer.Option("--keep-tied", help="Never store a head apart from its embedding; its stream is only permuted."),
+]
+Hold = Annotated[
+    list[str] | None, typer.Option(help="A symmetry that stays as it is, or a pattern as 'ff.*'. May be repeated.")
+]
+DataName = Annotated[
+    str | None,
+    typer.Option(help="Dataset to look at: Hub id, folder or file. Labels are not needed but to descend a loss."),
+]
+DataOption = Annotated[
+    list[str] | None,
+    typer.Option("--data-option", "-d", help="Of the data, as split=train or samples=256. May be repeated."),
+]
+Metric = Annotated[
+    list[str] | None, typer.Option(help="accuracy or perplexity; by default what fits. May be repeated.")
+]
+Points = Annotated[int, typer.Option(min=0, help="Of the line between two models, ends included; 0 for no line.")]
+RecalibrateHow = Annotated[
+    str, typer.Option(help="statistics (of BatchNorm layers), repair (means and deviations of all units) or none.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is there.")]
+
+
+def opened_model(model: str) -> Checkpoint:
+    from .checkpoint import Checkpoint
+
+    entry = recipe_of({"models": [model]}).models[0]
+    return Checkpoint.open(entry.model, revision=entry.revision)
+
+
+def found_device() -> Any:
+    """Where accelerate places work, if there is an accelerator."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        return None
+    from accelerate import Accelerator
+
+    return Accelerator().device
+
+
+def data_for(dataset: str, options: list[str] | None, checkpoint: Checkpoint) -> Any:
+    return batches_for(described(dataset, options, "--data"), checkpoint)
+
+
+def batches_for(said: dict[str, Any] | None, checkpoint: Checkpoint) -> Any:
+    """Batches of what is described as in a recipe, with the mistakes of one; None of nothing."""
+    from .data import open_data
+
+    described = recipe_of({"models": ["x", "y"], "align": False, "data": said}).data
+    return None if described is None else open_data(described, checkpoint)
+
+
+def recipe_of(said: dict[str, Any]) -> Recipe:
+    from .recipe import Recipe
+
+    return Recipe.from_dict(said, name="the command")
+
+
+def recipe_file(path: str) -> Recipe:
+    from .recipe import Recipe
+
+    return Recipe.from_file(path)
+
+
+def refuse_options_beside_a_recipe(context: typer.Context) -> None:
+    """What a recipe says is not said again on the command line."""
+    for name in (
+        "method",
+        "parameter",
+        "align",
+        "solver",
+        "seed",
+        "groups",
+        "keep_tied",
+        "hold",
+        "dtype",
+        "assume",
+        "backbone_only",
+        "data",
+        "data_option",
+        "refit",
+        "recalibrate",
+        "evaluate",
+        "evaluate_option",
+    ):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise OptionError(f"--{name.replace('_', '-')} is given beside a recipe; write it into the recipe")
+
+
+def align_settings(solver: str, seed: int, groups: str, keep_tied: bool, hold: list[str] | None) -> dict[str, Any]:
+    return {"solver": solver, "seed": seed, "groups": groups, "keep_tied": keep_tied, "hold": hold or []}
+
+
+def parameters(said: list[str], option: str = "--parameter", such: str = "t=0.3") -> dict[str, Any]:
+    import yaml
+
+    parameters = {}
+    for one in said:
+        name, equals, value = one.partition("=")
+        if not equals:
+            raise OptionError(f"{option} {one!r} is not NAME=VALUE, as in {such}")
+        try:
+            parameters[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise OptionError(f"{option} {one!r} has no value that can be read: {error}") from error
+    return parameters
+
+
+def described(dataset: str | None, options: list[str] | None, option: str) -> dict[str, Any] | None:
+    """A description of data as in a recipe; None where nothing is said."""
+    said = {} if dataset is None else {"dataset": dataset}
+    return {**said, **parameters(options or [], f"{option}-option", "split=test")} or None
+
+
+def refuse_report(report: Path | None, overwrite: bool) -> None:
+    if report is not None and (report.suffix != ".html" or report.is_dir()):
+        raise OptionError(f"--report {report} is no HTML file; name one, such as report.html")
+    if report is not None and report.exists() and not overwrite:
+        raise OptionError(f"{report} is already there; name another file, or overwrite it (--overwrite)")
+
+
+def today() -> str:
+    from datetime import date
+
+    return date.today().isoformat()
+
+
+def command() -> str:
+    import shlex
+
+    return shlex.join(["hf-rebasin", *sys.argv[1:]])
+
+
+def assumed(assume: list[str] | None) -> Any:
+    return recipe_of({"models": ["x"], "assume": list(assume or [])}).assume
