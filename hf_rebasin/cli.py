@@ -211,7 +211,7 @@ def merge(
     context: typer.Context,
     models: Annotated[list[str], typer.Argument(help="Two or more models, or one recipe (.yaml). " + MODEL)],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the merged model.")],
-    method: Annotated[str, typer.Option(help="linear, lerp or slerp.")] = "linear",
+    method: Annotated[str, typer.Option(help="linear, lerp, slerp or refit (with --data).")] = "linear",
     parameter: Annotated[
         list[str] | None,
         typer.Option("--parameter", "-p", help="Of the method, as t=0.3 or weights=[1,3]. May be repeated."),

@@ -1,8 +1,7 @@
 """The layers of a module in the order its forward pass calls them, changed one after the other on streamed sums.
 
-Linear layers, transformers' Conv1D and convolutions are one thing here: y = x W + b of samples x, for a convolution
-the patches of its input, group by group. What a layer is changed to hangs on what it reads, and so on all layers
-before it: there is one pass over the data for every place in the order, which ends where that place is reached.
+What a layer is changed to hangs on what it reads, and so on all layers before it: there is one pass over the data for
+every place in the order, which ends where that place is reached.
 """
 
 from __future__ import annotations
@@ -11,17 +10,15 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from tqdm import tqdm
 
+from .affine import Affine, is_affine, is_matrix
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, OptionError, some
 from .inputs import refuse_read_once, run
@@ -32,110 +29,6 @@ from .table import table_for
 logger = logging.getLogger(__name__)
 
 Calls = Mapping[str, list[tuple[Tensor, Tensor]]]  # of layers by their names: what they read and gave, call after call
-PIECE = 1 << 22  # numbers: so many are unfolded at a time of what a convolution reads
-
-
-@dataclass(frozen=True)
-class Affine:
-    """A linear map of a module."""
-
-    name: str
-    module: Any
-
-    @property
-    def is_convolution(self) -> bool:
-        return isinstance(self.module, _ConvNd)
-
-    @property
-    def groups(self) -> int:
-        return int(self.module.groups) if self.is_convolution else 1
-
-    @property
-    def matrix(self) -> Tensor:
-        """Its weight, (groups, in, out)."""
-        weight = self.module.weight.detach()
-        if self.is_convolution:
-            return weight.unflatten(0, (self.groups, -1)).flatten(2).mT
-        return weight[None] if _is_conv1d(self.module) else weight.mT[None]
-
-    @property
-    def bias(self) -> Tensor | None:
-        """(groups, out)"""
-        bias = self.module.bias
-        return None if bias is None else bias.detach().reshape(self.groups, -1)
-
-    def write(self, matrix: Tensor, bias: Tensor | None) -> None:
-        """Change its weight, (groups, in, out), and its bias, (groups, out), in place."""
-        weight = self.module.weight.detach()
-        weight.copy_((matrix[0] if _is_conv1d(self.module) else matrix.mT).reshape(weight.shape))
-        if bias is not None:
-            self.module.bias.detach().copy_(bias.reshape(-1))
-
-    def samples(self, x: Tensor, mask: Tensor | None = None) -> Iterator[Tensor]:
-        """What it reads, (groups, many, in), piece by piece: patches are many times what they are cut from."""
-        if not self.is_convolution:
-            yield _looked_at(x, mask)[None]
-            return
-        x = self._padded(x)
-        places = prod(
-            (size - (k - 1) * dilation - 1) // stride + 1
-            for size, k, dilation, stride in zip(
-                x.shape[2:], self.module.kernel_size, self.module.dilation, self.module.stride, strict=True
-            )
-        )
-        images = max(1, PIECE // max(1, places * x.shape[1] * prod(self.module.kernel_size)))
-        yield from map(self._patches, x.split(images))
-
-    def answers(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What it gives, (groups, many, out)."""
-        if not self.is_convolution:
-            return _looked_at(y, mask)[None]
-        return self._batched(y).unflatten(1, (self.groups, -1)).movedim(1, 0).movedim(2, -1).flatten(1, -2)
-
-    def explains(self, x: Tensor, y: Tensor) -> bool:
-        """Whether it gave what a linear map gives: classes derived from one, and hooks, may do what they like."""
-        if self.is_convolution:
-            x, y = self._batched(x)[:1], self._batched(y)[:1]
-        elif not x.is_floating_point() or x.shape[-1] != self.matrix.shape[1]:
-            return False
-        read, given = torch.cat(list(self.samples(x)), 1).double(), self.answers(y).double()
-        said = read @ self.matrix.double()
-        said = said if self.bias is None else said + self.bias.double()[:, None]
-        return said.shape == given.shape and not (said - given).norm() > 0.05 * given.norm()  # NaN is refused later
-
-    def _batched(self, x: Tensor) -> Tensor:
-        return x if x.dim() == len(self.module.kernel_size) + 2 else x[None]
-
-    def _padded(self, x: Tensor) -> Tensor:
-        conv = self.module
-        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-        return functional.pad(self._batched(x), conv._reversed_padding_repeated_twice, mode=mode)
-
-    def _patches(self, x: Tensor) -> Tensor:
-        conv, spatial = self.module, len(self.module.kernel_size)
-        for i in range(spatial):
-            window = conv.dilation[i] * (conv.kernel_size[i] - 1) + 1
-            x = x.unfold(2 + i, window, conv.stride[i])[..., :: conv.dilation[i]]
-        # (batch, channels, places …, patch …) to (groups, batch, places …, channels of a group, patch …)
-        x = x.unflatten(1, (self.groups, -1)).movedim(1, 0).movedim(2, 2 + spatial)
-        return x.flatten(1, 1 + spatial).flatten(2)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """transformers' linear layer, whose weight is stored (in, out)."""
-    return type(module).__name__ == "Conv1D"
-
-
-def _is_matrix(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
-
-
-def _looked_at(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(many, n), without the positions that a mask leaves out; these may have been laid end to end."""
-    flat = x.reshape(-1, x.shape[-1])
-    if mask is None or (x.shape[:-1] != mask.shape and x.shape[:-1] != (mask.numel(),)):
-        return flat
-    return flat[mask.reshape(-1).bool()]
 
 
 @dataclass(frozen=True)
@@ -277,7 +170,7 @@ def order(module: nn.Module, batch: Any) -> list[Step]:
         alike = groups and read[one] == numbers and {name, one} <= layers.keys()
         if name in odd:
             continue
-        if alike and _is_matrix(layers[name].module) and _is_matrix(layers[one].module):
+        if alike and is_matrix(layers[name].module) and is_matrix(layers[one].module):
             groups[-1].append(name)
         else:
             groups.append([name])
@@ -285,7 +178,7 @@ def order(module: nn.Module, batch: Any) -> list[Step]:
 
 
 def _maps(module: nn.Module) -> list[str]:
-    return [name for name, part in module.named_modules() if _is_affine(part)]
+    return [name for name, part in module.named_modules() if is_affine(part)]
 
 
 def _layers(module: nn.Module) -> dict[str, Affine]:
@@ -296,7 +189,7 @@ def _layers(module: nn.Module) -> dict[str, Affine]:
     for part in parts.values():
         for parameter in part._parameters.values():
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-        if _is_affine(part):  # other modules name a bias that is none of theirs
+        if is_affine(part):  # other modules name a bias that is none of theirs
             bias = part._parameters.get("bias")
             biases[id(bias)] = biases.get(id(bias), 0) + 1
 
@@ -306,13 +199,7 @@ def _layers(module: nn.Module) -> dict[str, Affine]:
             return False
         return part.bias is None if bias is None else biases[id(bias)] == 1
 
-    return {name: Affine(name, part) for name, part in parts.items() if _is_affine(part) and has_its_own(part)}
-
-
-def _is_affine(module: nn.Module) -> bool:
-    if isinstance(module, _ConvNd):
-        return not module.transposed
-    return _is_matrix(module)
+    return {name: Affine(name, part) for name, part in parts.items() if is_affine(part) and has_its_own(part)}
 
 
 def _is_explained(layer: Affine, x: Any, y: Any) -> bool:

@@ -56,7 +56,7 @@ FLOORS = (
     {"classes"},
     {"folder"},
     {"files"},
-    {"lazy", "text", "registry", "knobs", "inputs", "sinkhorn_operator", "processes", "computing"},
+    {"lazy", "text", "registry", "knobs", "inputs", "sinkhorn_operator", "processes", "computing", "affine"},
     {"errors"},
 )
 

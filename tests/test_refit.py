@@ -189,7 +189,7 @@ def test_the_answer_is_that_of_least_squares(name, ridge):
 def test_pieces_of_what_a_convolution_reads_are_the_whole(monkeypatch):
     models, x = two(lambda: nn.Conv2d(3, 4, 3)), normal(6, 3, 8, 8)
     _, whole = refitted(models, [x])
-    monkeypatch.setattr("hf_rebasin.layers.PIECE", 1)
+    monkeypatch.setattr("hf_rebasin.affine.PIECE", 1)
     assert distance(refitted(models, [x])[1], whole) <= 1e-12
 
 

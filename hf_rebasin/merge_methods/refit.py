@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..affine import Affine
 from ..checkpoint import Checkpoint
 from ..errors import OptionError
 from ..inputs import refuse_read_once
 from ..layers import (
-    Affine,
     Calls,
     Change,
     NormStatistics,
