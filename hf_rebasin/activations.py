@@ -23,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from .computing import Computing
 from .errors import OptionError
-from .inputs import run
+from .inputs import outputs_in, run
 from .objective import label_of
 from .processes import shared_out, sum_of_all
 from .spec import Dim, Labelled, Spec, Unit
@@ -94,9 +94,9 @@ def _slots(tensor: Labelled, axis: int, module: str, out: int) -> Iterator[Slot]
 
 @dataclass
 class Sums:
-    """Over all samples of two models along one slot, in float64: count, Σx, Σx² of each, and Σ x yᵀ."""
+    """Over all samples of two models along one slot, in float64: Σw, Σwx, Σwx² of each, and Σ w x yᵀ."""
 
-    count: int
+    count: float
     sums: Tensor  # (2, n)
     squares: Tensor  # (2, n)
     cross: Tensor  # (n, n)
@@ -104,19 +104,20 @@ class Sums:
     @staticmethod
     def zero(n: int, device: Any) -> Sums:
         kind: dict[str, Any] = {"dtype": torch.float64, "device": device}
-        return Sums(0, torch.zeros(2, n, **kind), torch.zeros(2, n, **kind), torch.zeros(n, n, **kind))
+        return Sums(0.0, torch.zeros(2, n, **kind), torch.zeros(2, n, **kind), torch.zeros(n, n, **kind))
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Samples (many, n) of both."""
+    def add(self, x: Tensor, y: Tensor, w: Tensor) -> None:
+        """Samples (many, n) of both, and what each of them counts."""
         both = torch.stack([x, y]).double()
-        self.count += len(x)
-        self.sums += both.sum(1)
-        self.squares += both.square().sum(1)
-        self.cross += both[0].mT @ both[1]
+        weighted = both * w.double()[:, None]
+        self.count += w.double().sum().item()
+        self.sums += weighted.sum(1)
+        self.squares += (weighted * both).sum(1)
+        self.cross += weighted[0].mT @ both[1]
 
     def of_all(self) -> Sums:
         """Over all processes."""
-        count = int(sum_of_all(torch.tensor(self.count, dtype=torch.int64, device=self.sums.device)))
+        count = sum_of_all(torch.tensor(self.count, dtype=torch.float64, device=self.sums.device)).item()
         return Sums(count, *map(sum_of_all, (self.sums, self.squares, self.cross)))
 
     @property
@@ -175,8 +176,13 @@ def collect(
     states: Sequence[Mapping[str, Tensor]],
     batches: Iterable[Any],
     device: Any = None,
+    sensitive: bool = False,
 ) -> Statistics:
     """Run two models, the same module with other tensors in it, over batches; nothing of a batch is kept.
+
+    Every sample counts the same, or, with `sensitive`, as much as what the models say hangs on it:
+    w = (‖∂f/∂x‖ ‖∂f′/∂x′‖)^½ for activations x of one and x′ of the other, where f = ½ Σ (y − ȳ)² of the outputs y of
+    a model and ȳ their means along the last axis. So tokens that are hardly read do not outvote the one that is.
 
     Args:
         spec: what may move.
@@ -186,6 +192,7 @@ def collect(
         batches: inputs of the forward pass; labels among them are no matter. Positions that an `attention_mask` leaves
             out are not looked at.
         device: where it is computed.
+        sensitive: whether samples are weighted; takes a backward pass for every forward pass.
 
     Raises:
         OptionError: no batches.
@@ -194,34 +201,59 @@ def collect(
     sums = [Sums.zero(slot.places.numel(), device) for slot in slots]
     computed = Computing(module, names, run, device)
     came = False
-    with _listening(module, {slot.module for slot in slots}) as heard, torch.no_grad():
+    with _listening(module, {slot.module for slot in slots}) as heard, torch.set_grad_enabled(sensitive):
         for batch in shared_out(batches):
             came = True
+            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
             said: list[dict[str, list[Tensor]]] = []
+            pulls: list[dict[str, list[Tensor]]] = []
             for state in states:
                 heard.clear()
-                computed(state, batch)
-                said.append(dict(heard))
-            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+                outputs = computed(state, batch)
+                pulls.append(_pulls(heard, answers(outputs, mask)) if sensitive else {})
+                said.append({name: [x.detach() for x in xs] for name, xs in heard.items()})
             for slot, total in zip(slots, sums, strict=True):
-                for pair in zip(*(one.get(slot.module, []) for one in said), strict=True):
-                    total.add(*(_samples(x, slot, mask) for x in pair))
+                for i, pair in enumerate(zip(*(one.get(slot.module, []) for one in said), strict=True)):
+                    x, y = (_samples(x, slot, mask)[:, slot.places.reshape(-1).to(x.device)] for x in pair)
+                    ws = [_samples(pull[slot.module][i], slot, mask).double().norm(dim=1) for pull in pulls if pull]
+                    total.add(x, y, (ws[0] * ws[1]).sqrt() if ws else x.new_ones(len(x)))
     if not came:
         raise OptionError("the data gave no batch to this process")
     summed = [total.of_all() for total in sums]
     return Statistics(spec, [(slot, total) for slot, total in zip(slots, summed, strict=True) if total.count])
 
 
+def answers(said: Any, mask: Tensor | None) -> list[Tensor]:
+    """What counts of a model's answer: numbers that are no loss, at positions that are looked at."""
+    found = [x for x in outputs_in(said) if x.dim() and x.is_floating_point()]
+    return [x if mask is None or x.shape[: mask.dim()] != mask.shape else x[mask.bool().to(x.device)] for x in found]
+
+
+def _pulls(heard: Mapping[str, list[Tensor]], outputs: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+    """∂f/∂x of all that was heard; 0 where no output hangs on it."""
+    f = sum(((y - y.mean(-1, keepdim=True)).square().sum() / 2 for y in outputs), torch.zeros(()))
+    flat = [x for xs in heard.values() for x in xs]
+    found = iter(torch.autograd.grad(f, flat, allow_unused=True, materialize_grads=True))
+    return {name: [next(found) for _ in xs] for name, xs in heard.items()}
+
+
 @contextmanager
 def _listening(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """{name: its outputs, call after call} of submodules, while it lasts."""
+    """{name: its outputs, call after call} of submodules, while it lasts; with gradients, these can be asked for."""
     heard: dict[str, list[Tensor]] = {}
 
     def hear(name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            output = output[0] if isinstance(output, tuple) else output
-            if isinstance(output, Tensor):
-                heard.setdefault(name, []).append(output)
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            one = output[0] if isinstance(output, tuple) else output
+            if not isinstance(one, Tensor):
+                return None
+            heard.setdefault(name, []).append(one)
+            if not torch.is_grad_enabled():
+                return None
+            if not one.requires_grad:
+                one.requires_grad_()
+            passed = one.clone()  # what comes after may write to it
+            return (passed, *output[1:]) if isinstance(output, tuple) else passed
 
         return hook
 
@@ -234,8 +266,8 @@ def _listening(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str, li
 
 
 def _samples(x: Tensor, slot: Slot, mask: Tensor | None) -> Tensor:
-    """(many, n) numbers of a slot's units."""
+    """(many, all numbers along the axis of a slot)"""
     x = x.movedim(slot.axis, -1)
     if mask is not None and x.shape[:-1] == mask.shape:
-        x = x[mask.bool()]
-    return x.reshape(-1, x.shape[-1])[:, slot.places.reshape(-1).to(x.device)]
+        x = x[mask.bool().to(x.device)]
+    return x.reshape(-1, x.shape[-1])

@@ -1,14 +1,19 @@
 """Activation matching: what two models say to the same inputs tells which of their features are alike."""
 
+import copy
+
 import pytest
 import torch
 from conftest import FIRST, TINY, distance, moved_copy, other_seed, run_script, same_tensors
 from torch import nn
 
 from hf_rebasin import Alignment, Checkpoint, Status, align, infer_spec, spec_for
-from hf_rebasin.activations import collect, slots_of
+from hf_rebasin.activations import answers, collect, slots_of
 from hf_rebasin.errors import CheckpointError, OptionError
 from hf_rebasin.inputs import example_inputs
+from hf_rebasin.objective import Forward, Problem
+from hf_rebasin.solvers import activation_matching
+from hf_rebasin.solvers.activation_matching import LOOKED_AT, divergence
 
 
 def batches_of(model, count=4):
@@ -85,22 +90,25 @@ def test_the_weights_are_not_looked_at_for_permutations():
     assert not torch.equal(by_weights.alignment[name].order, order.argsort())
 
 
-def test_statistics_do_not_hang_on_the_batch_size():
+@pytest.mark.parametrize("sensitive", [False, True])
+def test_statistics_do_not_hang_on_the_batch_size(sensitive):
     model = TINY[FIRST["gpt2"]]
     spec, module, names, state = computing(model)
     tokens = torch.randint(20, (64, 8), generator=torch.Generator().manual_seed(0)) % model.config.vocab_size
     other = Checkpoint.open(other_seed(model)).state(spec.table.prefix)
     one, many = (
-        collect(spec, module, names, [state, other], [{"input_ids": x} for x in tokens.split(size)])
+        collect(spec, module, names, [state, other], [{"input_ids": x} for x in tokens.split(size)], None, sensitive)
         for size in (1, 64)
     )
     for (slot, a), (_, b) in zip(one.slots, many.slots, strict=True):
-        assert a.count == b.count == 64 * 8, slot.module
+        assert sensitive or a.count == 64 * 8, slot.module
+        assert a.count == pytest.approx(b.count, rel=1e-6 if sensitive else 0), slot.module
         for part in ("sums", "squares", "cross"):
             torch.testing.assert_close(getattr(a, part), getattr(b, part), rtol=1e-10, atol=1e-10)
 
 
-def test_positions_that_a_mask_leaves_out_do_not_count():
+@pytest.mark.parametrize("sensitive", [False, True])
+def test_positions_that_a_mask_leaves_out_do_not_count(sensitive):
     model = TINY[FIRST["bert"]]
     spec, module, names, state = computing(model)
     tokens = torch.randint(5, model.config.vocab_size, (4, 6), generator=torch.Generator().manual_seed(0))
@@ -109,12 +117,113 @@ def test_positions_that_a_mask_leaves_out_do_not_count():
     other = tokens.clone()
     other[:, 4:] = 1
     found = [
-        collect(spec, module, names, [state, state], [{"input_ids": x, "attention_mask": mask}])
+        collect(spec, module, names, [state, state], [{"input_ids": x, "attention_mask": mask}], None, sensitive)
         for x in (tokens, other)
     ]
     for (slot, a), (_, b) in zip(*(f.slots for f in found), strict=True):
         if slot.module.startswith("bert.encoder"):
             torch.testing.assert_close(a.cross, b.cross, msg=slot.module)
+
+
+class OneIsRead(nn.Module):
+    """Of several tokens only the first says anything."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.out = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.out(self.into(x).relu_()[:, 0])
+
+
+def test_samples_count_as_much_as_the_outputs_hang_on_them():
+    torch.manual_seed(0)
+    a, b = OneIsRead().double(), OneIsRead().double()
+    x = torch.randn(16, 5, 4).double()
+    unread = torch.cat([x[:, :1], torch.randn(16, 4, 4).double()], 1)
+    spec = infer_spec(a, x)
+    names = {key: key for key in a.state_dict()}
+
+    def cross(batch, sensitive):
+        states = [a.state_dict(), b.state_dict()]
+        ((_, sums),) = collect(spec, a, names, states, [batch], None, sensitive).slots
+        return sums.cross / sums.count
+
+    assert not torch.allclose(cross(x, False), cross(unread, False))
+    torch.testing.assert_close(cross(x, True), cross(unread, True))
+    # f = ½ Σ (y − ȳ)² and y = W h, by hand
+    weights = []
+    for model in (a, b):
+        with torch.no_grad():
+            y = model(x)
+            read = (y - y.mean(-1, keepdim=True)) @ model.out.weight * (model.into(x)[:, 0] > 0)
+        weights.append(read.norm(dim=1))
+    w = (weights[0] * weights[1]).sqrt()
+    with torch.no_grad():
+        u, v = a.into(x)[:, 0], b.into(x)[:, 0]
+    torch.testing.assert_close(cross(x, True), (u * w[:, None]).mT @ v / w.sum())
+
+
+def problem_of(a, b, spec, batches):
+    names = {key: key for key in a.state_dict()}
+    forward = Forward(lambda: (copy.deepcopy(a), names), batches, lambda module, batch: module(batch).sum())
+    return Problem(spec, a.state_dict(), b.state_dict(), torch.Generator().manual_seed(0), forward=forward)
+
+
+def test_divergence_of_the_average():
+    """By hand; nothing where both are the same in other coordinates; and the same whatever the batches."""
+    torch.manual_seed(0)
+    a, b = OneIsRead().double(), OneIsRead().double()
+    x = torch.randn(16, 5, 4).double()
+    spec = infer_spec(a, x)
+    by_hand = 0.0
+    for at in LOOKED_AT:
+        between = OneIsRead().double()
+        between.load_state_dict({key: p.lerp(b.state_dict()[key], at) for key, p in a.state_dict().items()})
+        with torch.no_grad():
+            p = (1 - at) * a(x).softmax(-1) + at * b(x).softmax(-1)
+            by_hand += (p * (p.log() - between(x).log_softmax(-1))).sum(-1).mean().item() / len(LOOKED_AT)
+    for size in (1, 16):
+        assert divergence(problem_of(a, b, spec, list(x.split(size))), {}) == pytest.approx(by_hand)
+    g = Alignment.random(spec, torch.Generator().manual_seed(1))
+    problem = problem_of(a, g.apply(a), spec, [x])
+    assert divergence(problem, g.inverse().elements) == pytest.approx(0, abs=1e-12)
+    assert divergence(problem, {}) > 1e-4
+    assert divergence(problem_of(a, b, spec, [x, x + 1]), {}, count=1) == pytest.approx(by_hand)
+
+
+def test_what_is_said_where_a_mask_leaves_out_does_not_count():
+    model = TINY[FIRST["bert"]]
+    tokens = torch.randint(5, model.config.vocab_size, (4, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens)
+    mask[:, 4:] = 0
+    other = tokens.clone()
+    other[:, 4:] = 1
+    one, two = (answers(model(input_ids=x, attention_mask=mask), mask) for x in (tokens, other))
+    assert [tuple(x.shape) for x in one] == [(16, 24), (4, 24)]  # of tokens that are there, and the pooler's
+    torch.testing.assert_close(one, two)
+    assert [x.numel() for x in answers({"loss": torch.ones(()), "logits": torch.ones(2, 3)}, None)] == [6]
+
+
+def test_the_mix_that_diverges_least_is_kept(monkeypatch):
+    torch.manual_seed(0)
+    a, b = OneIsRead().double(), OneIsRead().double()
+    x = torch.randn(16, 5, 4).double()
+    spec = infer_spec(a, x)
+
+    def found(**knobs):
+        return align(a, b, solver="activation_matching", spec=spec, data=[x], **knobs)
+
+    of_all = [
+        found(weights=w, sensitive=s) for w, s in ((0.0, False), (0.0, True), (0.5, False), (0.5, True), (1.0, False))
+    ]
+    apart = [divergence(problem_of(a, b, spec, [x]), one.alignment.elements) for one in of_all]
+    best = of_all[apart.index(min(apart))]
+    assert max(apart) > min(apart)
+    assert all(torch.equal(e.order, found().alignment[name].order) for name, e in best.alignment.elements.items())
+    falling = iter(range(5, 0, -1))
+    monkeypatch.setattr(activation_matching, "divergence", lambda *_: next(falling))
+    assert found().objective == of_all[-1].objective
 
 
 def test_where_activations_carry_what():

@@ -1,11 +1,13 @@
 """Activation matching: the alignment under which two models say the same of the same inputs, without labels.
 
 Permutations by the correlation of units, as in Git Re-Basin (Ainsworth, Hayase, Srinivasa 2022, arXiv 2209.04836,
-section 3.1); rotations by Procrustes on the normalised stream, and bases in heads likewise (2506.22712).
+section 3.1); rotations by Procrustes on the normalised stream (2506.22712). How much weights have a say in it, and
+whether all samples count the same, is told by what is on the line between the two then (docs/log.md).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,15 +17,22 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..activations import Statistics, collect
+from ..activations import Statistics, answers, collect
+from ..alignment import act
 from ..canonical import in_full
+from ..computing import Computing, by_batch_statistics
 from ..errors import OptionError
 from ..groups import Element
+from ..inputs import run
 from ..objective import Problem, bound, objective
+from ..processes import shared_out, sum_of_all
 from ..similarity import weight_similarity
-from ..solving import Clock, Solution, coordinate_ascent
+from ..solving import Clock, Solution, Status, coordinate_ascent
 from ..spec import Unit
 from ..units import Elements, Nested, Similarity, value
+
+SHARES = (0.0, 0.5, 1.0)  # of weight matching, that are tried
+LOOKED_AT = (0.25, 0.5, 0.75)  # on the line: halfway alone may leave a hill beside the middle
 
 
 @dataclass(frozen=True)
@@ -31,14 +40,17 @@ class Solver:
     """Knobs of activation matching.
 
     Args:
-        weights: the share of weight matching in what is maximised, from 0 to 1. By default ½ where streams are
-            rotated, of which both know something, else 0 (docs/log.md).
+        weights: the share of weight matching in what is maximised, from 0 to 1. By default 0, ½ and 1 are tried, and
+            what is kept is that after which the line between the two says most nearly what they say; see `divergence`.
+        sensitive: whether samples count as much as the outputs hang on them; see `hf_rebasin.activations.collect`. By
+            default both are tried.
         batches: how many are looked at; by default all that the data have.
-        starts: as in weight matching; one is enough where weights have no share.
+        starts: as in weight matching, for every mix; one is enough where weights have no share.
         max_sweeps: as in weight matching.
     """
 
     weights: float | None = None
+    sensitive: bool | None = None
     batches: int | None = None
     starts: int = 2
     max_sweeps: int = 100
@@ -61,21 +73,93 @@ class Solver:
         return coordinate_ascent(problem, partial(weight_similarity, problem), 1, min(2, self.max_sweeps))
 
     def _ascend(self, problem: Problem) -> Solution:
-        assert problem.forward is not None
+        """By every mix that is asked for; the one is kept after which the line between the two diverges least."""
         clock = Clock()
         with clock("activations"):
-            module, names = problem.forward.module()
-            module = module.to(problem.device).eval()
-            states = [
-                {key: _wide(tensor).to(problem.device) for key, tensor in state.items()}
-                for state in (problem.fixed, problem.moving)
-            ]
-            batches = islice(problem.forward.data, self.batches)
-            statistics = collect(problem.spec, module, names, states, batches, problem.device)
-        weights = (0.5 if problem.spec.gauged else 0.0) if self.weights is None else self.weights
-        mixed = _Mixed(problem, statistics, weights)
-        found = coordinate_ascent(problem, mixed, self.starts, self.max_sweeps, mixed.score)
-        return replace(found, seconds=clock.seconds | dict(found.seconds))
+            seen = {sensitive: _collected(problem, self.batches, sensitive) for sensitive in self._sensitive}
+        best, least = None, math.inf
+        mixes, chance = self._mixes, problem.generator.get_state()
+        for share, sensitive in mixes:
+            problem.generator.set_state(chance)  # the same as if this mix alone were asked for
+            mixed = _Mixed(problem, seen[sensitive], share)
+            found = coordinate_ascent(problem, mixed, self.starts, self.max_sweeps, mixed.score)
+            for what, seconds in found.seconds.items():
+                clock.seconds[what] = clock.seconds.get(what, 0.0) + seconds
+            if len(mixes) == 1 or found.status in (Status.EQUAL, Status.IDENTITY):
+                return replace(found, seconds=clock.seconds)
+            with clock("line"):
+                apart = divergence(problem, found.alignment.elements, self.batches)
+            if best is None or apart < least:  # the first of equals
+                best, least = found, apart
+        assert best is not None
+        return replace(best, seconds=clock.seconds)
+
+    @property
+    def _sensitive(self) -> tuple[bool, ...]:
+        return (False, True) if self.sensitive is None else (self.sensitive,)
+
+    @property
+    def _mixes(self) -> list[tuple[float, bool]]:
+        """(share of weights, whether samples are weighted); of weights alone, once."""
+        shares = SHARES if self.weights is None else (self.weights,)
+        return [(share, yes) for share in shares for yes in (self._sensitive if share < 1 else self._sensitive[:1])]
+
+
+def _collected(problem: Problem, count: int | None, sensitive: bool) -> Statistics:
+    assert problem.forward is not None
+    module, names = problem.forward.module()
+    module = module.to(problem.device).eval()
+    batches = islice(problem.forward.data, count)
+    return collect(problem.spec, module, names, _states(problem), batches, problem.device, sensitive)
+
+
+def divergence(problem: Problem, elements: Mapping[str, Element], count: int | None = None) -> float:
+    """How far what is on the line between two models is from saying what the two say, without labels.
+
+    The mean over samples, or tokens, and over λ = ¼, ½, ¾ of KL((1 − λ) p + λ p′ ‖ p̄): p and p′ are the softmax of the
+    two models' outputs along the last axis, p̄ that of the model with weights (1 − λ) θ + λ g · θ′, whose BatchNorm
+    layers go by the batch. Where the last axis has one place only, (1 − λ) y + λ y′ − ȳ, squared.
+
+    Args:
+        problem: the models and the batches.
+        elements: of g.
+        count: how many batches are looked at; by default all.
+    """
+    assert problem.forward is not None
+    fixed, moving = _states(problem)
+    moved = act(problem.spec, elements, moving)
+    (ends, names), (between, _) = problem.forward.module(), problem.forward.module()
+    by_batch_statistics(between.eval())
+    of_ends, of_line = (Computing(m.to(problem.device), names, run, problem.device) for m in (ends.eval(), between))
+    line = {
+        at: {k: x.lerp(moved[k].to(x), at) if x.is_floating_point() else x for k, x in fixed.items()}
+        for at in LOOKED_AT
+    }
+    total = torch.zeros(2, dtype=torch.float64)
+    with torch.no_grad():
+        for batch in shared_out(islice(problem.forward.data, count)):
+            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            both = [answers(of_ends(state, batch), mask) for state in (fixed, moving)]
+            for at, state in line.items():
+                for a, b, y in zip(*both, answers(of_line(state, batch), mask), strict=True):
+                    apart = _apart(a.double(), b.double(), y.double(), at)
+                    total += torch.tensor([apart.sum().item(), apart.numel()], dtype=torch.float64)
+    summed, samples = sum_of_all(total).tolist()
+    return summed / samples if samples else 0.0
+
+
+def _apart(a: Tensor, b: Tensor, y: Tensor, at: float) -> Tensor:
+    """One number for every sample."""
+    if y.shape[-1] == 1:
+        return (a.lerp(b, at) - y).square().squeeze(-1)
+    logs = torch.logaddexp(a.log_softmax(-1) + math.log(1 - at), b.log_softmax(-1) + math.log(at))
+    return (logs.exp() * (logs - y.log_softmax(-1))).sum(-1)
+
+
+def _states(problem: Problem) -> list[dict[str, Tensor]]:
+    """Of the fixed and the moving model."""
+    both = (problem.fixed, problem.moving)
+    return [{key: _wide(tensor).to(problem.device) for key, tensor in state.items()} for state in both]
 
 
 def _wide(x: Tensor) -> Tensor:
