@@ -461,11 +461,15 @@ def child():
         os._exit(0)
     return pid
 
-start = time.perf_counter()
-assert os.waitpid(child(), 0)[1] == 0
-whole = time.perf_counter() - start
+seconds = []
+for _ in range(3):  # the first of them warms up
+    os.system("rm -rf first")
+    start = time.perf_counter()
+    assert os.waitpid(child(), 0)[1] == 0
+    seconds.append(time.perf_counter() - start)
+    os.rename("out", "first")
+whole = min(seconds)
 print(whole, flush=True)
-os.rename("out", "first")
 killed = 0
 for _ in range(moments):
     if overwrite and not os.path.exists("out") and not os.path.exists(".out.old"):
