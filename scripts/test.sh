@@ -4,7 +4,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 if [ "${1:-}" = --slow ]; then
     shift
-    exec "$VENV/bin/python" -m pytest --slow -m slow "$@"
+    exec "$VENV/bin/python" -m pytest -n 2 --slow -m slow "$@"
 fi
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
