@@ -28,7 +28,7 @@ from .line import interpolate
 from .objective import Device, matched_tensors
 from .outcome import Consumed, Exactness, Likeness, Line, Moved, Pair, Row, with_excess
 from .recalibrating import has_statistics, recalibrate
-from .recipe import Recipe, RefitSettings
+from .recipe import Recipe, RefitSettings, finishes
 from .report import Report
 from .running import Merged, merged
 from .solving import Clock, Solution
@@ -222,7 +222,7 @@ def _short(dtype: torch.dtype) -> str:
 def _unfinished(recipe: Recipe) -> Recipe:
     """The same without what comes after the merge but statistics of BatchNorm layers."""
     update: dict[str, object] = {"refit": None, "recalibrate": recipe.recalibrate and "statistics"}
-    if hasattr(registry.find("merge_methods", recipe.merge_method), "finish"):
+    if finishes(recipe.merge_method):
         kept = {name: value for name, value in recipe.parameters.items() if name == "weights"}
         update |= {"merge_method": "linear", "parameters": kept}
     return recipe.model_copy(update=update)

@@ -204,6 +204,11 @@ class Recipe(_Strict):
 
         return sorted(range(len(self.models)), key=lambda i: self.base_model not in (None, *said(self.models[i])))
 
+    @property
+    def fits(self) -> bool:
+        """Whether layers are fitted to data."""
+        return self.refit is not None or finishes(self.merge_method)
+
     def method_knobs(self) -> dict[str, Any]:
         """The parameters of the merge method; weights that are said per model become its `weights`."""
         weights = [entry.parameters.weight for entry in self.in_order()]
@@ -242,9 +247,16 @@ def _unfitting(solver: Callable[..., Any], knobs: Mapping[str, Any]) -> Iterator
         yield f"align: {error}"
 
 
+def finishes(method: str) -> bool:
+    """Whether a merge method goes on with the whole merge, looking at data; not if there is no such method."""
+    with suppress(UnknownNameError):
+        return hasattr(registry.find("merge_methods", method), "finish")
+    return False
+
+
 def _without_data(said: Mapping[str, Any]) -> Iterator[str]:
     """What needs data where there are none, or whole models where there are backbones."""
-    fitted = said.get("merge_method") == "refit" or bool(said.get("refit"))
+    fitted = bool(said.get("refit")) or finishes(str(said.get("merge_method", "linear")))
     needing = {"refit": fitted, "recalibrate": said.get("recalibrate") == "repair"}
     for key in (key for key, needed in needing.items() if needed and said.get("backbone_only")):
         yield f"{key}: it computes with whole models, so backbone_only cannot go with it"

@@ -91,8 +91,7 @@ def _looks(recipe: Recipe, first: Checkpoint) -> bool:
     solver = None if recipe.align is None else registry.find("solvers", recipe.align.solver).Solver
     return (
         getattr(solver, "TAKES_DATA", False)
-        or recipe.merge_method == "refit"
-        or recipe.refit is not None
+        or recipe.fits
         or recipe.recalibrate == "repair"
         or (recipe.recalibrate is not None and has_statistics(first))
     )
