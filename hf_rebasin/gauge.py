@@ -69,7 +69,8 @@ def gauges(spec: Spec) -> list[Gauge]:
     tensors = {key: tensor for tensor in spec.tensors for key in tensor.keys.values()} if spec.gauged else {}
     found = []
     for norm in spec.gauged:
-        readers = tuple(_reader(spec, norm, key, tensors[key]) for key in norm.readers if key in spec.shapes)
+        # a head that is not merged has no tensor here
+        readers = tuple(_reader(spec, norm, key, tensors[key]) for key in norm.readers if key in tensors)
         bare = any(_bias_of(key) not in spec.shapes for key in norm.readers)
         found.append(Gauge(norm, readers, norm.bias is not None and bare))
     return found

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import islice
+from typing import cast
 
 import torch
 import yaml
@@ -24,6 +25,7 @@ from .checkpoint import Checkpoint
 from .errors import MismatchError
 from .evaluating import evaluate
 from .inputs import evaluating, example_inputs
+from .layers import there
 from .line import interpolate
 from .objective import Device, matched_tensors
 from .outcome import Consumed, Exactness, Likeness, Line, Moved, Pair, Row, with_excess
@@ -114,7 +116,8 @@ class _Judge:
     def ends(self) -> list[Row]:
         if self.result.opened.evaluation is None:
             return []
-        return [self.measured(model, Row(model.name)) for model in self.result.models]
+        whole = self.result.models[:1] if self.recipe.backbone_only else self.result.models  # others have other heads
+        return [self.measured(model, Row(model.name)) for model in whole]
 
     def rows(self, saved: Checkpoint) -> list[tuple[str, Row]]:
         """(role, row) of the merge and of the controls."""
@@ -151,6 +154,8 @@ class _Judge:
         """From the first model to the second, as it is and as it was moved."""
         evaluate_on, evaluation = self.recipe.evaluate, self.result.opened.evaluation
         if evaluation is None or evaluate_on is None or not evaluate_on.points or len(self.result.models) != 2:
+            return []
+        if self.recipe.backbone_only:  # the second model has no head on these data
             return []
         (first, _), (other,), data = self.result.models, self.result.opened.lined, self.result.opened.data
         renewed = data is not None and self.recipe.recalibrate is not None and has_statistics(first)
@@ -207,7 +212,8 @@ class _Judge:
         for data in (self.result.opened.evaluation, self.result.opened.data):
             if data is not None:
                 (batch,) = islice(iter(data), 1)
-                return {name: x for name, x in batch.items() if name != "labels"}
+                inputs = {name: x for name, x in batch.items() if name != "labels"}
+                return cast("Mapping[str, Tensor]", there(inputs, None, checkpoint.wide))
         try:
             found = example_inputs(checkpoint.config, torch.Generator().manual_seed(0))
         except MismatchError:

@@ -146,6 +146,23 @@ def test_repair_has_a_control_that_is_repaired(place, tmp_path):
     assert rows["plain average, repaired"].loss != rows["plain average"].loss
 
 
+def test_of_other_heads_only_the_first_model_is_measured(place, tmp_path):
+    other = Checkpoint.open(place / "vit" / "seed-1").model()
+    other.classifier = torch.nn.Linear(8, 3)
+    other.config.num_labels = 3
+    other.save_pretrained(tmp_path / "other")
+    demo.write_processor(tmp_path / "other")
+    given = said(place, "vit", backbone_only=True)
+    given["models"][1] = str(tmp_path / "other")
+    recipe = Recipe.from_dict(given).model_copy(update={"data": None})
+    result = run(recipe)
+    report = judged(recipe, result, Checkpoint.open(result.checkpoint.save(tmp_path / "out")))
+    (pair,) = report.pairs
+    assert [row.name for row in pair.ends] == given["models"][:1]
+    assert [row.name for row in pair.rows] == ["plain average", "aligned average"]
+    assert pair.lines == ()
+
+
 def test_without_evaluation_nothing_is_claimed(place, tmp_path):
     recipe = Recipe.from_dict({"models": said(place, "vit")["models"]})
     result = run(recipe)

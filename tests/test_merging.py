@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY, Anywhere, as_stored, moved_copy, other_seed, same_tensors
+from conftest import TINY, Anywhere, as_stored, distance, moved_copy, other_seed, same_tensors
 from safetensors.torch import load_file, save_file
 
 from hf_rebasin import Alignment, Checkpoint, align, merge, registry, spec_for
 from hf_rebasin.errors import CheckpointError, MismatchError, OptionError, UnknownNameError
+from hf_rebasin.inputs import example_inputs
 
 # what goes on to fit is in test_refit.py
 METHODS = [
@@ -39,6 +40,24 @@ def test_merges_commute_with_moving_both(method, bert):
     merged, moved = merge([bert, other], method), merge([g.apply(bert), g.apply(other)], method)
     for key, tensor in g.apply(merged).tensors.items():
         torch.testing.assert_close(tensor, moved.tensors[key], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("family", ["vit", "gpt2", "llama"])
+def test_backbones_are_rotated_where_the_heads_are_others(family):
+    """A head that is not merged reads a norm of the gauge all the same."""
+    names = [name for name in TINY if name.startswith(f"{family}-") and name.endswith("Classification")]
+    model = TINY[names[0]]
+    moved = Alignment.random(spec_for(model), torch.Generator().manual_seed(0)).apply(model)
+    head = "classifier" if hasattr(moved, "classifier") else "score"
+    old = getattr(moved, head)
+    setattr(moved, head, torch.nn.Linear(old.in_features, old.out_features + 2, bias=old.bias is not None).double())
+    moved.config.num_labels = old.out_features + 2
+    solution = align(model, moved, backbone_only=True)
+    assert solution.alignment.moved
+    inputs = example_inputs(model.config, torch.Generator().manual_seed(0))
+    back = solution.apply(moved)
+    torch.testing.assert_close(back(**inputs)[0], moved(**inputs)[0], rtol=1e-5, atol=1e-5)
+    assert distance(merge([model, back], backbone_only=True), model) <= 1e-4
 
 
 @pytest.mark.parametrize("name", [m for m in METHODS if m in ("lerp", "slerp")])
