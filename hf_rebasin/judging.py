@@ -74,7 +74,7 @@ def judged(
         lines=tuple(lines),
         likeness=judge.likeness(),
         moved=tuple(moved_in(result.solutions)),
-        exactness=judge.exactness(saved) if result.solutions else None,
+        exactness=judge.exactness(saved, ends) if result.solutions else None,
         seconds={**result.seconds, **judge.clock.seconds},
         status="; ".join(dict.fromkeys(solution.status.value for solution in result.solutions)),
         notes=tuple(dict.fromkeys(note for solution in result.solutions for note in solution.notes)),
@@ -116,8 +116,10 @@ class _Judge:
     def ends(self) -> list[Row]:
         if self.result.opened.evaluation is None:
             return []
-        whole = self.result.models[:1] if self.recipe.backbone_only else self.result.models  # others have other heads
-        return [self.measured(model, Row(model.name)) for model in whole]
+        found = self.result.opened
+        models = [found.models[0], *found.lined]  # their labels are in the order of the first one's
+        whole = models[:1] if self.recipe.backbone_only else models  # others have other heads
+        return [self.measured(model, Row(named.name)) for model, named in zip(whole, found.models, strict=False)]
 
     def rows(self, saved: Checkpoint) -> list[tuple[str, Row]]:
         """(role, row) of the merge and of the controls."""
@@ -182,7 +184,7 @@ class _Judge:
         found, opened = self.result, self.result.opened
         return tuple(likeness(found.solutions[0], opened.models[0], opened.lined[0], found.moved[0]))
 
-    def exactness(self, saved: Checkpoint) -> Exactness:
+    def exactness(self, saved: Checkpoint, ends: Sequence[Row]) -> Exactness:
         """Whether the moved models compute what they did, and the merge has what the first model has."""
         first, (before, *_), (after, *_) = self.result.models[0], self.result.opened.lined, self.result.moved
         mine = {key: (part.shape, part.dtype) for key, part in first.parts.items()}
@@ -204,8 +206,9 @@ class _Judge:
             with evaluating(module):
                 answers.append(outputs(module, batch)[0])
         difference = (answers[0] - answers[1]).abs().max().item()
-        losses = [self.measured(checkpoint, Row("")).loss for checkpoint in (before, after)]
-        return replace(said, difference=difference, before=losses[0], after=losses[1], dtype=_short(before.wide))
+        loss = ends[1].loss if ends else None
+        again = self.measured(after, Row("")).loss
+        return replace(said, difference=difference, before=loss, after=again, dtype=_short(before.wide))
 
     def _inputs(self, checkpoint: Checkpoint) -> Mapping[str, Tensor] | None:
         """A batch of the data, or random inputs."""

@@ -163,6 +163,31 @@ def test_of_other_heads_only_the_first_model_is_measured(place, tmp_path):
     assert pair.lines == ()
 
 
+def test_an_end_with_its_labels_in_another_order_is_as_good_as_before(place, tmp_path):
+    """Its rows are matched by their strings, and so are the labels of the data."""
+    order = torch.tensor([3, 1, 4, 0, 5, 9, 2, 6, 8, 7])
+    other = Checkpoint.open(place / "vit" / "seed-1").model()
+    with torch.no_grad():
+        for tensor in (other.classifier.weight, other.classifier.bias):
+            tensor.copy_(tensor[order])
+    other.config.id2label = {i: f"{int(k)}" for i, k in enumerate(order)}
+    other.config.label2id = {name: i for i, name in other.config.id2label.items()}
+    other.save_pretrained(tmp_path / "other")
+    demo.write_processor(tmp_path / "other")
+    first = Checkpoint.open(place / "vit" / "seed-0").model()
+    first.config.id2label = {i: str(i) for i in range(10)}
+    first.config.label2id = {str(i): i for i in range(10)}
+    first.save_pretrained(tmp_path / "first")
+    demo.write_processor(tmp_path / "first")
+    ends = []
+    for models in ([place / "vit" / "seed-0", place / "vit" / "seed-1"], [tmp_path / "first", tmp_path / "other"]):
+        recipe = Recipe.from_dict(said(place, "vit", align=False) | {"models": list(map(str, models))})
+        result = run(recipe)
+        report = judged(recipe, result, Checkpoint.open(result.checkpoint.save(tmp_path / models[0].name / "out")))
+        ends.append([row.loss for row in report.pairs[0].ends])
+    assert ends[1] == pytest.approx(ends[0], rel=1e-6)
+
+
 def test_without_evaluation_nothing_is_claimed(place, tmp_path):
     recipe = Recipe.from_dict({"models": said(place, "vit")["models"]})
     result = run(recipe)
