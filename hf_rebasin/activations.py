@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from .affine import is_conv1d
 from .computing import Computing
 from .errors import OptionError
-from .inputs import outputs_in, run
+from .inputs import mask_in, outputs_in, run
 from .objective import label_of
 from .processes import shared_out, sum_of_all
 from .spec import Dim, Labelled, Spec, Unit
@@ -72,7 +73,7 @@ def slots_of(spec: Spec, module: nn.Module, names: Mapping[str, str]) -> list[Sl
 
 def _written(module: nn.Module, tensor: Labelled) -> int:
     """The axis of a weight that its module's output runs over."""
-    if isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D":  # transformers' is stored (in, out)
+    if isinstance(module, nn.Embedding) or is_conv1d(module):
         return 1
     return 1 if isinstance(module, _ConvNd) and module.transposed else 0
 
@@ -204,7 +205,7 @@ def collect(
     with _listening(module, {slot.module for slot in slots}) as heard, torch.set_grad_enabled(sensitive):
         for batch in shared_out(batches):
             came = True
-            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            mask = mask_in(batch)
             said: list[dict[str, list[Tensor]]] = []
             pulls: list[dict[str, list[Tensor]]] = []
             for state in states:

@@ -39,7 +39,7 @@ class Affine:
         weight = self.module.weight.detach()
         if self.is_convolution:
             return weight.unflatten(0, (self.groups, -1)).flatten(2).mT
-        return weight[None] if _is_conv1d(self.module) else weight.mT[None]
+        return weight[None] if is_conv1d(self.module) else weight.mT[None]
 
     @property
     def bias(self) -> Tensor | None:
@@ -50,7 +50,7 @@ class Affine:
     def write(self, matrix: Tensor, bias: Tensor | None) -> None:
         """Change its weight, (groups, in, out), and its bias, (groups, out), in place."""
         weight = self.module.weight.detach()
-        weight.copy_((matrix[0] if _is_conv1d(self.module) else matrix.mT).reshape(weight.shape))
+        weight.copy_((matrix[0] if is_conv1d(self.module) else matrix.mT).reshape(weight.shape))
         if bias is not None:
             self.module.bias.detach().copy_(bias.reshape(-1))
 
@@ -104,14 +104,14 @@ class Affine:
         return x.flatten(1, 1 + spatial).flatten(2)
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
     """transformers' linear layer, whose weight is stored (in, out)."""
     return type(module).__name__ == "Conv1D"
 
 
 def is_matrix(module: nn.Module) -> bool:
     """Whether it is one that is no convolution."""
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
+    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def _looked_at(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -30,6 +30,11 @@ def run(module: nn.Module, inputs: Inputs) -> Any:
     return module(*inputs) if isinstance(inputs, tuple | list) else module(inputs)
 
 
+def mask_in(batch: Any) -> Tensor | None:
+    """Which positions of a batch are looked at; None where nothing is said of it."""
+    return batch.get("attention_mask") if isinstance(batch, Mapping) else None
+
+
 def own_loss(module: nn.Module, batch: Any) -> Tensor:
     """What a module says is its loss, for a batch with labels in it."""
     return loss_in(module, run(module, batch), batch)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from .affine import Affine, is_affine, is_matrix
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, OptionError, some
-from .inputs import refuse_read_once, run
+from .inputs import mask_in, refuse_read_once, run
 from .lazy import Here, Lazy, all_finite, rounded
 from .processes import numbers_of_all, shared_out, sum_of_all, that_of_the_first
 from .table import table_for
@@ -91,7 +91,7 @@ def change_in_order(
     for step, doing in tqdm(steps, desc=progress, unit="layer", leave=False, disable=None if progress else True):
         for batch in shared_out(batches):
             batch = there(batch, device, dtype)
-            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            mask = mask_in(batch)
             doing.add([heard(model, step.names, batch, step.calls) for model in models], mask)
         doing.sums = [sum_of_all(total) for total in doing.sums]
         refuse_nan(doing.sums, step.names)
@@ -332,6 +332,35 @@ def computing(checkpoints: Sequence[Checkpoint], device: Any) -> tuple[list[nn.M
     """
     wide = max((checkpoint.wide for checkpoint in checkpoints), key=lambda kind: kind.itemsize)
     return [checkpoint.model(wide).to(device).eval() for checkpoint in checkpoints], wide
+
+
+def with_changes(
+    merged: Checkpoint,
+    models: Sequence[Checkpoint],
+    data: Iterable[Any],
+    change: Callable[[Step], Change],
+    *,
+    device: Any = None,
+    progress: str = "",
+) -> Checkpoint:
+    """A merge whose linear maps were changed in order, with BatchNorm statistics of the data; see `change_in_order`.
+
+    Args:
+        merged: the merge; it stays as it is.
+        models: what was merged.
+        data: as `batches` there.
+        change: what is done to linear maps.
+        device: where it is computed.
+        progress: as there.
+    """
+    refuse_read_once(data)
+    modules, dtype = computing([merged, *models], device)
+
+    def made(step: Step) -> Change:
+        return change(step) if step.norm is None else NormStatistics(step.norm, step.name)
+
+    change_in_order(modules, data, made, device=device, dtype=dtype, progress=progress)
+    return with_values(merged, modules[0])
 
 
 def with_values(merged: Checkpoint, module: nn.Module) -> Checkpoint:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,25 +19,23 @@ from tqdm import tqdm
 
 from .checkpoint import Checkpoint
 from .errors import OptionError
-from .inputs import Inputs, refuse_read_once, run
+from .inputs import Inputs, evaluating, run
 from .layers import (
     Calls,
     Change,
     NormStatistics,
     Step,
     change_in_order,
-    computing,
     keeps_statistics,
     refuse_nan,
     shares_of,
     there,
-    with_values,
+    with_changes,
 )
 from .objective import Device
 from .processes import numbers_of_all, shared_out, sum_of_all
 
 
-@torch.no_grad()
 def recalibrate(
     model: nn.Module, batches: Iterable[Inputs], *, exact: bool = False, device: Device = None, progress: bool = False
 ) -> int:
@@ -74,8 +73,7 @@ def recalibrate(
     norms = {name: part for name, part in model.named_modules() if keeps_statistics(part)}
     if not norms:
         return 0
-    with _unless_it_fails(model, norms.values()):
-        model.eval()
+    with evaluating(model), _unless_it_fails(norms.values()):
         if exact:
             _in_order(model, batches, device, progress)
         else:
@@ -157,9 +155,8 @@ def _by_the_batch(found: Sequence[NormStatistics]) -> Iterator[None]:
 
 
 @contextmanager
-def _unless_it_fails(model: nn.Module, norms: Iterable[nn.Module]) -> Iterator[None]:
-    """Modes are restored, and if something fails the statistics, too."""
-    training = [m.training for m in model.modules()]
+def _unless_it_fails(norms: Iterable[nn.Module]) -> Iterator[None]:
+    """If something fails the statistics are restored."""
     before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     try:
         yield
@@ -167,9 +164,6 @@ def _unless_it_fails(model: nn.Module, norms: Iterable[nn.Module]) -> Iterator[N
         for buffer, kept in before:
             buffer.copy_(kept)
         raise
-    finally:
-        for module, mode in zip(model.modules(), training, strict=True):
-            module.training = mode
 
 
 def repair(
@@ -209,15 +203,8 @@ def repair(
 
         >>> repaired = repair(merge([a, moved]), [Checkpoint.open(a), Checkpoint.open(moved)], batches)
     """
-    refuse_read_once(data)
-    shares = shares_of(weights, len(models))
-    modules, dtype = computing([merged, *models], device)
-
-    def change(step: Step) -> Change:
-        return _Rescaling(step, shares) if step.norm is None else NormStatistics(step.norm, step.name)
-
-    change_in_order(modules, data, change, device=device, dtype=dtype, progress="repairing" if progress else "")
-    return with_values(merged, modules[0])
+    rescale = partial(_Rescaling, shares=shares_of(weights, len(models)))
+    return with_changes(merged, models, data, rescale, device=device, progress="repairing" if progress else "")
 
 
 class _Rescaling:

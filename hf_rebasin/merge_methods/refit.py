@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,17 +21,7 @@ from torch import Tensor
 from ..affine import Affine
 from ..checkpoint import Checkpoint
 from ..errors import OptionError
-from ..inputs import refuse_read_once
-from ..layers import (
-    Calls,
-    Change,
-    NormStatistics,
-    Step,
-    change_in_order,
-    computing,
-    shares_of,
-    with_values,
-)
+from ..layers import Calls, Step, shares_of, with_changes
 
 RIDGE = 1e-3
 ELEMENTWISE = True
@@ -93,15 +84,9 @@ def refit(
         >>> better = refit(merge([a, moved]), [Checkpoint.open(a), Checkpoint.open(moved)], batches)
     """
     _refuse_ridge(ridge)
-    refuse_read_once(data)
     shares = shares_of(weights, len(models))
-    modules, dtype = computing([merged, *models], device)
-
-    def change(step: Step) -> Change:
-        return _LeastSquares(step, shares, ridge) if step.norm is None else NormStatistics(step.norm, step.name)
-
-    change_in_order(modules, data, change, device=device, dtype=dtype, progress="refitting" if progress else "")
-    return with_values(merged, modules[0])
+    fit = partial(_LeastSquares, shares=shares, ridge=ridge)
+    return with_changes(merged, models, data, fit, device=device, progress="refitting" if progress else "")
 
 
 finish = refit  # of the average that `merge` gives

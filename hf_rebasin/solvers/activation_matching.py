@@ -23,7 +23,7 @@ from ..canonical import in_full
 from ..computing import Computing, by_batch_statistics
 from ..errors import OptionError
 from ..groups import Element
-from ..inputs import run
+from ..inputs import mask_in, run
 from ..objective import Problem, bound, objective
 from ..processes import shared_out, sum_of_all
 from ..similarity import weight_similarity
@@ -138,7 +138,7 @@ def divergence(problem: Problem, elements: Mapping[str, Element], count: int | N
     total = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
         for batch in shared_out(islice(problem.forward.data, count)):
-            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            mask = mask_in(batch)
             both = [answers(of_ends(state, batch), mask) for state in (fixed, moving)]
             for at, state in line.items():
                 for a, b, y in zip(*both, answers(of_line(state, batch), mask), strict=True):
