@@ -35,11 +35,7 @@ class Computing:
         for key, name in self.names.items():
             value = state[key]
             tensors[f"module.{name}"] = value.detach().clone() if name in self._buffers else value
-        if self.device is not None:
-            from accelerate.utils import send_to_device
-
-            batch = send_to_device(batch, self.device)
-        return torch.func.functional_call(self._called, tensors, (batch,))
+        return torch.func.functional_call(self._called, tensors, (there(batch, self.device),))
 
 
 class _Called(nn.Module):
@@ -72,3 +68,20 @@ def by_batch_statistics(module: nn.Module) -> None:
     for norm in module.modules():
         if isinstance(norm, _BatchNorm):
             norm.train()
+
+
+def there(batch: Any, device: Any, dtype: torch.dtype | None = None) -> Any:
+    """A batch on a device, its floating-point numbers in a dtype; None leaves them."""
+    if device is not None:
+        from accelerate.utils import send_to_device
+
+        batch = send_to_device(batch, device)
+    return batch if dtype is None else _converted(batch, dtype)
+
+
+def _converted(batch: Any, dtype: torch.dtype) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(dtype) if batch.is_floating_point() else batch
+    if isinstance(batch, Mapping):
+        return {key: _converted(value, dtype) for key, value in batch.items()}
+    return type(batch)(_converted(one, dtype) for one in batch) if type(batch) in (tuple, list) else batch

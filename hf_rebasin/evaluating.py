@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .computing import there
 from .errors import OptionError, nearest
 from .inputs import evaluating, logits_in, loss_in, outputs_in, run
 from .processes import numbers_of_all, shared_out
@@ -81,11 +82,7 @@ def evaluate(
     where = torch.device(device) if device is not None else home
     with evaluating(model):
         for batch in tqdm(shared_out(data), desc="evaluating", unit="batch", disable=None if progress else True):
-            if device is not None or where.type != "cpu":
-                from accelerate.utils import send_to_device
-
-                batch = send_to_device(batch, where)
-            totals.add(batch)
+            totals.add(there(batch, where if device is not None or where.type != "cpu" else None))
     return totals.measured(where, all_that_fit=metrics is None and loss is None)
 
 

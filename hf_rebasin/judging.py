@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from . import registry
 from .checking import outputs
 from .checkpoint import Checkpoint
+from .computing import there
 from .errors import MismatchError
 from .evaluating import evaluate
 from .inputs import evaluating, example_inputs
-from .layers import there
 from .line import interpolate
 from .objective import Device, matched_tensors
 from .outcome import Consumed, Exactness, Likeness, Line, Moved, Pair, Row, with_excess

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from .affine import Affine, is_affine, is_matrix
 from .checkpoint import Checkpoint
+from .computing import there
 from .errors import CheckpointError, OptionError, some
 from .inputs import mask_in, refuse_read_once, run
 from .lazy import Here, Lazy, all_finite, rounded
@@ -252,23 +253,6 @@ def _listening(module: nn.Module, names: Iterable[str], hear: Callable[[str, Any
     finally:
         for handle in handles:
             handle.remove()
-
-
-def there(batch: Any, device: Any, dtype: torch.dtype | None = None) -> Any:
-    """A batch on a device, its floating-point numbers in a dtype; None leaves them."""
-    if device is not None:
-        from accelerate.utils import send_to_device
-
-        batch = send_to_device(batch, device)
-    return batch if dtype is None else _converted(batch, dtype)
-
-
-def _converted(batch: Any, dtype: torch.dtype) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(dtype) if batch.is_floating_point() else batch
-    if isinstance(batch, Mapping):
-        return {key: _converted(value, dtype) for key, value in batch.items()}
-    return type(batch)(_converted(one, dtype) for one in batch) if type(batch) in (tuple, list) else batch
 
 
 class NormStatistics:

@@ -18,6 +18,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from tqdm import tqdm
 
 from .checkpoint import Checkpoint
+from .computing import there
 from .errors import OptionError
 from .inputs import Inputs, evaluating, run
 from .layers import (
@@ -29,7 +30,6 @@ from .layers import (
     keeps_statistics,
     refuse_nan,
     shares_of,
-    there,
     with_changes,
 )
 from .objective import Device
