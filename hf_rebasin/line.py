@@ -17,6 +17,7 @@ from .evaluating import Measured, evaluate
 from .inputs import refuse_read_once
 from .lazy import Here, Tensors
 from .merging import combine, untied_like
+from .outcome import halfway, highest, mean_over, rises
 
 Measure: TypeAlias = Callable[[nn.Module], Measured]
 Prepare: TypeAlias = Callable[[nn.Module], object]
@@ -54,24 +55,22 @@ class Curve:
 
         NaN where the loss is somewhere.
         """
-        return _highest(self._rises(self.loss))
+        return highest(rises(self.at, self.loss))
 
     @property
     def error_barrier(self) -> float:
         """The same of the error rate, 1 − accuracy."""
-        return _highest(self._rises([1 - accuracy for accuracy in self.accuracy]))
+        return highest(rises(self.at, [1 - accuracy for accuracy in self.accuracy]))
 
     @property
     def area(self) -> float:
         """∫₀¹ of the same difference over λ by the trapezoid rule: its mean, below 0 where the line sags."""
-        rises = self._rises(self.loss)
-        widths = [right - left for left, right in zip(self.at, self.at[1:], strict=False)]
-        return sum(w * (x + y) / 2 for w, x, y in zip(widths, rises, rises[1:], strict=False))
+        return mean_over(self.at, rises(self.at, self.loss))
 
     @property
     def middle(self) -> dict[str, float]:
         """The loss and every metric at λ = ½, or next to it."""
-        i = min(range(len(self.at)), key=lambda i: abs(self.at[i] - 0.5))
+        i = halfway(self.at)
         return {"loss": self.loss[i], **{name: values[i] for name, values in self.metrics.items()}}
 
     @property
@@ -90,14 +89,6 @@ class Curve:
         if not values:
             raise OptionError(f"{name!r} is NaN on the whole line, so no model on it is the best")
         return min(values, key=lambda t: values[t])
-
-    def _rises(self, costs: Sequence[float]) -> list[float]:
-        """Above the straight line between the ends."""
-        return [c - ((1 - t) * costs[0] + t * costs[-1]) for t, c in zip(self.at, costs, strict=True)]
-
-
-def _highest(values: Sequence[float]) -> float:
-    return math.nan if any(map(math.isnan, values)) else max(values)
 
 
 def interpolate(

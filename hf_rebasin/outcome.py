@@ -24,6 +24,27 @@ Consumed: TypeAlias = Literal["nothing", "unlabelled inputs", "labels"]
 CONSUMED: tuple[Consumed, ...] = ("nothing", "unlabelled inputs", "labels")  # from little to much
 
 
+def rises(at: Sequence[float], costs: Sequence[float]) -> tuple[float, ...]:
+    """How far costs at λ = `at` are above the straight line between their ends."""
+    return tuple(c - ((1 - t) * costs[0] + t * costs[-1]) for t, c in zip(at, costs, strict=True))
+
+
+def highest(values: Sequence[float]) -> float:
+    """The highest; NaN where one of them is."""
+    return math.nan if any(map(math.isnan, values)) else max(values)
+
+
+def mean_over(at: Sequence[float], values: Sequence[float]) -> float:
+    """∫₀¹ over λ by the trapezoid rule."""
+    points = zip(at, values, strict=True)
+    return sum((t - s) * (x + y) / 2 for (s, x), (t, y) in pairwise(points))
+
+
+def halfway(at: Sequence[float]) -> int:
+    """The number of the point nearest to λ = ½, the first of equals."""
+    return min(range(len(at)), key=lambda i: abs(at[i] - 0.5))
+
+
 @dataclass(frozen=True)
 class Line:
     """Loss and metrics on points of the line from the fixed model to the moving one, both ends included.
@@ -60,25 +81,22 @@ class Line:
     @property
     def rises(self) -> tuple[float, ...]:
         """How far the loss is above the straight line between its ends, the chord."""
-        first, last = self.loss[0], self.loss[-1]
-        return tuple(loss - (first * (1 - t) + last * t) for t, loss in zip(self.at, self.loss, strict=True))
+        return rises(self.at, self.loss)
 
     @property
     def barrier(self) -> float:
         """The highest rise, 0 at least; not finite where one of the losses is not. As `evaluate.Curve.barrier`."""
-        rises = self.rises
-        return math.nan if any(map(math.isnan, rises)) else max(rises)
+        return highest(self.rises)
 
     @property
     def area(self) -> float:
         """The mean rise over λ, by trapezia."""
-        points = list(zip(self.at, self.rises, strict=True))
-        return sum((t - s) * (x + y) / 2 for (s, x), (t, y) in pairwise(points))
+        return mean_over(self.at, self.rises)
 
     @property
     def halfway(self) -> int:
         """The point nearest to λ = ½."""
-        return min(range(len(self.at)), key=lambda i: abs(self.at[i] - 0.5))
+        return halfway(self.at)
 
     @property
     def middle(self) -> float:
