@@ -17,6 +17,7 @@ PACKAGE = ROOT / "hf_rebasin"
 FLOORS = (
     {"__init__", "__main__"},
     {"cli"},
+    {"verbs"},
     {"showing", "options"},
     {"demo", "coordinate_descent", "interpolation", "rebasin_net", "loss"},
     {"judging"},

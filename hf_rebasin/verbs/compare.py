@@ -1,0 +1,23 @@
+"""hf-rebasin compare"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..options import MODEL, found_device, opened_model
+
+
+def compare(
+    fixed: Annotated[str, typer.Argument(help=MODEL)],
+    moving: Annotated[str, typer.Argument(help="The other model.")],
+) -> None:
+    """Are two models of one base, trained apart, or different? One screen, and a verdict."""
+    from .. import showing
+    from ..api import compare as look
+
+    a, b = opened_model(fixed), opened_model(moving)
+    comparison = look(a, b, device=found_device(), progress=True)
+    for line in showing.side_by_side(a, b, comparison):
+        typer.echo(line)

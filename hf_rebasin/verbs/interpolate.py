@@ -1,0 +1,67 @@
+"""hf-rebasin interpolate"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..folder import refuse_target
+from ..options import (
+    MODEL,
+    DataOption,
+    Metric,
+    Overwrite,
+    Points,
+    batches_for,
+    data_for,
+    described,
+    found_device,
+    opened_model,
+)
+
+
+def interpolate(
+    fixed: Annotated[str, typer.Argument(help="The model at λ = 0. " + MODEL)],
+    moving: Annotated[str, typer.Argument(help="The model at λ = 1, in the same coordinates (align it first).")],
+    data: Annotated[str, typer.Option(help="Dataset with labels, or text for a language model.")],
+    data_option: DataOption = None,
+    points: Points = 25,
+    metric: Metric = None,
+    recalibrate: Annotated[
+        str | None, typer.Option(help="Dataset for BatchNorm statistics of every model on the line.")
+    ] = None,
+    recalibrate_option: Annotated[
+        list[str] | None, typer.Option(help="As -d; without --recalibrate of the dataset of --data.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the best model on the line.")] = None,
+    by: Annotated[str, typer.Option(help="What the best model is best by: loss or a metric.")] = "loss",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure the models on the line between two, and keep the best one."""
+    from functools import partial
+
+    from .. import showing
+    from ..evaluating import evaluate as measure
+    from ..line import between
+    from ..line import interpolate as along
+    from ..recalibrating import recalibrate as renew
+
+    a, b = opened_model(fixed), opened_model(moving)
+    if out is not None:
+        refuse_target(out, overwrite, (*a.sources, *b.sources))
+    batches, device = data_for(data, data_option, a), found_device()
+    prepare = None
+    if other := described(recalibrate, recalibrate_option, "--recalibrate"):
+        like = described(data, data_option, "--data") if recalibrate is None else None
+        prepare = partial(renew, batches=batches_for({**(like or {}), **other}, a), device=device)
+    measured = partial(measure, data=batches, metrics=metric)
+    curve = along(a, b, measured, points=points, prepare=prepare, device=device, progress=True)
+    for line in showing.curve(curve, as_json):
+        typer.echo(line)
+    if out is not None:
+        best = curve.best_by(by)
+        folder = between(a, b, best, prepare=prepare, device=device).save(out, overwrite=overwrite, progress=True)
+        typer.echo(f"best model by {by} (λ = {best:.3g}): {folder}/", err=as_json)

@@ -1,0 +1,49 @@
+"""hf-rebasin recalibrate"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import OptionError
+from ..folder import refuse_target
+from ..options import MODEL, DataOption, Overwrite, data_for, found_device, opened_model
+
+
+def recalibrate(
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the model with new statistics.")],
+    data: Annotated[str, typer.Option(help="Dataset to take statistics of: Hub id, folder or file.")],
+    data_option: DataOption = None,
+    like: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="REPAIR: give every unit the mean and deviation that these models have on average, those that were "
+            "merged, in the coordinates of the merge. Give it once for each."
+        ),
+    ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="One pass for every BatchNorm layer: as of one big batch.")
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Recompute BatchNorm statistics of a model on data, or repair a merge of networks without BatchNorm."""
+    from .. import showing
+    from ..recalibrating import has_statistics, repair
+    from ..running import recalibrated
+
+    checkpoint, sources = opened_model(model), [opened_model(name) for name in like or []]
+    refuse_target(out, overwrite, (*checkpoint.sources, *(path for one in sources for path in one.sources)))
+    if not sources and not has_statistics(checkpoint):
+        raise OptionError(
+            f"{model} has no running statistics; to repair a merge, name what was merged (--like A --like B)"
+        )
+    batches = data_for(data, data_option, checkpoint)
+    typer.echo(f"data: {batches.describe()}")
+    if sources:
+        new = repair(checkpoint, sources, batches, device=found_device(), progress=True)
+    else:
+        new = recalibrated(checkpoint, batches, exact=exact, device=found_device(), progress=True)
+    typer.echo(f"recalibrated model: {new.save(out, overwrite=overwrite, progress=True)}/, {showing.size(new)}")
