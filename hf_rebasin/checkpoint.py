@@ -8,9 +8,7 @@ without the base model's prefix and without old spellings.
 from __future__ import annotations
 
 import copy
-import json
 import os
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,6 +18,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from . import hub
 from .classes import (
     class_of,
     class_ties,
@@ -27,7 +26,11 @@ from .classes import (
     filled,
     loaded,
     module_names,
+    one_by_one,
+    quantised,
     read_config,
+    recomputed,
+    refuse_shapeless,
     stored,
     ties_of,
     to_disk,
@@ -36,9 +39,7 @@ from .classes import (
 from .errors import CheckpointError, some
 from .folder import (
     copy_side_files,
-    download,
     name_dtype,
-    read_json,
     read_tensors,
     refuse_target,
     replacing,
@@ -47,8 +48,6 @@ from .folder import (
 )
 from .lazy import Here, Lazy, Tensors, all_finite, composed, parts_of
 
-# What GPTQ, AWQ, bitsandbytes and compressed-tensors store beside or instead of weights.
-QUANTISED = (".qweight", ".qzeros", ".weight_packed", ".absmax", ".SCB", ".weight_scale", ".weight_scale_inv")
 OLD_SPELLINGS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
@@ -69,6 +68,7 @@ class Checkpoint:
         template: the module it came from; `model()` makes a copy of it.
         sources: all folders it was made from; `save` never writes over them.
         written: what `config.json` of the folder said when it was opened.
+        commit: of the Hub, which was opened, as a whole hash; None for what is not one model of the Hub.
 
     Example:
         >>> checkpoint = Checkpoint.open("google-bert/bert-base-uncased")
@@ -86,13 +86,30 @@ class Checkpoint:
     template: nn.Module | None = field(default=None, repr=False)
     sources: tuple[Path, ...] = ()
     written: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    commit: str | None = None
 
     @staticmethod
-    def open(source: Source, revision: str | None = None, token: str | None = None) -> Checkpoint:
+    def open(
+        source: Source,
+        revision: str | None = None,
+        token: str | None = None,
+        *,
+        values: bool = True,
+        progress: bool = False,
+    ) -> Checkpoint:
         """Open a folder, a Hub id, a module, a state dict, or return a checkpoint as it is.
+
+        Args:
+            source: any of these; a Hub id may be `id@revision`.
+            revision: branch, tag or commit of a Hub id.
+            token: for the Hub, instead of the one that is logged in with.
+            values: False is for planning: of a model of the Hub that is not here, only small files are fetched, and
+                shapes are read off the headers of its weights, whose values then cannot be read.
+            progress: show the Hub's progress bars.
 
         Raises:
             CheckpointError: nothing there, no weights, a shard that is missing, unreadable or cut short.
+            HubError: the Hub refuses (no access, no such revision), or cannot be reached.
         """
         if isinstance(source, Checkpoint):
             return source
@@ -111,10 +128,12 @@ class Checkpoint:
             raise CheckpointError(f"{source} cannot be a folder: {error}") from error
         if folder.is_dir() and revision is not None:
             raise CheckpointError(f"{source} is a folder here, which has no revision {revision!r}")
+        commit, parts = None, None
         if not folder.is_dir():
-            folder = download(str(source), revision, token)
-        tensors, written = Tensors(read_tensors(folder)), read_config(folder)
-        return Checkpoint(tensors, name=str(source), folder=folder, sources=(folder,), written=written)
+            folder, commit, parts = hub.fetched(str(source), revision, token, values=values, progress=progress)
+        tensors = Tensors(read_tensors(folder) if parts is None else parts)
+        written = read_config(folder)
+        return Checkpoint(tensors, name=str(source), folder=folder, sources=(folder,), written=written, commit=commit)
 
     # --- what it is ----------------------------------------------------------------------------------------------
 
@@ -254,14 +273,7 @@ class Checkpoint:
 
     def refuse_quantised(self) -> None:
         """Raise CheckpointError for a quantised model."""
-        narrow = sorted(str(kind) for kind in self.dtypes if kind.itemsize < 2)
-        packed = [
-            key
-            for key, part in self.parts.items()
-            if key.endswith(QUANTISED) or (key.endswith("weight") and part.dtype.itemsize == 1 and len(part.shape) > 1)
-        ]
-        if narrow or packed or self.said.get("quantization_config") is not None:
-            why = some(narrow or packed, 1) or "its configuration says so"
+        if why := quantised(self.parts, self.said):
             raise CheckpointError(
                 f"{self.name} is quantised ({why}), and quantised weights cannot be moved or averaged; "
                 "use the original"
@@ -316,9 +328,7 @@ class Checkpoint:
             CheckpointError: no class is known, or one that does not store its tensors one by one.
         """
         module = self.model(dtype)
-        names = module_names(module)
-        if names is None:
-            raise CheckpointError(f"{type(module).__name__} stores its tensors otherwise than it computes with them")
+        names = one_by_one(module)
         return module, {key: names[disk] for key, disk in self.canonical(prefix).items()}
 
     def skeleton(self) -> tuple[nn.Module, dict[str, str]]:
@@ -334,10 +344,7 @@ class Checkpoint:
             if self.config is None:
                 raise CheckpointError(f"{self.name} has no class that transformers knows, and so no forward pass")
             module = without_weights(self.config)
-        names = module_names(module)
-        if names is None:
-            raise CheckpointError(f"{type(module).__name__} stores its tensors otherwise than it computes with them")
-        return module, {key: disk for disk, key in names.items()}
+        return module, {key: disk for disk, key in one_by_one(module).items()}
 
     def save(
         self,
@@ -364,9 +371,7 @@ class Checkpoint:
 
     def _write_side_files(self, folder: Path) -> None:
         if self.folder is not None:
-            copy_side_files(self.folder, folder)
-            if self.written and self.written != read_json(folder / "config.json"):  # it was changed since
-                (folder / "config.json").write_text(json.dumps(self.written, indent=2, sort_keys=True) + "\n")
+            copy_side_files(self.folder, folder, self.written)
         if self.given_config is not None and (self.folder is None or self.template is not None):
             self.given_config.save_pretrained(folder)
             generation = getattr(self.template, "generation_config", None)
@@ -379,20 +384,9 @@ class Checkpoint:
 Source: TypeAlias = str | os.PathLike[str] | nn.Module | Mapping[str, Tensor] | Checkpoint
 
 
-def recomputed(key: str, part: Lazy) -> bool:
-    """Buffers that old versions of transformers stored: causal masks, position ids, rotary frequencies."""
-    if re.search(r"(^|\.)(attn|attention)\.(masked_)?bias$", key):
-        return len(part.shape) in (0, 4)
-    return re.search(r"(^|\.)(embeddings\.position_ids|rotary_emb\.inv_freq)$", key) is not None
-
-
 def _of_module(module: nn.Module) -> Checkpoint:
     """A module under its own class: a configuration keeps the class of the file it was read from."""
-    lazy = [n for n, p in module.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
-    if lazy:
-        raise CheckpointError(
-            f"{type(module).__name__} has no {some(lazy)} yet; run it once, so that shapes are known"
-        )
+    refuse_shapeless(module)
     config: Any = copy.deepcopy(module.config) if hasattr(module, "base_model_prefix") else None
     name = type(module).__name__
     if config is not None:

@@ -6,6 +6,7 @@ The names of a module may change from one version of transformers to the next; t
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,10 @@ from torch import Tensor, nn
 
 from .errors import CheckpointError, some
 from .folder import read_json
+from .lazy import Lazy
+
+# What GPTQ, AWQ, bitsandbytes and compressed-tensors store beside or instead of weights.
+QUANTISED = (".qweight", ".qzeros", ".weight_packed", ".absmax", ".SCB", ".weight_scale", ".weight_scale_inv")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -51,6 +56,27 @@ def config_of(said: Mapping[str, Any], folder: Path | None) -> Any:
         raise CheckpointError(f"transformers cannot use the config.json of {folder}: {error}") from error
     config.name_or_path = str(folder or "")
     return config
+
+
+def quantised(parts: Mapping[str, Lazy], said: Mapping[str, Any]) -> str | None:
+    """What shows that a model is quantised; None if nothing does."""
+    kinds = {part.dtype for key, part in parts.items() if part.dtype.is_floating_point and not recomputed(key, part)}
+    narrow = sorted(str(kind) for kind in kinds if kind.itemsize < 2)
+    packed = [
+        key
+        for key, part in parts.items()
+        if key.endswith(QUANTISED) or (key.endswith("weight") and part.dtype.itemsize == 1 and len(part.shape) > 1)
+    ]
+    if narrow or packed:
+        return some(narrow or packed, 1)
+    return None if said.get("quantization_config") is None else "its configuration says so"
+
+
+def recomputed(key: str, part: Lazy) -> bool:
+    """Buffers that old versions of transformers stored: causal masks, position ids, rotary frequencies."""
+    if re.search(r"(^|\.)(attn|attention)\.(masked_)?bias$", key):
+        return len(part.shape) in (0, 4)
+    return re.search(r"(^|\.)(embeddings\.position_ids|rotary_emb\.inv_freq)$", key) is not None
 
 
 def class_of(config: Any) -> Any:
@@ -145,6 +171,23 @@ def module_names(model: nn.Module) -> dict[str, str] | None:
     if len(disk) != len(state) or not all(id(tensor) in names for tensor in disk.values()):
         return None
     return {key: names[id(tensor)] for key, tensor in disk.items()}
+
+
+def one_by_one(model: nn.Module) -> dict[str, str]:
+    """`module_names` of a module that has to have them."""
+    names = module_names(model)
+    if names is None:
+        raise CheckpointError(f"{type(model).__name__} stores its tensors otherwise than it computes with them")
+    return names
+
+
+def refuse_shapeless(module: nn.Module) -> None:
+    """Raise CheckpointError for a module whose shapes are known only once it has run."""
+    lazy = [n for n, p in module.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+    if lazy:
+        raise CheckpointError(
+            f"{type(module).__name__} has no {some(lazy)} yet; run it once, so that shapes are known"
+        )
 
 
 def separated(model: Any, keys: Collection[str]) -> dict[str, str]:

@@ -9,7 +9,8 @@
     ├── OptionError (ValueError)      an option nobody knows, or a value it cannot take
     ├── RecipeError (ValueError)      a recipe with mistakes, all of them listed
     ├── TargetExistsError (FileExistsError)  an output that is already there
-    └── NoSpaceError (OSError)        a disk that has no room for the output
+    ├── NoSpaceError (OSError)        a disk that has no room for the output
+    └── HubError (OSError)            what the Hub refuses, or cannot: no access, no revision, no connection
 
 Messages say what was asked, what was found (names, shapes, numbers) and what to do.
 """
@@ -61,6 +62,10 @@ class TargetExistsError(RebasinError, FileExistsError):
 
 class NoSpaceError(RebasinError, OSError):
     """The disk has no room for the output; nothing was written."""
+
+
+class HubError(RebasinError, OSError):
+    """What the Hub refuses, or cannot; says what to do, and never a token."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -45,25 +45,6 @@ SIDE_FILES = (
 )
 
 
-def download(repo: str, revision: str | None, token: str | None) -> Path:
-    """The folder of a repository of the Hub at one commit, with what a model needs; `.bin` if that is all there is."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        patterns = [*SIDE_FILES, *ADAPTER, INDEX, "model*.safetensors"]
-        folder = Path(snapshot_download(repo, revision=revision, token=token, allow_patterns=patterns))
-        if not any((folder / name).is_file() for name in (SINGLE, INDEX, *ADAPTER)):
-            patterns = [OLD_INDEX, "pytorch_model*.bin"]
-            commit = folder.name if folder.parent.name == "snapshots" else revision
-            snapshot_download(repo, revision=commit, token=token, allow_patterns=patterns)
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise CheckpointError(
-            f"{repo!r} is neither a folder here nor a repository on the Hub that can be read ({type(error).__name__})"
-        ) from error
-    return folder
-
-
 def read_json(file: Path) -> dict[str, Any]:
     """The content of a JSON file, empty if there is none."""
     try:
@@ -173,8 +154,8 @@ def _is_side_folder(path: Path) -> bool:
     return bool(inside) and not path.name.startswith(".") and all(_is_side_file(file.name) for file in inside)
 
 
-def copy_side_files(source: Path, folder: Path) -> None:
-    """Copy what a model needs besides its weights."""
+def copy_side_files(source: Path, folder: Path, config: Mapping[str, Any]) -> None:
+    """Copy what a model needs besides its weights; its configuration as it is given, where that is another by now."""
     if not source.is_dir():
         raise CheckpointError(f"{source} is gone, with the tokenizer and all else that belongs to the weights")
     for file in sorted(source.iterdir()):
@@ -182,6 +163,8 @@ def copy_side_files(source: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
         elif _is_side_folder(file):
             shutil.copytree(file, folder / file.name)
+    if config and config != read_json(folder / "config.json"):
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def name_dtype(config: Path, dtype: str) -> None:

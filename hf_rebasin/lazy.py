@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import CheckpointError
+
 CHUNK = 1 << 18  # elements; some of them, in float32, fit into a core's cache
 
 
@@ -122,6 +124,26 @@ class Computed(Lazy):
             whole[at : at + len(chunk)] = chunk
             at += len(chunk)
         return whole.reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Absent(Lazy):
+    """A tensor whose shape and dtype are known, and whose values are elsewhere."""
+
+    where: str
+
+    @property
+    def lasting(self) -> bool:
+        return True
+
+    def ready(self) -> Lazy:
+        raise CheckpointError(
+            f"only shapes of {self.where} are here, as it was opened to plan with, and values are needed; open it "
+            f"with them, or fetch it first (hf download {self.where})"
+        )
+
+    def chunk(self, start: int, stop: int) -> Tensor:
+        return self.ready().chunk(start, stop)
 
 
 class Tensors(Mapping[str, Tensor]):

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from . import registry
-from .checkpoint import Checkpoint, recomputed
+from .checkpoint import Checkpoint
+from .classes import recomputed
 from .errors import CheckpointError, MismatchError, some
 from .knobs import knobs_for
 from .lazy import Computed, Here, Lazy, Tensors, all_finite, rounded
@@ -76,6 +77,7 @@ def combine(
         parts,
         name=f"{method} of {', '.join(c.name for c in checkpoints)}",
         sources=tuple(source for c in checkpoints for source in c.sources),
+        commit=None,
     )
 
 

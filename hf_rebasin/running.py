@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from . import registry
+from . import hub, registry
 from .api import solved, solver_with
 from .checkpoint import Checkpoint
 from .data import Batches, open_data
@@ -65,11 +65,21 @@ class Merged:
         return self.opened.models
 
 
-def opened(recipe: Recipe) -> Opened:
-    """Open all that a recipe names; what does not fit is said here, before anything is computed."""
+def opened(recipe: Recipe, *, values: bool = True, progress: bool = False) -> Opened:
+    """Open all that a recipe names; what does not fit is said here, before anything is computed.
+
+    Args:
+        recipe: names it.
+        values: False is for planning: weights that are on the Hub alone stay there.
+        progress: show the progress bars of downloads.
+    """
     entries = recipe.in_order()
     method_with(recipe.merge_method, recipe.method_knobs(), len(entries))
-    models = [Checkpoint.open(entry.model, revision=entry.revision) for entry in entries]
+    with hub.once():
+        models = [
+            Checkpoint.open(entry.model, revision=entry.revision, values=values, progress=progress)
+            for entry in entries
+        ]
     for checkpoint in models:
         checkpoint.refuse_quantised()
     first, *others = models
@@ -99,7 +109,7 @@ def _looks(recipe: Recipe, first: Checkpoint) -> bool:
 
 def run(recipe: Recipe, *, device: Device = None, progress: bool = False) -> Merged:
     """Align all models of a recipe to the first (or to its `base_model`), and merge them."""
-    found, clock = opened(recipe), Clock()
+    found, clock = opened(recipe, progress=progress), Clock()
     first, moved = found.models[0], found.lined
     solutions: tuple[Solution, ...] = ()
     if recipe.align is not None:
@@ -188,5 +198,8 @@ def _moved_onto(first: Checkpoint, solution: Solution, other: Checkpoint) -> Che
     names, there = first.canonical(prefix), lined_state(first, lined_up(first, other, backbone_only=True), prefix)
     moved = solution.alignment.on(spec.within(there), there)
     return Checkpoint(
-        Tensors({names[n]: part for n, part in moved.parts.items()}), name=other.name, sources=other.sources
+        Tensors({names[n]: part for n, part in moved.parts.items()}),
+        name=other.name,
+        sources=other.sources,
+        commit=other.commit,
     )

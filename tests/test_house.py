@@ -54,7 +54,7 @@ FLOORS = (
     {"axes"},
     {"specs"},
     {"checkpoint"},
-    {"classes"},
+    {"classes", "hub"},
     {"folder"},
     {"files"},
     {"lazy", "text", "registry", "knobs", "inputs", "sinkhorn_operator", "processes", "computing", "affine"},
