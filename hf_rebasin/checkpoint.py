@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -352,11 +352,13 @@ class Checkpoint:
         overwrite: bool = False,
         max_shard_size: str = "5GB",
         progress: bool = False,
+        beside: Callable[[Path], object] | None = None,
     ) -> Path:
         """Write an ordinary folder: weights in safetensors, configuration, and the other files of `folder`.
 
         What is lazy is computed on the way, a chunk or a tensor at a time. The folder is written beside the target and
         renamed at the end, so the target is complete or absent. `SHA256SUMS` in it is for `sha256sum --check`.
+        `beside` is called with the folder when all else is in it, to write more.
 
         Raises:
             TargetExistsError: the target is there and `overwrite` is not set, or it holds what is not a model's.
@@ -367,6 +369,8 @@ class Checkpoint:
         with replacing(resolved(out)) as partial:
             self._write_side_files(partial)
             write_tensors(partial, self.parts, max_shard_size, progress)
+            if beside is not None:
+                beside(partial)
         return Path(out)
 
     def _write_side_files(self, folder: Path) -> None:

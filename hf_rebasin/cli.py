@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 
 import typer
 
 from .errors import RebasinError
+from .options import found_device
+from .text import without_secrets
 
 VERBS = (
     *("demo", "compare", "inspect", "check", "align", "apply", "merge"),
-    *("recalibrate", "evaluate", "interpolate"),
+    *("recalibrate", "evaluate", "interpolate", "publish", "verify"),
 )
 
 app = typer.Typer(
@@ -29,9 +32,11 @@ for verb in VERBS:
 def main() -> None:
     """The entry point: errors of ours are one sentence and exit status 1."""
     try:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # started by accelerate launch
+            found_device()
         app()
     except (RebasinError, OSError) as error:  # of the system: no such folder, no permission, no space left
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {without_secrets(str(error))}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         typer.echo("interrupted; a model that was not finished leaves nothing behind", err=True)

@@ -216,6 +216,15 @@ def _stored(file: File, name: str, said: Mapping[str, Any], begin: int) -> Store
     return Stored(shape, dtype, file, begin + first)
 
 
+def sha256_of(path: Path) -> str:
+    """Of a whole file, read in pieces."""
+    digest, piece = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while n := file.readinto(piece):
+            digest.update(piece[:n])
+    return digest.hexdigest()
+
+
 def write_file(path: Path, parts: Mapping[str, Lazy], written: Callable[[int], object]) -> str:
     """Write tensors as they come and return the file's sha256; the bytes are those the safetensors library writes.
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 OLD_INDEX, OLD_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 SUMS = "SHA256SUMS"
+PROVENANCE, CARD = "rebasin.json", "README.md"
+# What says how a model was made; a merge of it has its own.
+MADE = (PROVENANCE, "recipe.yaml", "alignment*.safetensors", "report.json", "report*.png")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 # What a model is besides its weights: configuration, generation settings, tokenizer, processor, code, and the parts of
 # a sentence transformer. These go along with a merge, and these alone may be overwritten.
@@ -140,18 +143,28 @@ def _is_of_a_model(path: Path) -> bool:
     """Whether it is one of the things that `save` or `save_pretrained` writes."""
     if path.is_dir():
         return _is_side_folder(path)
-    name = path.name
-    return _is_side_file(name) or fnmatch.fnmatch(name, "model*.safetensors") or name in (INDEX, SUMS, "README.md")
+    return is_side_file(path.name) or is_weights(path.name) or is_made(path.name)
 
 
-def _is_side_file(name: str) -> bool:
+def is_weights(name: str) -> bool:
+    """Whether it is a file of weights as `save` writes them, or the index of several."""
+    return fnmatch.fnmatch(name, "model*.safetensors") or name == INDEX
+
+
+def is_side_file(name: str) -> bool:
+    """Whether it goes along with weights."""
     return any(fnmatch.fnmatch(name, pattern) for pattern in SIDE_FILES)
+
+
+def is_made(name: str) -> bool:
+    """Whether it says how a model was made, and what it is."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in (*MADE, SUMS, CARD))
 
 
 def _is_side_folder(path: Path) -> bool:
     """A folder of small files: further chat templates, a part of a sentence transformer."""
     inside = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else []
-    return bool(inside) and not path.name.startswith(".") and all(_is_side_file(file.name) for file in inside)
+    return bool(inside) and not path.name.startswith(".") and all(is_side_file(file.name) for file in inside)
 
 
 def copy_side_files(source: Path, folder: Path, config: Mapping[str, Any]) -> None:
@@ -159,7 +172,7 @@ def copy_side_files(source: Path, folder: Path, config: Mapping[str, Any]) -> No
     if not source.is_dir():
         raise CheckpointError(f"{source} is gone, with the tokenizer and all else that belongs to the weights")
     for file in sorted(source.iterdir()):
-        if file.is_file() and _is_side_file(file.name):
+        if file.is_file() and is_side_file(file.name):
             shutil.copyfile(file, folder / file.name)
         elif _is_side_folder(file):
             shutil.copytree(file, folder / file.name)
@@ -210,6 +223,17 @@ def write_tensors(folder: Path, parts: Mapping[str, Lazy], max_shard_size: str, 
         }
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     (folder / SUMS).write_text("".join(f"{digest}  {file}\n" for file, digest in sums.items()))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Beside the target first, so that the target is complete or absent."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _shards(parts: Mapping[str, Lazy], max_shard_size: str) -> dict[str, list[str]]:

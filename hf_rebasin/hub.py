@@ -85,7 +85,7 @@ def download(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    with _reading(repo, commit, token), _bars(progress):
+    with _reading(repo, commit, token), bars(progress):
         folder = Path(snapshot_download(repo, revision=commit, token=token, allow_patterns=list(SMALL)))
         card = [name for name in _names(repo, commit, folder) if any(fnmatch(name, pattern) for pattern in CARD)]
         if not all((folder / name).is_file() for name in card):
@@ -121,7 +121,7 @@ def to_download(repo: str, commit: str, token: str | None = None) -> int:
     folder = download(repo, commit, token, weights=False)
     if whole(folder):
         return 0
-    with _reading(repo, commit, token), _bars(False):
+    with _reading(repo, commit, token), bars(False):
         patterns = [*SMALL, *CARD, *map(glob.escape, _weights(repo, commit, folder))]
         files = snapshot_download(repo, revision=commit, token=token, allow_patterns=patterns, dry_run=True)
     return sum(file.file_size or 0 for file in files if file.will_download)
@@ -205,7 +205,7 @@ def _weight_files(folder: Path, there: set[str]) -> list[str]:
 
 
 @contextmanager
-def _bars(shown: bool) -> Iterator[None]:
+def bars(shown: bool) -> Iterator[None]:
     """The Hub's own progress bars, or none."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 

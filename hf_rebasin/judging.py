@@ -63,7 +63,7 @@ def judged(
     """
     (first, *others), data = result.models, result.opened.data
     judge = _Judge(recipe, result, device, progress)
-    made, ends, lines = judge.rows(saved), judge.ends(), judge.lines()
+    (made, result_row), ends, lines = judge.rows(saved), judge.ends(), judge.lines()
     barriers = {line.role: line.barrier for line in lines}
     rows = [replace(row, barrier=barriers.get(role)) for role, row in made]
     pair = Pair(
@@ -71,6 +71,7 @@ def judged(
         moving=", ".join(other.name for other in others),
         ends=tuple(ends),
         rows=with_excess(ends, rows),
+        result=result_row,
         lines=tuple(lines),
         likeness=judge.likeness(),
         moved=tuple(moved_in(result.solutions)),
@@ -121,10 +122,10 @@ class _Judge:
         whole = models[:1] if self.recipe.backbone_only else models  # others have other heads
         return [self.measured(model, Row(named.name)) for model, named in zip(whole, found.models, strict=False)]
 
-    def rows(self, saved: Checkpoint) -> list[tuple[str, Row]]:
-        """(role, row) of the merge and of the controls."""
+    def rows(self, saved: Checkpoint) -> tuple[list[tuple[str, Row]], str]:
+        """(role, row) of the merge and of the controls, and the name of the merge's."""
         if self.result.opened.evaluation is None:
-            return []
+            return [], ""
         plain, finished = _unfinished(self.recipe), self.recipe
         with_data = self.result.opened.data is not None
         if finished == plain:
@@ -132,18 +133,27 @@ class _Judge:
         did = "repaired" if finished.recalibrate == "repair" else "refitted"
         what = AVERAGES.get(plain.merge_method, plain.merge_method)
         as_they_are = [self.result.models[0], *self.result.opened.lined]
-        found = [("plain", self.tried(plain, as_they_are, Row(f"plain {what}", control=True)))]
+        controls = [("plain", plain, Row(f"plain {what}", control=True))]
         if with_data:
             row = Row(f"plain {what}, {did}", consumed="unlabelled inputs", control=True)
-            found.append(("control", self.tried(finished, as_they_are, row)))
-        if not self.result.solutions:
-            return found
+            controls.append(("control", finished, row))
+        aligned_at_all = bool(self.result.solutions)
+        found = [
+            (role, self.tried(recipe, as_they_are, row))
+            if aligned_at_all or recipe != self.recipe
+            else (role, self.measured(saved, row))
+            for role, recipe, row in controls
+        ]
+        if not aligned_at_all:  # the merge is one of the controls
+            return found, next((row.name for _, recipe, row in controls if recipe == self.recipe), "")
         consumed, aligned = _consumed(self.recipe), [self.result.models[0], *self.result.moved]
         if self.recipe == plain:
-            return [*found, ("aligned", self.measured(saved, Row(f"aligned {what}", consumed)))]
+            last = ("aligned", self.measured(saved, Row(f"aligned {what}", consumed)))
+            return [*found, last], last[1].name
         found.append(("aligned", self.tried(plain, aligned, Row(f"aligned {what}", consumed))))
         more: Consumed = "unlabelled inputs" if consumed == "nothing" else consumed
-        return [*found, ("refit", self.measured(saved, Row(f"aligned {what}, {did}", more)))]
+        last = ("refit", self.measured(saved, Row(f"aligned {what}, {did}", more)))
+        return [*found, last], last[1].name
 
     def tried(self, recipe: Recipe, models: Sequence[Checkpoint], row: Row) -> Row:
         """Another merge, made and measured."""

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .errors import OptionError
+from .folder import refuse_target
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .recipe import Recipe
+    from .recording import Record
 
 MODEL = "Folder or Hub id; id@revision pins a commit, branch or tag."
 Assume = Annotated[
@@ -53,6 +57,14 @@ Points = Annotated[int, typer.Option(min=0, help="Of the line between two models
 RecalibrateHow = Annotated[
     str, typer.Option(help="statistics (of BatchNorm layers), repair (means and deviations of all units) or none.")
 ]
+Public = Annotated[bool, typer.Option("--public", help="A repository that is made can be seen by everybody.")]
+License = Annotated[
+    str | None, typer.Option(help="Of the result, such as mit; needed where the inputs' differ or are not said.")
+]
+Revision = Annotated[str | None, typer.Option(help="Branch to publish to; made if it is not there.")]
+CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")]
+CommitMessage = Annotated[str | None, typer.Option(help="Of the commit.")]
+Template = Annotated[Path | None, typer.Option(help="Jinja2 template for the card instead of ours.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is there.")]
 
 
@@ -60,18 +72,52 @@ def opened_model(model: str) -> Checkpoint:
     from .checkpoint import Checkpoint
 
     entry = recipe_of({"models": [model]}).models[0]
-    return Checkpoint.open(entry.model, revision=entry.revision)
+    return Checkpoint.open(entry.model, revision=entry.revision, progress=shown())
 
 
 def found_device() -> Any:
     """Where accelerate places work, if there is an accelerator."""
     import torch
 
-    if not torch.accelerator.is_available():
+    there = torch.accelerator.is_available()
+    if not there and int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return None
-    from accelerate import Accelerator
+    from accelerate import PartialState
 
-    return Accelerator().device
+    return PartialState(cpu=not there).device
+
+
+def shown() -> bool:
+    """Whether this process shows progress: of several, the first one."""
+    from .processes import is_first
+
+    return is_first()
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print a line; of several processes the first one does."""
+    from .processes import is_first
+
+    if is_first():
+        typer.echo(text, err=err)
+
+
+def refuse_out(out: Path, overwrite: bool, sources: Iterable[Path] = ()) -> None:
+    """`refuse_target`, by the process that is to write there: the others may look when it has begun."""
+    from .processes import is_first
+
+    if is_first():
+        refuse_target(out, overwrite, sources)
+
+
+def saved(checkpoint: Checkpoint, out: Path, overwrite: bool, record: Record) -> Path:
+    """Write a model with its record; of several processes the first one does, and the others wait."""
+    from .processes import is_first, wait
+
+    if is_first():
+        checkpoint.save(out, overwrite=overwrite, progress=True, beside=record.write)
+    wait()
+    return out
 
 
 def data_for(dataset: str, options: list[str] | None, checkpoint: Checkpoint) -> Any:
@@ -90,6 +136,11 @@ def recipe_of(said: dict[str, Any]) -> Recipe:
     from .recipe import Recipe
 
     return Recipe.from_dict(said, name="the command")
+
+
+def publishing_of(said: dict[str, Any]) -> Any:
+    """Where to publish, with the mistakes of a recipe."""
+    return recipe_of({"models": ["x"], "publish": said}).publish
 
 
 def recipe_file(path: str) -> Recipe:

@@ -205,6 +205,7 @@ class Pair:
         moving: the model at λ = 1.
         ends: the two as rows, the fixed one first; empty where nothing was measured.
         rows: the merged models, controls included.
+        result: the name of the row that is kept, where one of them is.
         lines: the lines between the two.
         likeness: one per family of symmetries.
         moved: one per family of symmetries.
@@ -227,6 +228,7 @@ class Pair:
     status: str = ""
     notes: tuple[str, ...] = ()
     architecture: str = ""
+    result: str = ""
 
     @property
     def name(self) -> str:

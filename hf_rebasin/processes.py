@@ -51,6 +51,22 @@ def averaged(latents: Iterable[Tensor]) -> None:
             latent.grad = mean_of_all(latent.grad)
 
 
+def count() -> int:
+    """How many processes there are."""
+    return torch.distributed.get_world_size() if _several() else 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and speaks."""
+    return not _several() or torch.distributed.get_rank() == 0
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if _several():
+        torch.distributed.barrier()
+
+
 def _several() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 

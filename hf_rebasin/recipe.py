@@ -1,4 +1,5 @@
-"""Recipes: a merge as a YAML file, in mergekit's words plus `align`, `data`, `refit`, `recalibrate` and `evaluate`.
+"""Recipes: a merge as a YAML file, in mergekit's words plus `align`, `data`, `refit`, `recalibrate`,
+`evaluate` and `publish`.
 
     models:
       - model: me/bert-seed-0
@@ -85,6 +86,17 @@ class EvaluateSettings(DataSettings):
         return points
 
 
+class PublishSettings(_Strict):
+    """Where a merge is published; see `hf_rebasin.publish`."""
+
+    to: str
+    private: bool = True
+    license: str | None = None
+    revision: str | None = None
+    create_pr: bool = False
+    message: str | None = None
+
+
 class Recipe(_Strict):
     """A merge, said completely.
 
@@ -102,6 +114,7 @@ class Recipe(_Strict):
         refit: fit the layers of the merge to what the merged models say; `true`, or `{ridge: …}`.
         recalibrate: `statistics` (of BatchNorm layers; with data the default), `repair`, or `false`.
         evaluate: what the merge is measured on, `{split: test}` or whatever else is different from `data`.
+        publish: the repository that the merge goes to, `org/name`, or `{to: …, license: …}`.
 
     Example:
         >>> recipe = Recipe.from_dict({"models": ["a", "b"], "merge_method": "lerp", "parameters": {"t": 0.3}})
@@ -125,6 +138,7 @@ class Recipe(_Strict):
     refit: RefitSettings | None = None
     recalibrate: Literal["statistics", "repair"] | None = "statistics"
     evaluate: EvaluateSettings | None = None
+    publish: PublishSettings | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -139,6 +153,11 @@ class Recipe(_Strict):
     @classmethod
     def _short_data(cls, said: Any) -> Any:
         return {"dataset": said} if isinstance(said, str) else said
+
+    @field_validator("publish", mode="before")
+    @classmethod
+    def _short_publish(cls, said: Any) -> Any:
+        return {"to": said} if isinstance(said, str) else said
 
     @field_validator("refit", mode="before")
     @classmethod
@@ -227,6 +246,7 @@ _MODELS: dict[str, type[BaseModel]] = {
     "data": DataSettings,
     "refit": RefitSettings,
     "evaluate": EvaluateSettings,
+    "publish": PublishSettings,
 }
 
 

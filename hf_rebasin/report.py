@@ -22,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from .charts import png
 from .errors import OptionError
+from .folder import write_whole
 from .outcome import (
     Exactness,
     Likeness,
@@ -103,9 +104,9 @@ class Report:
         public = self.public()
         images = public.images(page.stem)
         for name, pair in images.items():
-            _write(page.with_name(name), png(pair.lines, f"{pair.fixed} and {pair.moving}"))
-        _write(page.with_suffix(".json"), public.to_json().encode())
-        _write(page, public.html(page.stem).encode())
+            write_whole(page.with_name(name), png(pair.lines, f"{pair.fixed} and {pair.moving}"))
+        write_whole(page.with_suffix(".json"), public.to_json().encode())
+        write_whole(page, public.html(page.stem).encode())
         return [*(page.with_name(name) for name in images), page.with_suffix(".json"), page]
 
     def images(self, stem: str) -> dict[str, Pair]:
@@ -150,14 +151,30 @@ class Report:
     def public(self) -> Report:
         """Without absolute paths, of which the last two components are left, in names as in texts."""
         names = {name for pair in self.pairs for name in (pair.fixed, pair.moving) if without_place(name) != name}
+        return _with_texts(self.renamed({name: without_place(name) for name in names}), without_places)
+
+    def renamed(self, names: Mapping[str, str]) -> Report:
+        """With other names, wherever they stand."""
         ordered = sorted(names, key=lambda name: (-len(name), name))
 
         def clean(text: str) -> str:
             for name in ordered:
-                text = text.replace(name, without_place(name))
-            return without_places(text)
+                text = text.replace(name, names[name])
+            return text
 
         return _with_texts(self, clean)
+
+    def timeless(self) -> Report:
+        """Without date, durations and command: the same whenever the same is made."""
+
+        def row(one: Row) -> Row:
+            return replace(one, seconds=None)
+
+        pairs = (
+            replace(pair, ends=tuple(map(row, pair.ends)), rows=tuple(map(row, pair.rows)), seconds={})
+            for pair in self.pairs
+        )
+        return replace(self, pairs=tuple(pairs), created="", command="")
 
 
 def _with_texts(value: Said, change: Callable[[str], str]) -> Said:
@@ -192,14 +209,3 @@ def _said(value: Any) -> Any:
 def _slug(said: str) -> str:
     """Of a name what every file system takes: `vit-seed-0-seed-1`."""
     return re.sub(r"[^a-z0-9]+", "-", said.lower()).strip("-")[:48].strip("-")
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Beside the target first, so that the target is complete or absent."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

@@ -9,11 +9,12 @@ from functools import partial
 import torch
 
 from . import hub, registry
+from .alignment import Alignment
 from .api import solved, solver_with
 from .checkpoint import Checkpoint
 from .data import Batches, open_data
 from .describing import spec_of
-from .errors import OptionError
+from .errors import MismatchError, OptionError
 from .layers import computing, with_values
 from .lazy import Tensors
 from .merge_methods import refit
@@ -107,16 +108,35 @@ def _looks(recipe: Recipe, first: Checkpoint) -> bool:
     )
 
 
-def run(recipe: Recipe, *, device: Device = None, progress: bool = False) -> Merged:
-    """Align all models of a recipe to the first (or to its `base_model`), and merge them."""
-    found, clock = opened(recipe, progress=progress), Clock()
+def run(
+    recipe: Recipe,
+    *,
+    found: Opened | None = None,
+    alignments: Sequence[Alignment] | None = None,
+    device: Device = None,
+    progress: bool = False,
+) -> Merged:
+    """Align all models of a recipe to the first (or to its `base_model`), and merge them.
+
+    Args:
+        recipe: says how.
+        found: what it names, if that is open already.
+        alignments: that are known already, one for every model but the first.
+        device: where it is computed.
+        progress: show progress bars.
+    """
+    found, clock = opened(recipe, progress=progress) if found is None else found, Clock()
     first, moved = found.models[0], found.lined
     solutions: tuple[Solution, ...] = ()
     if recipe.align is not None:
-        with clock("aligning"):
-            solutions = tuple(_solutions(recipe, found, device, progress))
-        pairs = list(zip(solutions, moved, strict=True))
-        moved = tuple(_moved_onto(first, s, other) if recipe.backbone_only else s.apply(other) for s, other in pairs)
+        if alignments is None:
+            with clock("aligning"):
+                solutions = tuple(_solutions(recipe, found, device, progress))
+            alignments = [solution.alignment for solution in solutions]
+        if len(alignments) != len(moved):
+            raise MismatchError(f"{len(alignments)} alignments for {len(moved)} models that are to be moved")
+        onto = partial(_moved_onto, first) if recipe.backbone_only else Alignment.apply
+        moved = tuple(onto(alignment, other) for alignment, other in zip(alignments, moved, strict=True))
     checkpoint = merged(recipe, [first, *moved], found.data, clock, device=device, progress=progress)
     return Merged(checkpoint, found, solutions, moved, clock.seconds)
 
@@ -191,12 +211,12 @@ def recalibrated(
     return with_values(checkpoint, module)
 
 
-def _moved_onto(first: Checkpoint, solution: Solution, other: Checkpoint) -> Checkpoint:
+def _moved_onto(first: Checkpoint, alignment: Alignment, other: Checkpoint) -> Checkpoint:
     """The backbone of another model as a part of the first: what its own head reads, if it has one, is no matter."""
-    spec = solution.alignment.spec
+    spec = alignment.spec
     prefix = spec.table.prefix
     names, there = first.canonical(prefix), lined_state(first, lined_up(first, other, backbone_only=True), prefix)
-    moved = solution.alignment.on(spec.within(there), there)
+    moved = alignment.on(spec.within(there), there)
     return Checkpoint(
         Tensors({names[n]: part for n, part in moved.parts.items()}),
         name=other.name,

@@ -14,12 +14,14 @@ from .evaluating import Measured
 from .limits import kept_apart
 from .line import Curve
 from .merging import lined_state, lined_up
+from .publishing import Published
 from .recipe import Recipe
 from .report import Report
 from .running import opened
 from .solving import Solution
 from .spec import Spec
 from .text import columns, family_of, spread
+from .verifying import Verification
 
 PARTS = 14  # so many layers of a comparison are shown, first and last among them
 
@@ -74,6 +76,25 @@ def judged(report: Report) -> Iterator[str]:
             yield ""
             yield from columns(table, right=range(1, len(table[0]) - 1))
     yield f"\nverdict: {report.verdict.text}"
+
+
+def published(found: Published, dry_run: bool = False) -> Iterator[str]:
+    """What was sent to the Hub, or would be, with the card."""
+    if dry_run:
+        yield from found.card.splitlines()
+        yield f"\nwould publish to {found.repository}: {', '.join([*found.files, 'README.md'])}"
+        return
+    yield f"{'published' if found.changed else 'nothing has changed'}: {found.url}"
+
+
+def verified(found: Verification) -> Iterator[str]:
+    """What looking at a folder came to; what holds in one line, what does not in one each."""
+    yield from found.notes
+    wrong = [finding for finding in found.findings if not finding.holds]
+    for finding in wrong:
+        yield f"WRONG: {finding}"
+    held = [finding.what for finding in found.findings if finding.holds]
+    yield f"{found.name}: {len(held)} of {len(found.findings)} checks hold" + (f" ({', '.join(held)})" if held else "")
 
 
 def measured(found: Mapping[str, Measured], as_json: bool) -> Iterator[str]:

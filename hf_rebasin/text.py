@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import PurePath, PurePosixPath, PureWindowsPath
@@ -43,6 +44,14 @@ def without_place(name: str) -> str:
         return name
     parts = [part for part in path.parts if part != path.anchor and not part.startswith("~")]
     return "/".join(parts[-2:])
+
+
+def without_secrets(text: str) -> str:
+    """Without tokens of the Hub: what looks like one, and the one that the environment names."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if token := os.environ.get(name, "").strip():
+            text = text.replace(token, "hf_…")
+    return re.sub(r"\bhf_[A-Za-z0-9]{20,}|(?<=Bearer )[^\s'\"]+", "hf_…", text)
 
 
 _PATHS = re.compile(r"""(?<![\w.~/<\\])(?:file://)?~?(?:[A-Za-z]:)?(?:[/\\][^\s/\\'"`<>|:;,()\[\]{}]+)+[/\\]?""")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import OptionError
-from ..folder import refuse_target
 from ..options import (
     MODEL,
     Assume,
@@ -26,10 +25,14 @@ from ..options import (
     described,
     found_device,
     opened_model,
+    refuse_out,
+    saved,
+    say,
+    shown,
 )
 
 if TYPE_CHECKING:
-    from ..limits import Groups
+    pass
 
 
 def align(
@@ -51,6 +54,8 @@ def align(
     """Bring one model to the coordinates of another; its function stays exactly the same."""
     from .. import showing
     from ..api import align as find
+    from ..processes import is_first
+    from ..recording import Record, recorded
 
     if out is None and alignment is None:
         raise OptionError(
@@ -62,24 +67,23 @@ def align(
         raise OptionError(f"{out} cannot be both the moved model and the alignment; name two")
     a, b = opened_model(fixed), opened_model(moving)
     if out is not None:
-        refuse_target(out, overwrite, (*a.sources, *b.sources))
-    solution = find(
-        a,
-        b,
-        solver=solver,
-        seed=seed,
-        assume=assumed(assume),
-        backbone_only=backbone_only,
-        groups=cast("Groups", groups),
-        keep_tied=keep_tied,
-        hold=hold or (),
-        data=batches_for(described(data, data_option, "--data"), a),
-        device=found_device(),
-        progress=True,
-    )
+        refuse_out(out, overwrite, (*a.sources, *b.sources))
+    batches, device = batches_for(described(data, data_option, "--data"), a), found_device()
+    settings = {
+        "solver": solver,
+        "seed": seed,
+        "assume": assumed(assume),
+        "backbone_only": backbone_only,
+        "groups": groups,
+        "keep_tied": keep_tied,
+        "hold": hold or [],
+    }
+    solution = find(a, b, data=batches, device=device, progress=shown(), **settings)
     for line in showing.solved(solution, moving):
-        typer.echo(line)
-    if alignment is not None:
-        typer.echo(f"alignment: {solution.alignment.save(alignment)}")
+        say(line)
+    if alignment is not None and is_first():
+        say(f"alignment: {solution.alignment.save(alignment)}")
     if out is not None:
-        typer.echo(f"moved model: {solution.apply(b).save(out, overwrite=overwrite, progress=True)}/")
+        provenance = recorded("align", settings, [a, b], [batches], notes=solution.notes, device=device)
+        record = Record(provenance, [solution.alignment])
+        say(f"moved model: {saved(solution.apply(b), out, overwrite, record)}/")

@@ -7,20 +7,23 @@ from typing import Annotated
 
 import typer
 
-from ..folder import refuse_target
-from ..options import MODEL, Overwrite, opened_model
+from ..options import MODEL, Overwrite, opened_model, refuse_out, saved, say
 
 
 def apply(
-    alignment: Annotated[Path, typer.Argument(help="What align --alignment wrote.")],
+    alignment: Annotated[
+        str, typer.Argument(help="What align --alignment wrote, or the id of a repository on the Hub with one.")
+    ],
     model: Annotated[str, typer.Argument(help=MODEL)],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the moved model.")],
+    file: Annotated[str | None, typer.Option(help="Of a repository with several alignments, which one.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Move a model by a saved alignment; its function stays exactly the same."""
-    from ..alignment import Alignment
+    from ..artefacts import alignment_of
+    from ..recording import Record, recorded
 
-    checkpoint = opened_model(model)
-    refuse_target(out, overwrite, checkpoint.sources)
-    moved = Alignment.load(alignment).apply(checkpoint)
-    typer.echo(f"moved model: {moved.save(out, overwrite=overwrite, progress=True)}/")
+    found, checkpoint = alignment_of(alignment, file), opened_model(model)
+    refuse_out(out, overwrite, checkpoint.sources)
+    record = Record(recorded("apply", {}, [checkpoint]), [found])
+    say(f"moved model: {saved(found.apply(checkpoint), out, overwrite, record)}/")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..options import MODEL, Seed, opened_model
+from ..options import MODEL, Seed, opened_model, say
 
 
 def check(
@@ -21,7 +21,7 @@ def check(
     checks = [(None, opened_model(model))] if model else tiny_models()
     for name, one in checks:
         result = run_check(one, seed=seed)
-        typer.echo(f"{name}: {str(result).partition(': ')[2]}" if name else str(result))
+        say(f"{name}: {str(result).partition(': ')[2]}" if name else str(result))
         failed += not result.holds
     if failed:
         raise typer.Exit(1)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..options import MODEL, found_device, opened_model
+from ..options import MODEL, found_device, opened_model, say, shown
 
 
 def compare(
@@ -18,6 +18,6 @@ def compare(
     from ..api import compare as look
 
     a, b = opened_model(fixed), opened_model(moving)
-    comparison = look(a, b, device=found_device(), progress=True)
+    comparison = look(a, b, device=found_device(), progress=shown())
     for line in showing.side_by_side(a, b, comparison):
-        typer.echo(line)
+        say(line)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..options import MODEL, DataOption, Metric, data_for, found_device, opened_model
+from ..options import MODEL, DataOption, Metric, data_for, found_device, opened_model, say, shown
 
 
 def evaluate(
@@ -25,6 +25,6 @@ def evaluate(
         checkpoint = opened_model(name)
         batches = data_for(data, data_option, checkpoint)
         module = checkpoint.model().to(found_device())
-        found[name] = measure(module, batches, metrics=metric, progress=True)
+        found[name] = measure(module, batches, metrics=metric, progress=shown())
     for line in showing.measured(found, as_json):
-        typer.echo(line)
+        say(line)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import OptionError
-from ..options import MODEL, opened_model
+from ..options import MODEL, opened_model, say
 
 
 def inspect(
@@ -32,13 +32,13 @@ def inspect(
     checkpoint = opened_model(model)
     spec = inferred(checkpoint) if infer else spec_of(checkpoint)
     how = ", inferred from its forward pass" if spec.pins else ""
-    typer.echo(f"{model} ({type(checkpoint.config).__name__.removesuffix('Config')}): {spec}{how}\n")
+    say(f"{model} ({type(checkpoint.config).__name__.removesuffix('Config')}): {spec}{how}\n")
     for line in showing.symmetries(spec, every):
-        typer.echo(line)
+        say(line)
     for line in showing.held(spec):
-        typer.echo(line)
+        say(line)
     for target, kept in spec.ties.items():
-        typer.echo(f"\ntied: {target} is {kept}")
+        say(f"\ntied: {target} is {kept}")
     if write_table is not None:
         write_table.write_text(written(spec, checkpoint), encoding="utf-8")
-        typer.echo(f"\ntable: {write_table}")
+        say(f"\ntable: {write_table}")

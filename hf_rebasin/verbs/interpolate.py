@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from ..folder import refuse_target
 from ..options import (
     MODEL,
     DataOption,
@@ -19,6 +18,10 @@ from ..options import (
     described,
     found_device,
     opened_model,
+    refuse_out,
+    saved,
+    say,
+    shown,
 )
 
 
@@ -48,20 +51,25 @@ def interpolate(
     from ..line import between
     from ..line import interpolate as along
     from ..recalibrating import recalibrate as renew
+    from ..recording import Record, recorded, settings_of
 
     a, b = opened_model(fixed), opened_model(moving)
     if out is not None:
-        refuse_target(out, overwrite, (*a.sources, *b.sources))
+        refuse_out(out, overwrite, (*a.sources, *b.sources))
     batches, device = data_for(data, data_option, a), found_device()
-    prepare = None
+    prepare = renewing = None
     if other := described(recalibrate, recalibrate_option, "--recalibrate"):
         like = described(data, data_option, "--data") if recalibrate is None else None
-        prepare = partial(renew, batches=batches_for({**(like or {}), **other}, a), device=device)
+        renewing = batches_for({**(like or {}), **other}, a)
+        prepare = partial(renew, batches=renewing, device=device)
     measured = partial(measure, data=batches, metrics=metric)
-    curve = along(a, b, measured, points=points, prepare=prepare, device=device, progress=True)
+    curve = along(a, b, measured, points=points, prepare=prepare, device=device, progress=shown())
     for line in showing.curve(curve, as_json):
-        typer.echo(line)
+        say(line)
     if out is not None:
         best = curve.best_by(by)
-        folder = between(a, b, best, prepare=prepare, device=device).save(out, overwrite=overwrite, progress=True)
-        typer.echo(f"best model by {by} (λ = {best:.3g}): {folder}/", err=as_json)
+        new = between(a, b, best, prepare=prepare, device=device)
+        settings = {"at": best, "recalibrate": None if renewing is None else settings_of(renewing)}
+        record = Record(recorded("interpolate", settings, [a, b], [batches, renewing], device=device))
+        folder = saved(new, out, overwrite, record)
+        say(f"best model by {by} (λ = {best:.3g}): {folder}/", err=as_json)

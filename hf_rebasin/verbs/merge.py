@@ -8,30 +8,40 @@ from typing import Annotated
 import typer
 
 from ..errors import OptionError
-from ..folder import refuse_target
 from ..options import (
     MODEL,
     Assume,
     BackboneOnly,
+    CommitMessage,
+    CreatePr,
     DataName,
     DataOption,
     GroupsName,
     Hold,
     KeepTied,
+    License,
     Overwrite,
+    Public,
     RecalibrateHow,
+    Revision,
     Seed,
     SolverName,
+    Template,
     align_settings,
     command,
     described,
     found_device,
     opened_model,
     parameters,
+    publishing_of,
     recipe_file,
     recipe_of,
     refuse_options_beside_a_recipe,
+    refuse_out,
     refuse_report,
+    saved,
+    say,
+    shown,
     today,
 )
 
@@ -72,6 +82,15 @@ def merge(
     report: Annotated[
         Path | None, typer.Option(help="HTML file for the report; its numbers and plots go beside it.")
     ] = None,
+    push_to: Annotated[
+        str | None, typer.Option("--push-to", help="ORG/NAME: publish the merge there, with its card.")
+    ] = None,
+    public: Public = False,
+    license: License = None,
+    revision: Revision = None,
+    create_pr: CreatePr = False,
+    commit_message: CommitMessage = None,
+    template: Template = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")
     ] = False,
@@ -79,7 +98,11 @@ def merge(
 ) -> None:
     """Merge models that were trained apart into one that from_pretrained loads."""
     from .. import showing
-    from ..running import run
+    from ..judging import judged
+    from ..processes import is_first
+    from ..publishing import publish_as, refuse_unready
+    from ..recording import add_report, record_of
+    from ..running import opened, run
 
     if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
         refuse_options_beside_a_recipe(context)
@@ -102,27 +125,37 @@ def merge(
                 "evaluate": described(evaluate, evaluate_option, "--evaluate"),
             }
         )
+    if push_to is not None:
+        settings = {"to": push_to, "private": not public, "license": license, "revision": revision}
+        settings |= {"create_pr": create_pr, "message": commit_message}
+        recipe = recipe.model_copy(update={"publish": publishing_of(settings)})
     refuse_report(report, overwrite)
-    refuse_target(out, overwrite, [Path(entry.model) for entry in recipe.models if Path(entry.model).is_dir()])
+    refuse_out(out, overwrite, [Path(entry.model) for entry in recipe.models if Path(entry.model).is_dir()])
     if dry_run:
         for line in showing.plan(recipe, out):
-            typer.echo(line)
+            say(line)
         return
-    needs_device = recipe.align is not None or recipe.data is not None or recipe.evaluate is not None
-    device = found_device() if needs_device else None
-    merged = run(recipe, device=device, progress=True)
+    device = found_device()
+    found = opened(recipe, progress=shown())
+    if recipe.publish is not None:
+        refuse_unready(found.models, recipe.publish)
+    merged = run(recipe, found=found, device=device, progress=shown())
     for solution, model in zip(merged.solutions, merged.models[1:], strict=False):
         for line in showing.solved(solution, model.name):
-            typer.echo(line)
-    folder = merged.checkpoint.save(out, overwrite=overwrite, progress=True)
-    typer.echo(f"merged model ({recipe.merge_method}): {folder}/, {showing.size(merged.checkpoint)}")
+            say(line)
+    record = record_of(recipe, merged, device=device)
+    folder = saved(merged.checkpoint, out, overwrite, record)
+    say(f"merged model ({recipe.merge_method}): {folder}/, {showing.size(merged.checkpoint)}")
     if recipe.evaluate is not None or report is not None:
-        from ..judging import judged
-
-        found = judged(
-            recipe, merged, opened_model(str(folder)), created=today(), command=command(), device=device, progress=True
-        )
-        for line in showing.judged(found):
-            typer.echo(line)
-        if report is not None:
-            typer.echo(f"report: {found.save(report)[-1]}")
+        written = opened_model(str(folder))
+        result = judged(recipe, merged, written, created=today(), command=command(), device=device, progress=shown())
+        for line in showing.judged(result):
+            say(line)
+        if is_first():
+            add_report(folder, result, merged)
+        if report is not None and is_first():
+            say(f"report: {result.save(report)[-1]}")
+    if recipe.publish is not None and is_first():
+        published = publish_as(recipe.publish, folder, template=template, progress=shown())
+        for line in showing.published(published):
+            say(line)

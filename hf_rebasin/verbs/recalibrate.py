@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import OptionError
-from ..folder import refuse_target
-from ..options import MODEL, DataOption, Overwrite, data_for, found_device, opened_model
+from ..options import MODEL, DataOption, Overwrite, data_for, found_device, opened_model, refuse_out, saved, say, shown
 
 
 def recalibrate(
@@ -32,18 +31,22 @@ def recalibrate(
     """Recompute BatchNorm statistics of a model on data, or repair a merge of networks without BatchNorm."""
     from .. import showing
     from ..recalibrating import has_statistics, repair
+    from ..recording import Record, recorded, settings_of
     from ..running import recalibrated
 
     checkpoint, sources = opened_model(model), [opened_model(name) for name in like or []]
-    refuse_target(out, overwrite, (*checkpoint.sources, *(path for one in sources for path in one.sources)))
+    refuse_out(out, overwrite, (*checkpoint.sources, *(path for one in sources for path in one.sources)))
     if not sources and not has_statistics(checkpoint):
         raise OptionError(
             f"{model} has no running statistics; to repair a merge, name what was merged (--like A --like B)"
         )
     batches = data_for(data, data_option, checkpoint)
-    typer.echo(f"data: {batches.describe()}")
+    say(f"data: {batches.describe()}")
+    device = found_device()
     if sources:
-        new = repair(checkpoint, sources, batches, device=found_device(), progress=True)
+        new = repair(checkpoint, sources, batches, device=device, progress=shown())
     else:
-        new = recalibrated(checkpoint, batches, exact=exact, device=found_device(), progress=True)
-    typer.echo(f"recalibrated model: {new.save(out, overwrite=overwrite, progress=True)}/, {showing.size(new)}")
+        new = recalibrated(checkpoint, batches, exact=exact, device=device, progress=shown())
+    settings = {"data": settings_of(batches), "exact": exact}
+    record = Record(recorded("recalibrate", settings, [checkpoint, *sources], [batches], device=device))
+    say(f"recalibrated model: {saved(new, out, overwrite, record)}/, {showing.size(new)}")

@@ -1,0 +1,61 @@
+"""What was published: folders with their records, and alignments, from this machine or from the Hub."""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+
+from .alignment import Alignment
+from .errors import CheckpointError, some
+from .folder import CARD, INDEX, MADE, SIDE_FILES, SUMS
+from .hub import bars, named, resolved, speaking
+
+ALIGNMENTS = "alignment*.safetensors"
+
+
+def folder_of(source: str, *, progress: bool = False) -> Path:
+    """A folder as it is, or all of a repository of the Hub that a verb of ours may have written.
+
+    Raises:
+        CheckpointError: there is neither.
+        HubError: the Hub refuses, or cannot be reached.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    return _fetched(source, [*SIDE_FILES, *MADE, SUMS, CARD, INDEX, "*.safetensors", "*.bin"], progress)
+
+
+def alignment_of(source: str, name: str | None = None) -> Alignment:
+    """An alignment: a file, or the one in a folder or a repository of the Hub.
+
+    Args:
+        source: a file, a folder, or an id on the Hub (`org/name@revision`).
+        name: of the file in there, where there are several.
+
+    Raises:
+        CheckpointError: there is none, or there are several and no name says which.
+    """
+    place = Path(source).expanduser()
+    if place.suffix == ".safetensors" or place.is_file():
+        return Alignment.load(place)
+    try:
+        folder = place if place.is_dir() else _fetched(source, [glob.escape(name) if name else ALIGNMENTS], False)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source} cannot be read as an alignment: {error}") from error
+    found = sorted(file.name for file in folder.glob(ALIGNMENTS))
+    if name is not None and (folder / name).is_file():
+        return Alignment.load(folder / name)
+    if len(found) == 1 and name is None:
+        return Alignment.load(folder / found[0])
+    which = f"has {some(found)}; say which (--file)" if found else f"has no {name or ALIGNMENTS}"
+    raise CheckpointError(f"{source} {which}")
+
+
+def _fetched(source: str, patterns: list[str], progress: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    repository, revision = named(source)
+    commit = resolved(repository, revision)
+    with speaking(f"read {source}"), bars(progress):
+        return Path(snapshot_download(repository, revision=commit, allow_patterns=patterns))

@@ -1,0 +1,226 @@
+"""The model card of what is published: metadata for the Hub, and a page for whoever decides whether to trust it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .alignment import Alignment
+from .checkpoint import Checkpoint
+from .errors import OptionError
+from .folder import is_weights
+from .licences import Outcome
+from .outcome import Pair, Row
+from .page import NONE, scientific, table_of
+from .provenance import Input, Provenance
+from .report import Report
+from .usage import Usage, usage
+
+GENERATED = "<!-- Written by hf-rebasin; it is written anew with every `hf-rebasin publish`. -->"
+TASKS = {"perplexity": "perplexity", "accuracy": "accuracy"}  # metrics as the Hub calls them
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a card is about.
+
+    Args:
+        repository: where it is published.
+        checkpoint: what is published.
+        provenance: how it came about.
+        licence: that it has, and what those of the inputs are.
+        report: what was measured; None if nothing was.
+        revision: the branch it is published to; None for the main one.
+    """
+
+    repository: str
+    checkpoint: Checkpoint
+    provenance: Provenance
+    licence: Outcome
+    report: Report | None = None
+    revision: str | None = None
+
+    @property
+    def pair(self) -> Pair | None:
+        return self.report.pairs[0] if self.report is not None and self.report.pairs else None
+
+    @property
+    def merged(self) -> Row | None:
+        """The row of what is published; None where nothing was measured."""
+        rows = () if self.pair is None else self.pair.rows
+        return next((row for row in rows if self.pair and row.name == self.pair.result), None)
+
+    @property
+    def on_the_hub(self) -> list[Input]:
+        return [one for one in self.provenance.inputs if one.commit is not None]
+
+
+def card(subject: Subject, template: Path | None = None) -> str:
+    """The text of README.md.
+
+    Args:
+        subject: what it is about.
+        template: a Jinja2 template instead of ours; what it may name is in `hf_rebasin/templates/card.md.j2`.
+
+    Raises:
+        OptionError: the template cannot be read, or names what there is not.
+    """
+    from jinja2 import TemplateError
+
+    use = usage(subject.checkpoint, subject.repository, subject.revision)
+    said = yaml.safe_dump(metadata(subject, use), sort_keys=False, allow_unicode=True)
+    try:
+        body = _template(template).render(
+            subject=subject,
+            name=subject.repository.rpartition("/")[2],
+            provenance=subject.provenance,
+            report=subject.report,
+            pair=subject.pair,
+            merged=subject.merged,
+            licence=subject.licence,
+            usage=use,
+            table=_table(subject.pair),
+            images=[] if subject.report is None else list(subject.report.images("report")),
+            recipe=_recipe(subject.provenance),
+            limits=limits(subject),
+            generated=GENERATED,
+        )
+    except (TemplateError, OSError, UnicodeDecodeError) as error:
+        where = "" if template is None else f"{template}: "
+        raise OptionError(f"{where}the template of the card cannot be rendered: {error}") from error
+    return f"---\n{said}---\n\n{body.strip()}\n"
+
+
+def metadata(subject: Subject, use: Usage) -> dict[str, Any]:
+    """What stands at the head of a card, as the Hub knows it."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = [
+        EvalResult(
+            task_type=use.task,
+            dataset_type=said["dataset"],
+            dataset_name=said["dataset"],
+            dataset_config=said.get("name"),
+            dataset_split=said.get("split"),
+            dataset_revision=said.get("revision"),
+            metric_type=name,
+            metric_name=name,
+            metric_value=value,
+        )
+        for said in [subject.provenance.recipe.get("evaluate") or {}]
+        for name, value in _measured(subject.merged)
+        if "dataset" in said and use.task
+    ]
+    data = ModelCardData(
+        base_model=[one.name for one in subject.on_the_hub] or None,
+        base_model_relation="merge" if subject.on_the_hub else None,
+        library_name="transformers",
+        license=said.licence if (said := subject.licence.licence) else None,
+        license_name=said.name if said else None,
+        license_link=said.link if said else None,
+        pipeline_tag=use.task or None,
+        tags=["merge", "rebasin"],
+        metrics=[name for name, _ in _measured(subject.merged)] or None,
+        model_name=subject.repository.rpartition("/")[2] if results else None,
+        eval_results=results or None,
+    )
+    return {key: value for key, value in data.to_dict().items() if value is not None}
+
+
+def _measured(row: Row | None) -> list[tuple[str, float]]:
+    return (
+        []
+        if row is None or row.loss is None
+        else [("loss", float(row.loss)), *((n, float(v)) for n, v in row.metrics.items())]
+    )
+
+
+def _table(pair: Pair | None) -> list[list[str]]:
+    """The ends, the controls and the merges, as they are in the report."""
+    if pair is None or not pair.rows:
+        return []
+    columns = [column for column in table_of(pair) if column.title != "seconds"]
+    lines = [["", *(column.title for column in columns), "looked at"]]
+    for i, row in enumerate([*pair.ends, *pair.rows]):
+        looked = "" if i < len(pair.ends) else row.consumed + " (control)" * row.control
+        lines.append([row.name, *(column.cells[i] for column in columns), looked])
+    return lines
+
+
+def _recipe(provenance: Provenance) -> str:
+    """Without what says nothing."""
+
+    def said(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            inner = {key: said(one) for key, one in value.items() if one not in (None, {}, [])}
+            return {key: one for key, one in inner.items() if one not in ({}, [])}
+        return [said(one) for one in value] if isinstance(value, list | tuple) else value
+
+    return yaml.safe_dump(said(provenance.recipe), sort_keys=False, allow_unicode=True).strip()
+
+
+def limits(subject: Subject) -> list[str]:
+    """What is to be kept in mind, in sentences."""
+    found = []
+    row, inputs = subject.merged, subject.provenance.inputs
+    if row is None:
+        found.append("Nothing was measured on this model: how good it is is not known.")
+    else:
+        found.append(
+            "It was measured on the data named above and on nothing else. What its inputs were trained on, and what "
+            "they get wrong, is said in their own cards, and holds for it, too."
+        )
+    if subject.report is not None and subject.report.verdict.kind == "control":
+        found.append("A control that was made without aligning does as well or better on these data; see the table.")
+    local = [one.name for one in inputs if one.commit is None]
+    if local:
+        found.append(
+            f"{', '.join(local)}: not on the Hub, so nobody without {'it' if len(local) == 1 else 'them'} can make "
+            "this model again."
+        )
+    found += subject.provenance.notes
+    return found
+
+
+def _template(path: Path | None, ours: str = "card.md.j2") -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader(__package__, "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # Markdown, which the Hub cleans
+    )
+    environment.filters.update(scientific=scientific, row=_row, is_weights=is_weights)
+    environment.globals.update(NONE=NONE)
+    if path is None:
+        return environment.get_template(ours)
+    return environment.from_string(path.read_text(encoding="utf-8"))
+
+
+def _row(cells: list[str]) -> str:
+    """A line of a table in Markdown; a bar in a name does not end a cell."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def alignment_card(alignment: Alignment, repository: str, licence: str | None) -> str:
+    """The card of an alignment by itself."""
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(license=licence, tags=["rebasin", "alignment"], library_name="hf-rebasin")
+    head = {key: value for key, value in data.to_dict().items() if value is not None}
+    groups = dict.fromkeys(symmetry.kind for symmetry in alignment.spec.symmetries.values())
+    body = _template(None, "alignment.md.j2").render(
+        generated=GENERATED,
+        name=repository.rpartition("/")[2],
+        repository=repository,
+        alignment=alignment,
+        groups=", ".join(groups),
+    )
+    return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n{body.strip()}\n"

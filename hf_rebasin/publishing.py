@@ -1,0 +1,241 @@
+"""Publishing to the Hub: a merge, or an alignment, with a card that says what it is and how to make it again."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .alignment import Alignment
+from .card import GENERATED, Subject, alignment_card, card
+from .checkpoint import Checkpoint
+from .errors import CheckpointError, OptionError, some
+from .folder import CARD, INDEX, MADE, OLD_INDEX, PROVENANCE, SIDE_FILES, SUMS, is_weights, write_whole
+from .hub import bars, speaking
+from .licences import Outcome, licence_of, outcome
+from .outcome import Pair
+from .provenance import Provenance
+from .recipe import PublishSettings
+from .recording import REPORT, names_of
+from .report import Report
+from .verifying import compared
+
+# What a model that was there before leaves behind: it would be loaded together with the new one.
+STALE = (*SIDE_FILES, *MADE, SUMS, INDEX, "model*.safetensors", OLD_INDEX, "pytorch_model*.bin")
+
+
+@dataclass(frozen=True)
+class Published:
+    """What was published, or would be.
+
+    Args:
+        repository: its id.
+        url: of the commit, or of the pull request; of the repository where nothing had changed.
+        changed: whether there was anything to commit.
+        card: the text of README.md.
+        files: what was sent, or was there already.
+    """
+
+    repository: str
+    url: str
+    changed: bool
+    card: str
+    files: tuple[str, ...]
+
+
+def publish(
+    source: Path,
+    repository: str,
+    *,
+    private: bool = True,
+    licence: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    message: str | None = None,
+    template: Path | None = None,
+    token: str | None = None,
+    dry_run: bool = False,
+    progress: bool = False,
+) -> Published:
+    """Publish a folder that a verb of ours wrote, or a file with an alignment.
+
+    Everything is checked first: all files are what `rebasin.json` says, no tensor has NaN or Inf in it, what was
+    measured is finite, the licence is known. Then all of it is one commit, with what the repository has left over of
+    another model deleted; where nothing has changed, there is none.
+
+    Args:
+        source: a folder with weights and `rebasin.json`, or an alignment (`.safetensors`).
+        repository: `org/name`; made if it is not there.
+        private: whether only its owners see a repository that is made.
+        licence: of the result; needed where those of the inputs differ or are not said.
+        revision: the branch, made if it is not there; by default the main one.
+        create_pr: open a pull request instead.
+        message: of the commit.
+        template: of the card, in Jinja2, instead of ours.
+        token: instead of the one that is logged in with.
+        dry_run: check all, and render the card, but write and send nothing.
+        progress: show progress bars.
+
+    Raises:
+        CheckpointError: files are not those that were written, or cannot be read.
+        OptionError: no licence, no such repository name, a template that cannot be rendered.
+        HubError: the Hub refuses or cannot be reached; run it again, and it goes on where it was.
+    """
+    refuse_name(repository)
+    if create_pr and revision is not None:
+        raise OptionError("a pull request is always opened against the main branch; leave out the revision")
+    if source.is_file():
+        files, text = {"alignment.safetensors": source}, _alignment_card(source, repository, licence)
+    else:
+        names, text = _checked(source, repository, licence, None if create_pr else revision, template)
+        files = {name: source / name for name in names}
+        own = source / CARD
+        if own.is_file() and GENERATED not in own.read_text(encoding="utf-8"):
+            text = own.read_text(encoding="utf-8")  # whoever wrote a card of their own meant it
+    if dry_run:
+        return Published(repository, "", False, text, tuple(files))
+    if source.is_dir():
+        write_whole(source / CARD, text.encode())
+    message = message or f"Upload {'a merge' if source.is_dir() else 'an alignment'} made with hf-rebasin"
+    with speaking(f"publish to {repository}"):
+        url, changed = _sent(
+            repository,
+            files,
+            text,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            message=message,
+            token=token,
+            progress=progress,
+        )
+    return Published(repository, url, changed, text, tuple(files))
+
+
+def publish_as(
+    settings: PublishSettings, folder: Path, *, template: Path | None = None, progress: bool = False
+) -> Published:
+    """Publish a folder as a recipe says."""
+    return publish(
+        folder,
+        settings.to,
+        private=settings.private,
+        licence=settings.license,
+        revision=settings.revision,
+        create_pr=settings.create_pr,
+        message=settings.message,
+        template=template,
+        progress=progress,
+    )
+
+
+def refuse_unready(models: Sequence[Checkpoint], settings: PublishSettings) -> None:
+    """What would keep a merge from being published is said before it is made: no licence, or nobody logged in."""
+    from huggingface_hub import HfApi
+
+    refuse_name(settings.to)
+    said = dict(zip(names_of(models), map(licence_of, models), strict=True))
+    _refuse_unlicensed(outcome(said, settings.license))
+    with speaking(f"publish to {settings.to}"):
+        HfApi().whoami()
+
+
+def refuse_name(repository: str) -> None:
+    """Raise OptionError for what cannot be the id of a repository."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise OptionError(f"{repository!r} is no name of a repository: {str(error).splitlines()[0]}") from error
+    if repository.count("/") != 1:
+        raise OptionError(f"{repository!r} is no name of a repository; say whose it is, as in me/{repository}")
+
+
+def _checked(
+    folder: Path, repository: str, licence: str | None, revision: str | None, template: Path | None
+) -> tuple[list[str], str]:
+    """(the files to be sent without the card, the card) of a folder that is what it says."""
+    provenance = Provenance.load(folder)
+    if wrong := [finding for finding in compared(folder, provenance) if not finding.holds]:
+        raise CheckpointError(f"{folder} is not what was written, so it is not published: {wrong[0]}")
+    checkpoint = Checkpoint.open(folder)
+    checkpoint.refuse_broken()
+    report = None
+    if REPORT in provenance.outputs:
+        report = Report.from_json((folder / REPORT).read_text(encoding="utf-8"))
+        for pair in report.pairs:
+            _refuse_failed(folder, pair)
+    found = outcome({one.name: one.licence for one in provenance.inputs}, licence)
+    _refuse_unlicensed(found)
+    subject = Subject(repository, checkpoint, provenance, found, report, revision)
+    return [*provenance.outputs, PROVENANCE], card(subject, template)
+
+
+def _refuse_unlicensed(found: Outcome) -> None:
+    if found.refused:
+        raise OptionError(f"{found.text}; say which licence the result has (--license)")
+
+
+def _refuse_failed(folder: Path, pair: Pair) -> None:
+    """Raise CheckpointError where what was measured says that something went wrong."""
+    results = [row for row in pair.rows if not row.control]
+    lost = [row.name for row in results if row.loss is not None and not math.isfinite(row.loss)]
+    if lost:
+        raise CheckpointError(f"{folder} has no finite loss ({some(lost)}), so it is not published")
+    exact = pair.exactness
+    if exact is None or exact.before is None or exact.after is None:
+        return
+    if not abs(exact.before - exact.after) <= 1e-3 * max(1.0, abs(exact.before)):
+        raise CheckpointError(
+            f"moving a model of {folder} changed its loss from {exact.before:.6g} to {exact.after:.6g}, which it "
+            "never may, so it is not published"
+        )
+
+
+def _alignment_card(file: Path, repository: str, licence: str | None) -> str:
+    return alignment_card(Alignment.load(file), repository, licence)
+
+
+def _sent(
+    repository: str,
+    files: dict[str, Path],
+    text: str,
+    *,
+    private: bool,
+    revision: str | None,
+    create_pr: bool,
+    message: str,
+    token: str | None,
+    progress: bool,
+) -> tuple[str, bool]:
+    """(url, whether anything was changed) of one commit."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    api = HfApi(token=token)
+    api.create_repo(repository, private=private, exist_ok=True)
+    if revision is not None:
+        api.create_branch(repository, branch=revision, exist_ok=True)
+    head = api.model_info(repository, revision=revision)
+    model = any(is_weights(name) for name in files)
+    there = {file.rfilename for file in head.siblings or ()} - {*files, CARD}
+    stale = [name for name in sorted(there) if model and any(fnmatch.fnmatch(name, pattern) for pattern in STALE)]
+    # upload_folder would commit what takes long in several parts, and in between there would be half a model
+    with bars(progress):
+        commit = api.create_commit(
+            repository,
+            [
+                *(CommitOperationAdd(name, str(file)) for name, file in sorted(files.items())),
+                CommitOperationAdd(CARD, text.encode()),
+                *(CommitOperationDelete(name) for name in stale),
+            ],
+            commit_message=message,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=None if create_pr else head.sha,
+        )
+    changed = commit.oid != head.sha
+    return str(commit.pr_url or (commit.commit_url if changed else commit.repo_url)), changed

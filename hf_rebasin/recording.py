@@ -1,0 +1,182 @@
+"""What a verb leaves beside the weights: recipe, alignments, `rebasin.json`, and of what was measured the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from .alignment import Alignment
+from .charts import png
+from .checkpoint import Checkpoint
+from .data import Batches, DataSettings
+from .folder import write_whole
+from .licences import licence_of
+from .objective import Device
+from .processes import count
+from .provenance import Input, Machine, Provenance, hashes
+from .recipe import ModelEntry, Recipe
+from .report import Report
+from .running import Merged
+from .text import without_place
+
+RECIPE, REPORT = "recipe.yaml", "report.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is written beside the weights.
+
+    Args:
+        provenance: how they came about.
+        alignments: that were found, one for every moving model.
+        recipe: of a merge, as it is to be read by people.
+    """
+
+    provenance: Provenance
+    alignments: Sequence[Alignment] = ()
+    recipe: Recipe | None = None
+
+    def write(self, folder: Path) -> None:
+        """Into a folder that has the weights already."""
+        for name, alignment in zip(alignment_files(len(self.alignments)), self.alignments, strict=True):
+            alignment.save(folder / name)
+        if self.recipe is not None:
+            write_whole(folder / RECIPE, self._text(self.recipe).encode())
+        self.provenance.save(folder)
+
+    def _text(self, recipe: Recipe) -> str:
+        """The recipe with what has to be known to run it again."""
+        lines = ["# hf-rebasin merge recipe.yaml -o merged"]
+        for one in self.provenance.inputs:
+            if one.commit is None:
+                lines.append(f"# {one.name} is a folder that is not on the Hub: say where it is.")
+        said = recipe.model_dump(mode="json", exclude_defaults=True)
+        return "\n".join([*lines, yaml.safe_dump(said, sort_keys=False, allow_unicode=True)])
+
+
+def alignment_files(number: int) -> list[str]:
+    """`alignment.safetensors`, or one for every moving model where there are several."""
+    return ["alignment.safetensors"] if number == 1 else [f"alignment-{i + 1}.safetensors" for i in range(number)]
+
+
+def recorded(
+    verb: str,
+    settings: Mapping[str, Any],
+    models: Sequence[Checkpoint],
+    data: Iterable[Batches | None] = (),
+    *,
+    notes: Iterable[str] = (),
+    device: Device = None,
+) -> Provenance:
+    """How something comes about that is about to be written.
+
+    Args:
+        verb: what is done.
+        settings: how.
+        models: what is read, the fixed one first.
+        data: what is looked at.
+        notes: what else is to be said of the result.
+        device: where it is computed.
+    """
+    inputs = tuple(_input(name, model) for name, model in zip(names_of(models), models, strict=True))
+    machine = Machine("cpu" if device is None else torch.device(device).type, torch.get_num_threads(), count())
+    looked = tuple(dict.fromkeys(_settled(batches).describe() for batches in data if batches is not None))
+    return Provenance(verb, settings, inputs, looked, machine=machine, notes=tuple(notes))
+
+
+def _input(name: str, model: Checkpoint) -> Input:
+    if model.folder is None:
+        return Input(name, model.commit)
+    return Input(name, model.commit, licence_of(model), hashes(model.folder))
+
+
+def record_of(recipe: Recipe, merged: Merged, *, device: Device = None) -> Record:
+    """The record of a merge."""
+    opened = merged.opened
+    whole = settled(recipe, merged)
+    said = whole.model_dump(mode="json", exclude_none=True)
+    said |= {key: False for key in ("align", "recalibrate") if key not in said}  # what is left out has a default
+    provenance = recorded(
+        "merge",
+        said,
+        opened.models,
+        (opened.data, opened.evaluation),
+        notes=dict.fromkeys(note for solution in merged.solutions for note in solution.notes),
+        device=device,
+    )
+    return Record(provenance, [solution.alignment for solution in merged.solutions], whole)
+
+
+def settled(recipe: Recipe, merged: Merged) -> Recipe:
+    """A recipe as it was run: branches are commits, and folders are known by their names."""
+    opened, entries = merged.opened, recipe.in_order()
+    names = names_of(opened.models)
+    knobs = recipe.method_knobs() if "weights" in recipe.parameters else dict(recipe.parameters)
+    models = tuple(
+        ModelEntry(model=name, revision=model.commit, parameters=entry.parameters)
+        for name, model, entry in zip(names, opened.models, entries, strict=True)
+    )
+    return recipe.model_copy(
+        update={
+            "models": models,
+            "publish": None,
+            "base_model": None if recipe.base_model is None else names[0],
+            "parameters": knobs,
+            "data": None if opened.data is None else _settled(opened.data).settings,
+            "evaluate": None if opened.evaluation is None else _settled(opened.evaluation).settings,
+        }
+    )
+
+
+def names_of(models: Sequence[Checkpoint]) -> list[str]:
+    """What models are called where nobody knows the folders of this machine; no two alike."""
+    found: list[str] = []
+    for model in models:
+        name = model.name.rpartition("@")[0] or model.name if model.commit else _bare(model.name)
+        alike = sum(other == name or other.startswith(f"{name} (") for other in found)
+        found.append(f"{name} ({alike + 1})" if alike and model.commit is None else name)
+    return found
+
+
+def _bare(place: str) -> str:
+    return Path(without_place(place)).name or place
+
+
+def settings_of(batches: Batches) -> dict[str, Any]:
+    """How data are described in a record."""
+    return _settled(batches).settings.model_dump(mode="json", exclude_none=True)
+
+
+def _settled(batches: Batches) -> Batches:
+    """Data by the commit on the Hub, or by the name of the folder."""
+    said, commit = batches.settings, batches.rows.commit
+    if commit is not None:
+        update: dict[str, Any] = {"dataset": said.dataset.rpartition("@")[0] or said.dataset, "revision": commit}
+    else:
+        update = {"dataset": _bare(said.dataset), "files": _bare_files(said)}
+    return replace(batches, settings=said.model_copy(update=update))
+
+
+def _bare_files(said: DataSettings) -> Any:
+    def bare(files: Any) -> Any:
+        if isinstance(files, Mapping):
+            return {split: bare(those) for split, those in files.items()}
+        return files if files is None else _bare(files) if isinstance(files, str) else [_bare(one) for one in files]
+
+    return bare(said.files)
+
+
+def add_report(folder: Path, report: Report, merged: Merged) -> None:
+    """The numbers and curves of a merge go into its folder, without what is different in every run."""
+    models = merged.models
+    names = {model.name: name for model, name in zip(models, names_of(models), strict=True) if model.commit is None}
+    shown = report.renamed(names).timeless()
+    for name, pair in shown.images("report").items():
+        write_whole(folder / name, png(pair.lines, f"{pair.fixed} and {pair.moving}"))
+    write_whole(folder / REPORT, shown.to_json().encode())
+    Provenance.load(folder).save(folder)

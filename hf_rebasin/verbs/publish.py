@@ -1,0 +1,46 @@
+"""hf-rebasin publish"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..options import CommitMessage, CreatePr, License, Public, Revision, Template, say, shown
+
+
+def publish(
+    source: Annotated[Path, typer.Argument(help="Folder that a verb of ours wrote, or an alignment (.safetensors).")],
+    repository: Annotated[str, typer.Argument(help="ORG/NAME on the Hub; made if it is not there.")],
+    public: Public = False,
+    license: License = None,
+    revision: Revision = None,
+    create_pr: CreatePr = False,
+    commit_message: CommitMessage = None,
+    template: Template = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the card and what would be sent; send nothing.")
+    ] = False,
+) -> None:
+    """Publish a model to the Hub, with a card, the recipe, the alignment and what was measured."""
+    from .. import showing
+    from ..processes import is_first
+    from ..publishing import publish as send
+
+    if not is_first():
+        return
+    published = send(
+        source,
+        repository,
+        private=not public,
+        licence=license,
+        revision=revision,
+        create_pr=create_pr,
+        message=commit_message,
+        template=template,
+        dry_run=dry_run,
+        progress=shown(),
+    )
+    for line in showing.published(published, dry_run):
+        say(line)

@@ -1,0 +1,159 @@
+"""Is a folder what was written, and does what is said of it make it again, bit by bit?"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .artefacts import folder_of
+from .checkpoint import Checkpoint
+from .errors import CheckpointError, some
+from .folder import is_weights
+from .making import made_again
+from .objective import Device
+from .provenance import Input, Provenance, hashes, versions
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at: what it is, whether it is as it should be, and what was seen."""
+
+    what: str
+    holds: bool
+    said: str
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.said}"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What looking at a folder came to."""
+
+    name: str
+    findings: tuple[Finding, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def holds(self) -> bool:
+        return all(finding.holds for finding in self.findings)
+
+
+def verify(
+    source: str,
+    *,
+    rebuild: bool = False,
+    resolve: bool = False,
+    models: Sequence[str] = (),
+    data: str | None = None,
+    device: Device = None,
+    progress: bool = False,
+) -> Verification:
+    """Recompute the hashes of a folder or repository, and make it again if asked to.
+
+    Args:
+        source: a folder, or an id on the Hub (`org/name@revision`).
+        rebuild: make it again from its recipe, with the stored alignments, and compare all files bit by bit.
+        resolve: look for the alignments anew, too.
+        models: folders of inputs that are not on the Hub; they are told by their sha256.
+        data: where the data are, if they are not on the Hub.
+        device: where it is computed; the same bits are only to be expected where it was made.
+        progress: show progress bars.
+
+    Raises:
+        CheckpointError: there is no record, or an input is not there.
+        HubError: what is on the Hub cannot be read.
+    """
+    folder = folder_of(source, progress=progress)
+    provenance = Provenance.load(folder)
+    findings, notes = list(compared(folder, provenance)), []
+    if rebuild or resolve:
+        here = dict(versions())
+        differ = [f"{n} {v} (here {here.get(n)})" for n, v in provenance.versions.items() if here.get(n) != v]
+        if differ:
+            notes.append(f"it was made with {some(differ, 9)}; other versions may round differently")
+        places = [_input(one, models) for one in provenance.inputs]
+        findings += [_unchanged(one, place) for one, place in zip(provenance.inputs, places, strict=True)]
+        with tempfile.TemporaryDirectory(prefix="hf-rebasin-") as scratch, _threads(provenance.machine.threads):
+            again = Path(scratch) / "again"
+            made_again(provenance, places, folder, again, resolve=resolve, data=data, device=device, progress=progress)
+            findings += _same(folder, again, provenance.outputs)
+    return Verification(source, tuple(findings), tuple(notes))
+
+
+def compared(folder: Path, provenance: Provenance) -> Iterator[Finding]:
+    """Whether the files of a folder are those that were written, and whether there are weights besides."""
+    there = hashes(folder, written=True)
+    for name, digest in sorted(provenance.outputs.items()):
+        found = there.get(name)
+        if found is None:
+            yield Finding(name, False, "is missing")
+        else:
+            said = "is as it was written" if found == digest else f"was changed: its sha256 is {found}, not {digest}"
+            yield Finding(name, found == digest, said)
+    for file in sorted(folder.iterdir()):
+        name = file.name
+        if name not in provenance.outputs and (is_weights(name) or name.endswith((".bin", ".safetensors"))):
+            yield Finding(name, False, "was not written with the rest, and may be loaded instead of it")
+
+
+def _input(one: Input, models: Sequence[str]) -> Checkpoint:
+    """The model that was read: at its commit, or among folders that were named the one with the same weights."""
+    if one.commit is not None:
+        return Checkpoint.open(one.name, revision=one.commit)
+    mine = _weights(one.files)
+    for place in models:
+        if _weights(hashes(Path(place))) == mine:
+            return Checkpoint.open(place)
+    tried = f"none of {some(models)} is it" if models else "say where it is (--model FOLDER)"
+    raise CheckpointError(
+        f"{one.name} is not on the Hub, and {tried}; its weights have {some(map(' '.join, mine.items()), 1)}"
+    )
+
+
+def _weights(files: Mapping[str, str]) -> dict[str, str]:
+    return {name: digest for name, digest in files.items() if name.endswith((".safetensors", ".bin"))}
+
+
+def _unchanged(one: Input, checkpoint: Checkpoint) -> Finding:
+    there = {} if checkpoint.folder is None else hashes(checkpoint.folder)
+    other = sorted(name for name in one.files.keys() | there.keys() if one.files.get(name) != there.get(name))
+    said = f"has other files than it had: {some(other)}" if other else "is as it was read"
+    return Finding(f"input {one.place}", not other, said)
+
+
+def _same(folder: Path, again: Path, written: Mapping[str, str]) -> Iterator[Finding]:
+    """Whether what was made again is the same, tensor by tensor where it is not."""
+    there = hashes(again, written=True)
+    for name, digest in sorted(there.items()):
+        if name in written:
+            same = digest == written[name]
+            yield Finding(f"{name}, made again,", same, "is the same" if same else "is not the same")
+    if all(there.get(name) == digest for name, digest in written.items() if is_weights(name)):
+        return
+    a, b = Checkpoint.open(folder), Checkpoint.open(again)
+    for key in sorted(a.parts.keys() | b.parts.keys()):
+        if key not in a.parts or key not in b.parts or a.parts[key].shape != b.parts[key].shape:
+            yield Finding(key, False, "is not in both, or has another shape")
+        elif not torch.equal(one := a.parts[key].read(), other := b.parts[key].read()):
+            away = (one.double() - other.double()).abs()
+            number = int((one != other).sum())
+            yield Finding(
+                key, False, f"differs in {number} of {one.numel()} values, by {away.max().item():.3g} at most"
+            )
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """How sums are rounded hangs on how many threads take part in them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
