@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .alignment import Alignment
     from .api import align, compare, infer_spec, merge, spec_for
+    from .carrying_out import run_recipe
     from .checking import Check, check
     from .checkpoint import Checkpoint
     from .comparing import Comparison, Verdict
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .loss import DistCosineLoss, DistL1Loss, DistL2Loss, MidLoss, RndLoss
     from .merge_methods.refit import refit
     from .objective import Problem
+    from .publishing import publish
     from .rebasin_net import RebasinNet, matching
     from .recalibrating import recalibrate, repair
     from .recipe import Recipe
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from .solving import Solution, Status
     from .spec import Spec
     from .table import Table
+    from .verifying import verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -61,10 +64,13 @@ __all__ = [
     "matching",
     "merge",
     "open_data",
+    "publish",
     "recalibrate",
     "refit",
     "repair",
+    "run_recipe",
     "spec_for",
+    "verify",
 ]
 
 # Where each name lives; a module is imported when its name is first used, so that `import hf_rebasin` is light.
@@ -101,10 +107,13 @@ _HOME = {
     "matching": "rebasin_net",
     "merge": "api",
     "open_data": "data",
+    "publish": "publishing",
     "recalibrate": "recalibrating",
     "refit": "merge_methods.refit",
     "repair": "recalibrating",
+    "run_recipe": "carrying_out",
     "spec_for": "api",
+    "verify": "verifying",
 }
 
 

@@ -19,6 +19,7 @@ from .binding import bind, read_spec, untied
 from .checkpoint import Checkpoint, Source
 from .describing import spec_of
 from .errors import CheckpointError, MismatchError, some
+from .folder import write_whole
 from .gauge import folded, gauges, narrowed, unfolded, vectors, widened
 from .groups import Element
 from .lazy import Computed, Tensors, parts_of
@@ -116,17 +117,15 @@ class Alignment:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one safetensors file: elements as `symmetry/part`, gauges as `GAUGE/key`, the spec in its metadata."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"{n}/{part}": t.contiguous() for n, e in self.elements.items() for part, t in e.tensors().items()}
         for name, gauge in zip(GAUGES, (self.gauge, self.origin), strict=True):
             tensors |= {f"{name}/{key}": vector.contiguous() for key, vector in gauge.items()}
-        partial = path.with_name(f".{path.name}.partial")
         # one entry only: safetensors writes several in random order, and the same alignment is to be the same bytes
-        save_file(tensors, str(partial), metadata={FORMAT: self.spec.to_json()})
-        partial.replace(path)
+        write_whole(path, save(tensors, metadata={FORMAT: self.spec.to_json()}))
         return path
 
     # --- the group -----------------------------------------------------------------------------------------------

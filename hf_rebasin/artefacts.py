@@ -52,6 +52,11 @@ def alignment_of(source: str, name: str | None = None) -> Alignment:
     raise CheckpointError(f"{source} {which}")
 
 
+def artefact_name(source: str) -> str:
+    """What it is called where nobody knows the folders of this machine."""
+    return Path(source).name if Path(source).expanduser().exists() else source
+
+
 def _fetched(source: str, patterns: list[str], progress: bool) -> Path:
     from huggingface_hub import snapshot_download
 

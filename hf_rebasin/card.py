@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,19 @@ from .folder import is_weights
 from .licences import Outcome
 from .outcome import Pair, Row
 from .page import NONE, scientific, table_of
-from .provenance import Input, Provenance
+from .provenance import Provenance
+from .recording import RECIPE
 from .report import Report
 from .usage import Usage, usage
 
 GENERATED = "<!-- Written by hf-rebasin; it is written anew with every `hf-rebasin publish`. -->"
-TASKS = {"perplexity": "perplexity", "accuracy": "accuracy"}  # metrics as the Hub calls them
+SENTENCES = {
+    "merge": "A merge of {count} models that were trained apart, brought to the same coordinates first.",
+    "align": "The second of the models below in the coordinates of the first. It computes what it computed before.",
+    "apply": "The model below in other coordinates. It computes what it computed before.",
+    "recalibrate": "The model below with statistics of activations taken anew.",
+    "interpolate": "A model on the line between the two below.",
+}
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,14 @@ class Subject:
         return next((row for row in rows if self.pair and row.name == self.pair.result), None)
 
     @property
-    def on_the_hub(self) -> list[Input]:
-        return [one for one in self.provenance.inputs if one.commit is not None]
+    def base_models(self) -> list[str]:
+        """Ids on the Hub of what it was made of; where an input is not there, of what that was made of."""
+        places = [place for one in self.provenance.inputs for place in ([one.place] if one.commit else one.made_of)]
+        return list(dict.fromkeys(place.partition("@")[0] for place in places if "@" in place))
+
+    @property
+    def is_merge(self) -> bool:
+        return self.provenance.verb in ("merge", "interpolate") or any(one.made_of for one in self.provenance.inputs)
 
 
 def card(subject: Subject, template: Path | None = None) -> str:
@@ -85,7 +97,8 @@ def card(subject: Subject, template: Path | None = None) -> str:
             usage=use,
             table=_table(subject.pair),
             images=[] if subject.report is None else list(subject.report.images("report")),
-            recipe=_recipe(subject.provenance),
+            recipe=_recipe(subject),
+            sentence=_sentence(subject.provenance),
             limits=limits(subject),
             generated=GENERATED,
         )
@@ -116,14 +129,14 @@ def metadata(subject: Subject, use: Usage) -> dict[str, Any]:
         if "dataset" in said and use.task
     ]
     data = ModelCardData(
-        base_model=[one.name for one in subject.on_the_hub] or None,
-        base_model_relation="merge" if subject.on_the_hub else None,
+        base_model=subject.base_models or None,
+        base_model_relation="merge" if subject.is_merge and subject.base_models else None,
         library_name="transformers",
         license=said.licence if (said := subject.licence.licence) else None,
         license_name=said.name if said else None,
         license_link=said.link if said else None,
         pipeline_tag=use.task or None,
-        tags=["merge", "rebasin"],
+        tags=["merge", "rebasin"] if subject.is_merge else ["rebasin"],
         metrics=[name for name, _ in _measured(subject.merged)] or None,
         model_name=subject.repository.rpartition("/")[2] if results else None,
         eval_results=results or None,
@@ -151,16 +164,20 @@ def _table(pair: Pair | None) -> list[list[str]]:
     return lines
 
 
-def _recipe(provenance: Provenance) -> str:
-    """Without what says nothing."""
+def _recipe(subject: Subject) -> str:
+    """As it is beside the weights; the settings of what has none."""
+    file = (subject.checkpoint.folder or Path()) / RECIPE
+    if subject.provenance.verb == "merge" and file.is_file():
+        return "".join(line for line in file.open(encoding="utf-8") if not line.startswith("# hf-rebasin")).strip()
+    said = {key: value for key, value in subject.provenance.recipe.items() if value not in (None, {}, [])}
+    return yaml.safe_dump(said, sort_keys=False, allow_unicode=True).strip() if said else ""
 
-    def said(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            inner = {key: said(one) for key, one in value.items() if one not in (None, {}, [])}
-            return {key: one for key, one in inner.items() if one not in ({}, [])}
-        return [said(one) for one in value] if isinstance(value, list | tuple) else value
 
-    return yaml.safe_dump(said(provenance.recipe), sort_keys=False, allow_unicode=True).strip()
+def _sentence(provenance: Provenance) -> str:
+    """What it is."""
+    if provenance.verb == "merge" and not provenance.recipe.get("align"):
+        return f"A merge of {len(provenance.inputs)} models as they are."
+    return SENTENCES[provenance.verb].format(count=len(provenance.inputs))
 
 
 def limits(subject: Subject) -> list[str]:
@@ -204,9 +221,9 @@ def _template(path: Path | None, ours: str = "card.md.j2") -> Any:
     return environment.from_string(path.read_text(encoding="utf-8"))
 
 
-def _row(cells: list[str]) -> str:
+def _row(cells: list[object]) -> str:
     """A line of a table in Markdown; a bar in a name does not end a cell."""
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
 def alignment_card(alignment: Alignment, repository: str, licence: str | None) -> str:

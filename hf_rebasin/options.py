@@ -88,10 +88,10 @@ def found_device() -> Any:
 
 
 def shown() -> bool:
-    """Whether this process shows progress: of several, the first one."""
+    """Whether this process shows progress: of several the first one, and on a terminal."""
     from .processes import is_first
 
-    return is_first()
+    return is_first() and sys.stderr.isatty()
 
 
 def say(text: str, *, err: bool = False) -> None:

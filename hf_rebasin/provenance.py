@@ -33,12 +33,14 @@ class Input:
         commit: on the Hub; None for a folder, which nobody else can find.
         licence: as its card says it; None where it says none.
         files: `{file: sha256}` of its weights and of what goes along with them.
+        made_of: what it was made of itself, where a record in its folder says so.
     """
 
     name: str
     commit: str | None = None
     licence: Said = None
     files: Mapping[str, str] = field(default_factory=dict)
+    made_of: tuple[str, ...] = ()
 
     @property
     def place(self) -> str:
@@ -63,7 +65,7 @@ class Provenance:
         verb: what was done: `merge`, `align`, `recalibrate` …
         recipe: of a merge, complete, its models as in `inputs`; else the settings of the verb.
         inputs: what was read, the fixed model first.
-        data: what was looked at, in a line each.
+        data: `{what for: what was looked at, in a line}`.
         outputs: `{file: sha256}` of all that was written but this file and the card.
         machine: on which it was made.
         versions: `{package: version}`.
@@ -74,7 +76,7 @@ class Provenance:
     verb: str
     recipe: Mapping[str, Any]
     inputs: tuple[Input, ...]
-    data: tuple[str, ...] = ()
+    data: Mapping[str, str] = field(default_factory=dict)
     outputs: Mapping[str, str] = field(default_factory=dict)
     machine: Machine = Machine()
     versions: Mapping[str, str] = field(default_factory=lambda: dict(versions()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ class Published:
 
 
 def publish(
-    source: Path,
+    source: str | os.PathLike[str],
     repository: str,
     *,
     private: bool = True,
@@ -82,7 +83,12 @@ def publish(
         CheckpointError: files are not those that were written, or cannot be read.
         OptionError: no licence, no such repository name, a template that cannot be rendered.
         HubError: the Hub refuses or cannot be reached; run it again, and it goes on where it was.
+
+    Example:
+        >>> publish("merged", "me/merged", licence="mit").url
+        'https://huggingface.co/me/merged/commit/…'
     """
+    source = Path(source)
     refuse_name(repository)
     if create_pr and revision is not None:
         raise OptionError("a pull request is always opened against the main branch; leave out the revision")

@@ -14,8 +14,8 @@ from .alignment import Alignment
 from .charts import png
 from .checkpoint import Checkpoint
 from .data import Batches, DataSettings
-from .folder import write_whole
-from .licences import licence_of
+from .folder import PROVENANCE, write_whole
+from .licences import licence_of, outcome
 from .objective import Device
 from .processes import count
 from .provenance import Input, Machine, Provenance, hashes
@@ -68,9 +68,10 @@ def recorded(
     verb: str,
     settings: Mapping[str, Any],
     models: Sequence[Checkpoint],
-    data: Iterable[Batches | None] = (),
+    data: Mapping[str, Batches | None] | None = None,
     *,
     notes: Iterable[str] = (),
+    max_shard_size: str = "5GB",
     device: Device = None,
 ) -> Provenance:
     """How something comes about that is about to be written.
@@ -79,23 +80,31 @@ def recorded(
         verb: what is done.
         settings: how.
         models: what is read, the fixed one first.
-        data: what is looked at.
+        data: `{what for: data}`.
         notes: what else is to be said of the result.
+        max_shard_size: of a file of weights.
         device: where it is computed.
     """
     inputs = tuple(_input(name, model) for name, model in zip(names_of(models), models, strict=True))
     machine = Machine("cpu" if device is None else torch.device(device).type, torch.get_num_threads(), count())
-    looked = tuple(dict.fromkeys(_settled(batches).describe() for batches in data if batches is not None))
-    return Provenance(verb, settings, inputs, looked, machine=machine, notes=tuple(notes))
+    looked = {what: _settled(batches).describe() for what, batches in (data or {}).items() if batches is not None}
+    return Provenance(verb, settings, inputs, looked, machine=machine, notes=tuple(notes), shard=max_shard_size)
 
 
 def _input(name: str, model: Checkpoint) -> Input:
     if model.folder is None:
         return Input(name, model.commit)
-    return Input(name, model.commit, licence_of(model), hashes(model.folder))
+    licence, files = licence_of(model), hashes(model.folder)
+    made_of: tuple[str, ...] = ()
+    if (model.folder / PROVENANCE).is_file():
+        record = Provenance.load(model.folder)
+        if all(record.outputs.get(file) == digest for file, digest in files.items()):
+            made_of = tuple(place for one in record.inputs for place in (one.made_of or (one.place,)))
+            licence = licence or outcome({one.name: one.licence for one in record.inputs}).licence
+    return Input(name, model.commit, licence, files, made_of)
 
 
-def record_of(recipe: Recipe, merged: Merged, *, device: Device = None) -> Record:
+def record_of(recipe: Recipe, merged: Merged, *, max_shard_size: str = "5GB", device: Device = None) -> Record:
     """The record of a merge."""
     opened = merged.opened
     whole = settled(recipe, merged)
@@ -105,8 +114,9 @@ def record_of(recipe: Recipe, merged: Merged, *, device: Device = None) -> Recor
         "merge",
         said,
         opened.models,
-        (opened.data, opened.evaluation),
+        {"looked at while merging": opened.data, "measured on": opened.evaluation},
         notes=dict.fromkeys(note for solution in merged.solutions for note in solution.notes),
+        max_shard_size=max_shard_size,
         device=device,
     )
     return Record(provenance, [solution.alignment for solution in merged.solutions], whole)

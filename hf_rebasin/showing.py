@@ -88,13 +88,18 @@ def published(found: Published, dry_run: bool = False) -> Iterator[str]:
 
 
 def verified(found: Verification) -> Iterator[str]:
-    """What looking at a folder came to; what holds in one line, what does not in one each."""
+    """What looking at a folder came to; what holds in one line for each kind, what does not in one each."""
     yield from found.notes
-    wrong = [finding for finding in found.findings if not finding.holds]
-    for finding in wrong:
-        yield f"WRONG: {finding}"
-    held = [finding.what for finding in found.findings if finding.holds]
-    yield f"{found.name}: {len(held)} of {len(found.findings)} checks hold" + (f" ({', '.join(held)})" if held else "")
+    held: dict[str, list[str]] = {}
+    for finding in found.findings:
+        if finding.holds:
+            held.setdefault(finding.kind, []).append(finding.what)
+        else:
+            yield f"WRONG: {finding}"
+    for kind, names in held.items():
+        yield f"{kind}: {', '.join(names)}"
+    number = sum(map(len, held.values()))
+    yield f"{found.name}: {'all' if found.holds else f'{number} of'} {len(found.findings)} checks hold"
 
 
 def measured(found: Mapping[str, Measured], as_json: bool) -> Iterator[str]:

@@ -7,13 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from .artefacts import folder_of
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, some
+from .files import sha256_of
 from .folder import is_weights
+from .lazy import Lazy
 from .making import made_again
 from .objective import Device
 from .provenance import Input, Provenance, hashes, versions
@@ -21,14 +24,22 @@ from .provenance import Input, Provenance, hashes, versions
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at: what it is, whether it is as it should be, and what was seen."""
+    """One thing that was looked at.
 
+    Args:
+        kind: what was asked of it.
+        what: which file, model or tensor it is.
+        holds: whether it is as it should be.
+        said: what was seen.
+    """
+
+    kind: Literal["as it was written", "as it was read", "the same, made again"]
     what: str
     holds: bool
-    said: str
+    said: str = ""
 
     def __str__(self) -> str:
-        return f"{self.what} {self.said}"
+        return f"{self.what} {self.said or 'is ' + self.kind}"
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,11 @@ def verify(
     Raises:
         CheckpointError: there is no record, or an input is not there.
         HubError: what is on the Hub cannot be read.
+
+    Example:
+        >>> found = verify("me/merged", rebuild=True)
+        >>> found.holds, [finding.what for finding in found.findings if not finding.holds]
+        (True, [])
     """
     folder = folder_of(source, progress=progress)
     provenance = Provenance.load(folder)
@@ -92,14 +108,15 @@ def compared(folder: Path, provenance: Provenance) -> Iterator[Finding]:
     for name, digest in sorted(provenance.outputs.items()):
         found = there.get(name)
         if found is None:
-            yield Finding(name, False, "is missing")
+            yield Finding("as it was written", name, False, "is missing")
         else:
-            said = "is as it was written" if found == digest else f"was changed: its sha256 is {found}, not {digest}"
-            yield Finding(name, found == digest, said)
+            said = "" if found == digest else f"was changed: its sha256 is {found}, not {digest}"
+            yield Finding("as it was written", name, found == digest, said)
     for file in sorted(folder.iterdir()):
         name = file.name
         if name not in provenance.outputs and (is_weights(name) or name.endswith((".bin", ".safetensors"))):
-            yield Finding(name, False, "was not written with the rest, and may be loaded instead of it")
+            said = "was not written with the rest, and may be loaded instead of it"
+            yield Finding("as it was written", name, False, said)
 
 
 def _input(one: Input, models: Sequence[str]) -> Checkpoint:
@@ -123,29 +140,40 @@ def _weights(files: Mapping[str, str]) -> dict[str, str]:
 def _unchanged(one: Input, checkpoint: Checkpoint) -> Finding:
     there = {} if checkpoint.folder is None else hashes(checkpoint.folder)
     other = sorted(name for name in one.files.keys() | there.keys() if one.files.get(name) != there.get(name))
-    said = f"has other files than it had: {some(other)}" if other else "is as it was read"
-    return Finding(f"input {one.place}", not other, said)
+    said = f"has other files than it had: {some(other)}" if other else ""
+    return Finding("as it was read", one.place, not other, said)
 
 
 def _same(folder: Path, again: Path, written: Mapping[str, str]) -> Iterator[Finding]:
-    """Whether what was made again is the same, tensor by tensor where it is not."""
-    there = hashes(again, written=True)
-    for name, digest in sorted(there.items()):
+    """Whether what was made again is what was written, and where the weights are not, in which tensors."""
+    anew = hashes(again, written=True)
+    for name, digest in sorted(anew.items()):
         if name in written:
             same = digest == written[name]
-            yield Finding(f"{name}, made again,", same, "is the same" if same else "is not the same")
-    if all(there.get(name) == digest for name, digest in written.items() if is_weights(name)):
+            yield Finding("the same, made again", name, same, "" if same else "is another, made again")
+    here = {name: sha256_of(folder / name) for name in written if is_weights(name) and (folder / name).is_file()}
+    if here == {name: digest for name, digest in anew.items() if is_weights(name)}:
         return
-    a, b = Checkpoint.open(folder), Checkpoint.open(again)
+    try:
+        a, b = Checkpoint.open(folder), Checkpoint.open(again)
+    except CheckpointError as error:
+        yield Finding("the same, made again", "the folder", False, f"cannot be read: {error}")
+        return
     for key in sorted(a.parts.keys() | b.parts.keys()):
-        if key not in a.parts or key not in b.parts or a.parts[key].shape != b.parts[key].shape:
-            yield Finding(key, False, "is not in both, or has another shape")
-        elif not torch.equal(one := a.parts[key].read(), other := b.parts[key].read()):
-            away = (one.double() - other.double()).abs()
-            number = int((one != other).sum())
-            yield Finding(
-                key, False, f"differs in {number} of {one.numel()} values, by {away.max().item():.3g} at most"
-            )
+        if said := _difference(a.parts.get(key), b.parts.get(key)):
+            yield Finding("the same, made again", key, False, said)
+
+
+def _difference(one: Lazy | None, other: Lazy | None) -> str:
+    """In what two tensors differ; empty if they do not."""
+    if one is None or other is None or (one.shape, one.dtype) != (other.shape, other.dtype):
+        return "is not in both, or has another shape or dtype"
+    a, b = (part.read().reshape(-1) for part in (one, other))
+    if torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
+        return ""
+    away = (a.double() - b.double()).abs().max().item()
+    number = int((a.view(torch.uint8) != b.view(torch.uint8)).reshape(len(a), -1).any(1).sum())
+    return f"differs from what is made again in {number} of {len(a)} values, by {away:.3g} at most"
 
 
 @contextmanager

@@ -20,6 +20,7 @@ FLOORS = (
     {"verbs"},
     {"showing", "options"},
     {"demo", "coordinate_descent", "interpolation", "rebasin_net", "loss"},
+    {"carrying_out"},
     {"publishing"},
     {"card", "verifying"},
     {"making"},

@@ -84,6 +84,6 @@ def align(
     if alignment is not None and is_first():
         say(f"alignment: {solution.alignment.save(alignment)}")
     if out is not None:
-        provenance = recorded("align", settings, [a, b], [batches], notes=solution.notes, device=device)
+        provenance = recorded("align", settings, [a, b], {"looked at": batches}, notes=solution.notes, device=device)
         record = Record(provenance, [solution.alignment])
         say(f"moved model: {saved(solution.apply(b), out, overwrite, record)}/")

@@ -70,6 +70,10 @@ def interpolate(
         best = curve.best_by(by)
         new = between(a, b, best, prepare=prepare, device=device)
         settings = {"at": best, "recalibrate": None if renewing is None else settings_of(renewing)}
-        record = Record(recorded("interpolate", settings, [a, b], [batches, renewing], device=device))
+        record = Record(
+            recorded(
+                "interpolate", settings, [a, b], {"measured on": batches, "statistics of": renewing}, device=device
+            )
+        )
         folder = saved(new, out, overwrite, record)
         say(f"best model by {by} (λ = {best:.3g}): {folder}/", err=as_json)

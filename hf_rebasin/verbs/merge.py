@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -31,7 +31,6 @@ from ..options import (
     command,
     described,
     found_device,
-    opened_model,
     parameters,
     publishing_of,
     recipe_file,
@@ -39,11 +38,14 @@ from ..options import (
     refuse_options_beside_a_recipe,
     refuse_out,
     refuse_report,
-    saved,
     say,
     shown,
     today,
 )
+
+if TYPE_CHECKING:
+    from ..report import Report
+    from ..running import Merged
 
 
 def merge(
@@ -91,6 +93,7 @@ def merge(
     create_pr: CreatePr = False,
     commit_message: CommitMessage = None,
     template: Template = None,
+    max_shard_size: Annotated[str, typer.Option(help="Of a file of weights.")] = "5GB",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")
     ] = False,
@@ -98,11 +101,8 @@ def merge(
 ) -> None:
     """Merge models that were trained apart into one that from_pretrained loads."""
     from .. import showing
-    from ..judging import judged
+    from ..carrying_out import run_recipe
     from ..processes import is_first
-    from ..publishing import publish_as, refuse_unready
-    from ..recording import add_report, record_of
-    from ..running import opened, run
 
     if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
         refuse_options_beside_a_recipe(context)
@@ -135,27 +135,33 @@ def merge(
         for line in showing.plan(recipe, out):
             say(line)
         return
-    device = found_device()
-    found = opened(recipe, progress=shown())
-    if recipe.publish is not None:
-        refuse_unready(found.models, recipe.publish)
-    merged = run(recipe, found=found, device=device, progress=shown())
-    for solution, model in zip(merged.solutions, merged.models[1:], strict=False):
-        for line in showing.solved(solution, model.name):
+
+    def tell(merged: Merged) -> None:
+        for solution, model in zip(merged.solutions, merged.models[1:], strict=False):
+            for line in showing.solved(solution, model.name):
+                say(line)
+        say(f"merged model ({recipe.merge_method}): {out}/, {showing.size(merged.checkpoint)}")
+
+    def judge(found: Report) -> None:
+        for line in showing.judged(found):
             say(line)
-    record = record_of(recipe, merged, device=device)
-    folder = saved(merged.checkpoint, out, overwrite, record)
-    say(f"merged model ({recipe.merge_method}): {folder}/, {showing.size(merged.checkpoint)}")
-    if recipe.evaluate is not None or report is not None:
-        written = opened_model(str(folder))
-        result = judged(recipe, merged, written, created=today(), command=command(), device=device, progress=shown())
-        for line in showing.judged(result):
-            say(line)
-        if is_first():
-            add_report(folder, result, merged)
         if report is not None and is_first():
-            say(f"report: {result.save(report)[-1]}")
-    if recipe.publish is not None and is_first():
-        published = publish_as(recipe.publish, folder, template=template, progress=shown())
-        for line in showing.published(published):
+            say(f"report: {found.save(report)[-1]}")
+
+    done = run_recipe(
+        recipe,
+        out,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
+        report=report is not None,
+        template=template,
+        created=today(),
+        command=command(),
+        device=found_device(),
+        progress=shown(),
+        merged=tell,
+        judge=judge,
+    )
+    if done.published is not None:
+        for line in showing.published(done.published):
             say(line)

@@ -48,5 +48,7 @@ def recalibrate(
     else:
         new = recalibrated(checkpoint, batches, exact=exact, device=device, progress=shown())
     settings = {"data": settings_of(batches), "exact": exact}
-    record = Record(recorded("recalibrate", settings, [checkpoint, *sources], [batches], device=device))
+    record = Record(
+        recorded("recalibrate", settings, [checkpoint, *sources], {"statistics of": batches}, device=device)
+    )
     say(f"recalibrated model: {saved(new, out, overwrite, record)}/, {showing.size(new)}")
