@@ -52,6 +52,7 @@ FLOORS = (
     {"table"},
     {"axes"},
     {"specs"},
+    {"licences"},
     {"checkpoint"},
     {"classes", "hub"},
     {"folder"},
