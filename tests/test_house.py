@@ -19,7 +19,7 @@ FLOORS = (
     {"cli"},
     {"showing", "options"},
     {"demo", "coordinate_descent", "interpolation", "rebasin_net", "loss"},
-    {"judging"},
+    {"judging", "planning"},
     {"running"},
     {"api"},
     {"line"},
