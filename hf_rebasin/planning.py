@@ -89,7 +89,6 @@ class Plan:
         models: what goes in, the fixed one first.
         moves: what an alignment may move; None without one.
         looks: "look at" or "measure on", and what data.
-        tensors: how many the merge has.
         size: bytes of its weights, at most.
         memory: bytes at the peak, estimated.
         memory_free: bytes that are free now; None where the system does not say.
@@ -103,7 +102,6 @@ class Plan:
     models: tuple[Input, ...]
     moves: Moves | None
     looks: Mapping[str, str]
-    tensors: int
     size: int
     memory: int
     memory_free: int | None
@@ -141,7 +139,6 @@ def planned(
         inputs,
         moves,
         {what: batches.describe() for what, batches in looked.items() if batches is not None},
-        len(first.parts),
         size_of(recipe, first) + (0 if moves is None else _untied_bytes(moves.spec, first)),
         memory_of(recipe, found, moves),
         _free_memory(),

@@ -56,11 +56,11 @@ def plan(
         yield f"would {what} {data}"
     free = "" if found.memory_free is None else f", {amount(found.memory_free)} are free now"
     yield f"memory: about {amount(found.memory)} at the peak{free}"
-    yield f"disk: {amount(found.size)} for the merge, {amount(found.disk_free)} are free there"
+    yield f"disk: at most {amount(found.size)} for the merge, {amount(found.disk_free)} are free there"
     yield f"licence: {found.licence.text}"
     yield (
-        f"would merge {len(found.models)} models by {recipe.merge_method} to {out}/, {found.tensors} tensors, "
-        f"{amount(found.size)} as in {found.models[0].name}"
+        f"would merge {len(found.models)} models by {recipe.merge_method} to {out}/, with the keys, the configuration "
+        f"and the tokenizer of {found.models[0].name}"
     )
     yield from found.publishing
 
