@@ -12,8 +12,10 @@ from itertools import count
 
 import huggingface_hub
 import pytest
+import torch
 from conftest import FIRST, HUB, ROOT, TINY, moved_copy, same_tensors
 from huggingface_hub import HfApi
+from huggingface_hub.utils import are_progress_bars_disabled
 
 from hf_rebasin import Checkpoint, Recipe, merge
 from hf_rebasin import hub as reading
@@ -118,6 +120,38 @@ def test_planning_fetches_no_weights(model, tmp_path):
     assert reading.to_download(repo, commit) == 0
     assert same_tensors(Checkpoint.open(repo, values=False), model), "what is here is read"
     assert [r for r in asked(since, "/_lfs/get/") if r.startswith("GET")], "downloads are seen here"
+
+
+def test_old_files_say_no_shapes_before_they_are_here(model, tmp_path):
+    repo = f"org/in-{next(COUNT)}"
+    torch.save(dict(Checkpoint.open(model).tensors), tmp_path / "pytorch_model.bin")
+    model.config.save_pretrained(tmp_path)
+    HfApi().create_repo(repo)
+    HfApi().upload_folder(repo_id=repo, folder_path=tmp_path)
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin, which say no shapes before they are here"):
+        Checkpoint.open(repo, values=False)
+    assert same_tensors(repo, model)
+    assert same_tensors(Checkpoint.open(repo, values=False), model)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_progress_bars_are_shown_where_they_are_wanted(wanted, model, tmp_path, monkeypatch):
+    repo, _ = pushed(model, tmp_path)
+    bars = sys.modules["huggingface_hub.utils.tqdm"]  # a class of that name hides it
+    monkeypatch.setattr(bars, "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    monkeypatch.setattr(bars, "progress_bar_states", {})
+    shown = []
+    fetch = huggingface_hub.snapshot_download
+
+    def watched(*args, **kwargs):
+        shown.append(not are_progress_bars_disabled())
+        return fetch(*args, **kwargs)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", watched)
+    Checkpoint.open(repo, progress=wanted)
+    assert shown
+    assert set(shown) == {wanted}
+    assert not are_progress_bars_disabled()
 
 
 def refused(kind, act):
