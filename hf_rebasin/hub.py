@@ -367,7 +367,7 @@ def _refuses_token(error: Any) -> bool:
 
 
 def _broken_off(error: BaseException) -> str:
-    return f"the transfer broke off ({_said(error)}); run it again, and it goes on with what is here already"
+    return f"the transfer broke off ({_said(error)}); run it again, and files that came whole are not sent again"
 
 
 def _said(error: BaseException) -> str:

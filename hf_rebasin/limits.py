@@ -36,8 +36,10 @@ class Limits:
         if self.groups not in ("full", "permutation"):
             raise OptionError(f"groups = {self.groups!r}; it is 'full' or 'permutation'")
 
-    def on(self, spec: Spec, moving: Mapping[str, Tensor]) -> tuple[Spec, list[str]]:
+    def on(self, spec: Spec, moving: Mapping[str, Tensor] | None) -> tuple[Spec, list[str]]:
         """(the spec with the groups that are left, what was left out for which reason)
+
+        Without the values of the moving model, which are elsewhere, what they leave out is not known yet.
 
         Raises:
             UnknownNameError: `hold` names no symmetry.
@@ -47,7 +49,7 @@ class Limits:
             return spec.restricted(), []
         reasons = {}
         for gauge in gauges(spec):
-            if not gauge.divides(moving):
+            if moving is not None and not gauge.divides(moving):
                 name, least = gauge.norm.gain, moving[gauge.norm.gain].abs().min().item()
                 reasons[gauge.norm.stream] = (
                     f"the bias of {name.removesuffix('.weight')} would have to be divided by its gain, which is as "

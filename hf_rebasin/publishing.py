@@ -143,9 +143,25 @@ def refuse_unready(models: Sequence[Checkpoint], settings: PublishSettings) -> N
 
     refuse_name(settings.to)
     said = dict(zip(names_of(models), map(licence_of, models), strict=True))
-    _refuse_unlicensed(outcome(said, settings.license))
+    refuse_unlicensed(outcome(said, settings.license))
     with speaking(f"publish to {settings.to}"):
         HfApi().whoami()
+
+
+def planned_publishing(settings: PublishSettings, measured: bool) -> str:
+    """What publishing would do, in a line; whether the repository is there is asked of the Hub."""
+    from huggingface_hub import HfApi
+
+    refuse_name(settings.to)
+    with speaking(f"look at {settings.to}"):
+        there = HfApi().repo_exists(settings.to)
+    made = "private" if settings.private else "public"
+    how = "which is there: what it has of another model is replaced" if there else f"which is made, {made}"
+    branch = (
+        " as a pull request" if settings.create_pr else f", branch {settings.revision}" if settings.revision else ""
+    )
+    files = "weights, configuration, tokenizer, card, recipe, alignment, rebasin.json" + ", report" * measured
+    return f"would publish to {settings.to}{branch}, {how}: {files}"
 
 
 def refuse_name(repository: str) -> None:
@@ -176,12 +192,13 @@ def _checked(
         for pair in report.pairs:
             _refuse_failed(folder, pair)
     found = outcome({one.name: one.licence for one in provenance.inputs}, licence)
-    _refuse_unlicensed(found)
+    refuse_unlicensed(found)
     subject = Subject(repository, checkpoint, provenance, found, report, revision)
     return [*provenance.outputs, PROVENANCE], card(subject, template)
 
 
-def _refuse_unlicensed(found: Outcome) -> None:
+def refuse_unlicensed(found: Outcome) -> None:
+    """Raise OptionError where no licence follows from those of the inputs, and none was named."""
     if found.refused:
         raise OptionError(f"{found.text}; say which licence the result has (--license)")
 

@@ -9,15 +9,12 @@ from pathlib import Path
 
 from .checkpoint import Checkpoint
 from .comparing import Comparison, Standing, Verdict
-from .describing import spec_of
 from .evaluating import Measured
-from .limits import kept_apart
 from .line import Curve
-from .merging import lined_state, lined_up
-from .publishing import Published
+from .planning import planned
+from .publishing import Published, planned_publishing, refuse_unlicensed
 from .recipe import Recipe
 from .report import Report
-from .running import opened
 from .solving import Solution
 from .spec import Spec
 from .text import columns, family_of, spread
@@ -38,27 +35,37 @@ def solved(solution: Solution, model: str) -> Iterator[str]:
 
 
 def plan(recipe: Recipe, out: Path) -> Iterator[str]:
-    """What a merge would do, after every check that it would make before it writes."""
-    found = opened(recipe)
-    (first, *others), moved = found.models, found.lined
-    for checkpoint in (first, *others):
-        checkpoint.refuse_broken()
-    if recipe.align is not None:
-        yield f"would align {', '.join(o.name for o in others)} to {first.name} by {recipe.align.solver}:"
-        given = spec_of(first)
-        for other in moved:
-            lined = lined_up(first, other, backbone_only=recipe.backbone_only)
-            spec, notes = recipe.align.limits().on(given, lined_state(first, lined, given.table.prefix))
-            for note in notes:
-                yield f"  {other.name}: {note}"
-        for line in symmetries(spec, every=False):
+    """What a merge would do and take, after every check that it would make before it writes; see `planned`."""
+    to = recipe.publish
+    publishing = [] if to is None else [planned_publishing(to, recipe.evaluate is not None)]
+    found = planned(recipe, out, licence=None if to is None else to.license, publishing=publishing)
+    if to is not None:
+        refuse_unlicensed(found.licence)
+    table = [("model", "commit", "tensors", "size", "to download")]
+    for one in found.models:
+        missing = "nothing, it is here" if not one.to_download else amount(one.to_download)
+        table.append((one.name, (one.commit or "")[:12], str(one.tensors), amount(one.size), missing))
+    yield from columns(table, right=(2,))
+    if elsewhere := [one.name for one in found.models if not one.here]:
+        yield f"NaN and Inf in {', '.join(elsewhere)} are looked for while merging, when the values are here"
+    if found.moves is not None:
+        others = ", ".join(one.name for one in found.models[1:])
+        yield f"would align {others} to {found.models[0].name} by {found.moves.solver}:"
+        for line in (*found.moves.notes, *symmetries(found.moves.spec, every=False)):
             yield f"  {line}"
-        if apart := kept_apart(spec, {norm.stream for norm in spec.gauged}):
-            yield f"  if the two are not of one base: {apart} (--keep-tied permutes that stream instead)"
-    for what, batches in (("look at", found.data), ("measure on", found.evaluation)):
-        if batches is not None:
-            yield f"would {what} {batches.describe()}"
-    yield f"would merge {1 + len(others)} models by {recipe.merge_method} to {out}/, {size(first)} as in {first.name}"
+        if found.moves.apart:
+            yield f"  if the two are not of one base: {found.moves.apart} (--keep-tied permutes that stream instead)"
+    for what, data in found.looks.items():
+        yield f"would {what} {data}"
+    free = "" if found.memory_free is None else f", {amount(found.memory_free)} are free now"
+    yield f"memory: about {amount(found.memory)} at the peak{free}"
+    yield f"disk: at most {amount(found.size)} for the merge, {amount(found.disk_free)} are free there"
+    yield f"licence: {found.licence.text}"
+    yield (
+        f"would merge {len(found.models)} models by {recipe.merge_method} to {out}/, with the keys, the configuration "
+        f"and the tokenizer of {found.models[0].name}"
+    )
+    yield from found.publishing
 
 
 def judged(report: Report) -> Iterator[str]:
@@ -193,6 +200,10 @@ def held(spec: Spec) -> Iterator[str]:
 
 def size(checkpoint: Checkpoint) -> str:
     """How many tensors, how large: `147 tensors, 1.0 GB`."""
-    total = sum(part.nbytes for part in checkpoint.parts.values())
+    return f"{len(checkpoint.parts)} tensors, {amount(sum(part.nbytes for part in checkpoint.parts.values()))}"
+
+
+def amount(total: int) -> str:
+    """Bytes: `1.0 GB`."""
     unit, scale = ("GB", 1e9) if total >= 1e9 else ("MB", 1e6) if total >= 1e6 else ("kB", 1e3)
-    return f"{len(checkpoint.parts)} tensors, {total / scale:.1f} {unit}"
+    return f"{total / scale:.1f} {unit}"

@@ -25,7 +25,7 @@ FLOORS = (
     {"card", "verifying"},
     {"making"},
     {"recording"},
-    {"judging"},
+    {"judging", "planning"},
     {"running"},
     {"api"},
     {"line"},
