@@ -15,7 +15,7 @@ from .objective import Device
 from .processes import is_first, wait
 from .publishing import Published, publish_as, refuse_unready
 from .recipe import Recipe
-from .recording import add_report, record_of
+from .recording import add_report, begun, record_of
 from .report import Report
 from .running import Merged, opened, run
 
@@ -90,9 +90,10 @@ def run_recipe(
         refuse_target(target, overwrite, [place for model in found.models for place in model.sources])
     if recipe.publish is not None:
         refuse_unready(found.models, recipe.publish)
+    reading = begun(found.models) if is_first() else []
     result = run(recipe, found=found, device=device, progress=progress)
     if is_first():
-        record = record_of(recipe, result, max_shard_size=max_shard_size, device=device)
+        record = record_of(recipe, result, [one() for one in reading], max_shard_size=max_shard_size, device=device)
         save = partial(result.checkpoint.save, overwrite=overwrite, max_shard_size=max_shard_size)
         save(target, progress=progress, beside=record.write)
     wait()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -67,7 +69,7 @@ def alignment_files(number: int) -> list[str]:
 def recorded(
     verb: str,
     settings: Mapping[str, Any],
-    models: Sequence[Checkpoint],
+    inputs: Sequence[Input],
     data: Mapping[str, Batches | None] | None = None,
     *,
     notes: Iterable[str] = (),
@@ -79,16 +81,38 @@ def recorded(
     Args:
         verb: what is done.
         settings: how.
-        models: what is read, the fixed one first.
+        inputs: what is read, the fixed model first.
         data: `{what for: data}`.
         notes: what else is to be said of the result.
         max_shard_size: of a file of weights.
         device: where it is computed.
     """
-    inputs = tuple(_input(name, model) for name, model in zip(names_of(models), models, strict=True))
     machine = Machine("cpu" if device is None else torch.device(device).type, torch.get_num_threads(), count())
     looked = {what: _settled(batches).describe() for what, batches in (data or {}).items() if batches is not None}
-    return Provenance(verb, settings, inputs, looked, machine=machine, notes=tuple(notes), shard=max_shard_size)
+    return Provenance(verb, settings, tuple(inputs), looked, machine=machine, notes=tuple(notes), shard=max_shard_size)
+
+
+def inputs_of(models: Sequence[Checkpoint]) -> list[Input]:
+    """Models as a record has them; all their files are hashed."""
+    return [reading() for reading in begun(models)]
+
+
+def begun(models: Sequence[Checkpoint]) -> list[Callable[[], Input]]:
+    """The same, model by model, while other things are done: each is hashed in a thread, and calling it waits."""
+
+    def begin(name: str, model: Checkpoint) -> Callable[[], Input]:
+        future: Future[Input] = Future()
+
+        def work() -> None:
+            try:
+                future.set_result(_input(name, model))
+            except BaseException as error:
+                future.set_exception(error)
+
+        Thread(target=work, name=f"sha256 {name}", daemon=True).start()  # an interrupt does not wait for it
+        return future.result
+
+    return [begin(name, model) for name, model in zip(names_of(models), models, strict=True)]
 
 
 def _input(name: str, model: Checkpoint) -> Input:
@@ -104,7 +128,9 @@ def _input(name: str, model: Checkpoint) -> Input:
     return Input(name, model.commit, licence, files, made_of)
 
 
-def record_of(recipe: Recipe, merged: Merged, *, max_shard_size: str = "5GB", device: Device = None) -> Record:
+def record_of(
+    recipe: Recipe, merged: Merged, inputs: Sequence[Input], *, max_shard_size: str = "5GB", device: Device = None
+) -> Record:
     """The record of a merge."""
     opened = merged.opened
     whole = settled(recipe, merged)
@@ -113,7 +139,7 @@ def record_of(recipe: Recipe, merged: Merged, *, max_shard_size: str = "5GB", de
     provenance = recorded(
         "merge",
         said,
-        opened.models,
+        inputs,
         {"looked at while merging": opened.data, "measured on": opened.evaluation},
         notes=dict.fromkeys(note for solution in merged.solutions for note in solution.notes),
         max_shard_size=max_shard_size,

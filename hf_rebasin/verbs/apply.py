@@ -21,9 +21,9 @@ def apply(
 ) -> None:
     """Move a model by a saved alignment; its function stays exactly the same."""
     from ..artefacts import alignment_of, artefact_name
-    from ..recording import Record, recorded
+    from ..recording import Record, inputs_of, recorded
 
     found, checkpoint = alignment_of(alignment, file), opened_model(model)
     refuse_out(out, overwrite, checkpoint.sources)
-    record = Record(recorded("apply", {"alignment": artefact_name(alignment)}, [checkpoint]), [found])
+    record = Record(recorded("apply", {"alignment": artefact_name(alignment)}, inputs_of([checkpoint])), [found])
     say(f"moved model: {saved(found.apply(checkpoint), out, overwrite, record)}/")

@@ -70,10 +70,7 @@ def interpolate(
         best = curve.best_by(by)
         new = between(a, b, best, prepare=prepare, device=device)
         settings = {"at": best, "recalibrate": None if renewing is None else settings_of(renewing)}
-        record = Record(
-            recorded(
-                "interpolate", settings, [a, b], {"measured on": batches, "statistics of": renewing}, device=device
-            )
-        )
+        inputs, looked = inputs_of([a, b]), {"measured on": batches, "statistics of": renewing}
+        record = Record(recorded("interpolate", settings, inputs, looked, device=device))
         folder = saved(new, out, overwrite, record)
         say(f"best model by {by} (λ = {best:.3g}): {folder}/", err=as_json)

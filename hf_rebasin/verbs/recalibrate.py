@@ -31,7 +31,7 @@ def recalibrate(
     """Recompute BatchNorm statistics of a model on data, or repair a merge of networks without BatchNorm."""
     from .. import showing
     from ..recalibrating import has_statistics, repair
-    from ..recording import Record, recorded, settings_of
+    from ..recording import Record, inputs_of, recorded, settings_of
     from ..running import recalibrated
 
     checkpoint, sources = opened_model(model), [opened_model(name) for name in like or []]
@@ -48,7 +48,6 @@ def recalibrate(
     else:
         new = recalibrated(checkpoint, batches, exact=exact, device=device, progress=shown())
     settings = {"data": settings_of(batches), "exact": exact}
-    record = Record(
-        recorded("recalibrate", settings, [checkpoint, *sources], {"statistics of": batches}, device=device)
-    )
+    inputs, looked = inputs_of([checkpoint, *sources]), {"statistics of": batches}
+    record = Record(recorded("recalibrate", settings, inputs, looked, device=device))
     say(f"recalibrated model: {saved(new, out, overwrite, record)}/, {showing.size(new)}")
