@@ -51,7 +51,7 @@ def interpolate(
     from ..line import between
     from ..line import interpolate as along
     from ..recalibrating import recalibrate as renew
-    from ..recording import Record, recorded, settings_of
+    from ..recording import Record, inputs_of, recorded, settings_of
 
     a, b = opened_model(fixed), opened_model(moving)
     if out is not None:
