@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -17,7 +17,7 @@ from .errors import OptionError
 from .layers import computing, with_values
 from .lazy import Tensors
 from .merge_methods import refit
-from .merging import combine, finish_with, lined_state, lined_up, method_with, untied_like
+from .merging import averaged, combine, finish_with, lined_state, lined_up, methods_with, untied_like
 from .objective import Device
 from .pairing import paired
 from .recalibrating import has_statistics, recalibrate, repair
@@ -68,15 +68,17 @@ class Merged:
 def opened(recipe: Recipe) -> Opened:
     """Open all that a recipe names; what does not fit is said here, before anything is computed."""
     entries = recipe.in_order()
-    method_with(recipe.merge_method, recipe.method_knobs(), len(entries))
+    methods_with(recipe.merge_method, recipe.method_knobs(), len(entries))
     models = [Checkpoint.open(entry.model, revision=entry.revision) for entry in entries]
     for checkpoint in models:
         checkpoint.refuse_quantised()
     first, *others = models
     lined = [paired(first, other, recipe.assume, backbone_only=recipe.backbone_only) for other in others]
     first = untied_like(first, lined)
+    keys: Collection[str] = first.parts
     for other in lined:
-        lined_up(first, other, backbone_only=recipe.backbone_only)
+        keys = lined_up(first, other, backbone_only=recipe.backbone_only)
+    methods_with(recipe.merge_method, recipe.method_knobs(), len(entries), averaged(first, keys))
     data = None if recipe.data is None else open_data(recipe.data, first)
     evaluation = None if recipe.evaluate is None else open_data(recipe.evaluate, first)
     if evaluation is not None and not evaluation.labelled:
@@ -147,8 +149,8 @@ def merged(
     out = combine(models, recipe.merge_method, knobs, dtype=dtype, backbone_only=recipe.backbone_only)
     if data is None:
         return out
-    shares = shares_in(recipe, len(models))
     finish = finish_with(recipe.merge_method, knobs)
+    shares = shares_in(recipe, len(models)) if recipe.refit is not None or recipe.recalibrate == "repair" else None
     if recipe.refit is not None:
         finish = partial(refit.finish, weights=shares, ridge=recipe.refit.ridge)
     if finish is not None:

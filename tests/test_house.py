@@ -24,6 +24,7 @@ FLOORS = (
     {"api"},
     {"line"},
     {"comparing", "evaluating", "recalibrating", "recipe", "modules", "incremental"},
+    {"mergekit"},
     {"report"},
     {"page"},
     {"charts"},
@@ -56,6 +57,7 @@ FLOORS = (
     {"classes"},
     {"folder"},
     {"files"},
+    {"varying"},
     {"lazy", "text", "registry", "knobs", "inputs", "sinkhorn_operator", "processes", "computing", "affine"},
     {"errors"},
 )
