@@ -124,7 +124,7 @@ def _gradient(said: Sequence[Any]) -> Gradient:
     for number in said:
         if isinstance(number, bool) or not isinstance(number, int | float):
             raise ValueError(f"{said!r} does not fit: {number!r} in a gradient over the layers is no number")
-    return Gradient(tuple(float(number) for number in said))
+    return Gradient(tuple(fitting(float, number) for number in said))
 
 
 def _entries(kind: Any, said: Sequence[Any]) -> Iterator[tuple[str | None, Any]]:
