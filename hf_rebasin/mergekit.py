@@ -18,17 +18,9 @@ from .knobs import knobs_of
 Dtype: TypeAlias = Literal["float32", "float16", "bfloat16", "float64"]
 
 METHODS = {  # mergekit's that are not here: names that are near to some of them say something else
-    *(
-        "arcee_fusion",
-        "breadcrumbs",
-        "breadcrumbs_ties",
-        "dare_linear",
-        "dare_ties",
-        "della",
-        "della_linear",
-        "karcher",
-    ),
-    *("model_stock", "multislerp", "nearswap", "nuslerp", "passthrough", "ram", "sce", "task_arithmetic", "ties"),
+    *("arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "della_linear"),
+    *("karcher", "model_stock", "multislerp", "nearswap", "nuslerp", "passthrough", "ram", "sce"),
+    *("task_arithmetic", "ties"),
 }
 SLICES = "layers are not cut out of models here; list the whole models under models, without layer_range"
 ADAPTER = "adapters are not merged; merge it into its base first (merge_and_unload in peft) and name what that saved"

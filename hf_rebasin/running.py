@@ -23,6 +23,7 @@ from .pairing import paired
 from .recalibrating import has_statistics, recalibrate, repair
 from .recipe import Recipe
 from .solving import Clock, Solution
+from .varying import varies
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,8 @@ def merged(
     out = combine(models, recipe.merge_method, knobs, dtype=dtype, backbone_only=recipe.backbone_only)
     if data is None:
         return out
+    shares = shares_in(recipe, len(models))
     finish = finish_with(recipe.merge_method, knobs)
-    shares = shares_in(recipe, len(models)) if recipe.refit is not None or recipe.recalibrate == "repair" else None
     if recipe.refit is not None:
         finish = partial(refit.finish, weights=shares, ridge=recipe.refit.ridge)
     if finish is not None:
@@ -165,8 +166,13 @@ def merged(
 
 
 def shares_in(recipe: Recipe, count: int) -> list[float] | None:
-    """The share of every model in a merge, where its method has weights or one number t."""
+    """The share of every model in a merge, where its method has weights or one number t; None for equal ones.
+
+    They are equal, too, where the numbers vary from tensor to tensor: nothing but a control is fitted to these then.
+    """
     knobs = recipe.method_knobs()
+    if varies(registry.find("merge_methods", recipe.merge_method).merge, knobs):
+        return None
     if "t" in knobs and count == 2:
         return [1 - float(knobs["t"]), float(knobs["t"])]
     return knobs.get("weights")

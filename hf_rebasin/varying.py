@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
 from .errors import OptionError, nearest, some
-from .knobs import fitting
+from .knobs import fitting, read_knobs
 
 # By name, what is computed before the first layer. What else has no layer, such as last norms and heads, comes after.
 BEFORE = re.compile(
@@ -112,6 +112,12 @@ def reading(kind: Any, said: Any) -> Any:
         values = tuple(reading(float, one) for one in said) if _nested(said) else ()
         return PerModel(values) if values else fitting(kind, said)
     return Filtered(tuple(_entries(kind, said))) if _nested(said) else _gradient(said)
+
+
+def varies(thing: Callable[..., Any], given: Mapping[str, Any]) -> list[str]:
+    """The knobs of a merge method that are given others for other tensors."""
+    values, _ = read_knobs(thing, given, reading)
+    return [knob for knob, value in values.items() if isinstance(value, Varying)]
 
 
 def _nested(said: Sequence[Any]) -> bool:
