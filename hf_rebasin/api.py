@@ -248,7 +248,8 @@ def merge(
         data: unlabelled batches that can be read several times, for "refit".
         device: where that computes.
         progress: whether it shows a progress bar (on a terminal).
-        knobs: of the method, such as `t=0.3`.
+        knobs: of the method, such as `t=0.3`. A number may be another one for other tensors: `t=[0, 0.5, 1]` from the
+            first layer to the last, `t=[{"filter": "mlp", "value": 0.3}, {"value": 0.5}]` by what is in a name.
 
     Returns:
         A `Checkpoint`: `.save(out)` writes a folder that `from_pretrained` loads, `.model()` makes a module. What is

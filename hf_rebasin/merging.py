@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,10 +14,11 @@ from torch import Tensor
 from . import registry
 from .checkpoint import Checkpoint
 from .classes import recomputed
-from .errors import CheckpointError, MismatchError, some
+from .errors import CheckpointError, MismatchError, OptionError, some
 from .knobs import knobs_for
 from .lazy import Computed, Here, Lazy, Tensors, all_finite, rounded
 from .table import table_for
+from .varying import Varying, reading, resolved
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def combine(
     Args:
         checkpoints: the models; the first gives keys, shapes, dtypes, configuration and tokenizer.
         method: a file of `merge_methods/`.
-        knobs: its keyword arguments.
+        knobs: its keyword arguments; numbers may be others for other tensors, see `hf_rebasin.varying`.
         dtype: of the floating-point tensors of the result.
         backbone_only: keep the first model's head; the others may have another, or none.
 
@@ -48,7 +49,7 @@ def combine(
         MismatchError: tensors that are missing, left over or of another shape.
         UnknownNameError, OptionError: the method or a knob.
     """
-    merge = method_with(method, knobs or {}, len(checkpoints))
+    methods_with(method, knobs or {}, len(checkpoints))
     module = registry.find("merge_methods", method)
     sums = getattr(module, "sums", None)
     elementwise = getattr(module, "ELEMENTWISE", False) or sums is not None
@@ -58,6 +59,7 @@ def combine(
         logger.info("%s of the merge is stored apart, as one of the models has it so", some(apart))
     checkpoints = [first, *others]
     lined = [lined_up(first, checkpoint, backbone_only=backbone_only) for checkpoint in checkpoints]
+    merges = methods_with(method, knobs or {}, len(checkpoints), averaged(first, lined[-1]))
     parts: dict[str, Lazy] = {}
     for key, one in first.parts.items():
         if not one.dtype.is_floating_point:
@@ -65,7 +67,7 @@ def combine(
                 _refuse_if_it_matters(key, [model[key] for model in lined], checkpoints)
         elif key in lined[-1]:
             inputs = [model[key] for model in lined]
-            compute = _Merge(key, merge, inputs, checkpoints, one.dtype if dtype is None else dtype)
+            compute = _Merge(key, merges[key], inputs, checkpoints, one.dtype if dtype is None else dtype)
             prepare = None if sums is None else partial(compute.with_sums, sums)
             parts[key] = Computed(one.shape, compute.dtype, inputs, compute, elementwise, prepare)
         elif not recomputed(key, one):  # of the head that is kept
@@ -140,12 +142,38 @@ def equal(one: Lazy, other: Lazy) -> bool:
     return one is other or all(torch.equal(a, b) for a, b in zip(one.chunks(), other.chunks(), strict=True))
 
 
-def method_with(name: str, knobs: Mapping[str, Any], models: int) -> Callable[..., Tensor]:
-    """A merge method with its knobs, tried on that many scalars; what it cannot do raises OptionError here."""
-    merge = registry.find("merge_methods", name).merge
-    values = knobs_for(f"merge method {name!r}", merge, knobs)
-    merge([torch.zeros(())] * models, **values)
-    return partial(merge, **values)
+def averaged(first: Checkpoint, lined: Collection[str]) -> list[str]:
+    """The keys of the first model that are merged: floating-point tensors that all have."""
+    return [key for key, one in first.parts.items() if one.dtype.is_floating_point and key in lined]
+
+
+def methods_with(
+    name: str, knobs: Mapping[str, Any], models: int, keys: Collection[str] = ()
+) -> dict[str, Callable[..., Tensor]]:
+    """A merge method with its knobs for every key, tried on that many scalars; what it cannot do raises OptionError.
+
+    Without keys, as long as no model is opened, that is seen for knobs that are the same for all tensors.
+    """
+    module = registry.find("merge_methods", name)
+    values = knobs_for(f"merge method {name!r}", module.merge, knobs, reading)
+    varying = [knob for knob, value in values.items() if isinstance(value, Varying)]
+    if varying and hasattr(module, "finish"):
+        raise OptionError(
+            f"merge method {name!r} fits whole models, with one number for all tensors; {some(varying)} cannot vary"
+        )
+    scalars = [torch.zeros(())] * models
+    module.merge(scalars, **{knob: value for knob, value in values.items() if knob not in varying})
+    found: dict[str, Callable[..., Tensor]] = {}
+    tried: dict[str, Callable[..., Tensor]] = {}
+    for key, own in (resolved(values, keys) if keys else {}).items():
+        if (said := repr(own)) not in tried:
+            tried[said] = partial(module.merge, **own)
+            try:
+                tried[said](scalars)
+            except OptionError as error:
+                raise OptionError(f"{key}: {error}" if varying else str(error)) from error
+        found[key] = tried[said]
+    return found
 
 
 def finish_with(name: str, knobs: Mapping[str, Any]) -> Callable[..., Checkpoint] | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .checkpoint import Checkpoint
 from .classes import copied
 from .errors import OptionError, some
-from .merging import lined_up, method_with
+from .merging import lined_up, methods_with
 
 Device: TypeAlias = torch.device | str | None
 
@@ -35,26 +35,28 @@ def merged(models: Sequence[nn.Module], method: str, **knobs: Any) -> nn.Module:
     `merge` gives a checkpoint, with what a file holds. Here buffers that are not stored count too, and whole numbers
     are the first module's without a question. What is equal in all stays as it is, be it infinite, as in masks.
     """
-    merge, out = method_with(method, knobs, len(models)), copied(models[0])
-    for place, *tensors in _in_common(out, *models):
+    out = copied(models[0])
+    found = dict(_in_common(out, *models))
+    merges = methods_with(method, knobs, len(models), found)
+    for name, (place, *tensors) in found.items():
         wide = torch.promote_types(place.dtype, torch.float64)
         values = [tensor.to(place.device, wide) for tensor in tensors]
         if (place.is_floating_point() or place.is_complex()) and not _all_equal(values):
-            place.copy_(merge(values))
+            place.copy_(merges[name](values))
     return out
 
 
 @torch.no_grad()
 def overwrite(target: nn.Module, source: nn.Module) -> None:
     """Write a module's parameters and buffers into another's own tensors, so whoever holds those sees the change."""
-    for place, tensor in _in_common(target, source):
+    for _, (place, tensor) in _in_common(target, source):
         value = tensor.to(place.device, place.dtype)
         if not _all_equal([place, value]):  # an expanded buffer cannot be written, and need not be
             place.copy_(value)
 
 
-def _in_common(*modules: nn.Module) -> Iterator[list[Tensor]]:
-    """The parameters and buffers of every name: of caches that are not stored, those that all have in one shape.
+def _in_common(*modules: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
+    """The parameters and buffers by name: of caches that are not stored, those that all have in one shape.
 
     A tied tensor comes once for each of its names.
     """
@@ -65,7 +67,7 @@ def _in_common(*modules: nn.Module) -> Iterator[list[Tensor]]:
     for name, tensor in first.items():
         same = [other[name] for other in others if name in other and other[name].shape == tensor.shape]
         if len(same) == len(others):
-            yield [tensor, *same]
+            yield name, [tensor, *same]
 
 
 def _all_equal(tensors: Sequence[Tensor]) -> bool:

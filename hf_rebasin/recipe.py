@@ -28,6 +28,8 @@ from .data import DataSettings
 from .errors import OptionError, RecipeError, UnknownNameError, nearest
 from .knobs import knobs_of, read_knobs
 from .limits import Groups, Limits
+from .mergekit import Dtype, not_here, translated
+from .varying import Varying, reading
 
 
 class _Strict(BaseModel):
@@ -35,9 +37,15 @@ class _Strict(BaseModel):
 
 
 class ModelParameters(_Strict):
-    """What a recipe may say about one model."""
+    """What a recipe may say about one model; a weight may be another one for other tensors."""
 
-    weight: float | None = None
+    weight: Any = None
+
+    @field_validator("weight")
+    @classmethod
+    def _numbers(cls, said: Any) -> Any:
+        value = reading(float | None, said)
+        return said if isinstance(value, Varying) else value  # a recipe is written as it was said
 
 
 class ModelEntry(_Strict):
@@ -104,7 +112,7 @@ class Recipe(_Strict):
         models: folders or Hub ids; the first gives keys, shapes, dtypes, configuration and tokenizer.
         merge_method: a file of `hf_rebasin/merge_methods/`.
         base_model: which of the models stays fixed and comes first; by default the first.
-        parameters: of the merge method, such as `t`.
+        parameters: of the merge method, such as `t`; numbers may be others for other tensors (`hf_rebasin.varying`).
         align: how the other models are brought to the first one's coordinates; `false` leaves them as they are.
         assume: what is taken for the same without looking: `config`, `labels`, `vocabulary`.
         backbone_only: keep the first model's head; the others may have another, or none.
@@ -133,7 +141,7 @@ class Recipe(_Strict):
     align: AlignSettings | None = AlignSettings()
     assume: tuple[Literal["config", "labels", "vocabulary"], ...] = ()
     backbone_only: bool = False
-    dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = None
+    dtype: Dtype | None = None
     data: DataSettings | None = None
     refit: RefitSettings | None = None
     recalibrate: Literal["statistics", "repair"] | None = "statistics"
@@ -201,12 +209,13 @@ class Recipe(_Strict):
         """Check a recipe; all its mistakes raise one RecipeError."""
         if not isinstance(said, Mapping):
             raise RecipeError(f"{name} is no mapping of keys to values")
-        mistakes = []
+        said, mistakes = translated(said)
         try:
-            recipe = Recipe.model_validate(dict(said))
+            recipe = Recipe.model_validate(said)
         except ValidationError as error:
             recipe = None
-            mistakes = [_mistake(e["loc"], e["type"], e["msg"]) for e in error.errors()]
+            found = [_mistake(e["loc"], e["type"], e["msg"]) for e in error.errors()]
+            mistakes += [one for one in found if not mistakes or one != "models: field required"]  # but slices of some
         mistakes += [*_unknown_names(said), *_without_data(said)]
         if mistakes or recipe is None:
             lines = "".join(f"\n  {mistake}" for mistake in mistakes)
@@ -256,6 +265,7 @@ def _mistake(loc: tuple[int | str, ...], kind: str, message: str) -> str:
         words = [str(part) for part in loc[:-1] if isinstance(part, str)]
         known = _MODELS[words[-1] if words else ""].model_fields
         return f"{path}: no such key{nearest(str(loc[-1]), known)}"
+    message = message.removeprefix("Value error, ")
     return f"{path}: {message[0].lower()}{message[1:]}"
 
 
@@ -295,7 +305,8 @@ def _unknown_names(said: Mapping[str, Any]) -> Iterator[str]:
     try:
         merge = registry.find("merge_methods", str(method)).merge
         knobs = knobs_of(merge)
-        for knob, message in read_knobs(merge, parameters if isinstance(parameters, Mapping) else {})[1].items():
+        values, wrong = read_knobs(merge, parameters if isinstance(parameters, Mapping) else {}, reading)
+        for knob, message in wrong.items():
             yield f"parameters.{knob}: {message}"
         models = said.get("models")
         entries = [m for m in models if isinstance(m, Mapping)] if isinstance(models, list | tuple) else []
@@ -304,8 +315,12 @@ def _unknown_names(said: Mapping[str, Any]) -> Iterator[str]:
             yield f"models: {method} takes no weight per model; its parameters are {', '.join(knobs)}"
         if weighted and isinstance(parameters, Mapping) and "weights" in parameters:
             yield "parameters.weights: weights are said twice, here and with the models"
+        varying = [f"parameters.{knob}" for knob, value in values.items() if isinstance(value, Varying)]
+        varying += ["models.parameters.weight"] * any(isinstance(m["parameters"]["weight"], list) for m in weighted)
+        if varying and (said.get("refit") or finishes(str(method)) or said.get("recalibrate") == "repair"):
+            yield f"{varying[0]}: what is fitted to data takes one number for all tensors; give that, or fit nothing"
     except UnknownNameError as error:
-        yield f"merge_method: {error}"
+        yield f"merge_method: {not_here(str(method)) or error}"
     align = said.get("align")
     if isinstance(align, Mapping):
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -18,12 +18,13 @@ from .errors import MismatchError, OptionError
 from .layers import computing, with_values
 from .lazy import Tensors
 from .merge_methods import refit
-from .merging import combine, finish_with, lined_state, lined_up, method_with, untied_like
+from .merging import averaged, combine, finish_with, lined_state, lined_up, methods_with, untied_like
 from .objective import Device
 from .pairing import paired
 from .recalibrating import has_statistics, recalibrate, repair
 from .recipe import Recipe
 from .solving import Clock, Solution
+from .varying import varies
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def opened(recipe: Recipe, *, values: bool = True, progress: bool = False) -> Op
         progress: show the progress bars of downloads.
     """
     entries = recipe.in_order()
-    method_with(recipe.merge_method, recipe.method_knobs(), len(entries))
+    methods_with(recipe.merge_method, recipe.method_knobs(), len(entries))
     with hub.once():
         models = [
             Checkpoint.open(entry.model, revision=entry.revision, values=values, progress=progress)
@@ -86,8 +87,10 @@ def opened(recipe: Recipe, *, values: bool = True, progress: bool = False) -> Op
     first, *others = models
     lined = [paired(first, other, recipe.assume, backbone_only=recipe.backbone_only) for other in others]
     first = untied_like(first, lined)
+    keys: Collection[str] = first.parts
     for other in lined:
-        lined_up(first, other, backbone_only=recipe.backbone_only)
+        keys = lined_up(first, other, backbone_only=recipe.backbone_only)
+    methods_with(recipe.merge_method, recipe.method_knobs(), len(entries), averaged(first, keys))
     data = None if recipe.data is None else open_data(recipe.data, first)
     evaluation = None if recipe.evaluate is None else open_data(recipe.evaluate, first)
     if evaluation is not None and not evaluation.labelled:
@@ -193,8 +196,13 @@ def merged(
 
 
 def shares_in(recipe: Recipe, count: int) -> list[float] | None:
-    """The share of every model in a merge, where its method has weights or one number t."""
+    """The share of every model in a merge, where its method has weights or one number t; None for equal ones.
+
+    They are equal, too, where the numbers vary from tensor to tensor: nothing but a control is fitted to these then.
+    """
     knobs = recipe.method_knobs()
+    if varies(registry.find("merge_methods", recipe.merge_method).merge, knobs):
+        return None
     if "t" in knobs and count == 2:
         return [1 - float(knobs["t"]), float(knobs["t"])]
     return knobs.get("weights")

@@ -30,6 +30,7 @@ FLOORS = (
     {"api"},
     {"line"},
     {"comparing", "evaluating", "recalibrating", "recipe", "modules", "incremental"},
+    {"mergekit"},
     {"report"},
     {"page"},
     {"charts"},
@@ -65,6 +66,7 @@ FLOORS = (
     {"classes", "hub"},
     {"folder"},
     {"files"},
+    {"varying"},
     {"lazy", "text", "registry", "knobs", "inputs", "sinkhorn_operator", "processes", "computing", "affine"},
     {"errors"},
 )

@@ -312,3 +312,13 @@ def test_recalibrate_on_the_command_line(command, place, tmp_path, monkeypatch):
     status, text = command("recalibrate", "vit/seed-0", "-o", tmp_path / "x", *data)
     assert status == 1
     assert "has no running statistics; to repair a merge, name what was merged" in text
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"merge_method": "lerp", "parameters": {"t": [0, 1]}}, {"parameters": {"weights": [1, [0, 1]]}}]
+)
+def test_controls_of_a_merge_whose_numbers_vary_are_fitted_to_the_mean(place, tmp_path, knobs):
+    recipe = Recipe.from_dict(said(place, "vit", **knobs))
+    assert shares_in(recipe, 2) is None
+    rows = rows_of(judged_merge(place, "vit", tmp_path, **knobs))
+    assert {"plain average", "plain average, refitted", "aligned average"} <= rows.keys()

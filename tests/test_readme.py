@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 
 from hf_rebasin import Recipe, demo, registry
@@ -56,7 +57,8 @@ def test_the_quickstart_runs_as_written(demo_folder):
 
 
 def test_the_recipe_of_the_readme_is_valid(tmp_path):
-    (text,) = blocks("yaml")
+    text, varying = blocks("yaml")
+    Recipe.from_dict({"models": ["a", "b"], "merge_method": "slerp", **yaml.safe_load(varying)})
     (tmp_path / "recipe.yaml").write_text(text)
     Recipe.from_file(tmp_path / "recipe.yaml")
 

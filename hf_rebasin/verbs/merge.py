@@ -55,7 +55,11 @@ def merge(
     method: Annotated[str, typer.Option(help="linear, lerp, slerp or refit (with --data).")] = "linear",
     parameter: Annotated[
         list[str] | None,
-        typer.Option("--parameter", "-p", help="Of the method, as t=0.3 or weights=[1,3]. May be repeated."),
+        typer.Option(
+            "--parameter",
+            "-p",
+            help="Of the method, as t=0.3, t=[0,1] over the layers, weights=[1,3]. May be repeated.",
+        ),
     ] = None,
     align: Annotated[bool, typer.Option(help="Bring the models to the first one's coordinates first.")] = True,
     solver: SolverName = "weight_matching",
