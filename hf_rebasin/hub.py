@@ -33,7 +33,7 @@ _resolved: ContextVar[dict[tuple[str, str], str] | None] = ContextVar("resolved"
 def named(source: str, revision: str | None = None) -> tuple[str, str | None]:
     """(repository, revision) of `id`, or of `id@revision`."""
     repo, at, pinned = source.rpartition("@")
-    return (repo, pinned) if at and revision is None else (source, revision)
+    return (repo, pinned) if at and pinned and revision is None else (source, revision)
 
 
 @contextmanager
@@ -87,7 +87,8 @@ def download(
 
     with _reading(repo, commit, token), bars(progress):
         folder = Path(snapshot_download(repo, revision=commit, token=token, allow_patterns=list(SMALL)))
-        card = [name for name in _names(repo, commit, folder) if any(fnmatch(name, pattern) for pattern in CARD)]
+        names = _names(repo, commit, folder)
+        card = [name for name in names if "/" not in name and any(fnmatch(name, one) for one in CARD)]
         if not all((folder / name).is_file() for name in card):
             with suppress(LocalEntryNotFoundError):  # offline, a model that came without its card is still a model
                 snapshot_download(repo, revision=commit, token=token, allow_patterns=[glob.escape(n) for n in card])

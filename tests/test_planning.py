@@ -141,6 +141,7 @@ import torch
 torch.set_num_threads(1)
 from hf_rebasin import Recipe
 from hf_rebasin.planning import planned
+from hf_rebasin.running import run
 recipe, out, only = Recipe.from_dict(json.loads(sys.argv[1])), Path(sys.argv[2]), sys.argv[3] == "plan"
 if only:
     print(planned(recipe, out).memory)
