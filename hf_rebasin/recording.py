@@ -58,6 +58,10 @@ class Record:
             if one.commit is None:
                 lines.append(f"# {one.name} is a folder that is not on the Hub: say where it is.")
         said = recipe.model_dump(mode="json", exclude_defaults=True)
+        if recipe.align is not None:  # what everything random hangs on is said, default or not
+            said["align"] = {"solver": recipe.align.solver, "seed": recipe.align.seed, **said.get("align", {})}
+        if said.get("refit") == {}:
+            said["refit"] = True
         return "\n".join([*lines, yaml.safe_dump(said, sort_keys=False, allow_unicode=True)])
 
 
