@@ -159,7 +159,7 @@ def order(module: nn.Module, batch: Any) -> list[Step]:
     layers, norms = _layers(module), {name for name, part in module.named_modules() if keeps_statistics(part)}
     read: dict[str, list[int]] = {}  # the number of what was read, at every call
     odd: set[str] = set()
-    given: dict[str, weakref.ref[Any]] = {}  # what a layer gave last
+    given: dict[str, weakref.ref[Any]] = {}  # what a layer gave last; of convolutions classes are not the last axis
     number = 0
     before: tuple[Any, int] = (None, -1)  # what was read last, and its version
 
@@ -172,7 +172,7 @@ def order(module: nn.Module, batch: Any) -> list[Step]:
         if name in layers and name not in read and not _is_explained(layers[name], x, y):
             odd.add(name)
         read.setdefault(name, []).append(number)
-        if name in layers and isinstance(y, Tensor):
+        if name in layers and is_matrix(layers[name].module) and isinstance(y, Tensor):
             given[name] = weakref.ref(y)
 
     with _listening(module, [*layers, *norms], hear):

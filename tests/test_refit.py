@@ -318,6 +318,17 @@ def test_what_softmax_is_not_known_to_be_taken_of_keeps_least_squares(odd, monke
     assert distance(refitted(plain, [x])[1], other) > 1e-3
 
 
+def test_logits_of_a_convolution_keep_least_squares():
+    def net(make):
+        return Net(lambda net, x: SimpleNamespace(logits=net.head(x)), head=make())
+
+    for make, x, scores in (
+        (lambda: nn.Conv1d(4, 5, 1), (3, 4, 9), False),
+        (lambda: nn.Linear(4, 5), (3, 9, 4), True),
+    ):
+        assert [step.scores for step in order(net(make).double().eval(), normal(*x))] == [scores]
+
+
 def test_pieces_of_logits_are_the_whole_and_masked_ones_do_not_count(monkeypatch):
     models, x = two(Scoring), normal(20, 5, 4)
     mask = torch.ones(20, 5, dtype=torch.long)
