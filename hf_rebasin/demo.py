@@ -401,7 +401,7 @@ def run(out: Path, kinds: Sequence[str] = DEMO, seeds: int = 3, say: Callable[[s
     say(
         "Accuracies and barriers (the highest rise of the test loss over the line between the ends, 25 points)\n"
         "are on 500 held-out digits; BatchNorm statistics are recomputed in every model, ends and plain average\n"
-        "included. Refitted: every layer by least squares, on unlabelled images, of the plain average (the control)\n"
+        "included. Refitted: every layer, on unlabelled images, of the plain average (the control)\n"
         f"and of the aligned one. Curves, and what was moved: {page}. {time.perf_counter() - start:.0f} s in all."
     )
     return pairs

@@ -7,6 +7,7 @@ every place in the order, which ends where that place is reached.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from .affine import Affine, is_affine, is_matrix
 from .checkpoint import Checkpoint
 from .computing import there
 from .errors import CheckpointError, OptionError, some
-from .inputs import mask_in, refuse_read_once, run
+from .inputs import logits_in, mask_in, refuse_read_once, run
 from .lazy import Here, Lazy, all_finite, rounded
 from .processes import numbers_of_all, shared_out, sum_of_all, that_of_the_first
 from .table import table_for
@@ -40,6 +41,7 @@ class Step:
     norm: _NormBase | None = None
     name: str = ""
     calls: int = 1  # after so many, no layer of the step is called again
+    scores: bool = False  # what its one layer gives are the logits that the module answers: softmax makes p of them
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -56,6 +58,10 @@ class Change(Protocol):
 
     def write(self) -> Sequence[str]:
         """Change the layers of the first model, and say which; `sums` are over all processes by now."""
+
+    def then(self) -> Change | None:
+        """What is done at the same step next, in a pass of its own."""
+        return None
 
 
 @torch.no_grad()
@@ -89,14 +95,17 @@ def change_in_order(
     changed: list[str] = []
     planned = _planned(models[0], batches, lambda batch: there(batch, device, dtype))
     steps = [(step, made) for step in planned if (made := change(step)) is not None]
-    for step, doing in tqdm(steps, desc=progress, unit="layer", leave=False, disable=None if progress else True):
-        for batch in shared_out(batches):
-            batch = there(batch, device, dtype)
-            mask = mask_in(batch)
-            doing.add([heard(model, step.names, batch, step.calls) for model in models], mask)
-        doing.sums = [sum_of_all(total) for total in doing.sums]
-        refuse_nan(doing.sums, step.names)
-        changed += doing.write()
+    for step, made in tqdm(steps, desc=progress, unit="layer", leave=False, disable=None if progress else True):
+        doing: Change | None = made
+        while doing is not None:
+            for batch in shared_out(batches):
+                batch = there(batch, device, dtype)
+                mask = mask_in(batch)
+                doing.add([heard(model, step.names, batch, step.calls) for model in models], mask)
+            doing.sums = [sum_of_all(total) for total in doing.sums]
+            refuse_nan(doing.sums, step.names)
+            changed += doing.write()
+            doing = doing.then()
     if any(step.layers for step, _ in steps):
         _say_what_is_left(models[0], planned)
     if left := [name for step, _ in steps for name in step.names if name not in changed]:
@@ -132,17 +141,17 @@ def _planned(module: nn.Module, batches: Iterable[Any], brought: Callable[[Any],
             else f"the data gave a batch to {count:.0f} of {everywhere:.0f} processes; give each one"
         )
     found = order(module, brought(first))
-    plan = that_of_the_first([(step.names, step.norm is not None, step.calls) for step in found])
+    plan = that_of_the_first([(step.names, step.norm is not None, step.calls, step.scores) for step in found])
     return [_step(module, *one) for one in plan]
 
 
-def _step(module: nn.Module, names: Sequence[str], is_norm: bool, calls: int) -> Step:
+def _step(module: nn.Module, names: Sequence[str], is_norm: bool, calls: int, scores: bool) -> Step:
     own = {name: module.get_submodule(name) for name in names}
     if is_norm:
         (norm,) = own.values()
         assert isinstance(norm, _NormBase)
         return Step(norm=norm, name=names[0], calls=calls)
-    return Step(tuple(Affine(name, part) for name, part in own.items()), name=names[0], calls=calls)
+    return Step(tuple(Affine(name, part) for name, part in own.items()), name=names[0], calls=calls, scores=scores)
 
 
 def order(module: nn.Module, batch: Any) -> list[Step]:
@@ -150,6 +159,7 @@ def order(module: nn.Module, batch: Any) -> list[Step]:
     layers, norms = _layers(module), {name for name, part in module.named_modules() if keeps_statistics(part)}
     read: dict[str, list[int]] = {}  # the number of what was read, at every call
     odd: set[str] = set()
+    given: dict[str, weakref.ref[Any]] = {}  # what a layer gave last; of convolutions classes are not the last axis
     number = 0
     before: tuple[Any, int] = (None, -1)  # what was read last, and its version
 
@@ -162,9 +172,12 @@ def order(module: nn.Module, batch: Any) -> list[Step]:
         if name in layers and name not in read and not _is_explained(layers[name], x, y):
             odd.add(name)
         read.setdefault(name, []).append(number)
+        if name in layers and is_matrix(layers[name].module) and isinstance(y, Tensor):
+            given[name] = weakref.ref(y)
 
     with _listening(module, [*layers, *norms], hear):
-        run(module, batch)
+        logits = _scores_in(module, run(module, batch), batch)
+    ends = {name for name, one in given.items() if logits is not None and one() is logits}
     groups: list[list[str]] = []
     for name, numbers in read.items():
         one = groups[-1][0] if groups else name
@@ -175,7 +188,18 @@ def order(module: nn.Module, batch: Any) -> list[Step]:
             groups[-1].append(name)
         else:
             groups.append([name])
-    return [_step(module, names, names[0] in norms, sum(len(read[name]) for name in names)) for names in groups]
+    return [
+        _step(module, names, names[0] in norms, sum(len(read[name]) for name in names), {*names} <= ends)
+        for names in groups
+    ]
+
+
+def _scores_in(module: nn.Module, said: Any, batch: Any) -> Tensor | None:
+    """The logits in an answer, if softmax along the last axis is what makes probabilities of them."""
+    logits = logits_in(said, batch)
+    kind = getattr(getattr(module, "config", None), "problem_type", None)
+    several = kind in ("regression", "multi_label_classification")
+    return None if several or logits is None or logits.shape[-1] == 1 else logits
 
 
 def _maps(module: nn.Module) -> list[str]:
@@ -255,7 +279,7 @@ def _listening(module: nn.Module, names: Iterable[str], hear: Callable[[str, Any
             handle.remove()
 
 
-class NormStatistics:
+class NormStatistics(Change):
     """The mean and variance of what a BatchNorm reads, over all samples; a `Change`.
 
     Of an InstanceNorm, the means of those of every instance. With a correction of 1 variances are unbiased, as torch

@@ -207,7 +207,7 @@ def repair(
     return with_changes(merged, models, data, rescale, device=device, progress="repairing" if progress else "")
 
 
-class _Rescaling:
+class _Rescaling(Change):
     """Means and deviations of what the layers of a step give, in the merge and in what was merged; a `Change`."""
 
     def __init__(self, step: Step, shares: Sequence[float]):

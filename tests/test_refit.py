@@ -2,6 +2,7 @@
 
 import logging
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -223,6 +224,127 @@ def test_the_ridge_and_the_weights():
         averaged(*models, weights=[1, 1, 1])
     with pytest.raises(OptionError, match="a sum above 0"):
         averaged(*models, weights=[1, -1])
+
+
+# --- the last layer --------------------------------------------------------------------------------------------------
+
+
+class Scoring(nn.Module):
+    """Logits of 5 classes in an answer, behind a curve that is no layer and differs between models."""
+
+    def __init__(self, bias=True, kind=None, answer=lambda y: SimpleNamespace(logits=y), classes=5):
+        super().__init__()
+        self.scale, self.head = nn.Parameter(2 * torch.rand(())), nn.Linear(4, classes, bias=bias)
+        self.config, self.answer = SimpleNamespace(problem_type=kind), answer
+        with torch.no_grad():
+            self.head.weight.mul_(12)
+
+    def forward(self, x, attention_mask=None):
+        return self.answer(self.head(self.read(x)))
+
+    def read(self, x):
+        return torch.sin(3 * self.scale * x)
+
+
+def least_squares_alone(monkeypatch):
+    monkeypatch.setattr(refit._LeastSquares, "then", lambda self: None)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_logits_are_fitted_by_the_divergence_of_what_softmax_makes_of_them(bias, monkeypatch):
+    """The least of both divergences by another optimiser; least squares alone is elsewhere, fewer rounds are near."""
+    models, x, weights = two(lambda: Scoring(bias)), normal(200, 4), [1.0, 3.0]
+    few = refitted(models, [x], weights=weights)[1].model()
+    monkeypatch.setattr(refit, "ROUNDS", 600)
+    average, fitted = refitted(models, [x[:30], x[30:]], weights=weights)
+    least_squares_alone(monkeypatch)
+    squares = refitted(models, [x], weights=weights)[1].model()
+    with torch.no_grad():
+        read = average.model().read(x)
+        inputs = torch.cat([read, torch.ones(200, 1)], 1) if bias else read
+        target = ((models[0](x).logits + 3 * models[1](x).logits) / 4).softmax(-1)
+
+    def matrix(net):
+        return torch.cat([net.head.weight, net.head.bias[:, None]] if bias else [net.head.weight], 1).detach().mT
+
+    def divergence(scores):
+        return functional.kl_div(scores.log_softmax(-1), target, reduction="sum")
+
+    def least(start, cost):
+        free = start.clone(memory_format=torch.contiguous_format).requires_grad_()
+        descent = torch.optim.LBFGS([free], max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+        def closure():
+            descent.zero_grad()
+            cost(free).backward()
+            return cost(free)
+
+        descent.step(closure)
+        return free.detach()
+
+    first = matrix(squares)
+    s = least(torch.ones((), dtype=torch.float64), lambda s: divergence(s * (inputs @ first)))
+    r = refit.HELD * inputs.square().mean()
+    want = least(s * first, lambda w: divergence(inputs @ w) + r * (w - s * first).square().sum())
+    assert relative(matrix(fitted.model()), want) <= 1e-4
+    assert relative(matrix(few), want) <= 0.05
+    assert relative(first, want) > 0.1
+    with torch.no_grad():
+        apart = [divergence(net(x).logits).item() for net in (few, squares, average.model())]
+        errors = [
+            relative(net(x).logits, sum(w * m(x).logits for w, m in zip((0.25, 0.75), models, strict=True)))
+            for net in (few, squares)
+        ]
+    assert apart[0] < 0.9 * apart[1] < apart[2]
+    assert errors[1] < errors[0]  # which is what they are made for
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"kind": "regression"},
+        {"kind": "multi_label_classification"},
+        {"classes": 1},
+        {"answer": lambda y: y},
+        {"answer": lambda y: SimpleNamespace(logits=y / 2)},
+        {"answer": lambda y: SimpleNamespace(start_logits=y)},
+    ],
+)
+def test_what_softmax_is_not_known_to_be_taken_of_keeps_least_squares(odd, monkeypatch):
+    models, plain, x = two(lambda: Scoring(**odd)), two(Scoring), normal(50, 4)
+    found, other = (refitted(of, [x])[1] for of in (models, plain))
+    least_squares_alone(monkeypatch)
+    assert distance(refitted(models, [x])[1], found) == 0
+    assert distance(refitted(plain, [x])[1], other) > 1e-3
+
+
+def test_logits_of_a_convolution_keep_least_squares():
+    def net(make):
+        return Net(lambda net, x: SimpleNamespace(logits=net.head(x)), head=make())
+
+    for make, x, scores in (
+        (lambda: nn.Conv1d(4, 5, 1), (3, 4, 9), False),
+        (lambda: nn.Linear(4, 5), (3, 9, 4), True),
+    ):
+        assert [step.scores for step in order(net(make).double().eval(), normal(*x))] == [scores]
+
+
+def test_pieces_of_logits_are_the_whole_and_masked_ones_do_not_count(monkeypatch):
+    models, x = two(Scoring), normal(20, 5, 4)
+    mask = torch.ones(20, 5, dtype=torch.long)
+    mask[:, 3:] = 0
+    want = refitted(models, [{"x": x[:, :3]}])[1]
+    for one in (x, torch.where(mask[..., None] > 0, x, 5.0)):
+        assert distance(refitted(models, [{"x": one, "attention_mask": mask}])[1], want) <= 1e-9
+    assert distance(refitted(models, [{"x": x}])[1], want) > 1e-3
+    monkeypatch.setattr(refit, "PIECE", 1)
+    assert distance(refitted(models, [{"x": x[:, :3]}])[1], want) <= 1e-9
+
+
+def test_a_head_that_reads_nothing_stays_as_it_is():
+    models = two(lambda: Scoring(bias=False))  # the sine of 0 is 0
+    average, fitted = refitted(models, [torch.zeros(50, 4, dtype=torch.float64)])
+    assert distance(average, fitted) <= 1e-12
 
 
 # --- layers as they come ---------------------------------------------------------------------------------------------
@@ -463,16 +585,17 @@ def test_positions_that_a_mask_leaves_out_do_not_count():
 
 
 @pytest.mark.parametrize("do", [refit.finish, repair])
-def test_it_does_not_hang_on_the_batch_size(do):
-    model = TINY[FIRST["gpt2"]]
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_it_does_not_hang_on_the_batch_size(family, do):
+    model = TINY[FIRST[family]]
     models = [model, other_seed(model)]
-    tokens = torch.randint(20, (32, 8), generator=torch.Generator().manual_seed(0)) % model.config.vocab_size
+    tokens = torch.randint(20, (12, 8), generator=torch.Generator().manual_seed(0)) % model.config.vocab_size
     one, many = (
         do(averaged(*models), [Checkpoint.open(m) for m in models], [{"input_ids": x} for x in tokens.split(size)])
-        for size in (1, 32)
+        for size in (1, 12)
     )
     assert distance(one, many) <= 1e-10
-    fewer = do(averaged(*models), [Checkpoint.open(m) for m in models], [{"input_ids": tokens[:16]}])
+    fewer = do(averaged(*models), [Checkpoint.open(m) for m in models], [{"input_ids": tokens[:6]}])
     assert distance(fewer, many) > 1e-4
 
 
@@ -511,7 +634,11 @@ class Drawn:
 
 
 def test_memory_does_not_grow_with_the_number_of_batches():
-    models = two(lambda: nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)))
+    class Net(nn.Sequential):
+        def forward(self, x):
+            return SimpleNamespace(logits=super().forward(x))
+
+    models = two(lambda: Net(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)))
     checkpoints = [Checkpoint.open(model) for model in models]
     average = averaged(*models)
 
@@ -543,7 +670,7 @@ accelerator = Accelerator(cpu=True)
 sys.path.insert(0, sys.argv[2])
 import torch
 from test_refit import FIRST, TINY, Checkpoint, averaged, batches_of, other_seed, recalibrate, refit, repair
-for family, count in (("gpt2", 5), ("gpt2", 1), ("resnet", 5)):
+for family, count in (("gpt2", 5), ("gpt2", 1), ("llama", 5), ("resnet", 5)):
     model = TINY[FIRST[family]]
     models, data = [model, other_seed(model)], batches_of(model, count)
     found = {
@@ -564,7 +691,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
     """Also where one of them has no batch."""
     for processes in (1, 2):
         run_script(SCRIPT, tmp_path, processes)
-    for family, count in (("gpt2", 5), ("gpt2", 1), ("resnet", 5)):
+    for family, count in (("gpt2", 5), ("gpt2", 1), ("llama", 5), ("resnet", 5)):
         for name in ("refit", "repair", "recalibrate-False", "recalibrate-True"):
             one, first, second = (
                 torch.load(tmp_path / f"{family}-{count}-{name}-{who}") for who in ("1-0", "2-0", "2-1")
