@@ -93,10 +93,12 @@ def change_in_order(
     """
     refuse_read_once(batches)
     changed: list[str] = []
+    steps: list[Step] = []
     planned = _planned(models[0], batches, lambda batch: there(batch, device, dtype))
-    steps = [(step, made) for step in planned if (made := change(step)) is not None]
-    for step, made in tqdm(steps, desc=progress, unit="layer", leave=False, disable=None if progress else True):
-        doing: Change | None = made
+    for step in tqdm(planned, desc=progress, unit="layer", leave=False, disable=None if progress else True):
+        doing = change(step)  # not before its turn: the sums of all layers together are larger than the models
+        if doing is not None:
+            steps.append(step)
         while doing is not None:
             for batch in shared_out(batches):
                 batch = there(batch, device, dtype)
@@ -106,9 +108,9 @@ def change_in_order(
             refuse_nan(doing.sums, step.names)
             changed += doing.write()
             doing = doing.then()
-    if any(step.layers for step, _ in steps):
+    if any(step.layers for step in steps):
         _say_what_is_left(models[0], planned)
-    if left := [name for step, _ in steps for name in step.names if name not in changed]:
+    if left := [name for step in steps for name in step.names if name not in changed]:
         logger.info("%s read nothing, or not the same in all models, so they stay as they are", some(left))
     return changed
 
