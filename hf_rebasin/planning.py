@@ -1,13 +1,14 @@
 """What a merge would take and do, found out without doing it: no weights are fetched, and nothing is written.
 
-Memory is estimated from how things are computed, and errs by less than a factor of three (`tests/test_planning.py`,
-slow, compares it with what processes took):
+Memory is estimated from how things are computed. For streams, weight matching and refits it errs by less than a factor
+of three (`tests/test_planning.py`, slow, compares it with what processes took):
 
 - A merge streams chunks: what the libraries take, and no more. A method that needs whole tensors takes one key's.
 - An alignment holds the similarities of one symmetry at a time, n × n in float64, five times over while the assignment
   is solved, those of the symmetries that have vectors throughout, and the two largest tensors; where streams are
   rotated, these also as they are folded and widened.
-- What looks at data loads models whole, in float32, and so do solvers that descend.
+- What looks at data loads models whole, in float32, and so do solvers that descend; a refit sums products of the
+  inputs of every layer, n × n in float64, twice.
 """
 
 from __future__ import annotations
@@ -210,7 +211,9 @@ def memory_of(recipe: Recipe, found: Opened, moves: Moves | None) -> int:
         if issubclass(solver, Descent) or (getattr(solver, "TAKES_DATA", False) and found.data is not None):
             stages.append(4 * loaded)  # both models, what is between them, and gradients or the moved copy
     if found.data is not None or found.evaluation is not None:
-        stages.append((count + 1) * loaded)
+        maps = [p for key, p in first.parts.items() if key.endswith("weight") and len(p.shape) > 1 and p.numel]
+        sums = sum(16 * (p.numel // p.shape[0]) ** 2 for p in maps)
+        stages.append((count + 1) * loaded + (sums if recipe.fits else 0))
     return LIBRARIES + max(stages)
 
 

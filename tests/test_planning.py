@@ -169,9 +169,24 @@ for seed in range(2):
 """
 
 
+IMAGES = """
+import sys
+from pathlib import Path
+import numpy, PIL.Image, transformers
+folder = Path(sys.argv[1])
+for seed in range(2):
+    transformers.ViTImageProcessor().save_pretrained(folder / str(seed))
+for i in range(8):
+    label = folder / "images" / f"LABEL_{i % 2}"
+    label.mkdir(parents=True, exist_ok=True)
+    pixels = numpy.random.default_rng(i).integers(0, 255, (224, 224, 3), dtype=numpy.uint8)
+    PIL.Image.fromarray(pixels).save(label / f"{i}.png")
+"""
+CASES = [(kind, how) for kind in ("bert", "gpt2", "vit", "llama") for how in ("plain", "permutation", "full")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["plain", "permutation", "full"])
-@pytest.mark.parametrize("kind", ["bert", "gpt2", "vit", "llama"])
+@pytest.mark.parametrize(("kind", "how"), [*CASES, ("vit", "refit")])
 def test_memory_is_guessed_within_a_factor_of_three(kind, how, tmp_path):
     """Of whole processes, whose peak is measured by the system."""
 
@@ -180,8 +195,11 @@ def test_memory_is_guessed_within_a_factor_of_three(kind, how, tmp_path):
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     said(MAKE, kind, str(tmp_path))
-    align = False if how == "plain" else {"groups": how, "max_sweeps": 2, "starts": 1}
-    recipe = json.dumps({"models": [f"{tmp_path}/{seed}" for seed in range(2)], "align": align})
-    guess, peak = (int(said(RUN, recipe, str(tmp_path / "out"), what)) for what in ("plan", "run"))
+    recipe = {"models": [f"{tmp_path}/{seed}" for seed in range(2)]}
+    recipe["align"] = {"groups": how, "max_sweeps": 2, "starts": 1} if how in ("permutation", "full") else False
+    if how == "refit":
+        said(IMAGES, str(tmp_path))
+        recipe |= {"refit": True, "data": {"dataset": f"{tmp_path}/images", "samples": 8, "batch_size": 4}}
+    guess, peak = (int(said(RUN, json.dumps(recipe), str(tmp_path / "out"), what)) for what in ("plan", "run"))
     print(f"{kind} {how}: {guess / 1e9:.2f} GB guessed, {peak / 1e9:.2f} GB taken")
     assert peak / 3 < guess < peak * 3
