@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,10 +69,17 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output
 
 
 def opened_model(model: str) -> Checkpoint:
-    from .checkpoint import Checkpoint
+    return opened_models([model])[0]
 
-    entry = recipe_of({"models": [model]}).models[0]
-    return Checkpoint.open(entry.model, revision=entry.revision, progress=shown())
+
+def opened_models(models: Sequence[str]) -> list[Checkpoint]:
+    """Several at once: a branch that two of them name is one commit."""
+    from .checkpoint import Checkpoint
+    from .hub import once
+
+    entries = [recipe_of({"models": [model]}).models[0] for model in models]
+    with once():
+        return [Checkpoint.open(entry.model, revision=entry.revision, progress=shown()) for entry in entries]
 
 
 def found_device() -> Any:

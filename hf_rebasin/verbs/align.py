@@ -24,7 +24,7 @@ from ..options import (
     batches_for,
     described,
     found_device,
-    opened_model,
+    opened_models,
     refuse_out,
     saved,
     say,
@@ -65,7 +65,7 @@ def align(
         raise OptionError(f"{alignment} is already there; name another file, or overwrite a file (--overwrite)")
     if alignment is not None and out is not None and alignment.resolve() == out.resolve():
         raise OptionError(f"{out} cannot be both the moved model and the alignment; name two")
-    a, b = opened_model(fixed), opened_model(moving)
+    a, b = opened_models([fixed, moving])
     if out is not None:
         refuse_out(out, overwrite, (*a.sources, *b.sources))
     batches, device = batches_for(described(data, data_option, "--data"), a), found_device()

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..options import MODEL, found_device, opened_model, say, shown
+from ..options import MODEL, found_device, opened_models, say, shown
 
 
 def compare(
@@ -17,7 +17,7 @@ def compare(
     from .. import showing
     from ..api import compare as look
 
-    a, b = opened_model(fixed), opened_model(moving)
+    a, b = opened_models([fixed, moving])
     comparison = look(a, b, device=found_device(), progress=shown())
     for line in showing.side_by_side(a, b, comparison):
         say(line)

@@ -17,7 +17,7 @@ from ..options import (
     data_for,
     described,
     found_device,
-    opened_model,
+    opened_models,
     refuse_out,
     saved,
     say,
@@ -53,7 +53,7 @@ def interpolate(
     from ..recalibrating import recalibrate as renew
     from ..recording import Record, inputs_of, recorded, settings_of
 
-    a, b = opened_model(fixed), opened_model(moving)
+    a, b = opened_models([fixed, moving])
     if out is not None:
         refuse_out(out, overwrite, (*a.sources, *b.sources))
     batches, device = data_for(data, data_option, a), found_device()

@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 from ..errors import OptionError
-from ..options import MODEL, DataOption, Overwrite, data_for, found_device, opened_model, refuse_out, saved, say, shown
+from ..options import (
+    MODEL,
+    DataOption,
+    Overwrite,
+    data_for,
+    found_device,
+    opened_models,
+    refuse_out,
+    saved,
+    say,
+    shown,
+)
 
 
 def recalibrate(
@@ -34,7 +45,7 @@ def recalibrate(
     from ..recording import Record, inputs_of, recorded, settings_of
     from ..running import recalibrated
 
-    checkpoint, sources = opened_model(model), [opened_model(name) for name in like or []]
+    checkpoint, *sources = opened_models([model, *(like or [])])
     refuse_out(out, overwrite, (*checkpoint.sources, *(path for one in sources for path in one.sources)))
     if not sources and not has_statistics(checkpoint):
         raise OptionError(
