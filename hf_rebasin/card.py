@@ -168,7 +168,8 @@ def _recipe(subject: Subject) -> str:
     """As it is beside the weights; the settings of what has none."""
     file = (subject.checkpoint.folder or Path()) / RECIPE
     if subject.provenance.verb == "merge" and file.is_file():
-        return "".join(line for line in file.open(encoding="utf-8") if not line.startswith("# hf-rebasin")).strip()
+        lines = file.read_text(encoding="utf-8").splitlines()
+        return "\n".join(line for line in lines if not line.startswith("# hf-rebasin")).strip()
     said = {key: value for key, value in subject.provenance.recipe.items() if value not in (None, {}, [])}
     return yaml.safe_dump(said, sort_keys=False, allow_unicode=True).strip() if said else ""
 

@@ -13,7 +13,7 @@ from .alignment import Alignment
 from .card import GENERATED, Subject, alignment_card, card
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, OptionError, some
-from .folder import CARD, INDEX, MADE, OLD_INDEX, PROVENANCE, SIDE_FILES, SUMS, is_weights, write_whole
+from .folder import ADAPTER, CARD, INDEX, MADE, OLD_INDEX, PROVENANCE, SIDE_FILES, SUMS, is_weights, write_whole
 from .hub import bars, speaking
 from .licences import Outcome, licence_of, outcome
 from .outcome import Pair
@@ -24,7 +24,7 @@ from .report import Report
 from .verifying import compared
 
 # What a model that was there before leaves behind: it would be loaded together with the new one.
-STALE = (*SIDE_FILES, *MADE, SUMS, INDEX, "model*.safetensors", OLD_INDEX, "pytorch_model*.bin")
+STALE = (*SIDE_FILES, *MADE, SUMS, INDEX, "model*.safetensors", OLD_INDEX, "pytorch_model*.bin", *ADAPTER)
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,8 @@ def publish(
     refuse_name(repository)
     if create_pr and revision is not None:
         raise OptionError("a pull request is always opened against the main branch; leave out the revision")
+    if not source.exists():
+        raise CheckpointError(f"{source} is not there; name a folder that a verb of ours wrote, or an alignment")
     if source.is_file():
         files, text = {"alignment.safetensors": source}, _alignment_card(source, repository, licence)
     else:
@@ -227,7 +229,7 @@ def _sent(
         api.create_branch(repository, branch=revision, exist_ok=True)
     head = api.model_info(repository, revision=revision)
     model = any(is_weights(name) for name in files)
-    there = {file.rfilename for file in head.siblings or ()} - {*files, CARD}
+    there = {file.rfilename for file in head.siblings or () if "/" not in file.rfilename} - {*files, CARD}
     stale = [name for name in sorted(there) if model and any(fnmatch.fnmatch(name, pattern) for pattern in STALE)]
     # upload_folder would commit what takes long in several parts, and in between there would be half a model
     with bars(progress):
