@@ -1,4 +1,4 @@
-"""What tests of publishing share: tiny models and digits on the local Hub, the command line, and what a repository has."""
+"""What tests of publishing share: tiny models and digits, the command line, and what a repository has."""
 
 import io
 import os
@@ -26,7 +26,11 @@ CARD = "---\nlicense: {}\n---\n\nA model.\n"
 def call(*arguments):
     """(exit status, standard output, standard error) of the command line."""
     out, err = io.StringIO(), io.StringIO()
-    with mock.patch.object(sys, "argv", ["hf-rebasin", *map(str, arguments)]), redirect_stdout(out), redirect_stderr(err):
+    with (
+        mock.patch.object(sys, "argv", ["hf-rebasin", *map(str, arguments)]),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
         try:
             main()
             status = 0

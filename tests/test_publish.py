@@ -150,8 +150,11 @@ def test_a_flipped_byte_of_a_published_report_is_found(world):
     status, said, _ = call("verify", "org/merged")
     assert status == 1
     assert "WRONG: report.json was changed" in said
-    HfApi().create_commit("org/merged", [CommitOperationAdd("report.json", str(world.merged / "report.json"))],
-                          commit_message="as it was")
+    HfApi().create_commit(
+        "org/merged",
+        [CommitOperationAdd("report.json", str(world.merged / "report.json"))],
+        commit_message="as it was",
+    )
     assert call("verify", "org/merged")[0] == 0
     assert call("verify", f"org/merged@{commit.oid}")[0] == 1
 
@@ -223,7 +226,9 @@ def test_an_alignment_by_itself(small, tmp_path):
     assert "all" in called("verify", tmp_path / "moved", "--rebuild")
     called("apply", "org/merged", "org/vit-1", "-o", tmp_path / "same")
     assert same_tensors(tmp_path / "same", tmp_path / "moved")
-    assert called("publish", small / "alignment.safetensors", "org/alignment", "--license", "mit").startswith("nothing")
+    assert called("publish", small / "alignment.safetensors", "org/alignment", "--license", "mit").startswith(
+        "nothing"
+    )
 
 
 def test_of_several_alignments_one_is_named(world, tmp_path):
@@ -273,7 +278,9 @@ def test_what_is_broken_is_not_published(world, tmp_path, how, says):
     assert HUB.requests[since:] == []
 
 
-@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "pytorch_model.bin", "adapter_model.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["model-00001-of-00002.safetensors", "pytorch_model.bin", "adapter_model.safetensors"]
+)
 def test_weights_that_were_not_written_with_the_rest(mine, name):
     (mine / name).write_bytes(b"x")
     since = len(HUB.requests)
