@@ -101,6 +101,8 @@ def publish(
         files = {name: source / name for name in names}
         own = source / CARD
         if own.is_file() and GENERATED not in own.read_text(encoding="utf-8"):
+            if template is not None:
+                raise OptionError(f"{own} is a card of somebody's own; take it away, or leave out the template")
             text = own.read_text(encoding="utf-8")  # whoever wrote a card of their own meant it
     if dry_run:
         return Published(repository, "", False, text, tuple(files))
