@@ -14,7 +14,7 @@ from .card import GENERATED, Subject, alignment_card, card
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, OptionError, some
 from .folder import ADAPTER, CARD, INDEX, MADE, OLD_INDEX, PROVENANCE, SIDE_FILES, SUMS, is_weights, write_whole
-from .hub import bars, speaking
+from .hub import bars, refuse_token, speaking
 from .licences import Outcome, licence_of, outcome
 from .outcome import Pair
 from .provenance import Provenance
@@ -110,6 +110,7 @@ def publish(
         write_whole(source / CARD, text.encode())
     message = message or f"Upload {'a merge' if source.is_dir() else 'an alignment'} made with hf-rebasin"
     with speaking(f"publish to {repository}"):
+        refuse_token(token)
         url, changed = _sent(
             repository,
             files,
@@ -149,6 +150,7 @@ def refuse_unready(models: Sequence[Checkpoint], settings: PublishSettings) -> N
     said = dict(zip(names_of(models), map(licence_of, models), strict=True))
     _refuse_unlicensed(outcome(said, settings.license))
     with speaking(f"publish to {settings.to}"):
+        refuse_token()
         HfApi().whoami()
 
 

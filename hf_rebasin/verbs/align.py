@@ -55,7 +55,7 @@ def align(
     from .. import showing
     from ..api import align as find
     from ..processes import is_first
-    from ..recording import Record, recorded
+    from ..recording import Record, recorded, settings_of
 
     if out is None and alignment is None:
         raise OptionError(
@@ -84,6 +84,7 @@ def align(
     if alignment is not None and is_first():
         say(f"alignment: {solution.alignment.save(alignment)}")
     if out is not None:
-        provenance = recorded("align", settings, [a, b], {"looked at": batches}, notes=solution.notes, device=device)
+        said = settings | {"data": None if batches is None else settings_of(batches)}
+        provenance = recorded("align", said, [a, b], {"looked at": batches}, notes=solution.notes, device=device)
         record = Record(provenance, [solution.alignment])
         say(f"moved model: {saved(solution.apply(b), out, overwrite, record)}/")
