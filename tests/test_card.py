@@ -177,7 +177,10 @@ def homes(tmp_path_factory):
     return secret
 
 
-@pytest.mark.parametrize("how", ["absolute", "relative", "home", "pattern"])
+LONG = [pytest.param(how, marks=pytest.mark.slow) for how in ("absolute", "home")]
+
+
+@pytest.mark.parametrize("how", ["relative", "pattern", *LONG])
 def test_no_folder_of_this_machine_is_in_what_is_published(homes, monkeypatch, how):
     monkeypatch.chdir(homes / "attic")
     monkeypatch.setenv("HOME", str(homes))
@@ -200,6 +203,7 @@ def test_no_folder_of_this_machine_is_in_what_is_published(homes, monkeypatch, h
         for word in told:
             lines = [line for line in text.splitlines() if word in line and "http" not in line and "..." not in line]
             assert lines == [], f"{name} has {word!r}"
+    assert not [name for name, said in content.items() if b"jane" in said or b"thesis" in said]
     text = content["README.md"].decode()
     assert "| seed-0 (not on the Hub) |" in text
     assert "seed-0, seed-1: not on the Hub, so nobody without them can make this model again." in text
@@ -208,12 +212,6 @@ def test_no_folder_of_this_machine_is_in_what_is_published(homes, monkeypatch, h
         "verify", f"org/local-{how}", "--rebuild", *data, *(f"--model={homes}/models/seed-{i}" for i in (0, 1))
     )
     assert "all" in found
-
-
-def test_plots_hold_no_folder_either(homes):
-    assert (homes / "attic" / "absolute").is_dir() or pytest.skip("made by another test")
-    for name, content in bytes_of(homes / "attic" / "absolute").items():
-        assert b"jane" not in content, name
 
 
 # --- licences, templates, cards of one's own -------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from minihub import CUT, DROPPED
 from published import bytes_of, call, called, commits, processor, refused, saved, there, vit
 
 from hf_rebasin import Alignment
+from hf_rebasin.files import sha256_of
 
 # The requests of a publish, as they come.
 SENT = {
@@ -32,9 +33,14 @@ READ = {
     "content": r"GET /_lfs/get/.*/model.safetensors",
 }
 FOR_GOOD = 12  # more often than anybody tries again
-# With --slow, what goes wrong for good also goes wrong once, and the other way round.
-FAULTS = [(503, FOR_GOOD), (DROPPED, FOR_GOOD), (401, 1), (CUT, 1)]
-FAULTS += [pytest.param(fault, FOR_GOOD if times == 1 else 1, marks=pytest.mark.slow) for fault, times in FAULTS]
+EVERY = [(fault, times) for fault in (503, 401, DROPPED, CUT) for times in (1, FOR_GOOD)]
+
+
+def some_of(*plain):
+    """All faults; those that are not named with --slow only."""
+    return [fault if fault in plain else pytest.param(*fault, marks=pytest.mark.slow) for fault in EVERY]
+
+
 SAYS = {
     503: "fault of its own|broke off|no connection|cannot be reached",
     401: "has expired|wants to know who asks",
@@ -55,22 +61,21 @@ def _at_once(monkeypatch):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("faults")
-    models = [saved(place / str(seed), vit(seed), processor(), licence="mit") for seed in (0, 1)]
+    models = [saved(place / str(seed), vit(seed), processor(), licence="mit") for seed in (20, 21)]
     called("merge", *models, "-o", place / "out")
     return place / "out"
 
 
-def forgotten(repository):
-    """The Hub has never heard of it, nor of what is in it."""
-    if ("models", repository) in HUB.repos:
-        for content in HUB.repos.pop(("models", repository)).commits.values():
-            for file in content["files"].values():
-                HUB.lfs.pop(file.sha256, None)
+@pytest.fixture
+def forgotten(folder):
+    """The Hub has never heard of what is to be published, nor of what is in it."""
+    HUB.repos.pop(("models", "org/faulty"), None)
+    for file in folder.iterdir():
+        HUB.lfs.pop(sha256_of(file), None)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(folder):
-    forgotten("org/faulty")
     since = len(HUB.requests)
     called("publish", folder, "org/faulty")
     return there("org/faulty"), [f"{method} {path.partition('?')[0]}" for method, path, _ in HUB.requests[since:]]
@@ -99,10 +104,9 @@ def after(pattern, fault, times, *command):
     return status
 
 
-@pytest.mark.parametrize(("fault", "times"), FAULTS)
+@pytest.mark.parametrize(("fault", "times"), some_of((503, FOR_GOOD), (DROPPED, 1)))
 @pytest.mark.parametrize("kind", SENT)
-def test_a_publish_goes_on_where_it_was(folder, undisturbed, kind, fault, times):
-    forgotten("org/faulty")
+def test_a_publish_goes_on_where_it_was(folder, undisturbed, forgotten, kind, fault, times):
     status = after(SENT[kind], fault, times, "publish", folder, "org/faulty")
     assert status == 1 or times == 1
     if status and ("models", "org/faulty") in HUB.repos and (kind, fault) != ("commit", CUT):
@@ -115,14 +119,13 @@ def test_a_publish_goes_on_where_it_was(folder, undisturbed, kind, fault, times)
 @pytest.fixture(scope="module")
 def other(folder):
     """A merge in several files."""
-    models = [folder.parent / "0", folder.parent / "1"]
+    models = [folder.parent / "20", folder.parent / "21"]
     called("merge", *models, "-o", folder.parent / "other", "--no-align", "--max-shard-size", "5KB")
     return folder.parent / "other"
 
 
 @pytest.mark.parametrize("fault", [412, 503, 401, DROPPED, CUT])
-def test_a_commit_over_another_model_goes_on_where_it_was(folder, undisturbed, other, fault):
-    forgotten("org/faulty")
+def test_a_commit_over_another_model_goes_on_where_it_was(folder, undisturbed, forgotten, other, fault):
     called("publish", other, "org/faulty")
     before = there("org/faulty")
     assert after(SENT["commit"], fault, 1, "publish", folder, "org/faulty") == 1
@@ -132,8 +135,7 @@ def test_a_commit_over_another_model_goes_on_where_it_was(folder, undisturbed, o
     assert len(commits("org/faulty")) == 3
 
 
-def test_who_commits_in_between_is_not_written_over(folder, undisturbed, monkeypatch):
-    forgotten("org/faulty")
+def test_who_commits_in_between_is_not_written_over(folder, undisturbed, forgotten, monkeypatch):
     called("publish", folder, "org/faulty", "--revision", "next")
     create_commit = HfApi.create_commit
 
@@ -151,7 +153,7 @@ def test_who_commits_in_between_is_not_written_over(folder, undisturbed, monkeyp
     assert there("org/faulty") == undisturbed[0]
 
 
-@pytest.mark.parametrize(("fault", "times"), [*FAULTS[1:4:2], *FAULTS[4:]])
+@pytest.mark.parametrize(("fault", "times"), some_of((DROPPED, FOR_GOOD)))
 @pytest.mark.parametrize("kind", READ)
 def test_a_model_that_is_read_goes_on_where_it_was(folder, kind, fault, times, tmp_path):
     model = vit(0)
