@@ -81,8 +81,6 @@ def card(subject: Subject, template: Path | None = None) -> str:
     Raises:
         OptionError: the template cannot be read, or names what there is not.
     """
-    from jinja2 import TemplateError
-
     use = usage(subject.checkpoint, subject.repository, subject.revision)
     said = yaml.safe_dump(metadata(subject, use), sort_keys=False, allow_unicode=True)
     try:
@@ -100,12 +98,11 @@ def card(subject: Subject, template: Path | None = None) -> str:
             recipe=_recipe(subject),
             sentence=_sentence(subject.provenance),
             limits=limits(subject),
-            generated=GENERATED,
         )
-    except (TemplateError, OSError, UnicodeDecodeError) as error:
+    except Exception as error:  # whatever somebody's template stumbles on
         where = "" if template is None else f"{template}: "
         raise OptionError(f"{where}the template of the card cannot be rendered: {error}") from error
-    return f"---\n{said}---\n\n{body.strip()}\n"
+    return f"---\n{said}---\n\n{GENERATED}\n\n{body.strip()}\n"
 
 
 def metadata(subject: Subject, use: Usage) -> dict[str, Any]:
@@ -168,7 +165,8 @@ def _recipe(subject: Subject) -> str:
     """As it is beside the weights; the settings of what has none."""
     file = (subject.checkpoint.folder or Path()) / RECIPE
     if subject.provenance.verb == "merge" and file.is_file():
-        return "".join(line for line in file.open(encoding="utf-8") if not line.startswith("# hf-rebasin")).strip()
+        lines = file.read_text(encoding="utf-8").splitlines()
+        return "\n".join(line for line in lines if not line.startswith("# hf-rebasin")).strip()
     said = {key: value for key, value in subject.provenance.recipe.items() if value not in (None, {}, [])}
     return yaml.safe_dump(said, sort_keys=False, allow_unicode=True).strip() if said else ""
 
@@ -234,10 +232,9 @@ def alignment_card(alignment: Alignment, repository: str, licence: str | None) -
     head = {key: value for key, value in data.to_dict().items() if value is not None}
     groups = dict.fromkeys(symmetry.kind for symmetry in alignment.spec.symmetries.values())
     body = _template(None, "alignment.md.j2").render(
-        generated=GENERATED,
         name=repository.rpartition("/")[2],
         repository=repository,
         alignment=alignment,
         groups=", ".join(groups),
     )
-    return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n{body.strip()}\n"
+    return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n{GENERATED}\n\n{body.strip()}\n"

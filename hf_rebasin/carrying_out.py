@@ -104,7 +104,7 @@ def run_recipe(
         what = judged(recipe, result, saved, created=created, command=command, device=device, progress=progress)
         judge(what)
         if is_first():
-            add_report(target, what, result)
+            add_report(target, what, recipe, result)
     published = None
     if recipe.publish is not None and is_first():
         given = None if template is None else Path(template)

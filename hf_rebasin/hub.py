@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError, HubError, NoSpaceError, nearest, some
 from .folder import ADAPTER, INDEX, OLD_INDEX, OLD_SINGLE, SIDE_FILES, SINGLE, read_json
+from .text import without_secrets
 
 if TYPE_CHECKING:
     from .lazy import Absent
@@ -282,7 +283,8 @@ def speaking(what: str) -> Iterator[None]:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise NoSpaceError(f"cannot {what}: the disk is full ({error.filename or error.strerror})") from error
             raise
-        raise HubError(f"cannot {what}: {_broken_off(error)}") from (None if _tells(error) else error)
+        why = _why(error.__cause__) if isinstance(error.__cause__, refusals) else _broken_off(error)
+        raise HubError(f"cannot {what}: {why}") from (None if _tells(error) else error)
 
 
 def refuse_token(token: str | bool | None = None) -> None:
@@ -374,17 +376,13 @@ def _broken_off(error: BaseException) -> str:
 def _said(error: BaseException) -> str:
     """The first words of an error, without tokens."""
     text = (getattr(error, "server_message", None) or str(error) or type(error).__name__).strip()
-    return _without_tokens(text.splitlines()[0].rstrip(".") if text else type(error).__name__)
-
-
-def _without_tokens(text: str) -> str:
-    return re.sub(r"\bhf_[A-Za-z0-9_]{7,}|(?<=Bearer )\S+", "hf_…", text)
+    return without_secrets(text.splitlines()[0].rstrip(".") if text else type(error).__name__)
 
 
 def _tells(error: BaseException | None) -> bool:
     """Whether a token is in an error, or in what caused it."""
     while error is not None:
-        if _without_tokens(str(error)) != str(error):
+        if without_secrets(str(error)) != str(error):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -23,6 +23,7 @@ from . import registry
 from .checking import outputs
 from .checkpoint import Checkpoint
 from .computing import there
+from .data import Batches
 from .errors import MismatchError
 from .evaluating import evaluate
 from .inputs import evaluating, example_inputs
@@ -32,7 +33,7 @@ from .outcome import Consumed, Exactness, Likeness, Line, Moved, Pair, Row, with
 from .recalibrating import has_statistics, recalibrate
 from .recipe import Recipe, RefitSettings, finishes
 from .report import Report
-from .running import Merged, merged
+from .running import Merged, Opened, merged
 from .solving import Clock, Solution
 from .text import family_of
 
@@ -61,7 +62,7 @@ def judged(
         device: where it is computed.
         progress: show progress bars.
     """
-    (first, *others), data = result.models, result.opened.data
+    first, *others = result.models
     judge = _Judge(recipe, result, device, progress)
     (made, result_row), ends, lines = judge.rows(saved), judge.ends(), judge.lines()
     barriers = {line.role: line.barrier for line in lines}
@@ -81,17 +82,22 @@ def judged(
         notes=tuple(dict.fromkeys(note for solution in result.solutions for note in solution.notes)),
         architecture="" if first.config is None else type(first.config).__name__.removesuffix("Config"),
     )
-    looked = {"": result.opened.evaluation, "looked at while merging: ": data}
     said = recipe.model_dump(mode="json", exclude_defaults=True)
     return Report(
         title=f"{pair.fixed} and {pair.moving}",
         pairs=(pair,),
         recipe=yaml.safe_dump(said, sort_keys=False, allow_unicode=True),
-        data="; ".join(f"{what}{batches.describe()}" for what, batches in looked.items() if batches is not None),
+        data=looked_at(result.opened),
         versions={"python": sys.version.split()[0], **{name: version(name) for name in SHOWN}},
         command=command,
         created=created,
     )
+
+
+def looked_at(found: Opened, settled: Callable[[Batches], Batches] = lambda batches: batches) -> str:
+    """On what a merge was measured, and what was looked at while it was made, in a line."""
+    looked = {"": found.evaluation, "looked at while merging: ": found.data}
+    return "; ".join(f"{what}{settled(one).describe()}" for what, one in looked.items() if one is not None)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from .alignment import Alignment
 from .card import GENERATED, Subject, alignment_card, card
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, OptionError, some
-from .folder import CARD, INDEX, MADE, OLD_INDEX, PROVENANCE, SIDE_FILES, SUMS, is_weights, write_whole
-from .hub import bars, speaking
+from .folder import ADAPTER, CARD, INDEX, MADE, OLD_INDEX, PROVENANCE, SIDE_FILES, SUMS, is_weights, write_whole
+from .hub import bars, refuse_token, speaking
 from .licences import Outcome, licence_of, outcome
 from .outcome import Pair
 from .provenance import Provenance
@@ -24,7 +24,7 @@ from .report import Report
 from .verifying import compared
 
 # What a model that was there before leaves behind: it would be loaded together with the new one.
-STALE = (*SIDE_FILES, *MADE, SUMS, INDEX, "model*.safetensors", OLD_INDEX, "pytorch_model*.bin")
+STALE = (*SIDE_FILES, *MADE, SUMS, INDEX, "model*.safetensors", OLD_INDEX, "pytorch_model*.bin", *ADAPTER)
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,8 @@ def publish(
     refuse_name(repository)
     if create_pr and revision is not None:
         raise OptionError("a pull request is always opened against the main branch; leave out the revision")
+    if not source.exists():
+        raise CheckpointError(f"{source} is not there; name a folder that a verb of ours wrote, or an alignment")
     if source.is_file():
         files, text = {"alignment.safetensors": source}, _alignment_card(source, repository, licence)
     else:
@@ -99,6 +101,8 @@ def publish(
         files = {name: source / name for name in names}
         own = source / CARD
         if own.is_file() and GENERATED not in own.read_text(encoding="utf-8"):
+            if template is not None:
+                raise OptionError(f"{own} is a card of somebody's own; take it away, or leave out the template")
             text = own.read_text(encoding="utf-8")  # whoever wrote a card of their own meant it
     if dry_run:
         return Published(repository, "", False, text, tuple(files))
@@ -106,6 +110,7 @@ def publish(
         write_whole(source / CARD, text.encode())
     message = message or f"Upload {'a merge' if source.is_dir() else 'an alignment'} made with hf-rebasin"
     with speaking(f"publish to {repository}"):
+        refuse_token(token)
         url, changed = _sent(
             repository,
             files,
@@ -145,6 +150,7 @@ def refuse_unready(models: Sequence[Checkpoint], settings: PublishSettings) -> N
     said = dict(zip(names_of(models), map(licence_of, models), strict=True))
     refuse_unlicensed(outcome(said, settings.license))
     with speaking(f"publish to {settings.to}"):
+        refuse_token()
         HfApi().whoami()
 
 
@@ -244,7 +250,7 @@ def _sent(
         api.create_branch(repository, branch=revision, exist_ok=True)
     head = api.model_info(repository, revision=revision)
     model = any(is_weights(name) for name in files)
-    there = {file.rfilename for file in head.siblings or ()} - {*files, CARD}
+    there = {file.rfilename for file in head.siblings or () if "/" not in file.rfilename} - {*files, CARD}
     stale = [name for name in sorted(there) if model and any(fnmatch.fnmatch(name, pattern) for pattern in STALE)]
     # upload_folder would commit what takes long in several parts, and in between there would be half a model
     with bars(progress):

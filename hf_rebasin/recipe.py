@@ -153,6 +153,7 @@ class Recipe(_Strict):
     def _evaluate_like_data(cls, said: Any) -> Any:
         """What `evaluate` does not say is as in `data`."""
         data, evaluate = (said.get(key) for key in ("data", "evaluate"))
+        data = {"dataset": data} if isinstance(data, str) else data
         if isinstance(data, Mapping) and isinstance(evaluate, Mapping) and "dataset" not in evaluate:
             return {**said, "evaluate": {**data, **evaluate}}
         return said

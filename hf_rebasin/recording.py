@@ -17,6 +17,7 @@ from .charts import png
 from .checkpoint import Checkpoint
 from .data import Batches, DataSettings
 from .folder import PROVENANCE, write_whole
+from .judging import looked_at
 from .licences import licence_of, outcome
 from .objective import Device
 from .processes import count
@@ -57,12 +58,16 @@ class Record:
         for one in self.provenance.inputs:
             if one.commit is None:
                 lines.append(f"# {one.name} is a folder that is not on the Hub: say where it is.")
-        said = recipe.model_dump(mode="json", exclude_defaults=True)
-        if recipe.align is not None:  # what everything random hangs on is said, default or not
-            said["align"] = {"solver": recipe.align.solver, "seed": recipe.align.seed, **said.get("align", {})}
-        if said.get("refit") == {}:
-            said["refit"] = True
-        return "\n".join([*lines, yaml.safe_dump(said, sort_keys=False, allow_unicode=True)])
+        return "\n".join([*lines, _yaml(recipe)])
+
+
+def _yaml(recipe: Recipe) -> str:
+    said = recipe.model_dump(mode="json", exclude_defaults=True)
+    if recipe.align is not None:  # what everything random hangs on is said, default or not
+        said["align"] = {"solver": recipe.align.solver, "seed": recipe.align.seed, **said.get("align", {})}
+    if said.get("refit") == {}:
+        said["refit"] = True
+    return yaml.safe_dump(said, sort_keys=False, allow_unicode=True)
 
 
 def alignment_files(number: int) -> list[str]:
@@ -211,11 +216,12 @@ def _bare_files(said: DataSettings) -> Any:
     return bare(said.files)
 
 
-def add_report(folder: Path, report: Report, merged: Merged) -> None:
-    """The numbers and curves of a merge go into its folder, without what is different in every run."""
+def add_report(folder: Path, report: Report, recipe: Recipe, merged: Merged) -> None:
+    """The numbers and curves of a merge go into its folder, without what is different in every run and place."""
     models = merged.models
     names = {model.name: name for model, name in zip(models, names_of(models), strict=True) if model.commit is None}
-    shown = report.renamed(names).timeless()
+    recipe_text, looked = _yaml(settled(recipe, merged)), looked_at(merged.opened, _settled)
+    shown = replace(report.renamed(names).timeless(), recipe=recipe_text, data=looked)
     for name, pair in shown.images("report").items():
         write_whole(folder / name, png(pair.lines, f"{pair.fixed} and {pair.moving}"))
     write_whole(folder / REPORT, shown.to_json().encode())

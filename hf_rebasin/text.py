@@ -51,7 +51,7 @@ def without_secrets(text: str) -> str:
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         if token := os.environ.get(name, "").strip():
             text = text.replace(token, "hf_…")
-    return re.sub(r"\bhf_[A-Za-z0-9]{20,}|(?<=Bearer )[^\s'\"]+", "hf_…", text)
+    return re.sub(r"\bhf_[A-Za-z0-9]{20,}|\bhf_(?:oauth|jwt)_[\w.-]+|(?<=Bearer )[^\s'\"]+", "hf_…", text)
 
 
 _PATHS = re.compile(r"""(?<![\w.~/<\\])(?:file://)?~?(?:[A-Za-z]:)?(?:[/\\][^\s/\\'"`<>|:;,()\[\]{}]+)+[/\\]?""")

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
@@ -15,11 +16,14 @@ from .artefacts import folder_of
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, some
 from .files import sha256_of
-from .folder import is_weights
+from .folder import ADAPTER, is_weights
 from .lazy import Lazy
 from .making import made_again
 from .objective import Device
 from .provenance import Input, Provenance, hashes, versions
+
+# What is read before the weights, or with them, or instead of the alignment that was written.
+READ_FIRST = (*ADAPTER, "pytorch_model*.bin", "alignment*.safetensors")
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ def compared(folder: Path, provenance: Provenance) -> Iterator[Finding]:
             yield Finding("as it was written", name, found == digest, said)
     for file in sorted(folder.iterdir()):
         name = file.name
-        if name not in provenance.outputs and (is_weights(name) or name.endswith((".bin", ".safetensors"))):
+        if name not in provenance.outputs and (is_weights(name) or any(fnmatch(name, one) for one in READ_FIRST)):
             said = "was not written with the rest, and may be loaded instead of it"
             yield Finding("as it was written", name, False, said)
 

@@ -183,7 +183,7 @@ def test_there_is_no_such_revision(model, tmp_path):
 def test_there_is_no_such_repository_or_not_for_everybody(model, tmp_path):
     repo, _ = pushed(model, tmp_path)
     HUB.repo(repo).private = True
-    for name, token in (("org/none", None), (repo, "hf_wrong_token")):
+    for name, token in (("org/none", None), (repo, "hf_wrong0123456789abcdefghijkl")):
         said = refused(CheckpointError, lambda name=name, token=token: Checkpoint.open(name, token=token))
         assert f"'{name}' is neither a folder here nor a repository" in said
         assert "hf auth login" in said
@@ -202,8 +202,8 @@ def test_gated_repositories_say_where_their_terms_are(model, tmp_path):
 
 def test_expired_and_impossible_tokens(model, tmp_path):
     repo, _ = pushed(model, tmp_path)
-    HUB.expired.add("hf_expired")
-    said = refused(HubError, lambda: Checkpoint.open(repo, token="hf_expired"))
+    HUB.expired.add("hf_expired0123456789abcdefghij")
+    said = refused(HubError, lambda: Checkpoint.open(repo, token="hf_expired0123456789abcdefghij"))
     assert "invalid or has expired" in said
     assert f"{HUB.url}/settings/tokens" in said
     since = len(HUB.requests)

@@ -55,7 +55,7 @@ def align(
     from .. import showing
     from ..api import align as find
     from ..processes import is_first
-    from ..recording import Record, inputs_of, recorded
+    from ..recording import Record, inputs_of, recorded, settings_of
 
     if out is None and alignment is None:
         raise OptionError(
@@ -84,7 +84,8 @@ def align(
     if alignment is not None and is_first():
         say(f"alignment: {solution.alignment.save(alignment)}")
     if out is not None:
+        said = settings | {"data": None if batches is None else settings_of(batches)}
         inputs, looked = inputs_of([a, b]), {"looked at": batches}
-        provenance = recorded("align", settings, inputs, looked, notes=solution.notes, device=device)
+        provenance = recorded("align", said, inputs, looked, notes=solution.notes, device=device)
         record = Record(provenance, [solution.alignment])
         say(f"moved model: {saved(solution.apply(b), out, overwrite, record)}/")

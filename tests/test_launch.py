@@ -1,0 +1,85 @@
+"""`accelerate launch scripts/merge.py` does what the command line does, in several processes."""
+
+import runpy
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, distance
+from published import called, commits, processor, pushed, pushed_digits, there, vit
+
+from hf_rebasin import Alignment
+
+SCRIPT = ROOT / "scripts" / "merge.py"
+RECIPE = {
+    "models": ["org/launched-0", "org/launched-1"],
+    "align": {"solver": "activation_matching"},
+    "data": {"dataset": "org/launched-digits", "split": "train", "batch_size": 8},
+    "refit": True,
+    "evaluate": {"split": "test", "points": 3, "batch_size": 8},
+    "publish": {"to": "org/launched"},
+}
+
+
+def launched(*arguments, processes=2):
+    """(exit status, standard output, standard error, seconds) of the script in several processes, on CPUs."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines=1", "--mixed_precision=no"]
+    launch += ["--dynamo_backend=no", "--multi_gpu", f"--num_processes={processes}", str(SCRIPT)]
+    since = time.monotonic()
+    done = subprocess.run([*launch, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False)
+    return done.returncode, done.stdout, done.stderr, time.monotonic() - since
+
+
+def test_the_script_takes_what_the_command_line_takes():
+    arguments = runpy.run_path(str(SCRIPT))["arguments"]
+    assert arguments(["--recipe", "x.yaml", "-o", "out"]) == ["merge", "x.yaml", "-o", "out"]
+    assert arguments(["-o", "out", "--recipe=a=b.yaml"]) == ["merge", "-o", "out", "a=b.yaml"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launch")
+    for seed in (0, 1):
+        pushed(f"org/launched-{seed}", vit(seed), processor())
+    pushed_digits("org/launched-digits")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    return folder / "recipe.yaml"
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(recipe, tmp_path):
+    status, out, err, _ = launched("--recipe", recipe, "-o", tmp_path / "two")
+    assert status == 0, err
+    said = called("merge", recipe, "-o", tmp_path / "one", "--push-to", "org/launched-by-one")
+    for line in ("aligned org/launched-1", "merged model (linear)", "verdict: ", "published: "):
+        assert out.count(line) == said.count(line) == 1
+    assert len(out.splitlines()) == len(said.splitlines())
+    assert len(commits("org/launched")) == 2
+    assert there("org/launched").keys() == there("org/launched-by-one").keys()
+    assert distance(tmp_path / "two", tmp_path / "one") < 1e-6
+    two, one = (Alignment.load(tmp_path / n / "alignment.safetensors") for n in ("two", "one"))
+    for name, element in one.elements.items():
+        for what, tensor in element.tensors().items():
+            other = two.elements[name].tensors()[what]
+            assert other.equal(tensor) or (tensor.is_floating_point() and torch.allclose(other, tensor, atol=1e-6))
+    assert "all" in called("verify", "org/launched")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["target", "template"])
+def test_where_one_process_fails_the_others_end(recipe, tmp_path, how):
+    """The first one alone finds that the target is there, or that the card cannot be written."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "broken.j2").write_text("{{ nothing }}")
+    if how == "target":
+        (tmp_path / "out/mine.txt").write_text("x")
+    status, out, err, seconds = launched(
+        "--recipe", recipe, "-o", tmp_path / "out", "--template", tmp_path / "broken.j2"
+    )
+    assert status == 1
+    assert seconds < 120
+    assert ("already there" if how == "target" else "cannot be rendered") in err
+    assert "published" not in out
