@@ -140,7 +140,7 @@ class Checkpoint:
         """The same with what the file stores in spite of it."""
         if self.given_ties is not None:
             return self.given_ties
-        return {} if self.config is None else class_ties(self.config)
+        return {} if self.config is None else class_ties(self.config, len(self.parts))
 
     @cached_property
     def said(self) -> dict[str, Any]:
@@ -333,7 +333,7 @@ class Checkpoint:
         if module is None:
             if self.config is None:
                 raise CheckpointError(f"{self.name} has no class that transformers knows, and so no forward pass")
-            module = without_weights(self.config)
+            module = without_weights(self.config, len(self.parts))
         names = module_names(module)
         if names is None:
             raise CheckpointError(f"{type(module).__name__} stores its tensors otherwise than it computes with them")

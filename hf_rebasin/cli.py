@@ -40,6 +40,7 @@ from .options import (
     refuse_report,
     today,
 )
+from .text import printable
 
 if TYPE_CHECKING:
     from .limits import Groups
@@ -410,7 +411,7 @@ def main() -> None:
     try:
         app()
     except (RebasinError, OSError) as error:  # of the system: no such folder, no permission, no space left
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {printable(str(error))}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         typer.echo("interrupted; a model that was not finished leaves nothing behind", err=True)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
@@ -171,7 +172,8 @@ def _offset(tensor: Tensor) -> int | None:
 def _unpickled(path: Path, lazily: bool) -> dict[str, Tensor]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode() if lazily else nullcontext():
+    logger = logging.getLogger("torch._subclasses.fake_tensor")  # it logs the traceback of what is caught here
+    with FakeTensorMode() if lazily else nullcontext(), _silent(logger):
         state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout is torch.strided
@@ -179,6 +181,15 @@ def _unpickled(path: Path, lazily: bool) -> dict[str, Tensor]:
     ):
         raise CheckpointError(f"{path} is no state dict: it holds other things than tensors by name")
     return state
+
+
+@contextmanager
+def _silent(logger: logging.Logger) -> Iterator[None]:
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _header(file: File) -> tuple[dict[str, Any], int]:
@@ -195,7 +206,18 @@ def _header(file: File) -> tuple[dict[str, Any], int]:
         )
     text = bytearray(n)
     file.fill(memoryview(text), 8)
-    return dict(json.loads(text)), 8 + n
+    header = json.loads(text.decode(), object_pairs_hook=_once)
+    if not isinstance(header, dict):
+        raise ValueError(f"a {type(header).__name__}, not an object")
+    return header, 8 + n
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, none of whose keys is said twice: readers differ in which they take."""
+    said = dict(pairs)
+    if len(said) < len(pairs):
+        raise ValueError("a name is said twice")
+    return said
 
 
 def _stored(file: File, name: str, said: Mapping[str, Any], begin: int) -> Stored:

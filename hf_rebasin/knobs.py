@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
-from .errors import OptionError, nearest
+from .errors import OptionError, nearest, shown
 
 
 def knobs_of(thing: Callable[..., Any]) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def read_knobs(thing: Callable[..., Any], given: Mapping[str, Any]) -> tuple[dic
             values[knob] = TypeAdapter(known[knob]).validate_python(value)
         except ValidationError as error:
             message = error.errors()[0]["msg"]
-            wrong[knob] = f"{value!r} does not fit: {message[0].lower()}{message[1:]}"
+            wrong[knob] = f"{shown(value)} does not fit: {message[0].lower()}{message[1:]}"
     return values, wrong
 
 

@@ -20,8 +20,8 @@ def taken(x: Tensor, order: Tensor) -> Tensor:
 def order_of(tensors: Mapping[str, Tensor], batch: tuple[int, ...], n: int) -> Tensor:
     """The stored permutations of n things; ValueError if they are none."""
     order = tensors.get("order")
-    if order is None or order.shape != (*batch, n):
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if order is None or order.shape != (*batch, n) or order.dtype != torch.int64:
+        found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
         raise ValueError(f"expected an order of shape {(*batch, n)}, found {found}")
     if not torch.equal(order.sort(-1).values, torch.arange(n).expand(*batch, n)):
         raise ValueError(f"the order is no permutation of {n} things")

@@ -19,7 +19,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from . import registry
@@ -27,6 +26,7 @@ from .data import DataSettings
 from .errors import OptionError, RecipeError, UnknownNameError, nearest
 from .knobs import knobs_of, read_knobs
 from .limits import Groups, Limits
+from .yaml_reading import LONGEST, read_yaml
 
 
 class _Strict(BaseModel):
@@ -172,9 +172,12 @@ class Recipe(_Strict):
     def from_file(path: str | os.PathLike[str]) -> Recipe:
         """Read a YAML recipe; all its mistakes raise one RecipeError."""
         try:
-            said = yaml.safe_load(Path(path).read_text())
-        except (OSError, yaml.YAMLError) as error:
+            with open(path, "rb") as file:
+                said = read_yaml(file.read(LONGEST + 1), str(path))
+        except OSError as error:
             raise RecipeError(f"{path} cannot be read as YAML: {error}") from error
+        except OptionError as error:
+            raise RecipeError(str(error)) from error
         return Recipe.from_dict(said, name=str(path))
 
     @staticmethod

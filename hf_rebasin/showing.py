@@ -43,7 +43,7 @@ def plan(recipe: Recipe, out: Path) -> Iterator[str]:
         checkpoint.refuse_broken()
     if recipe.align is not None:
         yield f"would align {', '.join(o.name for o in others)} to {first.name} by {recipe.align.solver}:"
-        given = spec_of(first)
+        spec = given = spec_of(first)
         for other in moved:
             lined = lined_up(first, other, backbone_only=recipe.backbone_only)
             spec, notes = recipe.align.limits().on(given, lined_state(first, lined, given.table.prefix))

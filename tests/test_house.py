@@ -56,7 +56,8 @@ FLOORS = (
     {"classes"},
     {"folder"},
     {"files"},
-    {"lazy", "text", "registry", "knobs", "inputs", "sinkhorn_operator", "processes", "computing", "affine"},
+    {"lazy", "text", "yaml_reading", "registry", "knobs", "inputs"}
+    | {"sinkhorn_operator", "processes", "computing", "affine"},
     {"errors"},
 )
 
