@@ -24,8 +24,8 @@ Sides: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 def _real(tensor: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether it is of that shape, with finite numbers in it that have no imaginary part."""
-    return tensor.shape == shape and tensor.is_floating_point() and bool(tensor.isfinite().all())
+    """Whether it is of that shape, with finite numbers in it that can be computed with."""
+    return tensor.shape == shape and tensor.dtype in (torch.float32, torch.float64) and bool(tensor.isfinite().all())
 
 
 def even(writers: Tensor, readers: Tensor) -> Tensor:

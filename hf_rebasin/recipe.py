@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from . import registry
 from .data import DataSettings
-from .errors import OptionError, RecipeError, UnknownNameError, nearest
+from .errors import OptionError, RecipeError, UnknownNameError, nearest, shown
 from .knobs import knobs_of, read_knobs
 from .limits import Groups, Limits
 from .yaml_reading import LONGEST, read_yaml
@@ -305,4 +305,4 @@ def _unknown_names(said: Mapping[str, Any]) -> Iterator[str]:
     if base is not None and isinstance(models, list):
         names = [str(m.get("model") if isinstance(m, Mapping) else m) for m in models]
         if base not in names and base not in [name.rpartition("@")[0] for name in names]:
-            yield f"base_model: {base!r} is not one of the models{nearest(str(base), names)}"
+            yield f"base_model: {shown(base)} is not one of the models{nearest(str(base), names)}"

@@ -15,7 +15,8 @@ import shutil
 import signal
 import stat
 import sys
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+import traceback
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from mutations import ALIGNMENTS, CHECKPOINTS, RECIPES, recipe_text
 
 from hf_rebasin import Alignment, Checkpoint, spec_for
 from hf_rebasin.cli import main
+from hf_rebasin.errors import RebasinError
 from hf_rebasin.files import read_file
 
 SECONDS = 10
@@ -260,14 +262,10 @@ def run(world, command, mutations=(), entry=main, seconds=SECONDS, memory=MEMORY
 
 
 def _place(error):
-    """Where it came from: the last line of ours, and the last line."""
-    frames, tb = [], error.__traceback__
-    while tb is not None:
-        frames.append(f"{Path(tb.tb_frame.f_code.co_filename).name}:{tb.tb_lineno}")
-        ours, tb = "hf_rebasin" in tb.tb_frame.f_code.co_filename, tb.tb_next
-        if ours:
-            last = frames[-1]
-    return f"{last}, {frames[-1]}" if any(frames) and "last" in locals() else str(frames[-1:])
+    """Where it came from: the last line of the package, and the last line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "hf_rebasin" in frame.filename]
+    return ", ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in (*ours[-1:], frames[-1]))
 
 
 def _wrong_words(status, said):
@@ -301,11 +299,7 @@ def _wrong_files(world, before, after, status, command):
     if any(after[path][0] == "link" for path in written):
         yield "a link was written"
     if status == 0 and command[0] in ("merge", "apply") and "--dry-run" not in command:
-        if not written:
-            yield "succeeded and wrote nothing"
-        else:
-            with suppress(StopIteration):
-                yield next(_wrong_tensors(world, out, command))
+        yield from _wrong_tensors(world, out, command) if written else ["succeeded and wrote nothing"]
 
 
 def _wrong_tensors(world, out, command):
@@ -316,11 +310,19 @@ def _wrong_tensors(world, out, command):
     except Exception as error:
         yield f"what was written cannot be opened: {error}"
         return
-    if command[0] == "merge" and command[1].endswith(".yaml"):
-        return  # which model is the first is the recipe's to say
-    expected = {key: part.shape for key, part in Checkpoint.open(first).parts.items()}
-    if found != expected:
-        yield f"what was written has other tensors than its model: {found.items() ^ expected.items()}"
+    # which model is the first of a recipe is the recipe's to say
+    possible = (first, world.work / "b", world.outside / "model") if command[1].endswith(".yaml") else (first,)
+    expected = [{key: part.shape for key, part in _parts(model)} for model in possible]
+    if found not in expected:
+        yield f"what was written has other tensors than its model: {found.items() ^ expected[0].items()}"
+
+
+def _parts(model):
+    """The tensors of a model; none of one that cannot be opened."""
+    try:
+        return Checkpoint.open(model).parts.items()
+    except RebasinError:
+        return ()
 
 
 # --- cases -----------------------------------------------------------------------------------------------------------

@@ -239,7 +239,7 @@ def repeated_key(r, world, said):
 
 @mutates(RECIPES)
 def cut_text(r, world, said):
-    return lambda text: text[: r.randrange(len(text))]
+    return lambda text: text[: r.randrange(len(text) + 1)]
 
 
 @mutates(RECIPES)
