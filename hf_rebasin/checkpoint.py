@@ -43,6 +43,7 @@ from .folder import (
     refuse_target,
     replacing,
     resolved,
+    side_files,
     write_tensors,
 )
 from .lazy import Here, Lazy, Tensors, all_finite, composed, parts_of
@@ -113,6 +114,7 @@ class Checkpoint:
             raise CheckpointError(f"{source} is a folder here, which has no revision {revision!r}")
         if not folder.is_dir():
             folder = download(str(source), revision, token)
+        side_files(folder)  # none leads elsewhere
         tensors, written = Tensors(read_tensors(folder)), read_config(folder)
         return Checkpoint(tensors, name=str(source), folder=folder, sources=(folder,), written=written)
 

@@ -43,13 +43,19 @@ def read_config(folder: Path) -> dict[str, Any]:
         if sound and isinstance(value, list):
             sound = all(isinstance(name, str) for name in value)
         if not sound:
-            raise CheckpointError(f"{folder / 'config.json'}: {key} is {shown(value)}, which transformers does not write")
+            raise CheckpointError(
+                f"{folder / 'config.json'}: {key} is {shown(value)}, which transformers does not write"
+            )
     if not all(str(row).isdecimal() for row in said.get("id2label") or ()):
-        raise CheckpointError(f"{folder / 'config.json'}: the keys of id2label are no numbers: {shown(said['id2label'])}")
+        raise CheckpointError(
+            f"{folder / 'config.json'}: the keys of id2label are no numbers: {shown(said['id2label'])}"
+        )
     for name, number in _whole_numbers(said):
         most = next((most for counted, most in COUNTED.items() if counted.search(name)), LARGEST)
         if abs(number) > most:
-            raise CheckpointError(f"{folder / 'config.json'}: {name} is {number:.3g}, which is more than any model has")
+            raise CheckpointError(
+                f"{folder / 'config.json'}: {name} is {number:.3g}, which is more than any model has"
+            )
     return said
 
 

@@ -177,16 +177,18 @@ def side_files(folder: Path) -> list[Path]:
     """What a model needs besides its weights, and what goes along with a merge of it.
 
     Raises:
-        CheckpointError: one is a link to somewhere else. Whoever gave the model away could so have a file of yours
-            copied, and published with the merge. Links of a cache of the Hub are none of these; and weights may be
-            links to anywhere, as what is read there is tensors or nothing.
+        CheckpointError: one is no file, or a link to somewhere else: whoever gave the model away could so have a file
+            of yours copied, and published with the merge. Links in a cache of the Hub are none of these; and weights
+            may be links to anywhere, as what is read there is tensors or nothing.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is gone, with the tokenizer and all else that belongs to the weights")
     found = []
     for path in sorted(folder.iterdir()):
-        if path.is_file() and _is_side_file(path.name):
-            found.append(path)
+        if _is_side_file(path.name) and not path.is_dir():
+            if path.exists() and not path.is_file():  # a device without an end, a pipe that nobody writes to
+                raise CheckpointError(f"{path} is no file")
+            found += [path] if path.is_file() else []
         elif _is_side_folder(path):
             found += [file for file in sorted(path.rglob("*")) if file.is_file()]
     place = folder.resolve()

@@ -303,6 +303,7 @@ def _unknown_names(said: Mapping[str, Any]) -> Iterator[str]:
             yield f"align.solver: {error}"
     base, models = said.get("base_model"), said.get("models")
     if base is not None and isinstance(models, list):
-        names = [str(m.get("model") if isinstance(m, Mapping) else m) for m in models]
+        said_names = [m.get("model") if isinstance(m, Mapping) else m for m in models]
+        names = [name for name in said_names if isinstance(name, str)]
         if base not in names and base not in [name.rpartition("@")[0] for name in names]:
             yield f"base_model: {shown(base)} is not one of the models{nearest(str(base), names)}"

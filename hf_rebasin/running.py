@@ -14,7 +14,6 @@ from .checkpoint import Checkpoint
 from .data import Batches, open_data
 from .describing import spec_of
 from .errors import OptionError
-from .folder import side_files
 from .layers import computing, with_values
 from .lazy import Tensors
 from .merge_methods import refit
@@ -74,8 +73,6 @@ def opened(recipe: Recipe) -> Opened:
     for checkpoint in models:
         checkpoint.refuse_quantised()
     first, *others = models
-    if first.folder is not None:
-        side_files(first.folder)  # what goes along with the merge
     lined = [paired(first, other, recipe.assume, backbone_only=recipe.backbone_only) for other in others]
     first = untied_like(first, lined)
     for other in lined:

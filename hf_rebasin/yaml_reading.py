@@ -52,14 +52,14 @@ def read_yaml(text: str | bytes, name: str = "the text") -> Any:
 class _Loader(yaml.SafeLoader):
     """One that says where, whatever is wrong with a value."""
 
-    def fetch_flow_collection_start(self, TokenClass: Any) -> None:  # noqa: N803 (its name there)
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
         if self.flow_level > DEEPEST:  # said here, as looking for the ends of many takes long
             raise RecursionError
-        super().fetch_flow_collection_start(TokenClass)  # type: ignore[no-untyped-call]
+        super().fetch_flow_collection_start(TokenClass)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
-            return super().construct_object(node, deep)  # type: ignore[no-untyped-call]
+            return super().construct_object(node, deep)
         except yaml.YAMLError:
             raise
         except Exception as error:  # of whatever makes a date of 2001-99-99
@@ -79,7 +79,7 @@ class _Loader(yaml.SafeLoader):
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         if len(node.value) > DIGITS:
             raise ValueError(f"{len(node.value)} digits")
-        return int(super().construct_yaml_int(node))  # type: ignore[no-untyped-call]
+        return int(super().construct_yaml_int(node))
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
@@ -92,7 +92,9 @@ def _refuse_large(node: yaml.Node, name: str) -> None:
     def extent(node: yaml.Node, above: int) -> tuple[int, int]:
         """(values, depth)"""
         if above > DEEPEST:
-            raise OptionError(f"{name} is nested deeper than {DEEPEST} mappings and lists, or holds itself by an alias")
+            raise OptionError(
+                f"{name} is nested deeper than {DEEPEST} mappings and lists, or holds itself by an alias"
+            )
         if id(node) not in known:
             inside = node.value if isinstance(node, yaml.CollectionNode) else ()
             pairs = [(one,) if isinstance(one, yaml.Node) else one for one in inside]

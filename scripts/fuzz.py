@@ -59,8 +59,8 @@ def main() -> None:
     refused = sum(outcome.status != 0 for outcome in outcomes)
     print("\n".join(summary(outcomes)))
     print(
-        f"\n{len(outcomes)} cases in {time.perf_counter() - start:.0f} s: {refused} refused, {len(outcomes) - refused} "
-        f"succeeded, {bad} not as it must be"
+        f"\n{len(outcomes)} cases in {time.perf_counter() - start:.0f} s: {refused} refused, "
+        f"{len(outcomes) - refused} succeeded, {bad} not as it must be"
     )
     sys.exit(1 if bad else 0)
 

@@ -1,6 +1,6 @@
 """Broken and hostile inputs at the command line, drawn by seed, and what must never come of them.
 
-A case is a good recipe or a good folder with one to three named mutations (`mutations.py`), and a command as a user
+A case is a good recipe or a good folder with one to three named mutations (`mutating.py`), and a command as a user
 types it. Whatever it is, the command ends in time with status 0, 1 or 2 and a message; no code of the input runs, and
 nothing is written but the output folder, whole, or nothing at all.
 """
@@ -20,9 +20,11 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+import mutating_folders  # noqa: F401 (its mutations are in CHECKPOINTS)
 import torch
 import transformers
-from mutations import ALIGNMENTS, CHECKPOINTS, RECIPES, recipe_text
+from mutating import ALIGNMENTS, CHECKPOINTS, RECIPES
+from mutating_recipes import recipe_text
 
 from hf_rebasin import Alignment, Checkpoint, spec_for
 from hf_rebasin.cli import main
@@ -34,7 +36,7 @@ MEMORY = 1 << 30  # bytes that a case may take beyond what the process has
 SAID = 20_000  # characters
 CANARY = "HF_REBASIN_FUZZ_CANARY"
 SECRET = "the secret of another program"
-WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a b c d e f".split()
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c", "d", "e", "f"]
 FORMS = {"one": ("5GB", ""), "shards": ("3KB", ""), "pickle": ("5GB", "bin"), "pickles": ("3KB", "bin")}
 
 
@@ -60,7 +62,9 @@ class Outcome:
 
 def build(folder):
     """The good inputs: two models in every form there is, an alignment, a text, and what lies outside."""
-    config = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=len(WORDS))
+    config = dict(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=len(WORDS)
+    )
     folder.mkdir(parents=True)
     (folder / "vocab.txt").write_text("\n".join(WORDS))
     for seed, name in enumerate(("a", "b", "model")):
@@ -191,14 +195,17 @@ def limited(seconds, memory):
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    timers = {signal.ITIMER_PROF: (signal.SIGPROF, seconds), signal.ITIMER_REAL: (signal.SIGALRM, 6 * seconds)}
+    before = {number: signal.signal(number, stop) for number, _ in timers.values()}
+    for timer, (_, limit) in timers.items():  # of work; and of waiting, of which a busy machine has some
+        signal.setitimer(timer, limit)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + memory, hard))
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for timer, (number, _) in timers.items():
+            signal.setitimer(timer, 0)
+            signal.signal(number, before[number])
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
@@ -239,7 +246,13 @@ def run(world, command, mutations=(), entry=main, seconds=SECONDS, memory=MEMORY
     argv, sys.argv = sys.argv, ["hf-rebasin", *command]
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
-        with at_home(world), logged() as log, watched(world.root) as done, redirect_stdout(said), redirect_stderr(said):
+        with (
+            at_home(world),
+            logged() as log,
+            watched(world.root) as done,
+            redirect_stdout(said),
+            redirect_stderr(said),
+        ):
             try:
                 with limited(seconds, memory):
                     entry()
