@@ -23,8 +23,8 @@ from .folder import read_json
 # Of these transformers makes lists and modules, as many as a configuration says; no model has as many as this.
 COUNTED = {
     re.compile("(layer|block|depth|stage)s?$"): 2000,
-    re.compile("expert|indices|codebook"): 10_000,
-    re.compile("label"): 100_000,
+    re.compile("(expert|indice|codebook)s$"): 10_000,
+    re.compile("labels$"): 100_000,
 }
 LARGEST = 2**63  # of other numbers
 

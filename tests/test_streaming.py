@@ -298,6 +298,11 @@ FAULTS = {
     "an overlap": (lambda b: header_says(b / MANY, moved_by(-4)), r"00002.* begins at byte \d+ instead of \d+"),
     "a hole": (lambda b: header_says(b / MANY, moved_by(4), more=4), r"00002.* begins at byte \d+ instead of \d+"),
     "more than is said": (lambda b: header_says(b / MANY, dict, more=4), r"00002.* says what \d+ of them"),
+    "a name twice": (
+        lambda b: (b / MANY).write_bytes(b"\x10" + bytes(7) + b'{"a": 1, "a": 2}'),
+        r"00002.* said twice",
+    ),
+    "pairs": (lambda b: (b / MANY).write_bytes(b"\x02" + bytes(7) + b"[]"), r"a list, not an object"),
     "a deep header": (lambda b: (b / MANY).write_bytes(deep(10**5)), r"00002.* no header"),
     "a shape of fractions": (lambda b: header_says(b / MANY, first_tensor({"shape": [1e400]})), r"00002.* no header"),
     "a deep index": (lambda b: (b / INDEX).write_text("[" * 10**5), r"is not JSON"),
