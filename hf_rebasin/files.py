@@ -13,6 +13,7 @@ import math
 import os
 import threading
 import weakref
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError
+from .errors import CheckpointError, some
 from .lazy import Here, Lazy
 
 # The dtypes of the format, in the order in which the safetensors library lays tensors out: the widest come first.
@@ -146,7 +147,14 @@ def read_pickle(path: Path) -> dict[str, Lazy]:
     """
     file = File(path)
     try:
+        _refuse_compressed(path)
         state = _unpickled(path, lazily=True)
+        for name, tensor in state.items():
+            if tensor.numel() * tensor.itemsize > file.size:  # one number can be said to be a billion
+                raise CheckpointError(
+                    f"{path} cannot be read: {name} {tuple(tensor.shape)} would be larger than the file "
+                    f"({file.size} bytes)"
+                )
         offsets = {name: _offset(tensor) for name, tensor in state.items()}
         if None in offsets.values():
             return {name: Here.of(tensor, own=True) for name, tensor in _unpickled(path, lazily=False).items()}
@@ -159,6 +167,15 @@ def read_pickle(path: Path) -> dict[str, Lazy]:
     except Exception as error:  # a broken pickle raises whatever the code reading it stumbles on
         said = (str(error) or repr(error)).splitlines()[0]
         raise CheckpointError(f"{path} cannot be read: {said}") from error
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Raise CheckpointError for an archive that torch has not written: its ranges are not what tensors are made of."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            packed = [record.filename for record in archive.infolist() if record.compress_type != zipfile.ZIP_STORED]
+        if packed:
+            raise CheckpointError(f"{path} cannot be read: {some(packed)} is compressed, as torch.save never does")
 
 
 def _offset(tensor: Tensor) -> int | None:

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -240,6 +241,16 @@ def test_pickles_run_no_code(tmp_path):
         torch.save(what, tmp_path / "pytorch_model.bin")
         with pytest.raises(CheckpointError, match=says):
             Checkpoint.open(tmp_path)
+    torch.save({"x": torch.ones(1).expand(10**10)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"x \(10000000000,\) would be larger than the file"):
+        Checkpoint.open(tmp_path)
+    torch.save({"x": torch.ones(9)}, tmp_path / "stored.zip")
+    packed = zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(tmp_path / "stored.zip") as old, packed as new:
+        for record in old.infolist():
+            new.writestr(record.filename, old.read(record))
+    with pytest.raises(CheckpointError, match=r"is compressed, as torch.save never does"):
+        Checkpoint.open(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"nothing of the kind")
     with pytest.raises(CheckpointError, match="cannot be read"):
         Checkpoint.open(tmp_path)
