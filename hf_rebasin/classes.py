@@ -140,8 +140,9 @@ def _no_more_parts(tensors: int, elements: int | None = None) -> Iterator[None]:
 
     def count(module: nn.Module, name: str, part: nn.Module | Tensor | None) -> None:
         nonlocal parts, size
-        if threading.get_ident() == own:  # modules that other threads build meanwhile are theirs
-            parts, size = parts + 1, size + (part.numel() if isinstance(part, Tensor) else 0)
+        if threading.get_ident() != own:  # modules that other threads build meanwhile are theirs
+            return
+        parts, size = parts + 1, size + (part.numel() if isinstance(part, Tensor) else 0)
         if parts > most or size > largest:
             what = f"{most} parts" if parts > most else f"{largest:.3g} elements"
             raise ValueError(f"it would have more than {what}, and the checkpoint has {tensors} tensors")
