@@ -150,6 +150,7 @@ def read_pickle(path: Path) -> dict[str, Lazy]:
         _refuse_compressed(path)
         state = _unpickled(path, lazily=True)
         for name, tensor in state.items():
+            _refuse_name(path, name)
             if tensor.numel() * tensor.itemsize > file.size:  # one number can be said to be a billion
                 raise CheckpointError(
                     f"{path} cannot be read: {name} {tuple(tensor.shape)} would be larger than the file "
@@ -167,6 +168,12 @@ def read_pickle(path: Path) -> dict[str, Lazy]:
     except Exception as error:  # a broken pickle raises whatever the code reading it stumbles on
         said = (str(error) or repr(error)).splitlines()[0]
         raise CheckpointError(f"{path} cannot be read: {said}") from error
+
+
+def _refuse_name(path: Path, name: str) -> None:
+    """Raise CheckpointError for a name that would move a terminal's cursor where it is shown."""
+    if not name.isprintable():
+        raise CheckpointError(f"{path} cannot be read: the name {name!r} has characters that cannot be shown")
 
 
 def _refuse_compressed(path: Path) -> None:
@@ -244,6 +251,7 @@ def _stored(file: File, name: str, said: Mapping[str, Any], begin: int) -> Store
     first, last = said["data_offsets"]
     if not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, first, last)) or not name.encode():
         raise ValueError(f"{name!r} has shape {shape} in bytes {first} to {last}")
+    _refuse_name(file.path, name)
     if last - first != math.prod(shape) * dtype.itemsize or math.prod(max(n, 1) for n in shape) >= 1 << 63:
         raise CheckpointError(
             f"{file.path} cannot be read: {name} {shape} of {said['dtype']} is said to lie in bytes {first} to {last}"

@@ -8,9 +8,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+# torch moves no unsigned numbers of these widths; their bytes are those of signed ones
+SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
 
 def taken(x: Tensor, order: Tensor) -> Tensor:
     """x[..., order[...], ...]: `order` is (*batch, n), x is (*batch, n, *rest)."""
+    if x.dtype in SIGNED:
+        return taken(x.view(SIGNED[x.dtype]), order).view(x.dtype)
     *batch, n = order.shape
     many = math.prod(batch)
     flat = (order.reshape(many, n) + n * torch.arange(many)[:, None]).reshape(-1).to(x.device)

@@ -37,7 +37,7 @@ SAID = 20_000  # characters
 CANARY = "HF_REBASIN_FUZZ_CANARY"
 SECRET = "the secret of another program"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c", "d", "e", "f"]
-FORMS = {"one": ("5GB", ""), "shards": ("3KB", ""), "pickle": ("5GB", "bin"), "pickles": ("3KB", "bin")}
+FORMS = {"one": ("5GB", ""), "shards": ("1KB", ""), "pickle": ("5GB", "bin"), "pickles": ("1KB", "bin")}
 
 
 class TooLong(BaseException):
@@ -366,7 +366,7 @@ def _checkpoint_case(r, good, root):
     world = World(root, good, form)
     command = list(r.choice(COMMANDS))
     pool = dict(CHECKPOINTS)
-    model = world.work / r.choice("ab")
+    model = world.work / r.choice([name for name in "ab" if name in command])
     if command[0] == "apply" and r.random() < 0.7:
         pool, model = ALIGNMENTS, world.work / "alignment.safetensors"
     names = []

@@ -56,6 +56,13 @@ def test_what_is_good_passes(good, tmp_path):
         assert not outcome.violations, str(outcome)
 
 
+def test_forms_are_what_they_are_called(good):
+    for form in fuzzing.FORMS:
+        names = [file.name for file in (good / form / "a").iterdir()]
+        assert any(name.endswith(".index.json") for name in names) == form.endswith("s")
+        assert any(name.endswith(".bin") for name in names) == form.startswith("pickle")
+
+
 def test_the_same_seed_is_the_same_case(good, tmp_path):
     for kind in ("recipe", "checkpoint"):
         one, other = (case(kind, 7, good, tmp_path / "same") for _ in range(2))

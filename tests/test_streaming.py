@@ -287,9 +287,13 @@ def deep(levels):
     return levels.to_bytes(8, "little") + b"[" * levels
 
 
+def first_name(header):
+    return next(k for k in header if k != "__metadata__")
+
+
 def first_tensor(says):
     def change(header):
-        name = next(k for k in header if k != "__metadata__")
+        name = first_name(header)
         return header | {name: header[name] | says}
 
     return change
@@ -312,6 +316,10 @@ FAULTS = {
     "a name twice": (
         lambda b: (b / MANY).write_bytes(b"\x10" + bytes(7) + b'{"a": 1, "a": 2}'),
         r"00002.* said twice",
+    ),
+    "a name that moves the cursor": (
+        lambda b: header_says(b / MANY, lambda header: header | {"\x1b[2J": header.pop(first_name(header))}),
+        r"the name '.x1b\[2J' has characters that cannot be shown",
     ),
     "pairs": (lambda b: (b / MANY).write_bytes(b"\x02" + bytes(7) + b"[]"), r"a list, not an object"),
     "a deep header": (lambda b: (b / MANY).write_bytes(deep(10**5)), r"00002.* no header"),
