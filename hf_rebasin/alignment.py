@@ -18,7 +18,7 @@ from . import registry
 from .binding import bind, read_spec, untied
 from .checkpoint import Checkpoint, Source
 from .describing import spec_of
-from .errors import CheckpointError, MismatchError, some
+from .errors import CheckpointError, MismatchError, PatternError, SpecError, some
 from .folder import write_whole
 from .gauge import folded, gauges, narrowed, unfolded, vectors, widened
 from .groups import Element
@@ -93,7 +93,10 @@ class Alignment:
             raise CheckpointError(f"{path} cannot be read as an alignment: {error}") from error
         if FORMAT not in metadata:
             raise CheckpointError(f"{path} is not an alignment: its metadata has {sorted(metadata)}, not {FORMAT!r}")
-        spec = read_spec(metadata[FORMAT])
+        try:
+            spec = read_spec(metadata[FORMAT])
+        except (SpecError, PatternError) as error:
+            raise CheckpointError(f"{path} says of its symmetries what cannot be read: {error}") from error
         stored: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             name, _, part = key.partition("/")
@@ -101,7 +104,7 @@ class Alignment:
         given = [stored.pop(name, {}) for name in GAUGES]
         norms = {key: spec.shapes[key] for gauge in gauges(spec) for key in gauge.vectors}
         for key, vector in (item for one in given for item in one.items()):
-            if norms.get(key) != vector.shape or not vector.isfinite().all():
+            if norms.get(key) != vector.shape or not (vector.is_floating_point() and vector.isfinite().all()):
                 raise CheckpointError(f"{path} has a gauge for {key!r} {tuple(vector.shape)}, which its spec has not")
         unknown = sorted(stored.keys() - spec.free)
         if unknown:

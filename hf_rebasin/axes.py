@@ -17,6 +17,7 @@ columns read the residual stream. A name with n stars takes the first n stars of
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,7 +30,11 @@ NAME = r"[a-z][a-z0-9_]*(?:\.(?:[a-z][a-z0-9_]*|\d+|\*))*"
 _END = r"(?=[\s(),+]|$)"
 _LEAF = re.compile(rf"(?P<name>{NAME})(?P<mark>['~]?){_END}|(?P<size>\d+){_END}|(?P<held>_){_END}")
 
+_BRACES = re.compile(r"\{([^{}]*)\}")
+
 READER, DIAGONAL = "'", "~"
+# No table needs more; but patterns also come from files that others wrote, and a short one can say a billion blocks.
+DEEPEST, MOST_BLOCKS = 50, 1000
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,7 @@ def _tokens(text: str) -> list[tuple[str, Leaf | None, int]]:
 
 class _Parser:
     def __init__(self, text: str):
-        self.text, self.tokens, self.i = text, _tokens(text), 0
+        self.text, self.tokens, self.i, self.depth = text, _tokens(text), 0, 0
 
     @property
     def kind(self) -> str:
@@ -147,11 +152,13 @@ class _Parser:
             return leaf
         if kind != "(":
             raise self.fail(f"expected an axis, got {'the end' if kind == 'end' else repr(kind)}")
-        self.i += 1
+        if self.depth == DEEPEST:
+            raise self.fail(f"more than {DEEPEST} parentheses in each other")
+        self.i, self.depth = self.i + 1, self.depth + 1
         node = self.sum_of(self.product)
         if self.kind != ")":
             raise self.fail("expected ')'")
-        self.i += 1
+        self.i, self.depth = self.i + 1, self.depth - 1
         return node
 
     def product(self) -> Node:
@@ -174,7 +181,16 @@ class _Parser:
             axes.append(self.sum_of(self.term))
         if self.kind != "end":
             raise self.fail("a composite axis needs parentheses, a new axis a comma")
+        if (blocks := math.prod(map(_blocks_of, axes))) > MOST_BLOCKS:
+            raise self.fail(f"{blocks} blocks, more than {MOST_BLOCKS}")
         return tuple(axes)
+
+
+def _blocks_of(node: Node) -> int:
+    """Into how many blocks an axis is cut."""
+    if isinstance(node, Leaf):
+        return 1
+    return (math.prod if isinstance(node, Product) else sum)(map(_blocks_of, children(node)))
 
 
 @cache
@@ -193,11 +209,20 @@ def show(axes: tuple[Node, ...]) -> str:
 
 def braces(text: str) -> list[str]:
     """`braces("a.{b,c}") == ["a.b", "a.c"]`, textually and from left to right."""
-    match = re.search(r"\{([^{}]*)\}", text)
+    found = [text] if text.count("{") <= DEEPEST else []
+    while 0 < len(found) <= MOST_BLOCKS and any(map(_BRACES.search, found)):
+        found = [whole for one in found for whole in _expanded(one)]
+    if not 0 < len(found) <= MOST_BLOCKS:
+        raise PatternError(f"more than {DEEPEST} braces, or than {MOST_BLOCKS} keys that they stand for", text, 0)
+    return found
+
+
+def _expanded(text: str) -> list[str]:
+    """The same for the first braces."""
+    match = _BRACES.search(text)
     if not match:
         return [text]
-    before, after = text[: match.start()], text[match.end() :]
-    return [whole for choice in match[1].split(",") for whole in braces(before + choice.strip() + after)]
+    return [text[: match.start()] + choice.strip() + text[match.end() :] for choice in match[1].split(",")]
 
 
 @dataclass(frozen=True)
@@ -232,6 +257,8 @@ class Key:
 @cache
 def compile_key(text: str) -> Key:
     """Compile one key (braces already expanded)."""
+    if beside := re.search(r"[*>][*<]", text):
+        raise PatternError("two wildcards side by side: where the first ends cannot be seen", text, beside.start())
     wildcards, regex = [], ""
     for piece in re.split(r"(\*|<[^<>]*>)", text):
         if piece == "*":

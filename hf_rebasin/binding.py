@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from .axes import READER, Leaf, Node, Sum, braces, compile_key, leaves, scoped, show, unmarked
 from .checkpoint import Checkpoint
@@ -76,12 +75,31 @@ def untied(spec: Spec, keys: Collection[str]) -> Spec:
     return bind(spec.table, {**spec.shapes, **{key: spec.shapes[spec.ties[key]] for key in keys}}, ties)
 
 
+@dataclass(frozen=True)
+class _Said:
+    """What `Spec.to_json` writes."""
+
+    table: Table
+    shapes: Mapping[str, Shape]
+    ties: Mapping[str, str]
+
+
 def read_spec(text: str) -> Spec:
-    """The spec whose `to_json` this is."""
-    said = json.loads(text)
-    prefix = said["table"].pop("prefix")
-    table = Table(**said["table"], prefix=prefix if isinstance(prefix, str) else tuple(prefix))
-    return bind(table, {key: tuple(shape) for key, shape in said["shapes"].items()}, said["ties"])
+    """The spec whose `to_json` this is.
+
+    Raises:
+        SpecError: it is none.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        said = TypeAdapter(_Said).validate_json(text, strict=True)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise SpecError(f"this is no spec: {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from error
+    if odd := [key for key, shape in said.shapes.items() if not all(0 <= n < 2**63 for n in shape)]:
+        raise SpecError(f"this is no spec: {odd[0]} has the shape {said.shapes[odd[0]]}")
+    return bind(said.table, said.shapes, said.ties)
 
 
 def _rows_of(table: Table, shapes: Mapping[str, Shape]) -> Iterator[tuple[Row, tuple[str, ...], dict]]:

@@ -44,6 +44,7 @@ from .folder import (
     refuse_target,
     replacing,
     resolved,
+    side_files,
     write_tensors,
 )
 from .lazy import Here, Lazy, Tensors, all_finite, composed, parts_of
@@ -131,6 +132,7 @@ class Checkpoint:
         commit, parts = None, None
         if not folder.is_dir():
             folder, commit, parts = hub.fetched(str(source), revision, token, values=values, progress=progress)
+        side_files(folder)  # none leads elsewhere
         tensors = Tensors(read_tensors(folder) if parts is None else parts)
         written = read_config(folder)
         return Checkpoint(tensors, name=str(source), folder=folder, sources=(folder,), written=written, commit=commit)
@@ -159,7 +161,7 @@ class Checkpoint:
         """The same with what the file stores in spite of it."""
         if self.given_ties is not None:
             return self.given_ties
-        return {} if self.config is None else class_ties(self.config)
+        return {} if self.config is None else class_ties(self.config, len(self.parts))
 
     @cached_property
     def said(self) -> dict[str, Any]:
@@ -343,7 +345,7 @@ class Checkpoint:
         if module is None:
             if self.config is None:
                 raise CheckpointError(f"{self.name} has no class that transformers knows, and so no forward pass")
-            module = without_weights(self.config)
+            module = without_weights(self.config, len(self.parts))
         return module, {key: disk for disk, key in one_by_one(module).items()}
 
     def save(

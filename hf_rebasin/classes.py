@@ -6,7 +6,9 @@ The names of a module may change from one version of transformers to the next; t
 from __future__ import annotations
 
 import copy
+import math
 import re
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +17,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .errors import CheckpointError, some
+from .errors import CheckpointError, shown, some
 from .folder import read_json
 from .lazy import Lazy
 
 # What GPTQ, AWQ, bitsandbytes and compressed-tensors store beside or instead of weights.
 QUANTISED = (".qweight", ".qzeros", ".weight_packed", ".absmax", ".SCB", ".weight_scale", ".weight_scale_inv")
+
+# Of these transformers makes lists and modules, as many as a configuration says; no model has as many as this.
+COUNTED = {
+    re.compile("(layer|block|depth|stage)s?$"): 2000,
+    re.compile("(expert|indice|codebook)s$"): 10_000,
+    re.compile("labels$"): 100_000,
+}
+LARGEST = 2**63  # of other numbers
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -33,26 +43,49 @@ def read_config(folder: Path) -> dict[str, Any]:
     kinds = {"model_type": str, "architectures": list, "id2label": dict, "dtype": str, "torch_dtype": str}
     for key, kind in kinds.items():
         value = said.get(key)
-        names = key != "architectures" or value is None or all(isinstance(name, str) for name in value)
-        if not (value is None or isinstance(value, kind)) or not names:
-            raise CheckpointError(f"{folder / 'config.json'}: {key} is {value!r}, which transformers does not write")
+        sound = value is None or isinstance(value, kind)
+        if sound and isinstance(value, list):
+            sound = all(isinstance(name, str) for name in value)
+        if not sound:
+            raise CheckpointError(
+                f"{folder / 'config.json'}: {key} is {shown(value)}, which transformers does not write"
+            )
     if not all(str(row).isdecimal() for row in said.get("id2label") or ()):
-        raise CheckpointError(f"{folder / 'config.json'}: the keys of id2label are no numbers: {said['id2label']!r}")
+        raise CheckpointError(
+            f"{folder / 'config.json'}: the keys of id2label are no numbers: {shown(said['id2label'])}"
+        )
+    for name, number in _whole_numbers(said):
+        most = next((most for counted, most in COUNTED.items() if counted.search(name)), LARGEST)
+        if abs(number) > most:
+            raise CheckpointError(
+                f"{folder / 'config.json'}: {name} is {number:.3g}, which is more than any model has"
+            )
     return said
+
+
+def _whole_numbers(said: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    """(key, number) of all that are in a configuration, and in the configurations in it."""
+    if isinstance(said, int):
+        yield name, said
+    elif isinstance(said, list):
+        for one in said:
+            yield from _whole_numbers(one, name)
+    elif isinstance(said, dict) and (not name or name.endswith("config")):
+        for key, one in said.items():
+            yield from _whole_numbers(one, key)
 
 
 def config_of(said: Mapping[str, Any], folder: Path | None) -> Any:
     """The transformers configuration that a `config.json` says; None for what transformers does not know."""
     if "model_type" not in said:
         return None
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
     if said["model_type"] not in CONFIG_MAPPING:
         return None
     try:
-        config = CONFIG_MAPPING[said["model_type"]].from_dict(copy.deepcopy(dict(said)))
-    except (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
+        config = CONFIG_MAPPING[said["model_type"]].from_dict(_without_code(said))
+    except Exception as error:  # of whatever the code of some hundred families stumbles on
         raise CheckpointError(f"transformers cannot use the config.json of {folder}: {error}") from error
     config.name_or_path = str(folder or "")
     return config
@@ -79,6 +112,15 @@ def recomputed(key: str, part: Lazy) -> bool:
     return re.search(r"(^|\.)(embeddings\.position_ids|rotary_emb\.inv_freq)$", key) is not None
 
 
+def _without_code(said: Any) -> Any:
+    """A copy that asks for no code of the Hub: some name a repository there for their attention or experts."""
+    if isinstance(said, list):
+        return [_without_code(one) for one in said]
+    if not isinstance(said, dict):
+        return said
+    return {k: _without_code(v) for k, v in said.items() if not ("_implementation" in k and "/" in str(v))}
+
+
 def class_of(config: Any) -> Any:
     """The class a configuration names, else the bare model of its type."""
     import transformers
@@ -95,14 +137,51 @@ def class_of(config: Any) -> Any:
         ) from None
 
 
-def without_weights(config: Any) -> Any:
-    """A module of the class a configuration names, on the meta device."""
+def without_weights(config: Any, tensors: int) -> Any:
+    """A module of the class a configuration names, on the meta device; `tensors` is how many the checkpoint has."""
     owner = class_of(config)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _no_more_parts(tensors):
             return owner(copy.deepcopy(config)).eval()
-    except (ValueError, TypeError, AttributeError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # of whatever the code of some hundred families stumbles on
         raise CheckpointError(f"{owner.__name__} cannot be built from its configuration: {error!r}") from error
+
+
+@contextmanager
+def _no_more_parts(tensors: int, elements: int | None = None) -> Iterator[None]:
+    """ValueError for a module with many more parts, or elements in them, than the checkpoint has tensors.
+
+    A configuration can say a billion layers, or a size of a billion, which would all be made before anything is
+    compared.
+    """
+    from torch.nn.modules.module import (
+        register_module_buffer_registration_hook,
+        register_module_module_registration_hook,
+        register_module_parameter_registration_hook,
+    )
+
+    own, parts, size = threading.get_ident(), 0, 0
+    most, largest = 10_000 + 20 * tensors, math.inf if elements is None else 10**8 + 4 * elements
+
+    def count(module: nn.Module, name: str, part: nn.Module | Tensor | None) -> None:
+        nonlocal parts, size
+        if threading.get_ident() != own:  # modules that other threads build meanwhile are theirs
+            return
+        parts, size = parts + 1, size + (part.numel() if isinstance(part, Tensor) else 0)
+        if parts > most or size > largest:
+            what = f"{most} parts" if parts > most else f"{largest:.3g} elements"
+            raise ValueError(f"it would have more than {what}, and the checkpoint has {tensors} tensors")
+
+    hooks = [
+        register_module_module_registration_hook(count),
+        register_module_parameter_registration_hook(count),
+        register_module_buffer_registration_hook(count),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def copied(module: nn.Module, instead: Mapping[int, Tensor] | None = None) -> Any:
@@ -143,9 +222,9 @@ def ties_of(model: Any) -> dict[str, str]:
     return {names[id(distinct[target])]: names[id(distinct[kept])] for target, kept in tied.items()}
 
 
-def class_ties(config: Any) -> dict[str, str]:
-    """The ties of the class a configuration names, by disk keys."""
-    return ties_of(without_weights(config))
+def class_ties(config: Any, tensors: int) -> dict[str, str]:
+    """The ties of the class a configuration names, by disk keys; `tensors` is how many the checkpoint has."""
+    return ties_of(without_weights(config, tensors))
 
 
 def to_disk(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -228,14 +307,30 @@ def filled(
 
 def loaded(owner: Any, config: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype, name: str) -> Any:
     """A module of a class of transformers with tensors by disk keys; `name` is what messages call it."""
-    with _without_bars():
-        model, info = owner.from_pretrained(
-            None, config=copy.deepcopy(config), state_dict=dict(tensors), dtype=dtype, output_loading_info=True
-        )
+    elements = sum(tensor.numel() for tensor in tensors.values())
+    try:
+        with _without_bars(), _no_more_parts(len(tensors), elements):
+            model, info = owner.from_pretrained(
+                None, config=copy.deepcopy(config), state_dict=dict(tensors), dtype=dtype, output_loading_info=True
+            )
+    except Exception as error:  # of whatever the code of some hundred families stumbles on
+        raise CheckpointError(f"{name} does not load: {_why_not(config, tensors) or error}") from error
     for what in ("missing_keys", "mismatched_keys"):
         if info[what]:
             raise CheckpointError(f"{name} does not load: {what.replace('_', ' ')} {some(map(str, info[what]))}")
     return model.eval()
+
+
+def _why_not(config: Any, tensors: Mapping[str, Tensor]) -> str | None:
+    """The first tensor that is of another shape than the configuration says."""
+    try:
+        skeleton = without_weights(config, len(tensors))
+    except CheckpointError as error:
+        return str(error)
+    for key, part in to_disk(skeleton, stored(skeleton)).items():
+        if key in tensors and part.shape != tensors[key].shape:
+            return f"{key} is {tuple(tensors[key].shape)}, and its configuration says {tuple(part.shape)}"
+    return None
 
 
 @contextmanager

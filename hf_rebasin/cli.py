@@ -10,7 +10,7 @@ import typer
 
 from .errors import RebasinError
 from .options import found_device
-from .text import without_secrets
+from .text import printable, without_secrets
 
 VERBS = (
     *("demo", "compare", "inspect", "check", "align", "apply", "merge"),
@@ -36,7 +36,7 @@ def main() -> None:
             found_device()
         app()
     except (RebasinError, OSError) as error:  # of the system: no such folder, no permission, no space left
-        typer.echo(f"error: {without_secrets(str(error))}", err=True)
+        typer.echo(f"error: {without_secrets(printable(str(error)))}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         typer.echo("interrupted; a model that was not finished leaves nothing behind", err=True)

@@ -62,6 +62,8 @@ def inferred(checkpoint: Checkpoint, inputs: Inputs | None = None) -> Spec:
             f"{some(map(repr, odd))}: names with * < > {{ }} or spaces cannot be said in a table; rename them"
         )
     ties = checkpoint.canonical_ties()
+    if gone := sorted(set(ties.values()) - set(canonical.values())):
+        raise SpecError(f"{checkpoint.name} lacks {some(gone)}, which another of its tensors is tied to")
     found = infer(module, inputs, keys, ties)
     if found.unused:
         logger.warning(

@@ -23,6 +23,11 @@ TINY = 1e-30  # where a unit has no weights at all, nothing says how it is to be
 Sides: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
+def _real(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether it is of that shape, with finite numbers in it that can be computed with."""
+    return tensor.shape == shape and tensor.dtype in (torch.float32, torch.float64) and bool(tensor.isfinite().all())
+
+
 def even(writers: Tensor, readers: Tensor) -> Tensor:
     """The scales s with |s x|² = |y / s|², given |x|² and |y|²; 1 where one of them is nothing."""
     sound = (writers > TINY) & (readers > TINY)
@@ -128,7 +133,7 @@ class Monomial:
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor], batch: tuple[int, ...], n: int) -> Self:
         order, factor = order_of(tensors, batch, n), tensors.get("factor")
-        if factor is None or factor.shape != order.shape or not factor.isfinite().all() or not factor.all():
+        if factor is None or not _real(factor, order.shape) or not factor.all():
             raise ValueError(f"expected {order.shape} finite factors other than 0")
         if (not cls.SIGNED and (factor < 0).any()) or (not cls.SCALED and (factor.abs() != 1).any()):
             raise ValueError("the factors have signs or scales that this group has not")
@@ -224,8 +229,8 @@ class Matrices:
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor], batch: tuple[int, ...], n: int) -> Self:
         matrix = tensors.get("matrix")
-        if matrix is None or matrix.shape != (*batch, n, n) or not matrix.isfinite().all():
-            found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if matrix is None or not _real(matrix, (*batch, n, n)):
+            found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
             raise ValueError(f"expected finite matrices of shape {(*batch, n, n)}, found {found}")
         cls.refuse(matrix)
         return cls(matrix)
@@ -238,6 +243,8 @@ class Matrices:
             far = (matrix @ matrix.mT - eye).abs().amax().item() if matrix.numel() else 0.0
             if far > 1e-6:
                 raise ValueError(f"the matrix is not orthogonal: |g gᵀ - 1| is up to {far:.2g}")
+        elif torch.linalg.inv_ex(matrix).info.any():
+            raise ValueError("the matrix has no inverse")
 
     def contract(self, similarity: Tensor, diagonal: bool = False) -> Tensor:
         dim = self.matrix.dim()

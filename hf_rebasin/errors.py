@@ -75,6 +75,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known) or 'none'}"
 
 
+def shown(value: object, longest: int = 200) -> str:
+    """A value as Python writes it, cut short."""
+    text = repr(value)
+    return text if len(text) <= longest else f"{text[:longest]}… ({len(text)} characters)"
+
+
 def some(names: Iterable[str], limit: int = 5) -> str:
     """The first few names and how many more there are: `a, b, c and 40 more`."""
     names = list(names)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
@@ -22,7 +24,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError
+from .errors import CheckpointError, some
 from .lazy import Here, Lazy
 
 # The dtypes of the format, in the order in which the safetensors library lays tensors out: the widest come first.
@@ -145,7 +147,15 @@ def read_pickle(path: Path) -> dict[str, Lazy]:
     """
     file = File(path)
     try:
+        _refuse_compressed(path)
         state = _unpickled(path, lazily=True)
+        for name, tensor in state.items():
+            _refuse_name(path, name)
+            if tensor.numel() * tensor.itemsize > file.size:  # one number can be said to be a billion
+                raise CheckpointError(
+                    f"{path} cannot be read: {name} {tuple(tensor.shape)} would be larger than the file "
+                    f"({file.size} bytes)"
+                )
         offsets = {name: _offset(tensor) for name, tensor in state.items()}
         if None in offsets.values():
             return {name: Here.of(tensor, own=True) for name, tensor in _unpickled(path, lazily=False).items()}
@@ -160,6 +170,21 @@ def read_pickle(path: Path) -> dict[str, Lazy]:
         raise CheckpointError(f"{path} cannot be read: {said}") from error
 
 
+def _refuse_name(path: Path, name: str) -> None:
+    """Raise CheckpointError for a name that would move a terminal's cursor where it is shown."""
+    if not name.isprintable():
+        raise CheckpointError(f"{path} cannot be read: the name {name!r} has characters that cannot be shown")
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Raise CheckpointError for an archive that torch has not written: its ranges are not what tensors are made of."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            packed = [record.filename for record in archive.infolist() if record.compress_type != zipfile.ZIP_STORED]
+        if packed:
+            raise CheckpointError(f"{path} cannot be read: {some(packed)} is compressed, as torch.save never does")
+
+
 def _offset(tensor: Tensor) -> int | None:
     """Where in its file a tensor begins that was unpickled without its values; None if it is not in one piece."""
     place = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
@@ -171,7 +196,8 @@ def _offset(tensor: Tensor) -> int | None:
 def _unpickled(path: Path, lazily: bool) -> dict[str, Tensor]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode() if lazily else nullcontext():
+    logger = logging.getLogger("torch._subclasses.fake_tensor")  # it logs the traceback of what is caught here
+    with FakeTensorMode() if lazily else nullcontext(), _silent(logger):
         state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout is torch.strided
@@ -179,6 +205,15 @@ def _unpickled(path: Path, lazily: bool) -> dict[str, Tensor]:
     ):
         raise CheckpointError(f"{path} is no state dict: it holds other things than tensors by name")
     return state
+
+
+@contextmanager
+def _silent(logger: logging.Logger) -> Iterator[None]:
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _header(file: File) -> tuple[dict[str, Any], int]:
@@ -195,7 +230,18 @@ def _header(file: File) -> tuple[dict[str, Any], int]:
         )
     text = bytearray(n)
     file.fill(memoryview(text), 8)
-    return dict(json.loads(text)), 8 + n
+    header = json.loads(text.decode(), object_pairs_hook=_once)
+    if not isinstance(header, dict):
+        raise ValueError(f"a {type(header).__name__}, not an object")
+    return header, 8 + n
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, none of whose keys is said twice: readers differ in which they take."""
+    said = dict(pairs)
+    if len(said) < len(pairs):
+        raise ValueError("a name is said twice")
+    return said
 
 
 def _stored(file: File, name: str, said: Mapping[str, Any], begin: int) -> Stored:
@@ -205,6 +251,7 @@ def _stored(file: File, name: str, said: Mapping[str, Any], begin: int) -> Store
     first, last = said["data_offsets"]
     if not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, first, last)) or not name.encode():
         raise ValueError(f"{name!r} has shape {shape} in bytes {first} to {last}")
+    _refuse_name(file.path, name)
     if last - first != math.prod(shape) * dtype.itemsize or math.prod(max(n, 1) for n in shape) >= 1 << 63:
         raise CheckpointError(
             f"{file.path} cannot be read: {name} {shape} of {said['dtype']} is said to lie in bytes {first} to {last}"

@@ -167,15 +167,49 @@ def _is_side_folder(path: Path) -> bool:
     return bool(inside) and not path.name.startswith(".") and all(is_side_file(file.name) for file in inside)
 
 
+def side_files(folder: Path) -> list[Path]:
+    """What a model needs besides its weights, and what goes along with a merge of it.
+
+    Raises:
+        CheckpointError: one is no file, or a link to somewhere else: whoever gave the model away could so have a file
+            of yours copied, and published with the merge. Links in a cache of the Hub are none of these; and weights
+            may be links to anywhere, as what is read there is tensors or nothing.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is gone, with the tokenizer and all else that belongs to the weights")
+    found = []
+    for path in sorted(folder.iterdir()):
+        if is_side_file(path.name) and not path.is_dir():
+            if path.exists() and not path.is_file():  # a device without an end, a pipe that nobody writes to
+                raise CheckpointError(f"{path} is no file")
+            found += [path] if path.is_file() else []
+        elif _is_side_folder(path):
+            found += [file for file in sorted(path.rglob("*")) if file.is_file()]
+    place = folder.resolve()
+    for file in found:
+        target = file.resolve()
+        if not (target.is_relative_to(place) or _in_a_cache(target, place)):
+            raise CheckpointError(
+                f"{file} is a link to {target}, outside of the model's folder, and would be copied into what is "
+                "written; put a copy in its place if it belongs there"
+            )
+    return found
+
+
+def _in_a_cache(target: Path, folder: Path) -> bool:
+    """Whether a link of a folder leads to where the Hub's client keeps the files of its snapshots."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    blobs = [folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else []
+    return any(target.is_relative_to(own) for own in (*blobs, Path(HF_HUB_CACHE).resolve()))
+
+
 def copy_side_files(source: Path, folder: Path, config: Mapping[str, Any]) -> None:
     """Copy what a model needs besides its weights; its configuration as it is given, where that is another by now."""
-    if not source.is_dir():
-        raise CheckpointError(f"{source} is gone, with the tokenizer and all else that belongs to the weights")
-    for file in sorted(source.iterdir()):
-        if file.is_file() and is_side_file(file.name):
-            shutil.copyfile(file, folder / file.name)
-        elif _is_side_folder(file):
-            shutil.copytree(file, folder / file.name)
+    for file in side_files(source):
+        copy = folder / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
     if config and config != read_json(folder / "config.json"):
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 

@@ -85,7 +85,7 @@ def images_for(
             "trained with into its folder"
         )
     try:
-        processor = AutoImageProcessor.from_pretrained(checkpoint.folder)
+        processor = AutoImageProcessor.from_pretrained(checkpoint.folder, trust_remote_code=False)
     except Exception as error:  # a broken file raises whatever the code reading it stumbles on
         raise CheckpointError(f"the image processor of {checkpoint.name} cannot be loaded: {error}") from error
     return Images(rows, column, processor, getattr(_seeing(checkpoint), "num_channels", None), labels)
@@ -107,7 +107,7 @@ def refuse_size(checkpoint: Checkpoint, pixels: Tensor) -> None:
         return
     try:
         with torch.no_grad():
-            without_weights(checkpoint.config)(pixel_values=pixels.to("meta"))
+            without_weights(checkpoint.config, len(checkpoint.parts))(pixel_values=pixels.to("meta"))
     except (ValueError, RuntimeError) as error:
         raise MismatchError(
             f"the image processor of {checkpoint.name} makes images of {tuple(pixels.shape[-2:])}, and the model "

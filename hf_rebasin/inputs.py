@@ -138,6 +138,8 @@ def example_inputs(config: Any, generator: torch.Generator) -> dict[str, Tensor]
     if getattr(vision, "num_channels", None):
         size = getattr(vision, "image_size", 64)
         sides = (size, size) if isinstance(size, int) else tuple(size)
+        if math.prod(sides) * vision.num_channels > 10**7:
+            raise CheckpointError(f"its configuration says images of {sides}, too large to try; give inputs (inputs=)")
         pixels = torch.randn(2, vision.num_channels, *sides, generator=generator, dtype=torch.float64)
         inputs["pixel_values"] = pixels
         if any("MaskedImageModeling" in name for name in getattr(config, "architectures", None) or []):

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
-from .errors import OptionError, nearest
+from .errors import OptionError, nearest, shown
 
 
 def knobs_of(thing: Callable[..., Any]) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def fitting(kind: Any, value: Any) -> Any:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         message = error.errors()[0]["msg"]
-        raise ValueError(f"{value!r} does not fit: {message[0].lower()}{message[1:]}") from error
+        raise ValueError(f"{shown(value)} does not fit: {message[0].lower()}{message[1:]}") from error
 
 
 def read_knobs(

@@ -187,7 +187,7 @@ def align_settings(solver: str, seed: int, groups: str, keep_tied: bool, hold: l
 
 
 def parameters(said: list[str], option: str = "--parameter", such: str = "t=0.3") -> dict[str, Any]:
-    import yaml
+    from .yaml_reading import read_yaml
 
     parameters = {}
     for one in said:
@@ -195,8 +195,8 @@ def parameters(said: list[str], option: str = "--parameter", such: str = "t=0.3"
         if not equals:
             raise OptionError(f"{option} {one!r} is not NAME=VALUE, as in {such}")
         try:
-            parameters[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            parameters[name] = read_yaml(value, repr(value))
+        except OptionError as error:
             raise OptionError(f"{option} {one!r} has no value that can be read: {error}") from error
     return parameters
 

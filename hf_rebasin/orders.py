@@ -8,9 +8,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+# torch moves no unsigned numbers of these widths; their bytes are those of signed ones
+SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
 
 def taken(x: Tensor, order: Tensor) -> Tensor:
     """x[..., order[...], ...]: `order` is (*batch, n), x is (*batch, n, *rest)."""
+    if x.dtype in SIGNED:
+        return taken(x.view(SIGNED[x.dtype]), order).view(x.dtype)
     *batch, n = order.shape
     many = math.prod(batch)
     flat = (order.reshape(many, n) + n * torch.arange(many)[:, None]).reshape(-1).to(x.device)
@@ -20,8 +25,8 @@ def taken(x: Tensor, order: Tensor) -> Tensor:
 def order_of(tensors: Mapping[str, Tensor], batch: tuple[int, ...], n: int) -> Tensor:
     """The stored permutations of n things; ValueError if they are none."""
     order = tensors.get("order")
-    if order is None or order.shape != (*batch, n):
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if order is None or order.shape != (*batch, n) or order.dtype != torch.int64:
+        found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
         raise ValueError(f"expected an order of shape {(*batch, n)}, found {found}")
     if not torch.equal(order.sort(-1).values, torch.arange(n).expand(*batch, n)):
         raise ValueError(f"the order is no permutation of {n} things")

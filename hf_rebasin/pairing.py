@@ -260,7 +260,7 @@ def _tokens(folder: Path) -> dict[str, int]:
     from transformers import AutoTokenizer
 
     try:
-        return dict(AutoTokenizer.from_pretrained(folder).get_vocab())
+        return dict(AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab())
     except Exception as error:  # a broken file raises whatever the code reading it stumbles on
         raise MismatchError(
             f"the tokenizer in {folder} cannot be loaded ({error!r}), so the vocabularies cannot be compared; if they "

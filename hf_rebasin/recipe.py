@@ -20,16 +20,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from . import registry
 from .data import DataSettings
-from .errors import OptionError, RecipeError, UnknownNameError, nearest
+from .errors import OptionError, RecipeError, UnknownNameError, nearest, shown
 from .knobs import knobs_of, read_knobs
 from .limits import Groups, Limits
 from .mergekit import Dtype, not_here, translated
 from .varying import Varying, reading
+from .yaml_reading import LONGEST, read_yaml
 
 
 class _Strict(BaseModel):
@@ -200,9 +200,12 @@ class Recipe(_Strict):
     def from_file(path: str | os.PathLike[str]) -> Recipe:
         """Read a YAML recipe; all its mistakes raise one RecipeError."""
         try:
-            said = yaml.safe_load(Path(path).read_text())
-        except (OSError, yaml.YAMLError) as error:
+            with open(path, "rb") as file:
+                said = read_yaml(file.read(LONGEST + 1), str(path))
+        except OSError as error:
             raise RecipeError(f"{path} cannot be read as YAML: {error}") from error
+        except OptionError as error:
+            raise RecipeError(str(error)) from error
         return Recipe.from_dict(said, name=str(path))
 
     @staticmethod
@@ -336,6 +339,7 @@ def _unknown_names(said: Mapping[str, Any]) -> Iterator[str]:
             yield f"align.solver: {error}"
     base, models = said.get("base_model"), said.get("models")
     if base is not None and isinstance(models, list):
-        names = [str(m.get("model") if isinstance(m, Mapping) else m) for m in models]
+        said_names = [m.get("model") if isinstance(m, Mapping) else m for m in models]
+        names = [name for name in said_names if isinstance(name, str)]
         if base not in names and base not in [name.rpartition("@")[0] for name in names]:
-            yield f"base_model: {base!r} is not one of the models{nearest(str(base), names)}"
+            yield f"base_model: {shown(base)} is not one of the models{nearest(str(base), names)}"

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from .errors import UnknownNameError, nearest
+from .errors import UnknownNameError, nearest, shown
 
 ROOMS = {"specs": "table", "groups": "group", "solvers": "solver", "merge_methods": "merge method"}
 
@@ -26,5 +26,5 @@ def names(room: str) -> tuple[str, ...]:
 def find(room: str, name: str) -> ModuleType:
     """The module of that name in a room; an unknown name raises `UnknownNameError` with the nearest one."""
     if name not in names(room):
-        raise UnknownNameError(f"no {ROOMS[room]} {name!r}{nearest(name, names(room))}")
+        raise UnknownNameError(f"no {ROOMS[room]} {shown(name)}{nearest(name, names(room))}")
     return importlib.import_module(f"{__package__}.{room}.{name}")

@@ -19,6 +19,16 @@ def columns(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> Itera
         yield "  ".join(cells).rstrip()
 
 
+def printable(text: str) -> str:
+    """Names in a file may hold what moves a terminal's cursor: shown as they would be typed.
+
+    Example:
+        >>> printable("a\x1b[2J")
+        'a\\x1b[2J'
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
 def family_of(said: str) -> str:
     """With stars for numbers: ff.3 is one of ff.*, but fc1.3 one of fc1.*."""
     return re.sub(r"(?<=\.)\d+(?=[.\s:,]|$)", "*", said)

@@ -212,7 +212,7 @@ def tokens_of(checkpoint: Checkpoint, max_length: int | None, needs: str = "") -
     if folder is None:
         raise CheckpointError(f"{name} comes without a tokenizer; save the one it was trained with into its folder")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a broken file raises whatever the code reading it stumbles on
         raise CheckpointError(f"the tokenizer of {name} cannot be loaded: {error!r}") from error
     token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
@@ -242,7 +242,7 @@ def tokens_of(checkpoint: Checkpoint, max_length: int | None, needs: str = "") -
 def _length(checkpoint: Checkpoint, tokenizer: Any, max_length: int | None) -> int:
     positions = getattr(checkpoint.config, "max_position_embeddings", None)
     if positions is not None:
-        for key, part in without_weights(checkpoint.config).named_modules():
+        for key, part in without_weights(checkpoint.config, len(checkpoint.parts)).named_modules():
             if "position" in key and isinstance(part, nn.Embedding) and part.padding_idx is not None:
                 positions = min(positions, part.num_embeddings - part.padding_idx - 1)  # as RoBERTa counts
     if max_length is None:
@@ -256,7 +256,7 @@ def shift_of(checkpoint: Checkpoint) -> Callable[[Tensor], Tensor] | None:
     """What a decoder reads, of what it is to say: the model's own shift; None where it has or needs none."""
     if "decoder_input_ids" not in signature(checkpoint.owner.forward).parameters:
         return None
-    module = without_weights(checkpoint.config)
+    module = without_weights(checkpoint.config, len(checkpoint.parts))
     own = getattr(module, "prepare_decoder_input_ids_from_labels", None) or getattr(module, "_shift_right", None)
     if own is None:
         return None  # BART's bare model shifts what its encoder reads

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from .errors import OptionError, nearest, some
+from .errors import OptionError, nearest, shown, some
 from .knobs import fitting, read_knobs
 
 # By name, what is computed before the first layer. What else has no layer, such as last norms and heads, comes after.
@@ -126,29 +126,29 @@ def _nested(said: Sequence[Any]) -> bool:
 
 def _gradient(said: Sequence[Any]) -> Gradient:
     if len(said) < 2:
-        raise ValueError(f"{said!r} does not fit: a gradient over the layers takes 2 numbers or more")
+        raise ValueError(f"{shown(said)} does not fit: a gradient over the layers takes 2 numbers or more")
     for number in said:
         if isinstance(number, bool) or not isinstance(number, int | float):
-            raise ValueError(f"{said!r} does not fit: {number!r} in a gradient over the layers is no number")
+            raise ValueError(f"{shown(said)} does not fit: {shown(number)} in a gradient over the layers is no number")
     return Gradient(tuple(fitting(float, number) for number in said))
 
 
 def _entries(kind: Any, said: Sequence[Any]) -> Iterator[tuple[str | None, Any]]:
     for i, entry in enumerate(said):
         if not isinstance(entry, Mapping) or "value" not in entry:
-            raise ValueError(f"{entry!r} does not fit: every entry says {{filter: part of a name, value: …}}")
+            raise ValueError(f"{shown(entry)} does not fit: every entry says {{filter: part of a name, value: …}}")
         if unknown := [key for key in entry if key not in ("filter", "value")]:
             raise ValueError(f"{unknown[0]}: no such key of an entry{nearest(str(unknown[0]), ('filter', 'value'))}")
         part, value = entry.get("filter"), entry["value"]
         if part is not None and (not isinstance(part, str) or not part):
-            raise ValueError(f"filter {part!r} does not fit: give a part of the names of tensors")
+            raise ValueError(f"filter {shown(part)} does not fit: give a part of the names of tensors")
         part = None if part == "*" else part
         if part is None and i + 1 < len(said):
             raise ValueError(
                 f"entries after the one for all tensors (number {i + 1}) are never looked at; put it last"
             )
         if isinstance(value, list | tuple) and _nested(value):
-            raise ValueError(f"{value!r} does not fit: the value of an entry is a number or a gradient")
+            raise ValueError(f"{shown(value)} does not fit: the value of an entry is a number or a gradient")
         yield part, reading(kind, value)
 
 
@@ -182,7 +182,9 @@ def resolved(knobs: Mapping[str, Any], names: Collection[str]) -> dict[str, dict
     for knob, value in knobs.items():
         for part in value.filters() if isinstance(value, Varying) else ():
             if not any(part in name for name in names):
-                raise OptionError(f"{knob}: no tensor has {part!r} in its name{nearest(part, _parts(part, names))}")
+                raise OptionError(
+                    f"{knob}: no tensor has {shown(part)} in its name{nearest(part, _parts(part, names))}"
+                )
     found: dict[str, dict[str, Any]] = {}
     left: dict[str, list[str]] = {}
     for name, place in places(names).items():

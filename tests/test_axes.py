@@ -42,6 +42,18 @@ def test_errors_point_at_the_place(text, at, says):
     assert str(caught.value).endswith(f"\n  {text}\n  {' ' * at}^")
 
 
+def test_what_stands_for_too_much_is_refused():
+    for text, says in (("(" * 99, "more than 50 parentheses"), ("(" + "(a + b) " * 11 + ")", "2048 blocks")):
+        with pytest.raises(PatternError, match=says):
+            parse(text)
+    for text in ("{a,b}" * 11, "{a}" * 99):
+        with pytest.raises(PatternError, match="more than 50 braces, or than 1000 keys"):
+            braces(text)
+    for text in ("a.**", "<a>*", "*<a>"):
+        with pytest.raises(PatternError, match="two wildcards side by side"):
+            compile_key(text)
+
+
 def test_braces_expand_from_left_to_right():
     assert braces("a.{b,c}.{d,e}") == ["a.b.d", "a.b.e", "a.c.d", "a.c.e"]
     assert braces("plain") == ["plain"]

@@ -271,6 +271,56 @@ def test_broken_configurations_are_said(folder):
         Checkpoint.open(folder, revision="main")
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1e.09, which is more than any model has"),
+        ({"num_labels": 10**6}, "num_labels is 1e.06"),
+        ({"hidden_size": 10**20}, "hidden_size is 1e.20"),
+        ({"num_hidden_layers": 1500}, "it would have more than 10840 parts, and the checkpoint has 42 tensors"),
+        (
+            {"vocab_size": 10**9},
+            r"word_embeddings.weight is \(97, 24\), and its configuration says \(1000000000, 24\)",
+        ),
+        ({"max_position_embeddings": 10**9, "model_type": "roberta"}, "does not load"),
+    ],
+)
+def test_sizes_that_a_configuration_invents_are_not_made(folder, change, says):
+    said = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(said | change))
+    with pytest.raises(CheckpointError, match=says):
+        Checkpoint.open(folder).model()
+
+
+def test_configurations_ask_for_no_code(folder):
+    said = json.loads((folder / "config.json").read_text()) | {"auto_map": {"AutoModel": "modeling_x.Model"}}
+    (folder / "config.json").write_text(json.dumps(said | {"attn_implementation": "org/kernel"}))
+    assert Checkpoint.open(folder).model().config._attn_implementation != "org/kernel"
+
+
+def test_small_files_are_a_models_own(folder, bert, tmp_path):
+    """A link to somewhere else would have a file of the user's copied into a merge; those of a cache are none such."""
+    secret = tmp_path / "secret.txt"
+    secret.write_text("mine")
+    for place, target in (("tokenizer.json", secret), ("1_Pooling/vocab.txt", secret), ("x.model", "/dev/zero")):
+        (folder / place).parent.mkdir(exist_ok=True)
+        (folder / place).symlink_to(target)
+        with pytest.raises(CheckpointError, match=r"is a link to .*secret.txt, outside|x.model is no file"):
+            Checkpoint.open(folder)
+        (folder / place).unlink()
+    snapshot, blobs = tmp_path / "hub" / "snapshots" / "0123", tmp_path / "hub" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in sorted(folder.iterdir()):
+        if file.is_file():
+            file.rename(blobs / file.name)
+            (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    (snapshot / "vocab.txt").symlink_to("config.json")
+    out = merge([snapshot, snapshot]).save(tmp_path / "out")
+    assert same_tensors(out, bert)
+    assert not any(file.is_symlink() for file in out.iterdir())
+
+
 def test_quantised_models_are_refused():
     eight = {"w": torch.zeros(2, 2).to(torch.float8_e4m3fn)}
     with pytest.raises(CheckpointError, match=r"is quantised \(torch.float8_e4m3fn\)"):
@@ -289,7 +339,10 @@ def test_a_broken_alignment_is_refused(bert, tmp_path):
     file = alignment.save(tmp_path / "g.safetensors")
     with safe_open(file, "pt") as opened:
         metadata, tensors = opened.metadata(), {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118
+    singular = next(key for key in tensors if key.startswith("qk.") and key.endswith("/matrix"))
     for change, says in (
+        ({"residual/order": torch.arange(24.0)}, r"expected an order of shape \(24,\), found .*float32"),
+        ({singular: torch.zeros_like(tensors[singular])}, "the matrix has no inverse"),
         (
             {"residual/order": torch.zeros(24, dtype=torch.int64)},
             "the element of 'residual' is broken: .* no permutation",
@@ -298,6 +351,15 @@ def test_a_broken_alignment_is_refused(bert, tmp_path):
         ({"vocab/order": torch.arange(97)}, "elements of vocab, which its spec does not let move"),
     ):
         save_file(tensors | change, file, metadata)
+        with pytest.raises(CheckpointError, match=says):
+            Alignment.load(file)
+    (name,) = metadata
+    for spec, says in (
+        ("{", "this is no spec"),
+        ('{"table": 3}', "this is no spec: table: "),
+        ("x", "cannot be read"),
+    ):
+        save_file(tensors, file, {name: spec})
         with pytest.raises(CheckpointError, match=says):
             Alignment.load(file)
     save_file(tensors, file, {"format": "pt"})

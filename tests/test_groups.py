@@ -7,6 +7,7 @@ import torch
 
 from hf_rebasin import registry
 from hf_rebasin.elements import LARGE, polar
+from hf_rebasin.files import DTYPES
 from hf_rebasin.relaxing import Softening
 
 BATCH = (2, 3)
@@ -254,3 +255,10 @@ def test_permutations_against_all_permutations(generator):
     similarity = torch.randn(4, 4, generator=generator, dtype=torch.float64)
     every = [sum(similarity[i, p].item() for i, p in enumerate(order)) for order in itertools.permutations(range(4))]
     assert permutation.project(similarity).contract(similarity).item() == pytest.approx(max(every), abs=1e-12)
+
+
+def test_permutations_move_numbers_of_every_kind():
+    permutation = registry.find("groups", "permutation").Element(torch.tensor([2, 0, 1]))
+    for dtype in DTYPES.values():
+        x = torch.tensor([[0, 1], [1, 1], [0, 0]]).to(dtype)
+        assert permutation.act(x).tolist() == [x.tolist()[i] for i in (2, 0, 1)], dtype

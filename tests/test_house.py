@@ -67,7 +67,8 @@ FLOORS = (
     {"folder"},
     {"files"},
     {"varying"},
-    {"lazy", "text", "registry", "knobs", "inputs", "sinkhorn_operator", "processes", "computing", "affine"},
+    {"lazy", "text", "yaml_reading", "registry", "knobs", "inputs"}
+    | {"sinkhorn_operator", "processes", "computing", "affine"},
     {"errors"},
 )
 

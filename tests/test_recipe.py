@@ -99,6 +99,30 @@ def test_files_that_are_no_recipes(tmp_path):
         Recipe.from_file(tmp_path / "none.yaml")
 
 
+def test_yaml_is_read_within_bounds(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    good = "models: [a, &b {model: b, parameters: {weight: 0.5}}, *b]\nalign: false\n"
+    file.write_bytes(good.encode("utf-16"))
+    assert [entry.model for entry in Recipe.from_file(file).models] == ["a", "b", "b"], "aliases are welcome"
+    laughs = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+        f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefg", "bcdefgh", strict=True)
+    )
+    for text, says in (
+        (laughs, r"says more than a recipe can: \d+ values .* with all aliases written out"),
+        ("a: &a [*a]", "nested deeper than 50 mappings and lists, or holds itself"),
+        ("[" * 9000, "nested deeper than 50"),
+        ("- " * 9000, "nested deeper than 50"),
+        ("models: [a, b]\nmodels: [c, d]", r"'models' is said twice\s+in .*recipe.yaml\", line 2"),
+        ("a: 2001-99-99", r"this is no timestamp \(.*\)\s+in .*line 1, column 4"),
+        ("a: " + "9" * 5000, r"this is no int \(5000 digits\)"),
+        ("a: !!python/object/apply:os.system [true]", "could not determine a constructor"),
+        ("# " + "x" * 100_000, "too long to be a recipe"),
+    ):
+        file.write_text(text)
+        with pytest.raises(RecipeError, match=says):
+            Recipe.from_file(file)
+
+
 def test_the_recipes_we_stand_behind_are_valid():
     files = sorted((ROOT / "recipes").glob("*.yaml"))
     assert files

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -240,6 +241,16 @@ def test_pickles_run_no_code(tmp_path):
         torch.save(what, tmp_path / "pytorch_model.bin")
         with pytest.raises(CheckpointError, match=says):
             Checkpoint.open(tmp_path)
+    torch.save({"x": torch.ones(1).expand(10**10)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"x \(10000000000,\) would be larger than the file"):
+        Checkpoint.open(tmp_path)
+    torch.save({"x": torch.ones(9)}, tmp_path / "stored.zip")
+    packed = zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(tmp_path / "stored.zip") as old, packed as new:
+        for record in old.infolist():
+            new.writestr(record.filename, old.read(record))
+    with pytest.raises(CheckpointError, match=r"is compressed, as torch.save never does"):
+        Checkpoint.open(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"nothing of the kind")
     with pytest.raises(CheckpointError, match="cannot be read"):
         Checkpoint.open(tmp_path)
@@ -276,9 +287,13 @@ def deep(levels):
     return levels.to_bytes(8, "little") + b"[" * levels
 
 
+def first_name(header):
+    return next(k for k in header if k != "__metadata__")
+
+
 def first_tensor(says):
     def change(header):
-        name = next(k for k in header if k != "__metadata__")
+        name = first_name(header)
         return header | {name: header[name] | says}
 
     return change
@@ -298,6 +313,15 @@ FAULTS = {
     "an overlap": (lambda b: header_says(b / MANY, moved_by(-4)), r"00002.* begins at byte \d+ instead of \d+"),
     "a hole": (lambda b: header_says(b / MANY, moved_by(4), more=4), r"00002.* begins at byte \d+ instead of \d+"),
     "more than is said": (lambda b: header_says(b / MANY, dict, more=4), r"00002.* says what \d+ of them"),
+    "a name twice": (
+        lambda b: (b / MANY).write_bytes(b"\x10" + bytes(7) + b'{"a": 1, "a": 2}'),
+        r"00002.* said twice",
+    ),
+    "a name that moves the cursor": (
+        lambda b: header_says(b / MANY, lambda header: header | {"\x1b[2J": header.pop(first_name(header))}),
+        r"the name '.x1b\[2J' has characters that cannot be shown",
+    ),
+    "pairs": (lambda b: (b / MANY).write_bytes(b"\x02" + bytes(7) + b"[]"), r"a list, not an object"),
     "a deep header": (lambda b: (b / MANY).write_bytes(deep(10**5)), r"00002.* no header"),
     "a shape of fractions": (lambda b: header_says(b / MANY, first_tensor({"shape": [1e400]})), r"00002.* no header"),
     "a deep index": (lambda b: (b / INDEX).write_text("[" * 10**5), r"is not JSON"),
