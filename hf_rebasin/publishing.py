@@ -95,6 +95,8 @@ def publish(
     if not source.exists():
         raise CheckpointError(f"{source} is not there; name a folder that a verb of ours wrote, or an alignment")
     if source.is_file():
+        if template is not None:
+            raise OptionError("the template is for the card of a model, and this is an alignment; leave it out")
         files, text = {"alignment.safetensors": source}, _alignment_card(source, repository, licence)
     else:
         names, text = _checked(source, repository, licence, None if create_pr else revision, template)
@@ -226,7 +228,8 @@ def _refuse_failed(folder: Path, pair: Pair) -> None:
 
 
 def _alignment_card(file: Path, repository: str, licence: str | None) -> str:
-    return alignment_card(Alignment.load(file), repository, licence)
+    said = None if licence is None else outcome({}, licence).licence
+    return alignment_card(Alignment.load(file), repository, None if said is None else said.licence)
 
 
 def _sent(

@@ -148,7 +148,7 @@ def test_what_people_read(world, kind):
     assert all(digest in text for digest in recorded["outputs"].values())
     assert all(f"{package} {version}" in text for package, version in recorded["versions"].items())
     assert "Aligned by `weight_matching`, seed 0" in text
-    assert f"hf-rebasin verify org/{kind}-out --rebuild" in text
+    assert f"\nhf-rebasin verify org/{kind}-out --rebuild\n```" in text
     (recipe,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
     assert yaml.safe_load(recipe) == yaml.safe_load(there(f"org/{kind}-out")["recipe.yaml"])
     assert [one["revision"] for one in yaml.safe_load(recipe)["models"]] == [
@@ -205,6 +205,7 @@ def test_no_folder_of_this_machine_is_in_what_is_published(homes, monkeypatch, h
             assert lines == [], f"{name} has {word!r}"
     assert not [name for name, said in content.items() if b"jane" in said or b"thesis" in said]
     text = content["README.md"].decode()
+    assert f"\nhf-rebasin verify org/local-{how} --rebuild --model FOLDER --model FOLDER\n```" in text
     assert "| seed-0 (not on the Hub) |" in text
     assert "seed-0, seed-1: not on the Hub, so nobody without them can make this model again." in text
     data = ["--data", data] if how == "pattern" else ["--data", homes / "pictures"]

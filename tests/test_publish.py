@@ -221,7 +221,10 @@ def test_branches_messages_and_pull_requests(small):
 
 
 def test_an_alignment_by_itself(small, tmp_path):
-    called("publish", small / "alignment.safetensors", "org/alignment", "--license", "mit")
+    file = small / "alignment.safetensors"
+    assert "is no identifier of the Hub" in refused("publish", file, "org/alignment", "--license", "no such")
+    assert "this is an alignment" in refused("publish", file, "org/alignment", "--template", tmp_path / "card.j2")
+    called("publish", file, "org/alignment", "--license", "MIT")
     assert there("org/alignment").keys() == {".gitattributes", "README.md", "alignment.safetensors"}
     assert ModelCard.load("org/alignment").data.license == "mit"
     called("apply", "org/alignment", "org/vit-1", "-o", tmp_path / "moved")
