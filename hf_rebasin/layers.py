@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,14 +22,13 @@ from .affine import Affine, is_affine, is_matrix
 from .checkpoint import Checkpoint
 from .computing import there
 from .errors import CheckpointError, OptionError, some
-from .inputs import logits_in, mask_in, refuse_read_once, run
+from .hearing import Calls, Hearing, listening
+from .inputs import logits_in, refuse_read_once, run
 from .lazy import Here, Lazy, all_finite, rounded
-from .processes import numbers_of_all, shared_out, sum_of_all, that_of_the_first
+from .processes import numbers_of_all, sum_of_all, that_of_the_first
 from .table import table_for
 
 logger = logging.getLogger(__name__)
-
-Calls = Mapping[str, list[tuple[Tensor, Tensor]]]  # of layers by their names: what they read and gave, call after call
 
 
 @dataclass(frozen=True)
@@ -99,11 +97,10 @@ def change_in_order(
         doing = change(step)  # not before its turn: the sums of all layers together are larger than the models
         if doing is not None:
             steps.append(step)
+        hearing = Hearing(models, step.names, step.calls, batches, device, dtype, kept=step.scores)
         while doing is not None:
-            for batch in shared_out(batches):
-                batch = there(batch, device, dtype)
-                mask = mask_in(batch)
-                doing.add([heard(model, step.names, batch, step.calls) for model in models], mask)
+            for calls, mask in hearing:
+                doing.add(calls, mask)
             doing.sums = [sum_of_all(total) for total in doing.sums]
             refuse_nan(doing.sums, step.names)
             changed += doing.write()
@@ -177,7 +174,7 @@ def order(module: nn.Module, batch: Any) -> list[Step]:
         if name in layers and is_matrix(layers[name].module) and isinstance(y, Tensor):
             given[name] = weakref.ref(y)
 
-    with _listening(module, [*layers, *norms], hear):
+    with listening(module, [*layers, *norms], hear):
         logits = _scores_in(module, run(module, batch), batch)
     ends = {name for name, one in given.items() if logits is not None and one() is logits}
     groups: list[list[str]] = []
@@ -236,49 +233,6 @@ def _is_explained(layer: Affine, x: Any, y: Any) -> bool:
 def keeps_statistics(module: nn.Module) -> bool:
     """Whether it is a BatchNorm, or an InstanceNorm, with running statistics."""
     return isinstance(module, _NormBase) and module.track_running_stats and module.running_mean is not None
-
-
-class _Reached(Exception):
-    """All that was to be heard has been heard."""
-
-
-def heard(module: nn.Module, names: Sequence[str], batch: Any, calls: int) -> Calls:
-    """What layers read and gave in a forward pass, which ends after so many calls of them."""
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
-    left = calls
-
-    def hear(name: str, x: Tensor, y: Tensor) -> None:
-        nonlocal left
-        left -= 1
-        # the last is done with at once; before that, what follows may change it in place
-        found[name].append((x.clone(), y.clone()) if left else (x, y))
-        if not left:
-            raise _Reached
-
-    try:
-        with _listening(module, names, hear):
-            run(module, batch)
-    except _Reached:
-        pass
-    return found
-
-
-@contextmanager
-def _listening(module: nn.Module, names: Iterable[str], hear: Callable[[str, Any, Any], Any]) -> Iterator[None]:
-    """`hear(name, input, output)` at every call of some layers, while it lasts."""
-
-    def hook(name: str) -> Any:
-        def called(_: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> None:
-            hear(name, inputs[0] if inputs else next(iter(named.values()), None), output)
-
-        return called
-
-    handles = [module.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True) for name in names]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class NormStatistics(Change):

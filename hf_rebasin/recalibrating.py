@@ -20,9 +20,9 @@ from tqdm import tqdm
 from .checkpoint import Checkpoint
 from .computing import there
 from .errors import OptionError
+from .hearing import Calls
 from .inputs import Inputs, evaluating, run
 from .layers import (
-    Calls,
     Change,
     NormStatistics,
     Step,

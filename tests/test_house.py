@@ -43,6 +43,7 @@ FLOORS = (
     {"checking", "solving", "pairing", "merging"},
     {"merge_methods"},
     {"layers"},
+    {"hearing"},
     {"objective"},
     {"units"},
     {"relaxed_alignment"},

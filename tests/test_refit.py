@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
-from hf_rebasin import Checkpoint
+from hf_rebasin import Checkpoint, hearing
 from hf_rebasin.errors import CheckpointError, OptionError
 from hf_rebasin.layers import NormStatistics, change_in_order, order
 from hf_rebasin.merge_methods import refit
@@ -633,7 +633,34 @@ class Drawn:
             yield normal(*self.shape, seed=seed)
 
 
-def test_memory_does_not_grow_with_the_number_of_batches():
+def test_what_is_heard_for_further_passes_is_heard_once_where_it_is_little(monkeypatch):
+    class Net(nn.Sequential):
+        def forward(self, x):
+            return SimpleNamespace(logits=super().forward(x))
+
+    models = two(lambda: Net(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
+    checkpoints, average = [Checkpoint.open(model) for model in models], averaged(*models)
+
+    class Counted:
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            return (normal(8, 6, seed=seed) for seed in range(4))
+
+    found = {}
+    for room in (0, hearing.KEPT, 3 * 8 * (8 + 3) * 3 * 4):  # none, enough, and too little for the last of the batches
+        monkeypatch.setattr(hearing, "KEPT", room)
+        data = Counted()
+        found[room] = refit.finish(average, checkpoints, data).tensors, data.passes
+    (without, often), (whole, once), (some, as_often) = found.values()
+    assert often == as_often > once + 20
+    assert all(without[key].equal(whole[key]) and without[key].equal(some[key]) for key in without)
+
+
+def test_memory_does_not_grow_with_the_number_of_batches(monkeypatch):
+    monkeypatch.setattr(hearing, "KEPT", 0)
+
     class Net(nn.Sequential):
         def forward(self, x):
             return SimpleNamespace(logits=super().forward(x))

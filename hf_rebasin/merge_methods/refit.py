@@ -28,7 +28,8 @@ from torch import Tensor
 from ..affine import PIECE, Affine
 from ..checkpoint import Checkpoint
 from ..errors import OptionError
-from ..layers import Calls, Change, Step, shares_of, with_changes
+from ..hearing import Calls
+from ..layers import Change, Step, shares_of, with_changes
 
 RIDGE = 1e-3
 HELD = 32.0  # samples: how much s W₁ counts beside the data, in r = HELD · tr(XᵀX) / (n · samples)
