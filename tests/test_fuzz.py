@@ -133,7 +133,7 @@ PLANTED = {
     "ran a program: os.system": refuses(lambda: os.system("true")),
     "and set a variable": refuses(lambda: os.environ.update({fuzzing.CANARY: "1"})),
     "ran code of the input": refuses(lambda: exec(compile("1", os.path.abspath("a/modeling_x.py"), "exec"))),
-    "took more than 1 s": lambda: time.sleep(9),
+    "took more than 1 s": lambda: all(time.monotonic() for _ in range(10**9)),
     "MemoryError": lambda: bytearray(3 << 30),
     "said 30008 characters": refuses(says="error: " + "x" * 30_000),
     "control characters": refuses(says="error: \x1b[2J"),

@@ -62,7 +62,7 @@ def world(tmp_path_factory):
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     said = called("merge", folder / "recipe.yaml", "-o", folder / "merged")
-    return SimpleNamespace(folder=folder, merged=folder / "merged", said=said)
+    return SimpleNamespace(folder=folder, merged=folder / "merged", said=said, commits=commits("org/merged"))
 
 
 def test_from_the_hub_to_the_hub(world):
@@ -72,7 +72,7 @@ def test_from_the_hub_to_the_hub(world):
     assert remote.pop(".gitattributes")
     assert local == remote
     assert local.keys() > {"model.safetensors", "alignment.safetensors", "recipe.yaml", "rebasin.json", "report.json"}
-    assert commits("org/merged")[1:] == ["initial commit"], "one commit"
+    assert world.commits[1:] == ["initial commit"], "one commit"
     recorded = json.loads(local["rebasin.json"])
     assert [one["commit"] for one in recorded["inputs"]] == [HUB.repo(f"org/vit-{i}").resolve("main") for i in (0, 1)]
     data = HUB.repo("org/digits", "datasets").resolve("main")

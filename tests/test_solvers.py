@@ -121,6 +121,7 @@ open(f"{sys.argv[1]}/spec", "w").write(f"{spec.table} {spec.pins} {spec.activati
 """
 
 
+@pytest.mark.slow
 def test_neither_alignments_nor_inferred_names_hang_on_the_hash_seed(tmp_path):
     running = []
     for seed in ("1", "2"):
