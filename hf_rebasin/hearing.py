@@ -16,7 +16,7 @@ from .processes import shared_out
 
 Calls: TypeAlias = Mapping[str, list[tuple[Tensor, Tensor]]]  # by layers: what they read and gave, call after call
 Heard: TypeAlias = tuple[list[Calls], Tensor | None]
-KEPT = 64 << 20  # bytes of what was heard that are kept for further passes
+KEPT = 256 << 20  # bytes of what was heard that are kept for further passes
 
 
 @dataclass
