@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ class Subject:
     def base_models(self) -> list[str]:
         """Ids on the Hub of what it was made of; where an input is not there, of what that was made of."""
         places = [place for one in self.provenance.inputs for place in ([one.place] if one.commit else one.made_of)]
-        return list(dict.fromkeys(place.partition("@")[0] for place in places if "@" in place))
+        found = [re.fullmatch(r"(.+)@[0-9a-f]{40}", place) for place in places]
+        return list(dict.fromkeys(one[1] for one in found if one))
 
     @property
     def is_merge(self) -> bool:

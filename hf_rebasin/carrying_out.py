@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from .checkpoint import Checkpoint
+from .errors import HubError, OptionError
 from .folder import refuse_target
 from .judging import judged
 from .objective import Device
@@ -90,6 +91,8 @@ def run_recipe(
         refuse_target(target, overwrite, [place for model in found.models for place in model.sources])
     if recipe.publish is not None:
         refuse_unready(found.models, recipe.publish)
+    if template is not None and not Path(template).is_file():
+        raise OptionError(f"{template} is no template: there is no such file")
     reading = begun(found.models) if is_first() else []
     result = run(recipe, found=found, device=device, progress=progress)
     if is_first():
@@ -108,6 +111,11 @@ def run_recipe(
     published = None
     if recipe.publish is not None and is_first():
         given = None if template is None else Path(template)
-        published = publish_as(recipe.publish, target, template=given, progress=progress)
+        try:
+            published = publish_as(recipe.publish, target, template=given, progress=progress)
+        except HubError as error:  # what took long is done
+            raise HubError(
+                f"{error}. The merge is in {target}: publish it with hf-rebasin publish {target} {recipe.publish.to}"
+            ) from error
     wait()
     return Done(target, result, what, published)

@@ -143,7 +143,10 @@ def _is_of_a_model(path: Path) -> bool:
     """Whether it is one of the things that `save` or `save_pretrained` writes."""
     if path.is_dir():
         return _is_side_folder(path)
-    return is_side_file(path.name) or is_weights(path.name) or is_made(path.name)
+    name = path.name
+    if name.startswith(".") and name.endswith(".partial"):  # what a killed run was writing (`write_whole`)
+        name = name[1 : -len(".partial")]
+    return is_side_file(name) or is_weights(name) or is_made(name)
 
 
 def is_weights(name: str) -> bool:

@@ -12,14 +12,15 @@ from .alignment import Alignment
 from .api import align
 from .checkpoint import Checkpoint
 from .data import Batches, DataSettings, open_data
-from .errors import CheckpointError
+from .errors import CheckpointError, RebasinError
+from .folder import PROVENANCE
 from .line import between
 from .objective import Device
 from .provenance import Provenance
 from .recalibrating import recalibrate, repair
 from .recipe import Recipe
 from .recording import alignment_files
-from .running import recalibrated, run
+from .running import opened, recalibrated, run
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,19 @@ def made_again(
         progress: show progress bars.
 
     Raises:
-        CheckpointError: nothing is known of the verb, or an alignment is missing.
+        CheckpointError: nothing is known of the verb, its settings are none, or an alignment is missing.
     """
     if provenance.verb not in MAKERS:
         raise CheckpointError(f"nothing is known here of {provenance.verb!r}, so it cannot be made again")
-    stored = [Alignment.load(folder / name) for name in sorted(provenance.outputs) if name.startswith("alignment")]
+    number = sum(name.startswith("alignment") for name in provenance.outputs)
+    stored = [Alignment.load(folder / name) for name in alignment_files(number)]
     making = Making(provenance.recipe, models, None if resolve else stored, data, device, progress)
-    checkpoint, alignments = MAKERS[provenance.verb](making)
+    try:
+        checkpoint, alignments = MAKERS[provenance.verb](making)
+    except RebasinError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # a record that somebody wrote by hand
+        raise CheckpointError(f"{PROVENANCE} says what cannot be done again: {error!r}") from error
     checkpoint.save(out, max_shard_size=provenance.shard, progress=progress)
     for name, alignment in zip(alignment_files(len(alignments)), alignments, strict=True):
         alignment.save(out / name)
@@ -110,11 +117,13 @@ def _merge(making: Making) -> Made:
         {**place, "parameters": entry.get("parameters", {})}
         for place, entry in zip(places, said["models"], strict=True)
     ]
-    said |= {key: making.described(key) for key in ("data", "evaluate") if key in said}
+    if "data" in said:
+        said["data"] = making.described("data")
     if "base_model" in said:
         said["base_model"] = places[0]["model"]
     recipe = Recipe.from_dict(said, name="the recipe of the record")
-    found = run(recipe, alignments=making.alignments, device=making.device, progress=making.progress)
+    models = opened(recipe, measuring=False, progress=making.progress)
+    found = run(recipe, found=models, alignments=making.alignments, device=making.device, progress=making.progress)
     return found.checkpoint, [solution.alignment for solution in found.solutions]
 
 

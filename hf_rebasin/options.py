@@ -145,9 +145,17 @@ def recipe_of(said: dict[str, Any]) -> Recipe:
     return Recipe.from_dict(said, name="the command")
 
 
-def publishing_of(said: dict[str, Any]) -> Any:
-    """Where to publish, with the mistakes of a recipe."""
-    return recipe_of({"models": ["x"], "publish": said}).publish
+def published_as(recipe: Recipe, said: dict[str, Any], template: Path | None) -> Recipe:
+    """A recipe with what the command line says of publishing over what it says itself."""
+    if recipe.publish is not None:
+        said = {**recipe.publish.model_dump(exclude_defaults=True), **said}
+    if "to" not in said and (said or template is not None):
+        raise OptionError(
+            "--license, --public, --revision, --create-pr, --commit-message and --template are for "
+            "publishing; say where to (--push-to ORG/NAME)"
+        )
+    publish = recipe_of({"models": ["x"], "publish": said}).publish if said else None
+    return recipe.model_copy(update={"publish": publish})
 
 
 def recipe_file(path: str) -> Recipe:

@@ -341,5 +341,6 @@ def _unknown_names(said: Mapping[str, Any]) -> Iterator[str]:
     if base is not None and isinstance(models, list):
         said_names = [m.get("model") if isinstance(m, Mapping) else m for m in models]
         names = [name for name in said_names if isinstance(name, str)]
-        if base not in names and base not in [name.rpartition("@")[0] for name in names]:
+        pinned = [f"{m['model']}@{m['revision']}" for m in models if isinstance(m, Mapping) and "revision" in m]
+        if base not in (*names, *pinned) and base not in [name.rpartition("@")[0] for name in names]:
             yield f"base_model: {shown(base)} is not one of the models{nearest(str(base), names)}"

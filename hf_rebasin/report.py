@@ -156,13 +156,8 @@ class Report:
     def renamed(self, names: Mapping[str, str]) -> Report:
         """With other names, wherever they stand."""
         ordered = sorted(names, key=lambda name: (-len(name), name))
-
-        def clean(text: str) -> str:
-            for name in ordered:
-                text = text.replace(name, names[name])
-            return text
-
-        return _with_texts(self, clean)
+        pattern = re.compile("|".join(map(re.escape, ordered)) or "(?!)")
+        return _with_texts(self, lambda text: pattern.sub(lambda found: names[found[0]], text))
 
     def timeless(self) -> Report:
         """Without date, durations and command: the same whenever the same is made."""

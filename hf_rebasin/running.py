@@ -67,12 +67,13 @@ class Merged:
         return self.opened.models
 
 
-def opened(recipe: Recipe, *, values: bool = True, progress: bool = False) -> Opened:
+def opened(recipe: Recipe, *, values: bool = True, measuring: bool = True, progress: bool = False) -> Opened:
     """Open all that a recipe names; what does not fit is said here, before anything is computed.
 
     Args:
         recipe: names it.
         values: False is for planning: weights that are on the Hub alone stay there.
+        measuring: False where the merge is all that is wanted: what it is measured on is not opened.
         progress: show the progress bars of downloads.
     """
     entries = recipe.in_order()
@@ -92,10 +93,10 @@ def opened(recipe: Recipe, *, values: bool = True, progress: bool = False) -> Op
         keys = lined_up(first, other, backbone_only=recipe.backbone_only)
     methods_with(recipe.merge_method, recipe.method_knobs(), len(entries), averaged(first, keys))
     data = None if recipe.data is None else open_data(recipe.data, first)
-    evaluation = None if recipe.evaluate is None else open_data(recipe.evaluate, first)
+    evaluation = None if recipe.evaluate is None or not measuring else open_data(recipe.evaluate, first)
     if evaluation is not None and not evaluation.labelled:
         raise OptionError(f"evaluate: {evaluation.describe()}; a loss needs labels, so say which column (labels)")
-    if data is not None and evaluation is None and not _looks(recipe, first):
+    if data is not None and recipe.evaluate is None and not _looks(recipe, first):
         raise OptionError("there are data, and nothing of this merge looks at them; leave out data, or add evaluate")
     return Opened((first, *others), tuple(lined), data, evaluation)
 

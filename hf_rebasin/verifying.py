@@ -16,10 +16,11 @@ from .artefacts import folder_of
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, some
 from .files import sha256_of
-from .folder import ADAPTER, is_weights
+from .folder import ADAPTER, is_made, is_weights
 from .lazy import Lazy
 from .making import made_again
 from .objective import Device
+from .processes import count
 from .provenance import Input, Provenance, hashes, versions
 
 # What is read before the weights, or with them, or instead of the alignment that was written.
@@ -77,7 +78,7 @@ def verify(
         resolve: look for the alignments anew, too.
         models: folders of inputs that are not on the Hub; they are told by their sha256.
         data: where the data are, if they are not on the Hub.
-        device: where it is computed; the same bits are only to be expected where it was made.
+        device: where it is computed, if it was not made on a CPU.
         progress: show progress bars.
 
     Raises:
@@ -97,6 +98,15 @@ def verify(
         differ = [f"{n} {v} (here {here.get(n)})" for n, v in provenance.versions.items() if here.get(n) != v]
         if differ:
             notes.append(f"it was made with {some(differ, 9)}; other versions may round differently")
+        made_on = provenance.machine
+        if made_on.device == "cpu":
+            device = None
+        elif (mine := "cpu" if device is None else torch.device(device).type) != made_on.device:
+            notes.append(f"it was made on {made_on.device}, and is made again on {mine}, which may round differently")
+        if made_on.processes != count():
+            notes.append(
+                f"it was made by {made_on.processes} processes; sums of other numbers may be rounded differently"
+            )
         places = [_input(one, models) for one in provenance.inputs]
         findings += [_unchanged(one, place) for one, place in zip(provenance.inputs, places, strict=True)]
         with tempfile.TemporaryDirectory(prefix="hf-rebasin-") as scratch, _threads(provenance.machine.threads):
@@ -155,6 +165,9 @@ def _same(folder: Path, again: Path, written: Mapping[str, str]) -> Iterator[Fin
         if name in written:
             same = digest == written[name]
             yield Finding("the same, made again", name, same, "" if same else "is another, made again")
+    for name in sorted(written.keys() - anew.keys()):
+        if not is_made(name):  # the recipe, the report and stored alignments are what it is made again of, or after
+            yield Finding("the same, made again", name, False, "does not come out when it is made again")
     here = {name: sha256_of(folder / name) for name in written if is_weights(name) and (folder / name).is_file()}
     if here == {name: digest for name, digest in anew.items() if is_weights(name)}:
         return
@@ -183,6 +196,8 @@ def _difference(one: Lazy | None, other: Lazy | None) -> str:
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
     """How sums are rounded hangs on how many threads take part in them."""
+    if not 1 <= count <= 1024:
+        raise CheckpointError(f"the record says that {count} threads took part, which cannot be")
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

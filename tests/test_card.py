@@ -205,7 +205,7 @@ def test_no_folder_of_this_machine_is_in_what_is_published(homes, monkeypatch, h
             assert lines == [], f"{name} has {word!r}"
     assert not [name for name, said in content.items() if b"jane" in said or b"thesis" in said]
     text = content["README.md"].decode()
-    assert f"\nhf-rebasin verify org/local-{how} --rebuild --model FOLDER --model FOLDER\n```" in text
+    assert f"\nhf-rebasin verify org/local-{how} --rebuild --model FOLDER --model FOLDER --data FOLDER\n```" in text
     assert "| seed-0 (not on the Hub) |" in text
     assert "seed-0, seed-1: not on the Hub, so nobody without them can make this model again." in text
     data = ["--data", data] if how == "pattern" else ["--data", homes / "pictures"]

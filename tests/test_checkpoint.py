@@ -442,3 +442,16 @@ def test_state_dicts_with_tied_weights_move(bert):
     again = alignment.apply(state)
     assert again.keys() == state.keys()
     assert all(torch.equal(again[key], tensor) for key, tensor in moved.state_dict().items())
+
+
+@pytest.mark.parametrize("name", [".alignment.safetensors.partial", ".report.json.partial"])
+def test_what_a_killed_run_was_writing_is_in_nobodys_way(bert, tmp_path, name):
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / name).write_text("of a killed run")
+    out = Checkpoint.open(bert).save(tmp_path / "out")
+    (out / name).write_text("of another")
+    Checkpoint.open(bert).save(out, overwrite=True)
+    assert not (out / name).exists()
+    (out / ".notes.partial").write_text("mine")
+    with pytest.raises(TargetExistsError, match=r"holds what is not a model's \(\.notes\.partial\)"):
+        Checkpoint.open(bert).save(out, overwrite=True)

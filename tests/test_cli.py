@@ -222,3 +222,19 @@ def test_another_head_can_be_left_out(run, tmp_path):
     status, said = run("merge", str(recipe), "-o", str(tmp_path / "x"), "--backbone-only")
     assert status == 1
     assert "--backbone-only is given beside a recipe" in said
+
+
+def test_what_is_for_publishing_says_where_to(run, pair, tmp_path):
+    for option in (("--license", "mit"), ("--public",), ("--create-pr",), ("--template", tmp_path / "t.j2")):
+        said = run("merge", *pair, "-o", tmp_path / "x", *option, "--dry-run")[1]
+        assert "are for publishing; say where to (--push-to ORG/NAME)" in " ".join(said.split())
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"models: [{pair[0]}, {pair[1]}]\npublish: {{to: org/of-recipe, private: false}}\n")
+    assert "none until you name one" in run("merge", recipe, "-o", tmp_path / "x", "--dry-run")[1]
+    status, said = run("merge", recipe, "-o", tmp_path / "x", "--dry-run", "--license", "mit")
+    assert status == 0, said
+    assert "org/of-recipe, which is made, public" in said
+    assert (
+        "is inside of the merge's folder"
+        in run("merge", *pair, "-o", tmp_path / "x", "--report", tmp_path / "x/r.html")[1]
+    )

@@ -1,5 +1,6 @@
 """What is recorded of every model that is written holds, says the same anywhere, and nobody's token."""
 
+import json
 import logging
 import re
 import shutil
@@ -248,3 +249,29 @@ def test_the_search_finds_what_is_planted(tmp_path, heard):
     assert len(telling([said, *heard], tmp_path)) == 3
     assert without_secrets(f"'Bearer {TOKEN}'") == "'Bearer hf_…'"
     assert without_secrets("hf_oauth_abc.def-ghi_x, hf_rebasin") == "hf_…, hf_rebasin"
+
+
+def test_records_that_somebody_wrote_by_hand(world, tmp_path):
+    models = ("--model", world / "vit-0", "--model", world / "vit-1")
+    called("merge", world / "vit-0", world / "vit-1", "-o", tmp_path / "out", "--no-align")
+    assert call("verify", tmp_path / "out", "--rebuild", *models)[0] == 0
+    (tmp_path / "out" / "modeling_other.py").write_text("1 / 0")
+    Provenance.load(tmp_path / "out").save(tmp_path / "out")
+    assert call("verify", tmp_path / "out")[0] == 0
+    status, said, _ = call("verify", tmp_path / "out", "--rebuild", *models)
+    assert status == 1
+    assert "WRONG: modeling_other.py does not come out when it is made again" in said
+    for change, says in (
+        (lambda record: record["machine"].update(threads=0), "0 threads took part"),
+        (lambda record: record["recipe"].pop("models"), "says what cannot be done again"),
+        (lambda record: record.update(verb="guess"), "nothing is known here of 'guess'"),
+    ):
+        record = json.loads((tmp_path / "out" / "rebasin.json").read_text())
+        change(record)
+        (tmp_path / "other").mkdir(exist_ok=True)
+        for file in (tmp_path / "out").iterdir():
+            (tmp_path / "other" / file.name).write_bytes(file.read_bytes())
+        (tmp_path / "other" / "rebasin.json").write_text(json.dumps(record))
+        status, _, err = call("verify", tmp_path / "other", "--rebuild", *models)
+        assert status == 1
+        assert says in err

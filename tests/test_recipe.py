@@ -168,3 +168,9 @@ def test_errors_are_ours_and_builtin():
 def test_knobs_of_a_descent_are_checked_before_anything_is_opened(knobs, message):
     with pytest.raises(RecipeError, match=message):
         Recipe.from_dict({"models": ["a", "b"], "align": {"solver": "sinkhorn", **knobs}})
+
+
+def test_a_base_is_one_of_two_revisions():
+    entries = [{"model": "a", "revision": "r1"}, {"model": "a", "revision": "r2"}]
+    recipe = Recipe.from_dict({"models": entries, "base_model": "a@r2"})
+    assert [entry.revision for entry in recipe.in_order()] == ["r2", "r1"]

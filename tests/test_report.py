@@ -607,3 +607,9 @@ def test_what_a_browser_would_find_wrong(chromium, tmp_path):
     chromium.open(tmp_path / "kept.html", 390)
     assert chromium.requests == [(tmp_path / "kept.html").as_uri()], "the policy did not hold it back"
     assert chromium.complaints
+
+
+def test_names_are_exchanged_at_once():
+    pair = Pair("x/bert", "bert")
+    shown = Report("x/bert and bert", (pair,)).renamed({"x/bert": "bert", "bert": "bert (2)"})
+    assert (shown.title, shown.pairs[0].fixed, shown.pairs[0].moving) == ("bert and bert (2)", "bert", "bert (2)")

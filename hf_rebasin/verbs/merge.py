@@ -32,7 +32,7 @@ from ..options import (
     described,
     found_device,
     parameters,
-    publishing_of,
+    published_as,
     recipe_file,
     recipe_of,
     refuse_options_beside_a_recipe,
@@ -129,10 +129,13 @@ def merge(
                 "evaluate": described(evaluate, evaluate_option, "--evaluate"),
             }
         )
-    if push_to is not None:
-        settings = {"to": push_to, "private": not public, "license": license, "revision": revision}
-        settings |= {"create_pr": create_pr, "message": commit_message}
-        recipe = recipe.model_copy(update={"publish": publishing_of(settings)})
+    given = {"to": push_to, "private": False if public else None, "license": license, "revision": revision}
+    given |= {"create_pr": create_pr or None, "message": commit_message}
+    recipe = published_as(recipe, {key: value for key, value in given.items() if value is not None}, template)
+    if report is not None and out.resolve() in report.resolve().parents:
+        raise OptionError(
+            f"{report} is inside of the merge's folder, which gets numbers and plots of its own; name another"
+        )
     refuse_report(report, overwrite)
     refuse_out(out, overwrite, [Path(entry.model) for entry in recipe.models if Path(entry.model).is_dir()])
     if dry_run:
