@@ -198,7 +198,7 @@ class _Head:
 
 
 class _Stretch(Change):
-    """One step of Newton towards the s of least KL."""
+    """One step of Newton towards the s ≤ 1 of least KL."""
 
     def __init__(self, head: _Head, start: Tensor | None = None, s: float = 1.0, left: int = STRETCHES):
         self.head, self.start, self.s, self.left = head, head.matrix if start is None else start, s, left
@@ -214,7 +214,8 @@ class _Stretch(Change):
     def write(self) -> Sequence[str]:
         slope, curvature = self.sums[0].tolist()
         found = self.s - slope / curvature if curvature > 0 else self.s
-        self.before, self.s = self.s, min(max(found, self.s / 2), self.s * 2)
+        # what was fitted to these data is nearer to the targets on them than on others: that is no reason to be surer
+        self.before, self.s = self.s, min(max(found, self.s / 2), 1.0)
         return ()
 
     def then(self) -> Change:
