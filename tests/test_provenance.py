@@ -107,12 +107,8 @@ def test_what_was_made_of_what_was_made_names_what_that_was_made_of(world, tmp_p
 def test_what_lies_beside_a_model_is_none_of_its_files(tmp_path):
     model = ("config.json", "tokenizer.json", "model.safetensors", "1_Pooling/config.json")
     beside = (
-        *(
-            ".cache/huggingface/download/tokenizer.json.metadata",
-            "checkpoint-5/config.json",
-            "checkpoint-5/optimizer.pt",
-        ),
-        *("checkpoint-5/report.json", "model-old/part.safetensors", "notes.txt"),
+        *(".cache/huggingface/download/tokenizer.json.metadata", "model-old/part.safetensors", "notes.txt"),
+        *("checkpoint-5/config.json", "checkpoint-5/optimizer.pt", "checkpoint-5/report.json"),
     )
     made = ("alignment.safetensors", "report.json", "SHA256SUMS")
     for name in (*model, *beside, *made, "rebasin.json", "README.md"):
