@@ -7,14 +7,16 @@ from pathlib import Path
 
 from .alignment import Alignment
 from .errors import CheckpointError, some
-from .folder import CARD, INDEX, MADE, SIDE_FILES, SUMS
-from .hub import bars, named, resolved, speaking
+from .folder import ADAPTER, PROVENANCE, is_weights
+from .hub import bars, fetch, named, names_of, resolved
+from .provenance import Provenance
+from .refusing import speaking
 
 ALIGNMENTS = "alignment*.safetensors"
 
 
 def folder_of(source: str, *, progress: bool = False) -> Path:
-    """A folder as it is, or all of a repository of the Hub that a verb of ours may have written.
+    """A folder as it is; of a repository of the Hub its record, all that it names, and what may be loaded besides.
 
     Raises:
         CheckpointError: there is neither.
@@ -23,7 +25,19 @@ def folder_of(source: str, *, progress: bool = False) -> Path:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
-    return _fetched(source, [*SIDE_FILES, *MADE, SUMS, CARD, INDEX, "*.safetensors", "*.bin"], progress)
+    repository, revision = named(source)
+    commit = resolved(repository, revision)
+    with speaking(f"read {source}"), bars(progress):
+        place = fetch(repository, commit, [PROVENANCE])
+        if (place / PROVENANCE).is_file():
+            loose = {name for name in names_of(repository, commit, place) if _may_be_loaded(name)}
+            fetch(repository, commit, sorted(loose.union(Provenance.load(place).outputs)))
+    return place
+
+
+def _may_be_loaded(name: str) -> bool:
+    """Whether somebody's code may read weights from it, written by us or not."""
+    return "/" not in name and (is_weights(name) or name in ADAPTER or name.endswith((".safetensors", ".bin")))
 
 
 def alignment_of(source: str, name: str | None = None) -> Alignment:

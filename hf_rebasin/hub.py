@@ -1,4 +1,4 @@
-"""The Hub: what is read from it, always at one commit, and what it refuses, in plain words.
+"""The Hub: what is read from it, always at one commit.
 
 Models are read from here alone. A revision is resolved once, to a commit, and every file after it is asked for by that
 commit; what is in the cache at that commit is not asked for again, so that it works offline.
@@ -6,10 +6,8 @@ commit; what is in the cache at that commit is not asked for again, so that it w
 
 from __future__ import annotations
 
-import errno
 import glob
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -17,17 +15,16 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointError, HubError, NoSpaceError, nearest, some
-from .folder import ADAPTER, INDEX, OLD_INDEX, OLD_SINGLE, SIDE_FILES, SINGLE, read_json
-from .text import without_secrets
+from .errors import CheckpointError, HubError, nearest, some
+from .folder import ADAPTER, INDEX, OLD_INDEX, OLD_SINGLE, SINGLE, is_side_file, read_json
+from .refusing import LOG_IN, refuse_token, refuses_who_asks, speaking
 
 if TYPE_CHECKING:
     from .lazy import Absent
 
-# What is fetched whatever is done with a model, in the order of who needs it: we, and whoever reads the licence.
-SMALL = (*SIDE_FILES, ADAPTER[0], INDEX, OLD_INDEX)
+# What says what a model is, and is fetched first; and what whoever reads its licence needs.
+FIRST = ("config.json", ADAPTER[0], INDEX, OLD_INDEX)
 CARD = ("README.md", "LICENSE*")
-LOG_IN = "log in (`hf auth login`), or set HF_TOKEN"
 _resolved: ContextVar[dict[tuple[str, str], str] | None] = ContextVar("resolved", default=None)
 
 
@@ -83,21 +80,31 @@ def download(
         HubError: the Hub refuses, or cannot be reached; `OSError` is its other name.
         NoSpaceError: the disk runs full.
     """
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     with _reading(repo, commit, token), bars(progress):
-        folder = Path(snapshot_download(repo, revision=commit, token=token, allow_patterns=list(SMALL)))
-        names = _names(repo, commit, folder)
-        card = [name for name in names if "/" not in name and any(fnmatch(name, one) for one in CARD)]
-        if not all((folder / name).is_file() for name in card):
-            with suppress(LocalEntryNotFoundError):  # offline, a model that came without its card is still a model
-                snapshot_download(repo, revision=commit, token=token, allow_patterns=[glob.escape(n) for n in card])
+        folder = fetch(repo, commit, FIRST, token)
+        names = names_of(repo, commit, folder)
+
+        def complete(wanted: list[str]) -> None:
+            if not all((folder / name).is_file() for name in wanted):
+                fetch(repo, commit, wanted, token)
+
+        complete(_side_files(names))
+        with suppress(LocalEntryNotFoundError):  # offline, a model that came without its card is still a model
+            complete(_cards(names))
         files = _weights(repo, commit, folder)
-        if weights and files and not all((folder / name).is_file() for name in files):
-            patterns = [glob.escape(name) for name in files]
-            snapshot_download(repo, revision=commit, token=token, allow_patterns=patterns)
+        if weights:
+            complete(files)
     return folder
+
+
+def fetch(repo: str, commit: str, names: Iterable[str], token: str | None = None) -> Path:
+    """The folder of a repository at a commit, with the files of these names in it, as far as there are any."""
+    from huggingface_hub import snapshot_download
+
+    # a pattern of the client goes over folders, too: none is given to it, only names
+    return Path(snapshot_download(repo, revision=commit, token=token, allow_patterns=[glob.escape(n) for n in names]))
 
 
 def fetched(
@@ -117,14 +124,15 @@ def whole(folder: Path) -> bool:
 
 
 def to_download(repo: str, commit: str, token: str | None = None) -> int:
-    """How many bytes of a model are still to be fetched, its small files included."""
+    """How many bytes of a model's weights are still to be fetched; what is small is fetched."""
     from huggingface_hub import snapshot_download
 
     folder = download(repo, commit, token, weights=False)
-    if whole(folder):
+    names = _weights(repo, commit, folder)
+    if not names or whole(folder):
         return 0
     with _reading(repo, commit, token), bars(False):
-        patterns = [*SMALL, *CARD, *map(glob.escape, _weights(repo, commit, folder))]
+        patterns = [glob.escape(name) for name in names]
         files = snapshot_download(repo, revision=commit, token=token, allow_patterns=patterns, dry_run=True)
     return sum(file.file_size or 0 for file in files if file.will_download)
 
@@ -174,7 +182,7 @@ def headers(repo: str, commit: str, token: str | None = None) -> dict[str, Absen
 
 def _weights(repo: str, commit: str, folder: Path) -> list[str]:
     """The names of the files with a model's weights; empty for an adapter, whose weights are of no use here."""
-    there = _names(repo, commit, folder)
+    there = names_of(repo, commit, folder)
     names = _weight_files(folder, there)
     if not names and ADAPTER[0] not in there:
         raise CheckpointError(
@@ -184,7 +192,7 @@ def _weights(repo: str, commit: str, folder: Path) -> list[str]:
     return names
 
 
-def _names(repo: str, commit: str, folder: Path) -> set[str]:
+def names_of(repo: str, commit: str, folder: Path) -> set[str]:
     """The files of a repository, as its folder knows them; what of them is here, where somebody else fetched it."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
@@ -192,7 +200,23 @@ def _names(repo: str, commit: str, folder: Path) -> set[str]:
     try:
         return {file.path for file in get_cached_repo_tree(repo, revision=commit)}
     except CachedRepoTreeNotFoundError:
-        return {file.name for file in folder.iterdir()}
+        return {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+
+
+def _side_files(names: Iterable[str]) -> list[str]:
+    """What goes along with weights: those files that `folder.side_files` finds where all of a repository is here."""
+    folders: dict[str, list[str]] = {}
+    for name in names:
+        folders.setdefault(name.partition("/")[0] if "/" in name else "", []).append(name)
+    found = [name for name in folders.pop("", []) if is_side_file(name)]
+    for folder, inside in folders.items():
+        if not folder.startswith(".") and all(is_side_file(name.rpartition("/")[2]) for name in inside):
+            found += inside
+    return sorted(found)
+
+
+def _cards(names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if "/" not in name and any(fnmatch(name, one) for one in CARD))
 
 
 def _weight_files(folder: Path, there: set[str]) -> list[str]:
@@ -221,9 +245,6 @@ def bars(shown: bool) -> Iterator[None]:
         enable_progress_bars()
 
 
-# --- what the Hub says ---------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def _reading(repo: str, revision: str | None, token: str | None) -> Iterator[None]:
     """`speaking`, and what is only said of what is read: a repository or a revision that there is not."""
@@ -240,7 +261,7 @@ def _reading(repo: str, revision: str | None, token: str | None) -> Iterator[Non
         try:
             yield
         except (HFValidationError, RepositoryNotFoundError) as error:
-            if isinstance(error, HfHubHTTPError) and _refuses_who_asks(error):
+            if isinstance(error, HfHubHTTPError) and refuses_who_asks(error):
                 raise
             hint = "" if isinstance(error, HFValidationError) else f"; if it is private, {LOG_IN}"
             raise CheckpointError(
@@ -253,142 +274,3 @@ def _reading(repo: str, revision: str | None, token: str | None) -> Iterator[Non
                 refs = HfApi(token=token).list_repo_refs(repo)
                 names = [ref.name for ref in (*refs.branches, *refs.tags)]
             raise HubError(f"{repo} has no revision {revision!r}{nearest(revision or 'main', names)}") from error
-
-
-@contextmanager
-def speaking(what: str) -> Iterator[None]:
-    """Whatever the Hub refuses or cannot inside, for reading or writing, raises an error that says what to do.
-
-    Args:
-        what: what is done inside, as it follows on "cannot": "publish to org/name".
-
-    Raises:
-        HubError: the reason, in one sentence, without a token in it.
-        NoSpaceError: the disk runs full.
-    """
-    from httpx2 import HTTPError, InvalidURL
-    from huggingface_hub import errors
-
-    refusals = (
-        *(HTTPError, InvalidURL, errors.HFValidationError, errors.OfflineModeIsEnabled),
-        *(errors.EntryNotFoundError, errors.RevisionResolutionError, errors.DryRunError, errors.FileMetadataError),
-        *(errors.XetDownloadError, errors.LocalTokenNotFoundError, errors.OIDCError, errors.DeviceCodeError),
-    )
-    try:
-        yield
-    except refusals as error:
-        raise HubError(f"cannot {what}: {_why(error)}") from (None if _tells(error) else error)
-    except (OSError, RuntimeError) as error:  # of the disk; of a transfer that came to an end early
-        if isinstance(error, HubError | NoSpaceError) or (isinstance(error, OSError) and error.errno):
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise NoSpaceError(f"cannot {what}: the disk is full ({error.filename or error.strerror})") from error
-            raise
-        why = _why(error.__cause__) if isinstance(error.__cause__, refusals) else _broken_off(error)
-        raise HubError(f"cannot {what}: {why}") from (None if _tells(error) else error)
-
-
-def refuse_token(token: str | bool | None = None) -> None:
-    """Raise HubError for a token with characters that none has, before it is sent, and shown in somebody's error."""
-    from huggingface_hub import get_token
-
-    given = get_token() if token is None else token
-    if isinstance(given, str) and not re.fullmatch(r"[\x21-\x7e]+", given):
-        raise HubError(f"the Hub's token has characters in it that no token has; copy it again, then {LOG_IN}")
-
-
-def _why(error: BaseException) -> str:
-    """What the Hub means, and what to do."""
-    import httpx2
-    from huggingface_hub import errors
-
-    cached = isinstance(error, errors.LocalEntryNotFoundError | errors.RevisionResolutionError | errors.DryRunError)
-    while (
-        isinstance(error, errors.LocalEntryNotFoundError | errors.RevisionResolutionError | errors.DryRunError)
-        and error.__cause__ is not None
-    ):
-        error = error.__cause__
-    beside = "it is not in the cache, and " if cached else ""
-    if isinstance(error, errors.HfHubHTTPError):
-        return _status(error)
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return f"{beside}offline (HF_HUB_OFFLINE is set); do it with a connection, and once is enough"
-    if isinstance(error, errors.HFValidationError):
-        return f"that is no name the Hub knows ({_said(error)})"
-    if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.ProxyError):
-        return f"{beside}there is no connection to {_endpoint()} ({type(error).__name__}); try again with one"
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return "it is not in the cache, and the Hub cannot be reached; try again with a connection"
-    if isinstance(error, httpx2.HTTPError | errors.XetDownloadError | errors.FileMetadataError):
-        return _broken_off(error)
-    return f"{_said(error)}; {LOG_IN}" if isinstance(error, errors.OIDCError) else _said(error)
-
-
-def _status(error: Any) -> str:
-    """What an answer of the Hub means."""
-    from huggingface_hub import errors
-
-    code, said = error.response.status_code, _said(error)
-    repo = getattr(error, "repo_id", None)
-    if isinstance(error, errors.GatedRepoError):
-        place = f"{_endpoint()}/{repo}" if repo else "its page"
-        return f"it is gated; accept its terms at {place}, then {LOG_IN}"
-    if _refuses_token(error):
-        place = f"{_endpoint()}/settings/tokens"
-        return f"the Hub does not take the token, it is invalid or has expired; make one at {place} and {LOG_IN}"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return f"there is no repository {repo or 'of that name'}, or only for others; check its name, or {LOG_IN}"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"{repo or 'the repository'} has no such revision"
-    if isinstance(error, errors.EntryNotFoundError):
-        return f"there is no such file ({said})"
-    if isinstance(error, errors.DisabledRepoError):
-        return "the repository was disabled by the Hub"
-    if code == 401:
-        return f"the Hub wants to know who asks; {LOG_IN}"
-    if code == 403:
-        return f"the account or its token may not do that ({said}); use one that may: {LOG_IN}"
-    if code in (409, 412):
-        return f"somebody else changed it meanwhile, or it is there already ({said}); look, and run it again"
-    if code == 429:
-        return "the Hub takes no more requests from here for now; wait some minutes and run it again"
-    if code >= 500:
-        return f"the Hub has a fault of its own ({code}); run it again later"
-    return f"the Hub refuses ({code}: {said})"
-
-
-def _refuses_who_asks(error: Any) -> bool:
-    """Whether it says that a repository is there, but not for these eyes; not that there is none."""
-    from huggingface_hub.errors import GatedRepoError
-
-    return isinstance(error, GatedRepoError) or _refuses_token(error)
-
-
-def _refuses_token(error: Any) -> bool:
-    """Whether an answer is about the token, and not about what was asked for."""
-    said = (error.server_message or "").lower()
-    return error.response.status_code == 401 and ("expired" in said or "credentials in auth" in said)
-
-
-def _broken_off(error: BaseException) -> str:
-    return f"the transfer broke off ({_said(error)}); run it again, and files that came whole are not sent again"
-
-
-def _said(error: BaseException) -> str:
-    """The first words of an error, without tokens."""
-    text = (getattr(error, "server_message", None) or str(error) or type(error).__name__).strip()
-    return without_secrets(text.splitlines()[0].rstrip(".") if text else type(error).__name__)
-
-
-def _tells(error: BaseException | None) -> bool:
-    """Whether a token is in an error, or in what caused it."""
-    while error is not None:
-        if without_secrets(str(error)) != str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _endpoint() -> str:
-    from huggingface_hub import constants
-
-    return constants.ENDPOINT

@@ -16,7 +16,7 @@ from typing import Any
 
 from .errors import CheckpointError
 from .files import sha256_of
-from .folder import CARD, PROVENANCE, SUMS, is_made, is_side_file, is_weights, write_whole
+from .folder import CARD, PROVENANCE, SUMS, is_made, is_weights, side_files, write_whole
 from .licences import Said
 
 OLD_WEIGHTS = "pytorch_model*.bin*"
@@ -128,16 +128,19 @@ def hashes(folder: Path, *, written: bool = False, known: Mapping[str, str] | No
         known: files that were hashed while they were written.
     """
     known = known or {}
-    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
-    old = not any(is_weights(name) for name in files)
-    return {
-        name: known.get(name) or sha256_of(file)
-        for name, file in files.items()
-        if is_side_file(file.name)
-        or is_weights(name)
-        or (old and not written and fnmatch(name, OLD_WEIGHTS))
-        or (written and is_made(name) and name not in (PROVENANCE, CARD))
+    if not folder.is_dir():
+        return {}
+    top = [file for file in folder.iterdir() if file.is_file()]
+    old = not any(is_weights(file.name) for file in top)
+    files = {
+        file
+        for file in top
+        if is_weights(file.name)
+        or (old and not written and fnmatch(file.name, OLD_WEIGHTS))
+        or (written and is_made(file.name) and file.name not in (PROVENANCE, CARD))
     }
+    named = {file.relative_to(folder).as_posix(): file for file in files.union(side_files(folder))}
+    return {name: known.get(name) or sha256_of(file) for name, file in sorted(named.items())}
 
 
 def read_sums(folder: Path) -> Iterator[tuple[str, str]]:

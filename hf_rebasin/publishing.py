@@ -14,12 +14,13 @@ from .card import GENERATED, Subject, alignment_card, card
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, OptionError, some
 from .folder import ADAPTER, CARD, INDEX, MADE, OLD_INDEX, PROVENANCE, SIDE_FILES, SUMS, is_weights, write_whole
-from .hub import bars, refuse_token, speaking
+from .hub import bars
 from .licences import Outcome, licence_of, outcome
 from .outcome import Pair
 from .provenance import Provenance
 from .recipe import PublishSettings
 from .recording import REPORT, names_of
+from .refusing import refuse_token, speaking
 from .report import Report
 from .verifying import compared
 

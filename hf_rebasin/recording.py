@@ -199,9 +199,9 @@ def settings_of(batches: Batches) -> dict[str, Any]:
 
 def _settled(batches: Batches) -> Batches:
     """Data by the commit on the Hub, or by the name of the folder."""
-    said, commit = batches.settings, batches.rows.commit
-    if commit is not None:
-        update: dict[str, Any] = {"dataset": said.dataset.rpartition("@")[0] or said.dataset, "revision": commit}
+    said, rows = batches.settings, batches.rows
+    if rows.repository is not None:
+        update: dict[str, Any] = {"dataset": rows.repository, "revision": rows.commit}
     else:
         update = {"dataset": _bare(said.dataset), "files": _bare_files(said)}
     return replace(batches, settings=said.model_copy(update=update))

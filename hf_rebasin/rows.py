@@ -6,6 +6,7 @@ Images stay bytes until somebody asks for them, so passing over a row costs next
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -34,7 +35,8 @@ class Rows:
         stream: of `datasets`, with images left undecoded.
         kinds: `{column: "text", "image", or what else it holds}`.
         features: `{column: its type in datasets}`; empty where files do not say.
-        commit: of the repository on the Hub; None for local files.
+        repository: its id on the Hub; None for local files.
+        commit: of the repository; None for local files, and offline where the cache does not say.
         tokens: `{repository: token}` for images that lie there one by one.
     """
 
@@ -42,6 +44,7 @@ class Rows:
     stream: Any = field(repr=False)
     kinds: Mapping[str, str]
     features: Mapping[str, Any] = field(repr=False)
+    repository: str | None = None
     commit: str | None = None
     tokens: Mapping[str, str] = field(default_factory=dict, repr=False)
 
@@ -132,8 +135,9 @@ def open_rows(
         raise OptionError(f"split {split!r} of {dataset} has no rows")
     features = dict(stream.features or {})
     kinds = {column: _kind(features.get(column), [row.get(column) for row in first]) for column in first[0]}
-    tokens = {place.path: token} if place.commit and token else {}
-    return Rows(dataset, stream, kinds, features, place.commit, tokens)
+    tokens = {place.repository: token} if place.repository and token else {}
+    commit = place.commit or _in_the_cache(dataset, name, place)
+    return Rows(dataset, stream, kinds, features, place.repository, commit, tokens)
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,8 @@ class _Place:
 
     path: str
     files: Any = None
+    repository: str | None = None
+    revision: str | None = None
     commit: str | None = None
 
 
@@ -164,7 +170,8 @@ def _place(dataset: str, files: Files | None, revision: str | None, token: str |
     if at and revision is not None:
         raise OptionError(f"{dataset} has a revision, and {revision!r} is said, too; say one of them")
     repository = repository if at else dataset
-    return _Place(repository, _patterns(files), _commit(repository, said if at else revision, token))
+    wanted = said if at else revision
+    return _Place(repository, _patterns(files), repository, wanted, _commit(repository, wanted, token))
 
 
 def _file_or_glob(dataset: str, local: Path, globbed: bool) -> tuple[str, str]:
@@ -196,7 +203,7 @@ def _commit(repository: str, revision: str | None, token: str | None) -> str | N
     try:
         return str(HfApi(token=token).dataset_info(repository, revision=revision).sha)
     except OfflineModeIsEnabled:
-        return revision
+        return None
     except RevisionNotFoundError as error:
         raise OptionError(f"the dataset {repository} has no revision {revision!r} on the Hub") from error
     except Exception as error:  # of the Hub, of a connection, of a name that cannot be one
@@ -207,6 +214,32 @@ def _commit(repository: str, revision: str | None, token: str | None) -> str | N
             f"{repository!r} is neither a file or folder here nor a dataset on the Hub that can be read "
             f"({type(error).__name__}){close if 'did you mean' in close else ''}"
         ) from error
+
+
+def _in_the_cache(dataset: str, name: str | None, place: _Place) -> str | None:
+    """Offline, the commit that the rows are of: `datasets` takes what it loaded last, whatever is asked for."""
+    if place.repository is None:
+        return None
+    import datasets
+    from huggingface_hub import resolve_revision
+    from huggingface_hub.errors import RevisionResolutionError
+
+    hashed = datasets.load_dataset_builder(place.path, name, data_files=place.files).hash or ""
+    commit = hashed if re.fullmatch("[0-9a-f]{40}", hashed) else None
+    if place.revision is None:
+        return commit
+    try:
+        wanted = resolve_revision(
+            place.repository, repo_type="dataset", revision=place.revision, local_files_only=True
+        ).resolved
+    except RevisionResolutionError:  # a branch or tag that nobody asked the Hub for
+        return commit
+    if wanted != commit:
+        raise OptionError(
+            f"{dataset} at {place.revision} ({wanted}) is not in the cache of datasets, which has "
+            f"{commit or 'a version of it that it does not name'}, and this is offline (HF_HUB_OFFLINE is set)"
+        )
+    return commit
 
 
 def _saved(dataset: str, name: str | None, place: _Place) -> Mapping[str, Any] | None:

@@ -38,6 +38,7 @@ from hf_rebasin.data import DataSettings, open_data
 from hf_rebasin.errors import CheckpointError, MismatchError, OptionError
 from hf_rebasin.inputs import outputs_in
 from hf_rebasin.recalibrating import recalibrate
+from hf_rebasin.recording import settings_of
 from hf_rebasin.rows import open_rows
 
 SPEECH = "the a cat dog bird sat ran flew on under over mat log sky and then slept soundly until noon"
@@ -457,6 +458,24 @@ def test_a_revision_stays_what_it_was(classifier, tmp_path):
     assert next(iter(before))["input_ids"].shape[1] == 4
     assert next(iter(after))["input_ids"].shape[1] == 6
     assert equal(opened(classifier, "org/growing", revision=commit), before)
+
+
+def test_offline_the_commit_is_the_one_that_is_read(classifier, monkeypatch):
+    data = Dataset.from_dict({"text": TEXTS[:4], "label": [0, 1, 0, 1]})
+    commits = [data.select(range(n)).push_to_hub("org/kept").oid for n in (2, 4)]
+    opened(classifier, "org/kept", streaming=False, revision=commits[0])
+    HfApi().resolve_revision("org/kept", repo_type="dataset")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    for settings in ({}, {"revision": commits[0]}, {"revision": "never-seen"}):
+        batches = opened(classifier, "org/kept", **settings)
+        assert len(list(batches.rows)) == 2
+        said = settings_of(batches)
+        assert (said["dataset"], said["revision"]) == ("org/kept", commits[0])
+    for revision in (commits[1], "main"):
+        with pytest.raises(OptionError, match=rf"{commits[1]}\) is not in the cache .* has {commits[0]}"):
+            opened(classifier, "org/kept", revision=revision)
+    assert "revision" not in settings_of(replace(batches, rows=replace(batches.rows, commit=None)))
 
 
 def test_datasets_saved_to_disk(classifier, reviews):

@@ -65,7 +65,7 @@ FLOORS = (
     {"usage", "licences"},
     {"checkpoint"},
     {"classes", "hub"},
-    {"folder"},
+    {"folder", "refusing"},
     {"files"},
     {"varying"},
     {"lazy", "text", "yaml_reading", "registry", "knobs", "inputs"}

@@ -20,6 +20,7 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from hf_rebasin import Checkpoint, Recipe, merge
 from hf_rebasin import hub as reading
 from hf_rebasin.errors import CheckpointError, HubError, NoSpaceError
+from hf_rebasin.folder import side_files
 from hf_rebasin.running import opened
 
 COUNT = count()
@@ -95,6 +96,23 @@ def test_only_what_is_needed_is_asked_for_and_its_card_stays_there(model, tmp_pa
     since = len(HUB.requests)
     Checkpoint.open(repo)
     assert not asked(since, "/resolve/")
+
+
+def test_the_folders_of_a_repository_are_those_of_a_folder(model, tmp_path):
+    """A part of a sentence transformer goes along, wherever it lies; a tokenizer beside other weights does not."""
+    there = Checkpoint.open(model).save(tmp_path / "up")
+    goes_along = ("1_Pooling/config.json", "additional_chat_templates/tool.jinja", "tokenizer.json")
+    stays = ("onnx/tokenizer.json", "onnx/model.onnx", "checkpoint-5/config.json", "checkpoint-5/optimizer.pt")
+    for name in (*goes_along, *stays, ".eval/config.json"):
+        (there / name).parent.mkdir(exist_ok=True)
+        (there / name).write_text("{}")
+    repo = f"org/in-{next(COUNT)}"
+    HfApi().create_repo(repo)
+    HfApi().upload_folder(repo_id=repo, folder_path=there)
+    found = Checkpoint.open(repo).folder
+    fetched = {file.relative_to(found).as_posix() for file in found.rglob("*") if file.is_file()}
+    assert fetched == {"config.json", "generation_config.json", "model.safetensors", *goes_along}
+    assert [f.relative_to(found) for f in side_files(found)] == [f.relative_to(there) for f in side_files(there)]
 
 
 def test_shards_are_fetched_and_pinned(model, tmp_path):

@@ -26,7 +26,7 @@ from published import (
 from hf_rebasin import Checkpoint
 from hf_rebasin.errors import RebasinError
 from hf_rebasin.files import sha256_of
-from hf_rebasin.provenance import Provenance
+from hf_rebasin.provenance import Provenance, hashes
 from hf_rebasin.text import without_secrets
 
 
@@ -103,6 +103,20 @@ def test_what_was_made_of_what_was_made_names_what_that_was_made_of(world, tmp_p
     Checkpoint.open(tmp_path / "moved").model().save_pretrained(tmp_path / "moved", state_dict=changed)
     called("merge", "org/made-0", tmp_path / "moved", "-o", tmp_path / "other", "--no-align")
     assert Provenance.load(tmp_path / "other").inputs[1].made_of == (), "what was changed since is something else"
+
+
+def test_what_lies_beside_a_model_is_none_of_its_files(tmp_path):
+    model = ("config.json", "tokenizer.json", "model.safetensors", "1_Pooling/config.json")
+    beside = (
+        *(".cache/huggingface/download/tokenizer.json.metadata", "model-old/part.safetensors", "notes.txt"),
+        *("checkpoint-5/config.json", "checkpoint-5/optimizer.pt", "checkpoint-5/report.json"),
+    )
+    made = ("alignment.safetensors", "report.json", "SHA256SUMS")
+    for name in (*model, *beside, *made, "rebasin.json", "README.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert list(hashes(tmp_path)) == sorted(model)
+    assert list(hashes(tmp_path, written=True)) == sorted((*model, *made))
 
 
 # --- the same anywhere -----------------------------------------------------------------------------------------------

@@ -173,6 +173,22 @@ def test_made_again_says_which_tensor_is_another(mine):
     assert tensor.split()[1] in Checkpoint.open(mine).parts
 
 
+def test_a_part_in_a_folder_is_verified_and_weights_besides_are_found(tmp_path):
+    for seed in (0, 1):
+        saved(tmp_path / f"{seed}", vit(seed), processor(), licence="mit")
+        (tmp_path / f"{seed}/1_Pooling").mkdir()
+        (tmp_path / f"{seed}/1_Pooling/config.json").write_text("{}")
+    called("merge", tmp_path / "0", tmp_path / "1", "--no-align", "-o", tmp_path / "out")
+    called("publish", tmp_path / "out", "org/pooled")
+    assert "1_Pooling/config.json" in called("verify", "org/pooled")
+    for name in ("onnx/model.safetensors", "pytorch_model.bin"):
+        HfApi().upload_file(path_or_fileobj=b"x", path_in_repo=name, repo_id="org/pooled")
+    status, said, _ = call("verify", "org/pooled")
+    assert status == 1
+    (wrong,) = [line for line in said.splitlines() if line.startswith("WRONG")]
+    assert "pytorch_model.bin was not written with the rest" in wrong
+
+
 def test_shards_and_what_was_there_before(small, tmp_path):
     called("merge", "org/vit-0", "org/vit-1", "-o", tmp_path / "cut", "--max-shard-size", "5KB")
     for name in (".env", "optimizer.pt", "notes.txt"):
