@@ -79,9 +79,21 @@ class Outcome:
         return self.licence is None
 
 
-def licence_of(model: Checkpoint | Path) -> Said:
-    """The licence that the card in a model's folder names; None where there is no card, or it names none."""
-    folder = model if isinstance(model, Path) else model.folder
+def licence_of(model: Checkpoint | Path, made_of: Mapping[str, Said] | None = None) -> Said:
+    """The licence of a model: the one that its card names, else the one that follows from what it was made of.
+
+    Args:
+        model: which; its folder.
+        made_of: what the models say of which it was made, where there is a record of them.
+
+    Returns:
+        None where nothing says any.
+    """
+    said = _of_card(model if isinstance(model, Path) else model.folder)
+    return outcome(made_of).licence if said is None and made_of else said
+
+
+def _of_card(folder: Path | None) -> Said:
     card = None if folder is None else folder / "README.md"
     if card is None or not card.is_file():
         return None

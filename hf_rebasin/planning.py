@@ -25,12 +25,13 @@ from .checkpoint import Checkpoint
 from .descent import Descent
 from .describing import spec_of
 from .errors import NoSpaceError
-from .folder import resolved
+from .folder import PROVENANCE, resolved
 from .lazy import Absent
 from .licences import Licence, Outcome, Said, licence_of, outcome
 from .limits import kept_apart
 from .merging import lined_state, lined_up
 from .objective import lone, matched_tensors
+from .provenance import Provenance
 from .recipe import Recipe
 from .running import Opened, opened
 from .spec import Spec
@@ -160,7 +161,9 @@ def _inputs(recipe: Recipe, models: Sequence[Checkpoint]) -> list[Input]:
             missing = hub.to_download(hub.named(entry.model)[0], checkpoint.commit)
         name = entry.model if entry.revision is None else f"{entry.model}@{entry.revision}"
         size = sum(part.nbytes for part in checkpoint.parts.values())
-        licence = licence_of(checkpoint)
+        folder = checkpoint.folder
+        made = Provenance.load(folder).inputs if folder is not None and (folder / PROVENANCE).is_file() else ()
+        licence = licence_of(checkpoint, {one.name: one.licence for one in made})
         found.append(Input(name, checkpoint.commit, len(checkpoint.parts), size, missing, here, licence))
     return found
 

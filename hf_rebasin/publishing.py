@@ -5,7 +5,8 @@ from __future__ import annotations
 import fnmatch
 import math
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,17 +16,19 @@ from .checkpoint import Checkpoint
 from .errors import CheckpointError, OptionError, some
 from .folder import ADAPTER, CARD, INDEX, MADE, OLD_INDEX, PROVENANCE, SIDE_FILES, SUMS, is_weights, write_whole
 from .hub import bars
-from .licences import Outcome, licence_of, outcome
+from .licences import Outcome, outcome
 from .outcome import Pair
+from .processes import is_first
 from .provenance import Provenance
 from .recipe import PublishSettings
-from .recording import REPORT, names_of
+from .recording import REPORT, licences_of
 from .refusing import refuse_token, speaking
 from .report import Report
 from .verifying import compared
 
 # What a model that was there before leaves behind: it would be loaded together with the new one.
 STALE = (*SIDE_FILES, *MADE, SUMS, INDEX, "model*.safetensors", OLD_INDEX, "pytorch_model*.bin", *ADAPTER)
+WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.onnx", "*.pt", "*.pth", "*.h5", "*.msgpack")
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ def publish(
 
     Raises:
         CheckpointError: files are not those that were written, or cannot be read.
-        OptionError: no licence, no such repository name, a template that cannot be rendered.
+        OptionError: no licence, no such repository name, a template that cannot be rendered; a repository with what
+            is not to be replaced: a model where an alignment is sent, a card that somebody wrote.
         HubError: the Hub refuses or cannot be reached; run it again, and it goes on where it was.
 
     Example:
@@ -102,11 +106,13 @@ def publish(
     else:
         names, text = _checked(source, repository, licence, None if create_pr else revision, template)
         files = {name: source / name for name in names}
-        own = source / CARD
-        if own.is_file() and GENERATED not in own.read_text(encoding="utf-8"):
+        own = _own_card(source / CARD)
+        if own is not None:
             if template is not None:
-                raise OptionError(f"{own} is a card of somebody's own; take it away, or leave out the template")
-            text = own.read_text(encoding="utf-8")  # whoever wrote a card of their own meant it
+                raise OptionError(
+                    f"{source / CARD} is a card of somebody's own; take it away, or leave out the template"
+                )
+            text = own  # whoever wrote a card of their own meant it
     if dry_run:
         return Published(repository, "", False, text, tuple(files))
     if source.is_dir():
@@ -150,14 +156,15 @@ def refuse_unready(models: Sequence[Checkpoint], settings: PublishSettings) -> N
     from huggingface_hub import HfApi
 
     refuse_name(settings.to)
-    said = dict(zip(names_of(models), map(licence_of, models), strict=True))
-    refuse_unlicensed(outcome(said, settings.license))
+    refuse_unlicensed(outcome(licences_of(models), settings.license))
+    if not is_first():
+        return  # that one publishes; the Hub soon refuses to say so often who somebody is
     with speaking(f"publish to {settings.to}"):
         refuse_token()
         HfApi().whoami()
 
 
-def planned_publishing(settings: PublishSettings, measured: bool) -> str:
+def planned_publishing(settings: PublishSettings, measured: bool, aligned: bool) -> str:
     """What publishing would do, in a line; whether the repository is there is asked of the Hub."""
     from huggingface_hub import HfApi
 
@@ -169,7 +176,8 @@ def planned_publishing(settings: PublishSettings, measured: bool) -> str:
     branch = (
         " as a pull request" if settings.create_pr else f", branch {settings.revision}" if settings.revision else ""
     )
-    files = "weights, configuration, tokenizer, card, recipe, alignment, rebasin.json" + ", report" * measured
+    files = "weights, configuration, tokenizer, card, recipe" + ", alignment" * aligned + ", rebasin.json"
+    files += ", report" * measured
     return f"would publish to {settings.to}{branch}, {how}: {files}"
 
 
@@ -184,6 +192,17 @@ def refuse_name(repository: str) -> None:
         raise OptionError(f"{repository!r} is no name of a repository: {str(error).splitlines()[0]}") from error
     if repository.count("/") != 1:
         raise OptionError(f"{repository!r} is no name of a repository; say whose it is, as in me/{repository}")
+
+
+def _own_card(file: Path) -> str | None:
+    """The card in a folder, if it is none of ours."""
+    try:
+        text = file.read_text(encoding="utf-8") if file.is_file() else GENERATED
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"{file} is not UTF-8 (byte {error.start}), as the Hub reads cards; write it so, or take it away"
+        ) from None
+    return None if GENERATED in text else text
 
 
 def _checked(
@@ -215,9 +234,11 @@ def refuse_unlicensed(found: Outcome) -> None:
 def _refuse_failed(folder: Path, pair: Pair) -> None:
     """Raise CheckpointError where what was measured says that something went wrong."""
     results = [row for row in pair.rows if not row.control]
-    lost = [row.name for row in results if row.loss is not None and not math.isfinite(row.loss)]
-    if lost:
-        raise CheckpointError(f"{folder} has no finite loss ({some(lost)}), so it is not published")
+    for name in dict.fromkeys(("loss", *(metric for row in results for metric in row.metrics))):
+        values = {row.name: row.loss if name == "loss" else row.metrics.get(name) for row in results}
+        lost = [row for row, value in values.items() if value is not None and not math.isfinite(value)]
+        if lost:
+            raise CheckpointError(f"{folder} has no finite {name} ({some(lost)}), so it is not published")
     exact = pair.exactness
     if exact is None or exact.before is None or exact.after is None:
         return
@@ -248,13 +269,19 @@ def _sent(
     """(url, whether anything was changed) of one commit."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    api = HfApi(token=token)
+    api, model = HfApi(token=token), any(is_weights(name) for name in files)
     api.create_repo(repository, private=private, exist_ok=True)
     if revision is not None:
         api.create_branch(repository, branch=revision, exist_ok=True)
     head = api.model_info(repository, revision=revision)
-    model = any(is_weights(name) for name in files)
-    there = {file.rfilename for file in head.siblings or () if "/" not in file.rfilename} - {*files, CARD}
+    present = {file.rfilename for file in head.siblings or ()}
+    if not model:
+        _refuse_model(repository, present)
+    if CARD in present and not create_pr:  # of which its owner is asked
+        with bars(progress):
+            card = Path(api.hf_hub_download(repository, CARD, revision=head.sha))
+        _refuse_card(repository, card.read_bytes(), text, files)
+    there = {name for name in present if "/" not in name} - {*files, CARD}
     stale = [name for name in sorted(there) if model and any(fnmatch.fnmatch(name, pattern) for pattern in STALE)]
     # upload_folder would commit what takes long in several parts, and in between there would be half a model
     with bars(progress):
@@ -272,3 +299,33 @@ def _sent(
         )
     changed = commit.oid != head.sha
     return str(commit.pr_url or (commit.commit_url if changed else commit.repo_url)), changed
+
+
+def _refuse_model(repository: str, there: Iterable[str]) -> None:
+    """Raise OptionError where an alignment would take the place of a model's card, and of its alignment."""
+    weights = [
+        name
+        for name in sorted(there)
+        if any(fnmatch.fnmatch(name, pattern) for pattern in WEIGHTS)
+        and not fnmatch.fnmatch(name, "alignment*.safetensors")
+    ]
+    if weights:
+        raise OptionError(
+            f"{repository} holds a model ({some(weights)}); publish the alignment to a repository of its own"
+        )
+
+
+def _refuse_card(repository: str, there: bytes, text: str, files: dict[str, Path]) -> None:
+    """Raise OptionError where ours would replace a card that somebody wrote; metadata alone are no card."""
+    said = there.decode("utf-8", errors="replace").lstrip("\ufeff")
+    written = re.sub(r"\A\s*---[ \t\r]*\n.*?^---[ \t\r]*$", "", said, flags=re.DOTALL | re.MULTILINE).strip()
+    if not written or GENERATED in said or GENERATED not in text:
+        return
+    folder = next((file.parent for name, file in files.items() if is_weights(name)), None)
+    how = (
+        "publish the alignment to a repository of its own"
+        if folder is None
+        else f"to keep it as the card of this model, fetch it (hf download {repository} {CARD} --local-dir {folder}) "
+        "and publish again; else take it out of the repository"
+    )
+    raise OptionError(f"{repository} has a {CARD} that somebody wrote, and it would be replaced: {how}")

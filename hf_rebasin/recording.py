@@ -18,7 +18,7 @@ from .checkpoint import Checkpoint
 from .data import Batches, DataSettings
 from .folder import PROVENANCE, write_whole
 from .judging import looked_at
-from .licences import licence_of, outcome
+from .licences import Said, licence_of
 from .objective import Device
 from .processes import count
 from .provenance import Input, Machine, Provenance, hashes
@@ -107,34 +107,52 @@ def inputs_of(models: Sequence[Checkpoint]) -> list[Input]:
 
 
 def begun(models: Sequence[Checkpoint]) -> list[Callable[[], Input]]:
-    """The same, model by model, while other things are done: each is hashed in a thread, and calling it waits."""
+    """The same, model by model, while other things are done: each is hashed in a thread, and calling it waits.
 
-    def begin(name: str, model: Checkpoint) -> Callable[[], Input]:
+    Raises:
+        CheckpointError: the record of a model cannot be read, which is said before anything is computed.
+    """
+    records = [_record_beside(model) for model in models]
+
+    def begin(name: str, model: Checkpoint, record: Provenance | None) -> Callable[[], Input]:
         future: Future[Input] = Future()
 
         def work() -> None:
             try:
-                future.set_result(_input(name, model))
+                future.set_result(_input(name, model, record))
             except BaseException as error:
                 future.set_exception(error)
 
         Thread(target=work, name=f"sha256 {name}", daemon=True).start()  # an interrupt does not wait for it
         return future.result
 
-    return [begin(name, model) for name, model in zip(names_of(models), models, strict=True)]
+    return [begin(*one) for one in zip(names_of(models), models, records, strict=True)]
 
 
-def _input(name: str, model: Checkpoint) -> Input:
+def licences_of(models: Sequence[Checkpoint]) -> dict[str, Said]:
+    """What the models say, by their names, as a record will have it unless a file was changed since it was made."""
+    return {name: _licence(model, _record_beside(model)) for name, model in zip(names_of(models), models, strict=True)}
+
+
+def _record_beside(model: Checkpoint) -> Provenance | None:
+    """The record in a model's folder."""
+    folder = model.folder
+    return None if folder is None or not (folder / PROVENANCE).is_file() else Provenance.load(folder)
+
+
+def _licence(model: Checkpoint, record: Provenance | None) -> Said:
+    return licence_of(model, {one.name: one.licence for one in (() if record is None else record.inputs)})
+
+
+def _input(name: str, model: Checkpoint, record: Provenance | None) -> Input:
     if model.folder is None:
         return Input(name, model.commit)
-    licence, files = licence_of(model), hashes(model.folder)
-    made_of: tuple[str, ...] = ()
-    if (model.folder / PROVENANCE).is_file():
-        record = Provenance.load(model.folder)
-        if all(record.outputs.get(file) == digest for file, digest in files.items()):
-            made_of = tuple(place for one in record.inputs for place in (one.made_of or (one.place,)))
-            licence = licence or outcome({one.name: one.licence for one in record.inputs}).licence
-    return Input(name, model.commit, licence, files, made_of)
+    files = hashes(model.folder)
+    if record is not None and any(record.outputs.get(file) != digest for file, digest in files.items()):
+        record = None  # it is of what was there before
+    made = () if record is None else record.inputs
+    made_of = tuple(place for one in made for place in (one.made_of or (one.place,)))
+    return Input(name, model.commit, _licence(model, record), files, made_of)
 
 
 def record_of(

@@ -37,7 +37,7 @@ def solved(solution: Solution, model: str) -> Iterator[str]:
 def plan(recipe: Recipe, out: Path) -> Iterator[str]:
     """What a merge would do and take, after every check that it would make before it writes; see `planned`."""
     to = recipe.publish
-    publishing = [] if to is None else [planned_publishing(to, recipe.evaluate is not None)]
+    publishing = [] if to is None else [planned_publishing(to, recipe.evaluate is not None, recipe.align is not None)]
     found = planned(recipe, out, licence=None if to is None else to.license, publishing=publishing)
     if to is not None:
         refuse_unlicensed(found.licence)

@@ -40,6 +40,10 @@ def test_what_a_card_says(card, licence, tmp_path):
 
 def test_no_card_says_nothing(tmp_path):
     assert licence_of(tmp_path) is None
+    assert licence_of(tmp_path, {"a": MIT, "b": MIT}) == MIT, "what it was made of does"
+    assert licence_of(tmp_path, {"a": MIT, "b": APACHE}) is None
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    assert licence_of(tmp_path, {"a": MIT, "b": MIT}) == APACHE
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,46 @@ def test_what_lies_beside_a_model_is_none_of_its_files(tmp_path):
     assert list(hashes(tmp_path, written=True)) == sorted((*model, *made))
 
 
+def test_a_licence_follows_from_a_record_before_the_merge_and_after(world, tmp_path):
+    called("align", "org/made-0", world / "vit-1", "-o", tmp_path / "moved")
+    assert not (tmp_path / "moved/README.md").exists()
+    merge = ("merge", "org/made-0", tmp_path / "moved", "-o", tmp_path / "out", "--no-align", "--push-to", "org/both")
+    said = called(*merge, "--dry-run")
+    assert "licence: mit, as all models have it" in said
+    assert "card, recipe, rebasin.json" in said, "no alignment is promised where none is looked for"
+    assert "published: " in called(*merge)
+
+
+def test_a_record_that_cannot_be_read_is_said_before_the_merge(world, tmp_path, monkeypatch):
+    shutil.copytree(world / "vit-1", tmp_path / "vit-1")
+    (tmp_path / "vit-1/rebasin.json").write_text("{")
+    monkeypatch.setattr("hf_rebasin.carrying_out.run", lambda *_, **__: pytest.fail("it was merged first"))
+    for more in ([], ["--dry-run"]):
+        status, _, err = call("merge", world / "vit-0", tmp_path / "vit-1", "-o", tmp_path / "out", *more)
+        assert status == 1
+        assert "rebasin.json" in err
+        assert "not of the format" in err or "cannot be read" in err
+
+
+def test_what_apply_reads_it_does_not_replace(world, tmp_path):
+    called("align", world / "vit-0", world / "vit-1", "-o", tmp_path / "merged")
+    before = bytes_of(tmp_path / "merged")
+    for alignment in (tmp_path / "merged", tmp_path / "merged/alignment.safetensors"):
+        status, _, err = call("apply", alignment, world / "vit-1", "-o", tmp_path / "merged", "--overwrite")
+        assert status == 1
+        assert "which is read" in err
+    assert bytes_of(tmp_path / "merged") == before
+
+
+def test_models_to_verify_with_are_folders_that_are_there(world, tmp_path, monkeypatch):
+    called("apply", world / "alignment.safetensors", world / "vit-1", "-o", tmp_path / "out")
+    monkeypatch.setenv("HOME", str(world))
+    assert "all" in called("verify", tmp_path / "out", "--rebuild", "--model", "~/vit-1")
+    status, _, err = call("verify", tmp_path / "out", "--rebuild", "--model", "~/vit-7")
+    assert status == 1
+    assert f"--model {world}/vit-7 is no folder that is there" in err
+
+
 # --- the same anywhere -----------------------------------------------------------------------------------------------
 
 RECIPE = {

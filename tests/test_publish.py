@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from conftest import HUB, same_tensors
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, hf_hub_download
 from published import (
     bytes_of,
     call,
@@ -29,7 +29,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
 from hf_rebasin import Alignment, Checkpoint
+from hf_rebasin.card import GENERATED
+from hf_rebasin.errors import OptionError
 from hf_rebasin.provenance import Provenance
+from hf_rebasin.publishing import _refuse_card, refuse_unready
+from hf_rebasin.recipe import PublishSettings
 
 # What somebody else does who has never heard of us: pastes the code of the card, and measures.
 MEASURE = """
@@ -254,6 +258,52 @@ def test_an_alignment_by_itself(small, tmp_path):
     )
 
 
+def test_an_alignment_takes_no_models_place(small, world):
+    before = there("org/merged")
+    for how in ([], ["--create-pr"]):
+        said = refused("publish", small / "alignment.safetensors", "org/merged", *how)
+        assert "org/merged holds a model (model.safetensors); publish the alignment to a repository of its own" in said
+    assert there("org/merged") == before
+
+
+@pytest.mark.parametrize("stub", ["", "---\nlicense: mit\n---\n", "---\r\nlicense: mit\r\n---", "---\n---\n\n"])
+def test_metadata_alone_are_no_card(stub):
+    _refuse_card("org/stub", stub.encode(), GENERATED, {})
+    with pytest.raises(OptionError, match="that somebody wrote"):
+        _refuse_card("org/stub", f"{stub}\nMine.".encode(), GENERATED, {})
+
+
+def test_a_card_that_somebody_wrote_is_not_replaced(mine, small):
+    theirs = b"---\nlicense: mit\n---\n\nTheirs, written with care.\n"
+    HfApi().create_repo("org/theirs")
+    HfApi().upload_file(path_or_fileobj=theirs, path_in_repo="README.md", repo_id="org/theirs")
+    said = refused("publish", mine, "org/theirs")
+    assert f"hf download org/theirs README.md --local-dir {mine}" in said
+    assert "repository of its own" in refused("publish", small / "alignment.safetensors", "org/theirs")
+    assert there("org/theirs").keys() == {".gitattributes", "README.md"}
+    assert "/discussions/" in called("publish", mine, "org/theirs", "--create-pr")
+    hf_hub_download("org/theirs", "README.md", local_dir=mine)
+    called("publish", mine, "org/theirs")
+    assert there("org/theirs")["README.md"] == theirs
+    (mine / "README.md").write_bytes(theirs + b"More.\n")
+    called("publish", mine, "org/theirs")
+    assert there("org/theirs")["README.md"].endswith(b"More.\n"), "a card of one's own is replaced by one's own"
+
+
+def test_a_card_that_is_no_utf8(mine):
+    (mine / "README.md").write_bytes(b"---\nlicense: mit\n---\nCaf\xe9\n")
+    assert "README.md is not UTF-8 (byte 24)" in refused("publish", mine, "org/latin")
+
+
+def test_one_process_asks_the_hub_who_it_is(monkeypatch):
+    settings, since = PublishSettings(to="org/who", license="mit"), len(HUB.requests)
+    refuse_unready([], settings)
+    assert len(HUB.requests) == since + 1
+    monkeypatch.setattr("hf_rebasin.publishing.is_first", lambda: False)
+    refuse_unready([], settings)
+    assert len(HUB.requests) == since + 1
+
+
 def test_of_several_alignments_one_is_named(world, tmp_path):
     pushed("org/vit-2", vit(2), processor())
     called("merge", *(f"org/vit-{i}" for i in range(3)), "-o", tmp_path / "three", "--push-to", "org/three")
@@ -280,6 +330,11 @@ def spoiled(folder, how):
         for row in report["pairs"][0]["rows"]:
             row["loss"] = None
         (folder / "report.json").write_text(json.dumps(report))
+    elif how == "metric":
+        report = json.loads((folder / "report.json").read_text())
+        for row in report["pairs"][0]["rows"]:
+            row["metrics"] = dict.fromkeys(row["metrics"])
+        (folder / "report.json").write_text(json.dumps(report))
     elif how == "moved":
         report = json.loads((folder / "report.json").read_text())
         report["pairs"][0]["exactness"]["after"] += 1.0
@@ -290,7 +345,12 @@ def spoiled(folder, how):
 
 @pytest.mark.parametrize(
     ("how", "says"),
-    [("NaN", "NaN or infinite"), ("loss", "no finite loss"), ("moved", "changed its loss from")],
+    [
+        ("NaN", "NaN or infinite"),
+        ("loss", "no finite loss"),
+        ("metric", "no finite accuracy"),
+        ("moved", "changed its loss from"),
+    ],
 )
 def test_what_is_broken_is_not_published(world, tmp_path, how, says):
     folder = shutil.copytree(world.merged, tmp_path / "mine")

@@ -633,6 +633,33 @@ class Drawn:
             yield normal(*self.shape, seed=seed)
 
 
+def test_it_makes_no_model_surer_than_least_squares(monkeypatch):
+    class Noted(refit._Divergence):
+        def __init__(self, head, start):
+            found.append((start.norm() / head.matrix.norm()).item())
+            super().__init__(head, start)
+
+    found = []
+    monkeypatch.setattr(refit, "_Divergence", Noted)
+    for seed in range(4):
+        models = two(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
+        for model in models:
+            model[-1].weight.data *= 1 + seed
+
+        class Said(nn.Module):
+            def __init__(self, inner):
+                super().__init__()
+                self.inner = inner
+
+            def forward(self, x):
+                return SimpleNamespace(logits=self.inner(x))
+
+        models = [Said(model) for model in models]
+        refit.finish(averaged(*models), [Checkpoint.open(m) for m in models], [normal(12, 6, seed=seed)])
+    assert max(found) == 1, "where more would fit these few samples better"
+    assert len(found) == 4
+
+
 def test_what_is_heard_for_further_passes_is_heard_once_where_it_is_little(monkeypatch):
     class Net(nn.Sequential):
         def forward(self, x):

@@ -7,10 +7,10 @@ average: W = (XᵀX + rI)⁻¹(XᵀT + rW₀), with 1 among the columns of X for
 XᵀT are kept. After PLeaS (Nasery et al. 2024, 2407.02447) and RegMean (Jin et al. 2022, 2212.09849).
 
 Where a layer gives the logits that a model answers, a square is the wrong measure: it counts the scores of what nobody
-would choose as much as the others. So W is there what least squares gave, W₁, times the s that makes KL(softmax T ‖
-softmax s X W₁) least, and then the least of Σ KL(softmax T ‖ softmax X W) + r‖W − s W₁‖². Both are convex. The second
-is a least squares fit again and again, as the second derivatives are at most ½ XᵀX (Böhning 1992), with Nesterov's
-momentum; it is stopped after `ROUNDS` passes, near its end.
+would choose as much as the others. So W is there what least squares gave, W₁, times the s ≤ 1 that makes KL(softmax T
+‖ softmax s X W₁) least, and then the least of Σ KL(softmax T ‖ softmax X W) + r‖W − s W₁‖². Both are convex. The
+second is a least squares fit again and again, as the second derivatives are at most ½ XᵀX (Böhning 1992), with
+Nesterov's momentum; it is stopped after `ROUNDS` passes, near its end.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -30,9 +30,6 @@ from ..options import (
     say,
     shown,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 def align(

@@ -24,6 +24,7 @@ def apply(
     from ..recording import Record, inputs_of, recorded
 
     found, checkpoint = alignment_of(alignment, file), opened_model(model)
-    refuse_out(out, overwrite, checkpoint.sources)
+    place = Path(alignment).expanduser()
+    refuse_out(out, overwrite, (*checkpoint.sources, *([place] if place.exists() else [])))
     record = Record(recorded("apply", {"alignment": artefact_name(alignment)}, inputs_of([checkpoint])), [found])
     say(f"moved model: {saved(found.apply(checkpoint), out, overwrite, record)}/")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..errors import OptionError
 from ..options import found_device, say, shown
 
 
@@ -27,11 +29,15 @@ def verify(
     from .. import showing
     from ..verifying import verify as look
 
+    places = [Path(place).expanduser() for place in model or ()]
+    for place in places:
+        if not place.is_dir():
+            raise OptionError(f"--model {place} is no folder that is there; name the one with the model that was read")
     found = look(
         source,
         rebuild=rebuild,
         resolve=resolve,
-        models=model or (),
+        models=[str(place) for place in places],
         data=data,
         device=found_device() if rebuild or resolve else None,
         progress=shown(),
