@@ -24,7 +24,7 @@ from torch.nn.modules.conv import _ConvNd
 from .affine import is_conv1d
 from .computing import Computing
 from .errors import OptionError
-from .inputs import mask_in, outputs_in, run
+from .inputs import answers, mask_in, run
 from .objective import label_of
 from .processes import shared_out, sum_of_all
 from .spec import Dim, Labelled, Spec, Unit
@@ -222,12 +222,6 @@ def collect(
         raise OptionError("the data gave no batch to this process")
     summed = [total.of_all() for total in sums]
     return Statistics(spec, [(slot, total) for slot, total in zip(slots, summed, strict=True) if total.count])
-
-
-def answers(said: Any, mask: Tensor | None) -> list[Tensor]:
-    """What counts of a model's answer: numbers that are no loss, at positions that are looked at."""
-    found = [x for x in outputs_in(said) if x.dim() and x.is_floating_point()]
-    return [x if mask is None or x.shape[: mask.dim()] != mask.shape else x[mask.bool().to(x.device)] for x in found]
 
 
 def _pulls(heard: Mapping[str, list[Tensor]], outputs: Sequence[Tensor]) -> dict[str, list[Tensor]]:

@@ -16,7 +16,7 @@ from .checkpoint import Checkpoint, Source
 from .comparing import Comparison, compared
 from .describing import inferred, spec_of
 from .errors import OptionError
-from .inputs import Inputs, own_loss, refuse_read_once
+from .inputs import Inputs, refuse_read_once
 from .knobs import knobs_for
 from .lazy import Tensors
 from .limits import Groups, Limits, kept_apart
@@ -122,7 +122,8 @@ def align(
         data: batches that can be read several times, such as a list or a DataLoader, for solvers that descend a loss
             or compare activations. Under `accelerate launch` every process takes its share.
         loss: gives the loss, one number, for (module, batch); the module is a copy of the fixed one with merged
-            tensors in it. By default what a transformers model says for a batch with labels in it.
+            tensors in it. By default what a transformers model says for a batch with labels in it; without labels,
+            how far what it says is from what the two models say (KL, `hf_rebasin.divergence`).
         device: where similarities and losses are computed, such as `accelerator.device`; by default where the tensors
             are. What is read from disk goes there block by block.
         progress: show a progress bar (on a terminal).
@@ -179,7 +180,7 @@ def align(
         backbone_only=backbone_only,
         progress=progress,
         data=data,
-        loss=loss or own_loss,
+        loss=loss,
     )
 
 
@@ -195,7 +196,7 @@ def solved(
     backbone_only: bool = False,
     progress: bool = False,
     data: Iterable[Any] | None = None,
-    loss: Callable[[nn.Module, Any], Tensor] = own_loss,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
 ) -> Solution:
     """Align two checkpoints that are known to be sound and to mean the same."""
     prefix = spec.table.prefix
@@ -221,7 +222,7 @@ def solved(
     if rotated and (said := kept_apart(spec, rotated)):
         notes.append(said)
     whole = (whole if rotated else spec).limited(kinds)
-    return replace(solution, alignment=replace(found, spec=whole), notes=tuple(notes))
+    return replace(solution, alignment=replace(found, spec=whole), notes=(*solution.notes, *notes))
 
 
 def merge(

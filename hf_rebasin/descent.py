@@ -22,10 +22,12 @@ from tqdm import tqdm
 
 from . import registry
 from .alignment import Alignment, act_on_block
-from .computing import Computing, by_batch_statistics, one_number
+from .computing import Computing, by_batch_statistics, one_number, there
+from .divergence import Divergence, State
 from .errors import OptionError
 from .gauge import gauges, plain, vectors
-from .objective import Problem, equal_within, matched_tensors, weight_of
+from .inputs import own_loss, says_a_loss
+from .objective import Forward, Problem, equal_within, matched_tensors, weight_of
 from .processes import averaged, mean_of_all, shared_out
 from .relaxed_alignment import RelaxedAlignment, acted, split
 from .relaxing import Acting, Permuting, Softening
@@ -41,6 +43,7 @@ SCHEDULES: dict[str, Callable[[int], Callable[[int], float]]] = {  # {name: step
     "constant": lambda steps: lambda step: 1.0,
     "cosine": lambda steps: lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps),
 }
+UNLABELLED = "the batches have no labels: it went by how far the model in between is from what the two say"
 NOTHING = 1e-12  # of the squared norm of the fixed model: two models as far apart are equal
 
 
@@ -50,9 +53,10 @@ class Descent:
 
     Args:
         cost: "l2", "l1" or "cosine" of the weights; with data, "mid" for the loss halfway between the models or "rnd"
-            for the loss at a random place of `interval`. By default "mid" with data ("rnd" for `learned`), "l2"
-            without. "l1" is descended as a mean, as in the paper, whose `lr` of 10 belongs to that: its gradients lie
-            below the eps of AdamW.
+            for the loss at a random place of `interval`; without labels, for how far the model there is from what
+            the two say (`hf_rebasin.divergence`). By default "mid" with data ("rnd" for `learned`), "l2" without.
+            "l1" is descended as a mean, as in the paper, whose `lr` of 10 belongs to that: its gradients lie below
+            the eps of AdamW.
         start: the solver whose alignment is improved, or "identity"; no result is worse than it.
         steps: of the optimizer, at most.
         lr: learning rate of what permutes.
@@ -134,11 +138,12 @@ class _Descending:
 
     def __init__(self, knobs: Descent, problem: Problem, cost: Cost, start: Solution, clock: Clock):
         self.knobs, self.problem, self.cost, self.start, self.clock = knobs, problem, cost, start, clock
-        self.spec = start.alignment.spec
+        self.spec, self.notes = start.alignment.spec, start.notes
         with clock("start"):
             self.fixed = self._linear(problem.fixed)
             self.moved = start.alignment.on(self.spec, problem.moving)
-            self.pairs = self._paired(self._linear(self.moved))
+            moved = self._linear(self.moved)
+            self.pairs = self._paired(moved)
             self.count = sum(a.numel() for _, a, _ in self.pairs)
             self.sizes = [
                 sum(self._size(tensor, a) for tensor, a, _ in self.pairs),
@@ -160,12 +165,22 @@ class _Descending:
         self.ends = [RelaxedAlignment.identity(self.spec, soften) for _ in range(count)]
         if cost not in OF_WEIGHTS:
             assert problem.forward is not None
-            module, names = problem.forward.module()
-            module = module.to(problem.device).eval().requires_grad_(False)
-            by_batch_statistics(module)
-            self.loss = Computing(module, names, one_number(problem.forward.loss), problem.device)
             self.batches = _endless(problem.forward.data)  # the first of it are for measuring, too, once it is round
             self.checked = list(islice(self.batches, knobs.checks))
+            self.loss = self._measure(problem.forward, {**self.fixed, **moved})
+
+    def _measure(self, forward: Forward, moved: State) -> Callable[[State, float, Any], Tensor]:
+        """What is descended of (the model at λ, λ, a batch), and whether it looks at labels."""
+        device = self.problem.device
+        module, names = forward.module()
+        module = module.to(device).eval().requires_grad_(False)
+        if forward.loss is None and not says_a_loss(module, there(self.checked[0], device)):
+            diverging = Divergence(forward, (self.fixed, moved), device)
+            self.notes = (*self.notes, UNLABELLED)
+            return lambda state, t, batch: diverging.of(state, t, batch).mean()
+        by_batch_statistics(module)
+        computing = Computing(module, names, one_number(forward.loss or own_loss), device)
+        return lambda state, t, batch: computing(state, batch)
 
     def _linear(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A model in the form that groups act on linearly, where it is computed with."""
@@ -202,6 +217,7 @@ class _Descending:
             objective=self.history[-1],
             history=tuple(self.history),
             status=status,
+            notes=self.notes,
             seconds={**self.start.seconds, **self.clock.seconds},
         )
 
@@ -309,8 +325,7 @@ class _Descending:
             x = acted(self.spec, elements[1], tensor, a) if len(elements) > 1 else a
             whole = torch.lerp(x, y, t) if x.is_floating_point() else x
             merged |= split(tensor, whole)
-        value: Tensor = self.loss({**self.fixed, **merged}, batch)
-        return value
+        return self.loss({**self.fixed, **merged}, t, batch)
 
 
 # --- data ------------------------------------------------------------------------------------------------------------

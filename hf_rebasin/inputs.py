@@ -54,6 +54,12 @@ def loss_in(module: nn.Module, said: Any, batch: Any) -> Tensor:
     return found
 
 
+def says_a_loss(module: nn.Module, batch: Any) -> bool:
+    """Whether a module gives a loss for a batch."""
+    with evaluating(module):
+        return _said(run(module, batch), "loss", batch, 0) is not None
+
+
 def logits_in(said: Any, batch: Any) -> Tensor | None:
     """The scores that go with the labels of a batch; None where there are none."""
     return _said(said, "logits", batch, 1)
@@ -116,6 +122,12 @@ def outputs_in(said: Any) -> Iterator[Tensor]:
         yield from outputs_in(vars(said))
     elif said is not None and not isinstance(said, int | float | complex | str | bytes):
         raise CheckpointError(f"the model returns a {type(said).__name__}, in which no tensors can be found")
+
+
+def answers(said: Any, mask: Tensor | None) -> list[Tensor]:
+    """What counts of a model's answer: numbers that are no loss, at positions that are looked at."""
+    found = [x for x in outputs_in(said) if x.dim() and x.is_floating_point()]
+    return [x if mask is None or x.shape[: mask.dim()] != mask.shape else x[mask.bool().to(x.device)] for x in found]
 
 
 def example_inputs(config: Any, generator: torch.Generator) -> dict[str, Tensor]:

@@ -152,7 +152,8 @@ class _Judge:
         ]
         if not aligned_at_all:  # the merge is one of the controls
             return found, next((row.name for _, recipe, row in controls if recipe == self.recipe), "")
-        consumed, aligned = _consumed(self.recipe), [self.result.models[0], *self.result.moved]
+        consumed = _consumed(self.recipe, self.result.opened.data)
+        aligned = [self.result.models[0], *self.result.moved]
         if self.recipe == plain:
             last = ("aligned", self.measured(saved, Row(f"aligned {what}", consumed)))
             return [*found, last], last[1].name
@@ -253,13 +254,13 @@ def _unfinished(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update=update)
 
 
-def _consumed(recipe: Recipe) -> Consumed:
+def _consumed(recipe: Recipe, data: Batches | None) -> Consumed:
     """What aligning looked at."""
     assert recipe.align is not None
     solver = registry.find("solvers", recipe.align.solver).Solver
-    if recipe.data is None or not getattr(solver, "TAKES_DATA", False):
+    if data is None or not getattr(solver, "TAKES_DATA", False):
         return "nothing"
-    return "unlabelled inputs" if getattr(solver, "NEEDS_DATA", False) else "labels"
+    return "labels" if data.labelled and not getattr(solver, "NEEDS_DATA", False) else "unlabelled inputs"
 
 
 def moved_in(solutions: Sequence[Solution]) -> Iterator[Moved]:

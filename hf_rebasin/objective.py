@@ -29,12 +29,13 @@ class Forward:
     Args:
         module: makes (a module to compute with, `{canonical key: its own key}`).
         data: batches, any number of times.
-        loss: gives one number for (module, batch).
+        loss: gives one number for (module, batch); None for what the module says is its loss, or, of batches without
+            labels, how far it is from what the two models say.
     """
 
     module: Callable[[], tuple[nn.Module, Mapping[str, str]]]
     data: Iterable[Any]
-    loss: Callable[[nn.Module, Any], Tensor]
+    loss: Callable[[nn.Module, Any], Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from conftest import FIRST, TINY, distance, moved_copy, other_seed, run_script, 
 from torch import nn
 
 from hf_rebasin import Alignment, Checkpoint, Status, align, infer_spec, spec_for
-from hf_rebasin.activations import answers, collect, slots_of
+from hf_rebasin.activations import collect, slots_of
 from hf_rebasin.errors import CheckpointError, OptionError
-from hf_rebasin.inputs import example_inputs
+from hf_rebasin.inputs import answers, example_inputs
 from hf_rebasin.objective import Forward, Problem
 from hf_rebasin.solvers import activation_matching
 from hf_rebasin.solvers.activation_matching import LOOKED_AT, divergence

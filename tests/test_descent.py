@@ -8,7 +8,7 @@ from torch import nn
 from hf_rebasin import Alignment, Checkpoint, Status, Table, align, infer_spec, merge, spec_for
 from hf_rebasin.errors import CheckpointError, OptionError
 from hf_rebasin.gauge import plain
-from hf_rebasin.inputs import example_inputs, outputs_in, run
+from hf_rebasin.inputs import answers, example_inputs, outputs_in, run
 from hf_rebasin.modules import merged
 
 TABLE = Table(
@@ -159,8 +159,43 @@ def test_a_model_says_its_own_loss(bert):
     labelled = {**batch, "labels": batch["input_ids"]}
     solution = align(bert, other_seed(bert), solver="learned", data=[labelled], steps=1)
     assert solution.objective >= solution.history[0]
-    with pytest.raises(OptionError, match="gives no loss for these batches; put labels in them, or give loss="):
-        align(bert, other_seed(bert), solver="learned", data=[batch], steps=1)
+    assert not solution.notes
+
+
+def test_without_labels_it_goes_by_what_the_two_say(bert):
+    other, batch = other_seed(bert), inputs_of(bert)
+    knobs = {"solver": "learned", "start": "identity", "cost": "mid", "data": [batch], "check_every": 1}
+    solution = align(bert, other, steps=20, **knobs)
+    halfway = merge([bert, other]).model()
+    with torch.no_grad():
+        said = [answers(run(model, batch), None) for model in (bert, other, halfway)]
+        by_hand = []
+        for a, b, between in zip(*said, strict=True):
+            mean = (a.double().softmax(-1) + b.double().softmax(-1)) / 2
+            by_hand.append((mean * (mean.log() - between.double().log_softmax(-1))).sum(-1).flatten())
+    assert -solution.history[0] == pytest.approx(torch.cat(by_hand).mean().item(), rel=1e-5)
+    assert solution.objective > 0.95 * solution.history[0]  # it fell
+    assert "have no labels" in solution.notes[0]
+    # whatever the module is called, there has to be something to compare
+    with pytest.raises(OptionError, match="Silent gives no numbers for these batches"):
+        align(Silent(), Silent(), solver="sinkhorn", spec=SILENT, data=[torch.ones(3, 2)])
+
+
+class Silent(nn.Module):
+    """Says how many, and nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.out = nn.Linear(2, 3), nn.Linear(3, 1)
+
+    def forward(self, x):
+        return (self.out(self.into(x).tanh()) > 0).sum()
+
+
+SILENT = Table(
+    {"into.weight": "h, _", "into.bias": "h", "out.weight": "_, h'", "out.bias": "_"},
+    {"h": "permutation"},
+)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ FLOORS = (
     {"checking", "solving", "pairing", "merging"},
     {"merge_methods"},
     {"layers"},
-    {"hearing"},
+    {"hearing", "divergence"},
     {"objective"},
     {"units"},
     {"relaxed_alignment"},

@@ -17,13 +17,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..activations import Statistics, answers, collect
+from ..activations import Statistics, collect
 from ..alignment import act
 from ..canonical import in_full
-from ..computing import Computing, by_batch_statistics
+from ..divergence import Divergence
 from ..errors import OptionError
 from ..groups import Element
-from ..inputs import mask_in, run
 from ..objective import Problem, bound, objective
 from ..processes import shared_out, sum_of_all
 from ..similarity import weight_similarity
@@ -116,9 +115,7 @@ def _collected(problem: Problem, count: int | None, sensitive: bool) -> Statisti
 def divergence(problem: Problem, elements: Mapping[str, Element], count: int | None = None) -> float:
     """How far what is on the line between two models is from saying what the two say, without labels.
 
-    The mean over samples, or tokens, and over λ = ¼, ½, ¾ of KL((1 − λ) p + λ p′ ‖ p̄): p and p′ are the softmax of the
-    two models' outputs along the last axis, p̄ that of the model with weights (1 − λ) θ + λ g · θ′, whose BatchNorm
-    layers go by the batch. Where the last axis has one place only, (1 − λ) y + λ y′ − ȳ, squared.
+    The mean over samples, or tokens, and over λ = ¼, ½, ¾ of what `hf_rebasin.divergence` says of each.
 
     Args:
         problem: the models and the batches.
@@ -128,9 +125,7 @@ def divergence(problem: Problem, elements: Mapping[str, Element], count: int | N
     assert problem.forward is not None
     fixed, moving = _states(problem)
     moved = act(problem.spec, elements, moving)
-    (ends, names), (between, _) = problem.forward.module(), problem.forward.module()
-    by_batch_statistics(between.eval())
-    of_ends, of_line = (Computing(m.to(problem.device), names, run, problem.device) for m in (ends.eval(), between))
+    diverging = Divergence(problem.forward, (fixed, moving), problem.device)
     line = {
         at: {k: x.lerp(moved[k].to(x), at) if x.is_floating_point() else x for k, x in fixed.items()}
         for at in LOOKED_AT
@@ -138,22 +133,12 @@ def divergence(problem: Problem, elements: Mapping[str, Element], count: int | N
     total = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
         for batch in shared_out(islice(problem.forward.data, count)):
-            mask = mask_in(batch)
-            both = [answers(of_ends(state, batch), mask) for state in (fixed, moving)]
+            said = diverging.said(batch)
             for at, state in line.items():
-                for a, b, y in zip(*both, answers(of_line(state, batch), mask), strict=True):
-                    apart = _apart(a.double(), b.double(), y.double(), at)
-                    total += torch.tensor([apart.sum().item(), apart.numel()], dtype=torch.float64)
+                apart = diverging.of(state, at, batch, said)
+                total += torch.tensor([apart.sum().item(), apart.numel()], dtype=torch.float64)
     summed, samples = sum_of_all(total).tolist()
     return summed / samples if samples else 0.0
-
-
-def _apart(a: Tensor, b: Tensor, y: Tensor, at: float) -> Tensor:
-    """One number for every sample."""
-    if y.shape[-1] == 1:
-        return (a.lerp(b, at) - y).square().squeeze(-1)
-    logs = torch.logaddexp(a.log_softmax(-1) + math.log(1 - at), b.log_softmax(-1) + math.log(at))
-    return (logs.exp() * (logs - y.log_softmax(-1))).sum(-1)
 
 
 def _states(problem: Problem) -> list[dict[str, Tensor]]:
