@@ -151,11 +151,12 @@ class Recipe(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _evaluate_like_data(cls, said: Any) -> Any:
-        """What `evaluate` does not say is as in `data`."""
+        """What `evaluate` does not say is as in `data`, but that there are no labels: a loss needs them."""
         data, evaluate = (said.get(key) for key in ("data", "evaluate"))
         data = {"dataset": data} if isinstance(data, str) else data
         if isinstance(data, Mapping) and isinstance(evaluate, Mapping) and "dataset" not in evaluate:
-            return {**said, "evaluate": {**data, **evaluate}}
+            alike = {name: value for name, value in data.items() if (name, value) != ("labels", False)}
+            return {**said, "evaluate": {**alike, **evaluate}}
         return said
 
     @field_validator("data", "evaluate", mode="before")

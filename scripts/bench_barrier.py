@@ -56,7 +56,8 @@ from hf_rebasin.table import ROTATING, Table
 TUNED = ("plain", "full", "learned")
 SEEDS, POINTS = 3, 25
 LOOKED_AT = 16  # unlabelled batches, by activation matching, refit and REPAIR
-BATCHES = 1000  # that a descent goes through, round after round
+MORE = 64  # unlabelled batches that a descent goes through, and a control's
+BATCHES = 1000  # labelled ones that a descent goes through, round after round
 TITLES = {
     "mlp64": "MLP, width 64",
     "mlp512": "MLP, width 512",
@@ -84,6 +85,7 @@ class Method:
     steps: int = 0  # of gradients, on labelled training batches
     finish: Callable[..., Checkpoint] | None = None  # (merge, models, data): it makes one model, and no path
     merge: str = "linear"
+    batches: int = LOOKED_AT  # that `finish` looks at
 
 
 def plain(fixed: Path, moving: Path) -> Moved:
@@ -117,7 +119,7 @@ def activations(fixed: Path, moving: Path) -> Moved:
     """By what the two say to a few batches, without labels."""
     kind = fixed.name.rpartition("-")[0]
     groups = "permutation" if kind in NARROW else "full"
-    data = unlabelled(kind)
+    data = without_labels(kind)
     start = time.perf_counter()
     solution = align(
         testbed.load(kind, fixed),
@@ -150,6 +152,11 @@ def learned(fixed: Path, moving: Path) -> Moved:
     return descended(fixed, moving, "learned", "full", "rnd")
 
 
+def learned_unlabelled(fixed: Path, moving: Path) -> Moved:
+    """The same by what the two say to unlabelled batches."""
+    return descended(fixed, moving, "learned", "full", "rnd", unlabelled=True)
+
+
 METHODS = {
     "plain": Method(plain, "#808080"),
     "permutations": Method(permutations, "#d55e00"),
@@ -161,11 +168,13 @@ METHODS = {
     "sinkhorn, mid": Method(sinkhorn_mid, "#56b4e9", NARROW),
     "sinkhorn, rnd": Method(sinkhorn_rnd, "#000000", NARROW),
     "learned": Method(learned, "#e69f00", ("vit", "gpt2", "llama", "bert"), steps=Learned().steps),
+    "learned, no labels": Method(learned_unlabelled, "#999933", ("vit", "gpt2", "llama", "bert")),
     "permutations + REPAIR": Method(permutations, "#d55e00", NARROW, finish=repair),
     "activations + REPAIR": Method(activations, "#882255", NARROW, finish=repair),
     "refit of plain": Method(plain, "#808080", finish=refit.finish, merge="refit"),
     "refit of full": Method(full, "#0072b2", finish=refit.finish, merge="refit"),
     "refit": Method(activations, "#117733", finish=refit.finish, merge="refit"),
+    f"refit of plain, {MORE} batches": Method(plain, "#808080", finish=refit.finish, merge="refit", batches=MORE),
 }
 
 
@@ -177,11 +186,11 @@ def aligned(fixed: Path, moving: Path, groups: str, starts: int = 2) -> tuple[So
 
 
 @cache
-def descended(fixed: Path, moving: Path, solver: str, groups: str, cost: str) -> Moved:
+def descended(fixed: Path, moving: Path, solver: str, groups: str, cost: str, *, unlabelled: bool = False) -> Moved:
     """By gradients of the loss in between, on training batches."""
     kind, spec = fixed.name.rpartition("-")[0], mlp_table(moving)
     start = time.perf_counter()
-    data = training(kind, BATCHES)
+    data = without_labels(kind, MORE) if unlabelled else training(kind, BATCHES)
     solution = align(testbed.load(kind, fixed), moving, solver=solver, spec=spec, groups=groups, data=data, cost=cost)
     return solution.apply(Checkpoint.open(moving)), time.perf_counter() - start
 
@@ -191,9 +200,9 @@ def mlp_table(folder: Path) -> Table | None:
     return None if (folder / "config.json").exists() else replace(MLP_TABLE, groups={"hidden.*": "scaled"})  # ReLU
 
 
-def unlabelled(kind: str) -> list[testbed.Batch]:
+def without_labels(kind: str, count: int = LOOKED_AT) -> list[testbed.Batch]:
     """A few training batches."""
-    return [{k: x for k, x in batch.items() if k != "labels"} for batch in training(kind, LOOKED_AT)]
+    return [{k: x for k, x in batch.items() if k != "labels"} for batch in training(kind, count)]
 
 
 def training(kind: str, count: int, seed: int = 5) -> list[testbed.Batch]:
@@ -255,7 +264,7 @@ def finished(method: Method, fixed: nn.Module, moved: nn.Module, kind: str) -> C
     """One model halfway, made with a few unlabelled batches."""
     assert method.finish is not None
     models = [Checkpoint.open(fixed), Checkpoint.open(moved)]
-    return method.finish(combine(models, method.merge), models, unlabelled(kind))
+    return method.finish(combine(models, method.merge), models, without_labels(kind, method.batches))
 
 
 def along(curve: Curve, plain: Curve) -> Result:

@@ -234,6 +234,8 @@ def test_evaluate_takes_over_what_data_says():
     )
     assert (recipe.evaluate.dataset, recipe.evaluate.column, recipe.evaluate.split) == ("x", "text", "t")
     assert Recipe.from_dict({"models": ["a"], "data": "x"}).data.dataset == "x"
+    unlabelled = {"models": ["a"], "data": {"dataset": "x", "labels": False}, "evaluate": {"split": "t"}}
+    assert Recipe.from_dict(unlabelled).evaluate.labels is None  # a loss needs them
 
 
 def test_data_that_nobody_looks_at_are_refused(place):
