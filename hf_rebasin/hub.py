@@ -101,10 +101,14 @@ def download(
 
 def fetch(repo: str, commit: str, names: Iterable[str], token: str | None = None) -> Path:
     """The folder of a repository at a commit, with the files of these names in it, as far as there are any."""
+    return fetch_matching(repo, commit, [glob.escape(name) for name in names], token)
+
+
+def fetch_matching(repo: str, commit: str, patterns: list[str], token: str | None = None) -> Path:
+    """The same with the files that match, those in its folders, too: a `*` goes over slashes."""
     from huggingface_hub import snapshot_download
 
-    # a pattern of the client goes over folders, too: none is given to it, only names
-    return Path(snapshot_download(repo, revision=commit, token=token, allow_patterns=[glob.escape(n) for n in names]))
+    return Path(snapshot_download(repo, revision=commit, token=token, allow_patterns=patterns))
 
 
 def fetched(
