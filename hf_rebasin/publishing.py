@@ -19,7 +19,7 @@ from .hub import bars
 from .licences import Outcome, outcome
 from .outcome import Pair
 from .processes import is_first
-from .provenance import Provenance
+from .provenance import Provenance, hashes
 from .recipe import PublishSettings
 from .recording import REPORT, licences_of
 from .refusing import refuse_token, speaking
@@ -195,7 +195,8 @@ def _own_card(file: Path) -> str | None:
 def _checked(folder: Path, settings: PublishSettings, template: Path | None) -> tuple[list[str], str]:
     """(the files to be sent without the card, the card) of a folder that is what it says."""
     provenance = Provenance.load(folder)
-    if wrong := [finding for finding in compared(folder, provenance) if not finding.holds]:
+    found = compared(folder, provenance, hashes(folder, written=True))
+    if wrong := [finding for finding in found if not finding.holds]:
         raise CheckpointError(f"{folder} is not what was written, so it is not published: {wrong[0]}")
     checkpoint = Checkpoint.open(folder)
     checkpoint.refuse_broken()
@@ -204,10 +205,10 @@ def _checked(folder: Path, settings: PublishSettings, template: Path | None) -> 
         report = Report.from_json((folder / REPORT).read_text(encoding="utf-8"))
         for pair in report.pairs:
             _refuse_failed(folder, pair)
-    found = outcome({one.name: one.licence for one in provenance.inputs}, settings.license)
-    refuse_unlicensed(found)
+    licence = outcome({one.name: one.licence for one in provenance.inputs}, settings.license)
+    refuse_unlicensed(licence)
     branch = None if settings.create_pr else settings.revision
-    subject = Subject(settings.to, checkpoint, provenance, found, report, branch)
+    subject = Subject(settings.to, checkpoint, provenance, licence, report, branch)
     return [*provenance.outputs, PROVENANCE], card(subject, template)
 
 
