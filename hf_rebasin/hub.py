@@ -118,7 +118,7 @@ def fetched(
     repo, revision = named(source, revision)
     commit = resolved(repo, revision, token)
     folder = download(repo, commit, token, weights=values, progress=progress)
-    return folder, commit, None if values or whole(folder) else headers(repo, commit, token)
+    return folder, commit, None if values or whole(folder) else headers(repo, commit, folder, token)
 
 
 def whole(folder: Path) -> bool:
@@ -127,11 +127,10 @@ def whole(folder: Path) -> bool:
     return bool(names) and all((folder / name).is_file() for name in names)
 
 
-def to_download(repo: str, commit: str, token: str | None = None) -> int:
-    """How many bytes of a model's weights are still to be fetched; what is small is fetched."""
+def to_download(repo: str, commit: str, folder: Path, token: str | None = None) -> int:
+    """How many bytes of a model's weights are still to be fetched to its folder, which has all else."""
     from huggingface_hub import snapshot_download
 
-    folder = download(repo, commit, token, weights=False)
     names = _weights(repo, commit, folder)
     if not names or whole(folder):
         return 0
@@ -141,8 +140,14 @@ def to_download(repo: str, commit: str, token: str | None = None) -> int:
     return sum(file.file_size or 0 for file in files if file.will_download)
 
 
-def headers(repo: str, commit: str, token: str | None = None) -> dict[str, Absent]:
+def headers(repo: str, commit: str, folder: Path, token: str | None = None) -> dict[str, Absent]:
     """Shape and dtype of all tensors of a repository, read off the headers of its files; no weights are fetched.
+
+    Args:
+        repo: its id.
+        commit: a whole hash.
+        folder: with all but its weights, as `download` leaves it.
+        token: instead of the one that is logged in with.
 
     Raises:
         CheckpointError: there are no weights, only `.bin` files, or headers that do not say what they should.
@@ -154,7 +159,6 @@ def headers(repo: str, commit: str, token: str | None = None) -> dict[str, Absen
     from .files import DTYPES
     from .lazy import Absent
 
-    folder = download(repo, commit, token, weights=False)
     files = _weights(repo, commit, folder)
     if not files or not files[0].endswith(".safetensors"):
         why = f"its weights are {some(files)}, which say no shapes before they are here" if files else "no weights"
