@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # What says what a model is, and is fetched first; and what whoever reads its licence needs.
 FIRST = ("config.json", ADAPTER[0], INDEX, OLD_INDEX)
-CARD = ("README.md", "LICENSE*")
+CARDS = ("README.md", "LICENSE*")
 _resolved: ContextVar[dict[tuple[str, str], str] | None] = ContextVar("resolved", default=None)
 
 
@@ -224,7 +224,7 @@ def _side_files(names: Iterable[str]) -> list[str]:
 
 
 def _cards(names: Iterable[str]) -> list[str]:
-    return sorted(name for name in names if "/" not in name and any(fnmatch(name, one) for one in CARD))
+    return sorted(name for name in names if "/" not in name and any(fnmatch(name, one) for one in CARDS))
 
 
 def _weight_files(folder: Path, there: set[str]) -> list[str]:

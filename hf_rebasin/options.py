@@ -122,7 +122,7 @@ def saved(checkpoint: Checkpoint, out: Path, overwrite: bool, record: Record) ->
     from .processes import is_first, wait
 
     if is_first():
-        checkpoint.save(out, overwrite=overwrite, progress=True, beside=record.write)
+        checkpoint.save(out, overwrite=overwrite, progress=shown(), beside=record.write)
     wait()
     return out
 
