@@ -14,7 +14,8 @@ from .checkpoint import Checkpoint
 from .errors import OptionError
 from .folder import is_weights
 from .licences import Outcome
-from .outcome import Pair, Row
+from .measurements import Row
+from .outcome import Pair
 from .page import NONE, environment, table_of
 from .provenance import Provenance
 from .recording import RECIPE

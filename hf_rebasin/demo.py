@@ -33,7 +33,7 @@ from .errors import OptionError, nearest
 from .evaluating import Measured, evaluate
 from .judging import likeness, moved_in
 from .line import Curve, interpolate
-from .outcome import Exactness, Likeness, Line, Row, with_excess
+from .measurements import Exactness, Likeness, Line, Row, with_excess
 from .recalibrating import recalibrate
 from .report import Report
 from .solving import Solution

@@ -26,8 +26,9 @@ from .errors import MismatchError
 from .evaluating import evaluate
 from .inputs import evaluating, example_inputs
 from .line import interpolate
+from .measurements import Consumed, Exactness, Likeness, Line, Moved, Row, with_excess
 from .objective import Device, matched_tensors
-from .outcome import Consumed, Exactness, Likeness, Line, Moved, Pair, Row, with_excess
+from .outcome import Pair
 from .provenance import versions
 from .recalibrating import has_statistics, recalibrate
 from .recipe import Recipe, RefitSettings, finishes

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .charts import STYLES, Chart, charts, in_percent, small_multiples, spark, styles
-from .outcome import CONSUMED, Line, Pair, Row, least, percent
+from .measurements import CONSUMED, Line, Row, least
+from .outcome import Pair
+from .verdict import percent
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -35,6 +35,8 @@ FLOORS = (
     {"page"},
     {"charts"},
     {"outcome"},
+    {"verdict"},
+    {"measurements"},
     {"data"},
     {"imaging", "tokenising", "labelling"},
     {"rows"},
