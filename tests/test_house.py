@@ -20,7 +20,7 @@ FLOORS = (
     {"verbs"},
     {"showing", "options"},
     {"demo", "coordinate_descent", "interpolation", "rebasin_net", "loss"},
-    {"carrying_out"},
+    {"carrying_out", "digits"},
     {"publishing"},
     {"card", "verifying"},
     {"making"},
