@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import glob
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .alignment import Alignment
 from .errors import CheckpointError, some
 from .folder import ADAPTER, PROVENANCE, is_weights
-from .hub import bars, fetch, named, names_of, resolved
+from .hub import bars, fetch, fetch_matching, named, names_of, resolved
 from .provenance import Provenance
 from .refusing import speaking
 
@@ -25,9 +26,7 @@ def folder_of(source: str, *, progress: bool = False) -> Path:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
-    repository, revision = named(source)
-    commit = resolved(repository, revision)
-    with speaking(f"read {source}"), bars(progress):
+    with _read(source, progress) as (repository, commit):
         place = fetch(repository, commit, [PROVENANCE])
         if (place / PROVENANCE).is_file():
             loose = {name for name in names_of(repository, commit, place) if _may_be_loaded(name)}
@@ -54,7 +53,7 @@ def alignment_of(source: str, name: str | None = None) -> Alignment:
     if place.suffix == ".safetensors" or place.is_file():
         return Alignment.load(place)
     try:
-        folder = place if place.is_dir() else _fetched(source, [glob.escape(name) if name else ALIGNMENTS], False)
+        folder = place if place.is_dir() else _alignments(source, name)
     except CheckpointError as error:
         raise CheckpointError(f"{source} cannot be read as an alignment: {error}") from error
     found = sorted(file.name for file in folder.glob(ALIGNMENTS))
@@ -71,10 +70,18 @@ def artefact_name(source: str) -> str:
     return Path(source).name if Path(source).expanduser().exists() else source
 
 
-def _fetched(source: str, patterns: list[str], progress: bool) -> Path:
-    from huggingface_hub import snapshot_download
+def _alignments(source: str, name: str | None) -> Path:
+    """The folder of a repository, with this file of it, or with all its alignments."""
+    with _read(source, progress=False) as (repository, commit):
+        if name:
+            return fetch(repository, commit, [name])
+        return fetch_matching(repository, commit, [ALIGNMENTS])
 
+
+@contextmanager
+def _read(source: str, progress: bool) -> Iterator[tuple[str, str]]:
+    """(repository, commit); inside, the Hub speaks plainly, and shows its bars or none."""
     repository, revision = named(source)
     commit = resolved(repository, revision)
     with speaking(f"read {source}"), bars(progress):
-        return Path(snapshot_download(repository, revision=commit, allow_patterns=patterns))
+        yield repository, commit

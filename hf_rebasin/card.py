@@ -14,8 +14,9 @@ from .checkpoint import Checkpoint
 from .errors import OptionError
 from .folder import is_weights
 from .licences import Outcome
-from .outcome import Pair, Row
-from .page import NONE, scientific, table_of
+from .measurements import Row
+from .outcome import Pair
+from .page import NONE, environment, table_of
 from .provenance import Provenance
 from .recording import RECIPE
 from .report import Report
@@ -204,21 +205,12 @@ def limits(subject: Subject) -> list[str]:
 
 
 def _template(path: Path | None, ours: str = "card.md.j2") -> Any:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader(__package__, "templates"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # Markdown, which the Hub cleans
-    )
-    environment.filters.update(scientific=scientific, row=_row, is_weights=is_weights)
-    environment.globals.update(NONE=NONE)
+    markdown = environment(keep_trailing_newline=True, autoescape=False)  # which the Hub cleans
+    markdown.filters.update(row=_row, is_weights=is_weights)
+    markdown.globals.update(NONE=NONE)
     if path is None:
-        return environment.get_template(ours)
-    return environment.from_string(path.read_text(encoding="utf-8"))
+        return markdown.get_template(ours)
+    return markdown.from_string(path.read_text(encoding="utf-8"))
 
 
 def _row(cells: list[object]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import Any
 
-from .outcome import Likeness, Line
+from .measurements import Likeness, Line
 from .text import spread
 
 INK, FAINT = "#1b1f24", "#8a929c"  # of PNGs; those of the page are in its template

@@ -27,6 +27,7 @@ from .classes import (
     loaded,
     module_names,
     one_by_one,
+    own_config,
     quantised,
     read_config,
     recomputed,
@@ -49,6 +50,7 @@ from .folder import (
 )
 from .lazy import Here, Lazy, Tensors, all_finite, composed, parts_of
 
+Prefix: TypeAlias = str | tuple[str, ...] | None  # what comes before the base model's keys; None is the class's own
 OLD_SPELLINGS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
@@ -175,7 +177,7 @@ class Checkpoint:
 
     # --- names ---------------------------------------------------------------------------------------------------
 
-    def canonical(self, prefix: str | tuple[str, ...] | None = None) -> dict[str, str]:
+    def canonical(self, prefix: Prefix = None) -> dict[str, str]:
         """`{canonical key: disk key}`; without a prefix, the class's own base prefix.
 
         What old versions stored and new ones recompute (attention masks, position ids, rotary frequencies) has no
@@ -192,7 +194,7 @@ class Checkpoint:
                 names[name] = key
         return names
 
-    def _canonical(self, key: str, prefix: str | tuple[str, ...] | None) -> str:
+    def _canonical(self, key: str, prefix: Prefix) -> str:
         for old, new in OLD_SPELLINGS.items():
             if key.endswith(old):
                 key = key.removesuffix(old) + new
@@ -215,19 +217,19 @@ class Checkpoint:
         prefix = getattr(self.owner, "base_model_prefix", "")
         return f"{prefix}." if prefix else ""
 
-    def state(self, prefix: str | tuple[str, ...] | None = None) -> Tensors:
+    def state(self, prefix: Prefix = None) -> Tensors:
         """`{canonical key: tensor}`, read each time they are asked for where they are lazy."""
         return Tensors({name: self.parts[key] for name, key in self.canonical(prefix).items()})
 
-    def shapes(self, prefix: str | tuple[str, ...] | None = None) -> dict[str, tuple[int, ...]]:
+    def shapes(self, prefix: Prefix = None) -> dict[str, tuple[int, ...]]:
         """`{canonical key: shape}`."""
         return {name: self.parts[key].shape for name, key in self.canonical(prefix).items()}
 
-    def canonical_ties(self, prefix: str | tuple[str, ...] | None = None) -> dict[str, str]:
+    def canonical_ties(self, prefix: Prefix = None) -> dict[str, str]:
         """`ties` by canonical keys."""
         return {self._canonical(t, prefix): self._canonical(s, prefix) for t, s in self.ties.items()}
 
-    def with_state(self, state: Mapping[str, Tensor], prefix: str | tuple[str, ...] | None = None) -> Checkpoint:
+    def with_state(self, state: Mapping[str, Tensor], prefix: Prefix = None) -> Checkpoint:
         """The same checkpoint with other values, given by canonical keys; all its keys must be there."""
         names, parts = self.canonical(prefix), parts_of(state)
         return self.with_parts({key: parts[name] for name, key in names.items()})
@@ -240,9 +242,7 @@ class Checkpoint:
         """
         return replace(self, tensors=composed(dict(self.parts) | dict(parts)), **other)
 
-    def untied(
-        self, keys: Collection[str], ties: Mapping[str, str], prefix: str | tuple[str, ...] | None = None
-    ) -> Checkpoint:
+    def untied(self, keys: Collection[str], ties: Mapping[str, str], prefix: Prefix = None) -> Checkpoint:
         """The same model with some tied tensors stored apart, by canonical keys; its configuration says so."""
         names = self.canonical(prefix)
         disk = {self._canonical(target, prefix): target for target in self.declared_ties}
@@ -321,9 +321,7 @@ class Checkpoint:
         own = {key: part.kept().tensor if isinstance(part, Here) else part.read() for key, part in self.parts.items()}
         return loaded(self.owner, self.config, own, dtype, self.name)
 
-    def computing(
-        self, prefix: str | tuple[str, ...] | None = None, dtype: torch.dtype | None = None
-    ) -> tuple[nn.Module, dict[str, str]]:
+    def computing(self, prefix: Prefix = None, dtype: torch.dtype | None = None) -> tuple[nn.Module, dict[str, str]]:
         """`model(dtype)`, and `{canonical key: module key}`.
 
         Raises:
@@ -391,15 +389,12 @@ Source: TypeAlias = str | os.PathLike[str] | nn.Module | Mapping[str, Tensor] | 
 
 
 def _of_module(module: nn.Module) -> Checkpoint:
-    """A module under its own class: a configuration keeps the class of the file it was read from."""
+    """A module under its own class."""
     refuse_shapeless(module)
-    config: Any = copy.deepcopy(module.config) if hasattr(module, "base_model_prefix") else None
-    name = type(module).__name__
-    if config is not None:
-        config.architectures = [name]
-        name += f" of {config.name_or_path}" if config.name_or_path else ""
+    config = own_config(module)
+    place = "" if config is None else config.name_or_path or ""
     tensors = {key: tensor.detach() for key, tensor in to_disk(module, stored(module)).items()}
     # the folder it was loaded from has its tokenizer
-    folder = Path(config.name_or_path) if config is not None and config.name_or_path else None
-    folder = folder if folder is not None and folder.is_dir() else None
+    folder = Path(place) if place and Path(place).is_dir() else None
+    name = type(module).__name__ + f" of {place}" * bool(place)
     return Checkpoint(tensors, config, name, ties_of(module), folder, module, sources=(folder,) if folder else ())

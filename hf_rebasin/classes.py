@@ -112,6 +112,15 @@ def recomputed(key: str, part: Lazy) -> bool:
     return re.search(r"(^|\.)(embeddings\.position_ids|rotary_emb\.inv_freq)$", key) is not None
 
 
+def own_config(module: nn.Module) -> Any:
+    """A module's configuration with the module's class, not that of the file it was read from; None if it has none."""
+    if not hasattr(module, "base_model_prefix"):
+        return None
+    config: Any = copy.deepcopy(module.config)
+    config.architectures = [type(module).__name__]
+    return config
+
+
 def _without_code(said: Any) -> Any:
     """A copy that asks for no code of the Hub: some name a repository there for their attention or experts."""
     if isinstance(said, list):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # What says what a model is, and is fetched first; and what whoever reads its licence needs.
 FIRST = ("config.json", ADAPTER[0], INDEX, OLD_INDEX)
-CARD = ("README.md", "LICENSE*")
+CARDS = ("README.md", "LICENSE*")
 _resolved: ContextVar[dict[tuple[str, str], str] | None] = ContextVar("resolved", default=None)
 
 
@@ -101,10 +101,14 @@ def download(
 
 def fetch(repo: str, commit: str, names: Iterable[str], token: str | None = None) -> Path:
     """The folder of a repository at a commit, with the files of these names in it, as far as there are any."""
+    return fetch_matching(repo, commit, [glob.escape(name) for name in names], token)
+
+
+def fetch_matching(repo: str, commit: str, patterns: list[str], token: str | None = None) -> Path:
+    """The same with the files that match, those in its folders, too: a `*` goes over slashes."""
     from huggingface_hub import snapshot_download
 
-    # a pattern of the client goes over folders, too: none is given to it, only names
-    return Path(snapshot_download(repo, revision=commit, token=token, allow_patterns=[glob.escape(n) for n in names]))
+    return Path(snapshot_download(repo, revision=commit, token=token, allow_patterns=patterns))
 
 
 def fetched(
@@ -114,7 +118,7 @@ def fetched(
     repo, revision = named(source, revision)
     commit = resolved(repo, revision, token)
     folder = download(repo, commit, token, weights=values, progress=progress)
-    return folder, commit, None if values or whole(folder) else headers(repo, commit, token)
+    return folder, commit, None if values or whole(folder) else headers(repo, commit, folder, token)
 
 
 def whole(folder: Path) -> bool:
@@ -123,11 +127,10 @@ def whole(folder: Path) -> bool:
     return bool(names) and all((folder / name).is_file() for name in names)
 
 
-def to_download(repo: str, commit: str, token: str | None = None) -> int:
-    """How many bytes of a model's weights are still to be fetched; what is small is fetched."""
+def to_download(repo: str, commit: str, folder: Path, token: str | None = None) -> int:
+    """How many bytes of a model's weights are still to be fetched to its folder, which has all else."""
     from huggingface_hub import snapshot_download
 
-    folder = download(repo, commit, token, weights=False)
     names = _weights(repo, commit, folder)
     if not names or whole(folder):
         return 0
@@ -137,8 +140,14 @@ def to_download(repo: str, commit: str, token: str | None = None) -> int:
     return sum(file.file_size or 0 for file in files if file.will_download)
 
 
-def headers(repo: str, commit: str, token: str | None = None) -> dict[str, Absent]:
+def headers(repo: str, commit: str, folder: Path, token: str | None = None) -> dict[str, Absent]:
     """Shape and dtype of all tensors of a repository, read off the headers of its files; no weights are fetched.
+
+    Args:
+        repo: its id.
+        commit: a whole hash.
+        folder: with all but its weights, as `download` leaves it.
+        token: instead of the one that is logged in with.
 
     Raises:
         CheckpointError: there are no weights, only `.bin` files, or headers that do not say what they should.
@@ -150,7 +159,6 @@ def headers(repo: str, commit: str, token: str | None = None) -> dict[str, Absen
     from .files import DTYPES
     from .lazy import Absent
 
-    folder = download(repo, commit, token, weights=False)
     files = _weights(repo, commit, folder)
     if not files or not files[0].endswith(".safetensors"):
         why = f"its weights are {some(files)}, which say no shapes before they are here" if files else "no weights"
@@ -216,7 +224,7 @@ def _side_files(names: Iterable[str]) -> list[str]:
 
 
 def _cards(names: Iterable[str]) -> list[str]:
-    return sorted(name for name in names if "/" not in name and any(fnmatch(name, one) for one in CARD))
+    return sorted(name for name in names if "/" not in name and any(fnmatch(name, one) for one in CARDS))
 
 
 def _weight_files(folder: Path, there: set[str]) -> list[str]:

@@ -7,11 +7,9 @@ repaired, if the recipe says so). What does not beat them was not worth the trou
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.metadata import version
 from itertools import islice
 from typing import cast
 
@@ -28,8 +26,10 @@ from .errors import MismatchError
 from .evaluating import evaluate
 from .inputs import evaluating, example_inputs
 from .line import interpolate
+from .measurements import Consumed, Exactness, Likeness, Line, Moved, Row, with_excess
 from .objective import Device, matched_tensors
-from .outcome import Consumed, Exactness, Likeness, Line, Moved, Pair, Row, with_excess
+from .outcome import Pair
+from .provenance import versions
 from .recalibrating import has_statistics, recalibrate
 from .recipe import Recipe, RefitSettings, finishes
 from .report import Report
@@ -88,7 +88,7 @@ def judged(
         pairs=(pair,),
         recipe=yaml.safe_dump(said, sort_keys=False, allow_unicode=True),
         data=looked_at(result.opened),
-        versions={"python": sys.version.split()[0], **{name: version(name) for name in SHOWN}},
+        versions=dict(versions(SHOWN)),
         command=command,
         created=created,
     )

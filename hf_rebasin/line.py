@@ -16,8 +16,8 @@ from .errors import OptionError, nearest
 from .evaluating import Measured, evaluate
 from .inputs import refuse_read_once
 from .lazy import Here, Tensors
+from .measurements import halfway, highest, mean_over, rises
 from .merging import combine, untied_like
-from .outcome import halfway, highest, mean_over, rises
 
 Measure: TypeAlias = Callable[[nn.Module], Measured]
 Prepare: TypeAlias = Callable[[nn.Module], object]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import registry
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, Prefix
 from .classes import recomputed
 from .errors import CheckpointError, MismatchError, OptionError, some
 from .knobs import knobs_for
@@ -207,7 +207,7 @@ def untied_like(first: Checkpoint, others: Sequence[Checkpoint]) -> Checkpoint:
 def lined_up(
     first: Checkpoint,
     other: Checkpoint,
-    prefix: str | tuple[str, ...] | None = None,
+    prefix: Prefix = None,
     *,
     backbone_only: bool = False,
 ) -> dict[str, Lazy]:
@@ -277,7 +277,7 @@ def _backbones(
     other: Checkpoint,
     mine: Mapping[str, str],
     theirs: Mapping[str, Lazy],
-    prefix: str | tuple[str, ...] | None,
+    prefix: Prefix,
 ) -> tuple[dict[str, str], dict[str, Lazy]]:
     """Both without their heads."""
     base, theirs = first.base_prefix, dict(theirs)

@@ -15,7 +15,7 @@ from .folder import refuse_target
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
-    from .recipe import Recipe
+    from .recipe import PublishSettings, Recipe
     from .recording import Record
 
 MODEL = "Folder or Hub id; id@revision pins a commit, branch or tag."
@@ -122,7 +122,7 @@ def saved(checkpoint: Checkpoint, out: Path, overwrite: bool, record: Record) ->
     from .processes import is_first, wait
 
     if is_first():
-        checkpoint.save(out, overwrite=overwrite, progress=True, beside=record.write)
+        checkpoint.save(out, overwrite=overwrite, progress=shown(), beside=record.write)
     wait()
     return out
 
@@ -145,6 +145,27 @@ def recipe_of(said: dict[str, Any]) -> Recipe:
     return Recipe.from_dict(said, name="the command")
 
 
+def said_of_publishing(
+    to: str | None,
+    public: bool,
+    license: str | None,
+    revision: str | None,
+    create_pr: bool,
+    commit_message: str | None,
+) -> dict[str, Any]:
+    """What the command line says of publishing, in the words of a recipe; what it does not say is not there."""
+    said = {"to": to, "private": False if public else None, "license": license, "revision": revision}
+    said |= {"create_pr": create_pr or None, "message": commit_message}
+    return {key: value for key, value in said.items() if value is not None}
+
+
+def publish_settings(said: dict[str, Any]) -> PublishSettings:
+    """The same with the mistakes of a recipe found, and its defaults."""
+    settings = recipe_of({"models": ["x"], "publish": said}).publish
+    assert settings is not None
+    return settings
+
+
 def published_as(recipe: Recipe, said: dict[str, Any], template: Path | None) -> Recipe:
     """A recipe with what the command line says of publishing over what it says itself."""
     if recipe.publish is not None:
@@ -154,8 +175,7 @@ def published_as(recipe: Recipe, said: dict[str, Any], template: Path | None) ->
             "--license, --public, --revision, --create-pr, --commit-message and --template are for "
             "publishing; say where to (--push-to ORG/NAME)"
         )
-    publish = recipe_of({"models": ["x"], "publish": said}).publish if said else None
-    return recipe.model_copy(update={"publish": publish})
+    return recipe.model_copy(update={"publish": publish_settings(said) if said else None})
 
 
 def recipe_file(path: str) -> Recipe:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .charts import STYLES, Chart, charts, in_percent, small_multiples, spark, styles
-from .outcome import CONSUMED, Line, Pair, Row, least, percent
+from .measurements import CONSUMED, Line, Row, least
+from .outcome import Pair
+from .verdict import percent
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 NONE = "–"
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -176,14 +181,21 @@ def seconds(value: float) -> str:
 
 def render(**said: Any) -> str:
     """The page, from what the template names."""
+    page = environment(autoescape=True)
+    page.filters.update(seconds=seconds)
+    return page.get_template("report.html.j2").render(styles_of_lines=STYLES, **said)
+
+
+def environment(**other: Any) -> Environment:
+    """What Jinja reads templates in: ours are there, and a name that there is not is an error."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(
+    found = Environment(
         loader=PackageLoader(__package__, "templates"),
-        autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        **other,
     )
-    environment.filters.update(scientific=scientific, seconds=seconds)
-    return environment.get_template("report.html.j2").render(styles_of_lines=STYLES, **said)
+    found.filters.update(scientific=scientific)
+    return found

@@ -156,12 +156,11 @@ def _inputs(recipe: Recipe, models: Sequence[Checkpoint]) -> list[Input]:
     found = []
     for entry, checkpoint in zip(recipe.in_order(), models, strict=True):
         here = not any(isinstance(part, Absent) for part in checkpoint.parts.values())
-        missing = 0
-        if checkpoint.commit is not None and not here:
-            missing = hub.to_download(hub.named(entry.model)[0], checkpoint.commit)
+        folder, missing = checkpoint.folder, 0
+        if folder is not None and checkpoint.commit is not None and not here:
+            missing = hub.to_download(hub.named(entry.model)[0], checkpoint.commit, folder)
         name = entry.model if entry.revision is None else f"{entry.model}@{entry.revision}"
         size = sum(part.nbytes for part in checkpoint.parts.values())
-        folder = checkpoint.folder
         made = Provenance.load(folder).inputs if folder is not None and (folder / PROVENANCE).is_file() else ()
         licence = licence_of(checkpoint, {one.name: one.licence for one in made})
         found.append(Input(name, checkpoint.commit, len(checkpoint.parts), size, missing, here, licence))

@@ -19,7 +19,7 @@ from .hub import bars
 from .licences import Outcome, outcome
 from .outcome import Pair
 from .processes import is_first
-from .provenance import Provenance
+from .provenance import Provenance, hashes
 from .recipe import PublishSettings
 from .recording import REPORT, licences_of
 from .refusing import refuse_token, speaking
@@ -93,18 +93,33 @@ def publish(
         >>> publish("merged", "me/merged", licence="mit").url
         'https://huggingface.co/me/merged/commit/…'
     """
-    source = Path(source)
-    refuse_name(repository)
-    if create_pr and revision is not None:
+    settings = PublishSettings(
+        to=repository, private=private, license=licence, revision=revision, create_pr=create_pr, message=message
+    )
+    return publish_as(settings, Path(source), template=template, token=token, dry_run=dry_run, progress=progress)
+
+
+def publish_as(
+    settings: PublishSettings,
+    source: Path,
+    *,
+    template: Path | None = None,
+    token: str | None = None,
+    dry_run: bool = False,
+    progress: bool = False,
+) -> Published:
+    """Publish a folder or an alignment as a recipe says; `publish` says what is checked before."""
+    refuse_name(settings.to)
+    if settings.create_pr and settings.revision is not None:
         raise OptionError("a pull request is always opened against the main branch; leave out the revision")
     if not source.exists():
         raise CheckpointError(f"{source} is not there; name a folder that a verb of ours wrote, or an alignment")
     if source.is_file():
         if template is not None:
             raise OptionError("the template is for the card of a model, and this is an alignment; leave it out")
-        files, text = {"alignment.safetensors": source}, _alignment_card(source, repository, licence)
+        files, text = {"alignment.safetensors": source}, _alignment_card(source, settings)
     else:
-        names, text = _checked(source, repository, licence, None if create_pr else revision, template)
+        names, text = _checked(source, settings, template)
         files = {name: source / name for name in names}
         own = _own_card(source / CARD)
         if own is not None:
@@ -114,41 +129,13 @@ def publish(
                 )
             text = own  # whoever wrote a card of their own meant it
     if dry_run:
-        return Published(repository, "", False, text, tuple(files))
+        return Published(settings.to, "", False, text, tuple(files))
     if source.is_dir():
         write_whole(source / CARD, text.encode())
-    message = message or f"Upload {'a merge' if source.is_dir() else 'an alignment'} made with hf-rebasin"
-    with speaking(f"publish to {repository}"):
+    with speaking(f"publish to {settings.to}"):
         refuse_token(token)
-        url, changed = _sent(
-            repository,
-            files,
-            text,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            message=message,
-            token=token,
-            progress=progress,
-        )
-    return Published(repository, url, changed, text, tuple(files))
-
-
-def publish_as(
-    settings: PublishSettings, folder: Path, *, template: Path | None = None, progress: bool = False
-) -> Published:
-    """Publish a folder as a recipe says."""
-    return publish(
-        folder,
-        settings.to,
-        private=settings.private,
-        licence=settings.license,
-        revision=settings.revision,
-        create_pr=settings.create_pr,
-        message=settings.message,
-        template=template,
-        progress=progress,
-    )
+        url, changed = _sent(settings, files, text, token, progress)
+    return Published(settings.to, url, changed, text, tuple(files))
 
 
 def refuse_unready(models: Sequence[Checkpoint], settings: PublishSettings) -> None:
@@ -205,12 +192,11 @@ def _own_card(file: Path) -> str | None:
     return None if GENERATED in text else text
 
 
-def _checked(
-    folder: Path, repository: str, licence: str | None, revision: str | None, template: Path | None
-) -> tuple[list[str], str]:
+def _checked(folder: Path, settings: PublishSettings, template: Path | None) -> tuple[list[str], str]:
     """(the files to be sent without the card, the card) of a folder that is what it says."""
     provenance = Provenance.load(folder)
-    if wrong := [finding for finding in compared(folder, provenance) if not finding.holds]:
+    found = compared(folder, provenance, hashes(folder, written=True))
+    if wrong := [finding for finding in found if not finding.holds]:
         raise CheckpointError(f"{folder} is not what was written, so it is not published: {wrong[0]}")
     checkpoint = Checkpoint.open(folder)
     checkpoint.refuse_broken()
@@ -219,9 +205,10 @@ def _checked(
         report = Report.from_json((folder / REPORT).read_text(encoding="utf-8"))
         for pair in report.pairs:
             _refuse_failed(folder, pair)
-    found = outcome({one.name: one.licence for one in provenance.inputs}, licence)
-    refuse_unlicensed(found)
-    subject = Subject(repository, checkpoint, provenance, found, report, revision)
+    licence = outcome({one.name: one.licence for one in provenance.inputs}, settings.license)
+    refuse_unlicensed(licence)
+    branch = None if settings.create_pr else settings.revision
+    subject = Subject(settings.to, checkpoint, provenance, licence, report, branch)
     return [*provenance.outputs, PROVENANCE], card(subject, template)
 
 
@@ -249,35 +236,27 @@ def _refuse_failed(folder: Path, pair: Pair) -> None:
         )
 
 
-def _alignment_card(file: Path, repository: str, licence: str | None) -> str:
-    said = None if licence is None else outcome({}, licence).licence
-    return alignment_card(Alignment.load(file), repository, None if said is None else said.licence)
+def _alignment_card(file: Path, settings: PublishSettings) -> str:
+    said = None if settings.license is None else outcome({}, settings.license).licence
+    return alignment_card(Alignment.load(file), settings.to, None if said is None else said.licence)
 
 
 def _sent(
-    repository: str,
-    files: dict[str, Path],
-    text: str,
-    *,
-    private: bool,
-    revision: str | None,
-    create_pr: bool,
-    message: str,
-    token: str | None,
-    progress: bool,
+    settings: PublishSettings, files: dict[str, Path], text: str, token: str | None, progress: bool
 ) -> tuple[str, bool]:
     """(url, whether anything was changed) of one commit."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api, model = HfApi(token=token), any(is_weights(name) for name in files)
-    api.create_repo(repository, private=private, exist_ok=True)
+    repository, revision = settings.to, settings.revision
+    api.create_repo(repository, private=settings.private, exist_ok=True)
     if revision is not None:
         api.create_branch(repository, branch=revision, exist_ok=True)
     head = api.model_info(repository, revision=revision)
     present = {file.rfilename for file in head.siblings or ()}
     if not model:
         _refuse_model(repository, present)
-    if CARD in present and not create_pr:  # of which its owner is asked
+    if CARD in present and not settings.create_pr:  # of which its owner is asked
         with bars(progress):
             card = Path(api.hf_hub_download(repository, CARD, revision=head.sha))
         _refuse_card(repository, card.read_bytes(), text, files)
@@ -292,10 +271,10 @@ def _sent(
                 CommitOperationAdd(CARD, text.encode()),
                 *(CommitOperationDelete(name) for name in stale),
             ],
-            commit_message=message,
+            commit_message=settings.message or f"Upload {'a merge' if model else 'an alignment'} made with hf-rebasin",
             revision=revision,
-            create_pr=create_pr,
-            parent_commit=None if create_pr else head.sha,
+            create_pr=settings.create_pr,
+            parent_commit=None if settings.create_pr else head.sha,
         )
     changed = commit.oid != head.sha
     return str(commit.pr_url or (commit.commit_url if changed else commit.repo_url)), changed

@@ -23,20 +23,11 @@ from pydantic import TypeAdapter, ValidationError
 from .charts import png
 from .errors import OptionError
 from .folder import write_whole
-from .outcome import (
-    Exactness,
-    Likeness,
-    Line,
-    Moved,
-    Pair,
-    Row,
-    Verdict,
-    verdict_on,
-    verdict_over,
-    with_excess,
-)
+from .measurements import Exactness, Likeness, Line, Moved, Row, with_excess
+from .outcome import Pair, verdict_over
 from .page import render, summary, view
 from .text import without_place, without_places
+from .verdict import Verdict, verdict_on
 
 __all__ = [
     "Exactness",

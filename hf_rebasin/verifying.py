@@ -15,7 +15,6 @@ import torch
 from .artefacts import folder_of
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, some
-from .files import sha256_of
 from .folder import ADAPTER, is_made, is_weights
 from .lazy import Lazy
 from .making import made_again
@@ -92,7 +91,8 @@ def verify(
     """
     folder = folder_of(source, progress=progress)
     provenance = Provenance.load(folder)
-    findings, notes = list(compared(folder, provenance)), []
+    there, notes = hashes(folder, written=True), []
+    findings = list(compared(folder, provenance, there))
     if rebuild or resolve:
         here = dict(versions())
         differ = [f"{n} {v} (here {here.get(n)})" for n, v in provenance.versions.items() if here.get(n) != v]
@@ -107,18 +107,19 @@ def verify(
             notes.append(
                 f"it was made by {made_on.processes} processes; sums of other numbers may be rounded differently"
             )
-        places = [_input(one, models) for one in provenance.inputs]
-        findings += [_unchanged(one, place) for one, place in zip(provenance.inputs, places, strict=True)]
+        found = [_input(one, models) for one in provenance.inputs]
+        findings += [_unchanged(one, files) for one, (_, files) in zip(provenance.inputs, found, strict=True)]
+        places = [place for place, _ in found]
         with tempfile.TemporaryDirectory(prefix="hf-rebasin-") as scratch, _threads(provenance.machine.threads):
             again = Path(scratch) / "again"
             made_again(provenance, places, folder, again, resolve=resolve, data=data, device=device, progress=progress)
-            findings += _same(folder, again, provenance.outputs)
+            findings += _same(folder, again, provenance.outputs, there)
     return Verification(source, tuple(findings), tuple(notes))
 
 
-def compared(folder: Path, provenance: Provenance) -> Iterator[Finding]:
-    """Whether the files of a folder are those that were written, and whether there are weights besides."""
-    there = hashes(folder, written=True)
+def compared(folder: Path, provenance: Provenance, there: Mapping[str, str]) -> Iterator[Finding]:
+    """Whether the files of a folder (`there`, with their sha256) are those that were written, and whether there are
+    weights besides."""
     for name, digest in sorted(provenance.outputs.items()):
         found = there.get(name)
         if found is None:
@@ -133,14 +134,17 @@ def compared(folder: Path, provenance: Provenance) -> Iterator[Finding]:
             yield Finding("as it was written", name, False, said)
 
 
-def _input(one: Input, models: Sequence[str]) -> Checkpoint:
-    """The model that was read: at its commit, or among folders that were named the one with the same weights."""
+def _input(one: Input, models: Sequence[str]) -> tuple[Checkpoint, dict[str, str]]:
+    """The model that was read, and its files with their sha256: at its commit, or among folders that were named the
+    one with the same weights."""
     if one.commit is not None:
-        return Checkpoint.open(one.name, revision=one.commit)
+        checkpoint = Checkpoint.open(one.name, revision=one.commit)
+        return checkpoint, {} if checkpoint.folder is None else hashes(checkpoint.folder)
     mine = _weights(one.files)
     for place in models:
-        if _weights(hashes(Path(place))) == mine:
-            return Checkpoint.open(place)
+        files = hashes(Path(place))
+        if _weights(files) == mine:
+            return Checkpoint.open(place), files
     tried = f"none of {some(models)} is it" if models else "say where it is (--model FOLDER)"
     raise CheckpointError(
         f"{one.name} is not on the Hub, and {tried}; its weights have {some(map(' '.join, mine.items()), 1)}"
@@ -151,14 +155,13 @@ def _weights(files: Mapping[str, str]) -> dict[str, str]:
     return {name: digest for name, digest in files.items() if name.endswith((".safetensors", ".bin"))}
 
 
-def _unchanged(one: Input, checkpoint: Checkpoint) -> Finding:
-    there = {} if checkpoint.folder is None else hashes(checkpoint.folder)
+def _unchanged(one: Input, there: Mapping[str, str]) -> Finding:
     other = sorted(name for name in one.files.keys() | there.keys() if one.files.get(name) != there.get(name))
     said = f"has other files than it had: {some(other)}" if other else ""
     return Finding("as it was read", one.place, not other, said)
 
 
-def _same(folder: Path, again: Path, written: Mapping[str, str]) -> Iterator[Finding]:
+def _same(folder: Path, again: Path, written: Mapping[str, str], there: Mapping[str, str]) -> Iterator[Finding]:
     """Whether what was made again is what was written, and where the weights are not, in which tensors."""
     anew = hashes(again, written=True)
     for name, digest in sorted(anew.items()):
@@ -168,7 +171,7 @@ def _same(folder: Path, again: Path, written: Mapping[str, str]) -> Iterator[Fin
     for name in sorted(written.keys() - anew.keys()):
         if not is_made(name):  # the recipe, the report and stored alignments are what it is made again of, or after
             yield Finding("the same, made again", name, False, "does not come out when it is made again")
-    here = {name: sha256_of(folder / name) for name in written if is_weights(name) and (folder / name).is_file()}
+    here = {name: digest for name, digest in there.items() if is_weights(name) and name in written}
     if here == {name: digest for name, digest in anew.items() if is_weights(name)}:
         return
     try:

@@ -131,11 +131,11 @@ def test_planning_fetches_no_weights(model, tmp_path):
     assert planned.shapes() == Checkpoint.open(model).shapes()
     assert planned.dtypes == Checkpoint.open(model).dtypes
     assert not list(planned.folder.glob("*.safetensors"))
-    assert size <= reading.to_download(repo, commit) < size + 10_000
+    assert size <= reading.to_download(repo, commit, planned.folder) < size + 10_000
     with pytest.raises(CheckpointError, match="only shapes of"):
         next(iter(planned.tensors.values()))
     Checkpoint.open(repo)
-    assert reading.to_download(repo, commit) == 0
+    assert reading.to_download(repo, commit, planned.folder) == 0
     assert same_tensors(Checkpoint.open(repo, values=False), model), "what is here is read"
     assert [r for r in asked(since, "/_lfs/get/") if r.startswith("GET")], "downloads are seen here"
 

@@ -38,6 +38,7 @@ from ..options import (
     refuse_options_beside_a_recipe,
     refuse_out,
     refuse_report,
+    said_of_publishing,
     say,
     shown,
     today,
@@ -129,9 +130,8 @@ def merge(
                 "evaluate": described(evaluate, evaluate_option, "--evaluate"),
             }
         )
-    given = {"to": push_to, "private": False if public else None, "license": license, "revision": revision}
-    given |= {"create_pr": create_pr or None, "message": commit_message}
-    recipe = published_as(recipe, {key: value for key, value in given.items() if value is not None}, template)
+    said = said_of_publishing(push_to, public, license, revision, create_pr, commit_message)
+    recipe = published_as(recipe, said, template)
     if report is not None and out.resolve() in report.resolve().parents:
         raise OptionError(
             f"{report} is inside of the merge's folder, which gets numbers and plots of its own; name another"

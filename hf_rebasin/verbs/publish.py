@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from ..options import CommitMessage, CreatePr, License, Public, Revision, Template, say, shown
+from ..options import (
+    CommitMessage,
+    CreatePr,
+    License,
+    Public,
+    Revision,
+    Template,
+    publish_settings,
+    said_of_publishing,
+    say,
+    shown,
+)
 
 
 def publish(
@@ -26,21 +37,11 @@ def publish(
     """Publish a model to the Hub, with a card, the recipe, the alignment and what was measured."""
     from .. import showing
     from ..processes import is_first
-    from ..publishing import publish as send
+    from ..publishing import publish_as
 
     if not is_first():
         return
-    published = send(
-        source,
-        repository,
-        private=not public,
-        licence=license,
-        revision=revision,
-        create_pr=create_pr,
-        message=commit_message,
-        template=template,
-        dry_run=dry_run,
-        progress=shown(),
-    )
+    settings = publish_settings(said_of_publishing(repository, public, license, revision, create_pr, commit_message))
+    published = publish_as(settings, source, template=template, dry_run=dry_run, progress=shown())
     for line in showing.published(published, dry_run):
         say(line)
