@@ -20,7 +20,7 @@ from .licences import Outcome, outcome
 from .outcome import Pair
 from .processes import is_first
 from .provenance import Provenance, hashes
-from .recipe import PublishSettings
+from .recipe import PublishSettings, publishing
 from .recording import REPORT, licences_of
 from .refusing import refuse_token, speaking
 from .report import Report
@@ -93,7 +93,7 @@ def publish(
         >>> publish("merged", "me/merged", licence="mit").url
         'https://huggingface.co/me/merged/commit/…'
     """
-    settings = PublishSettings(
+    settings = publishing(
         to=repository, private=private, license=licence, revision=revision, create_pr=create_pr, message=message
     )
     return publish_as(settings, Path(source), template=template, token=token, dry_run=dry_run, progress=progress)

@@ -219,8 +219,9 @@ class Recipe(_Strict):
             recipe = Recipe.model_validate(said)
         except ValidationError as error:
             recipe = None
-            found = [_mistake(e["loc"], e["type"], e["msg"]) for e in error.errors()]
-            mistakes += [one for one in found if not mistakes or one != "models: field required"]  # but slices of some
+            mistakes += [
+                one for one in _mistakes_in(error) if not mistakes or one != "models: field required"
+            ]  # but slices of some
         mistakes += [*_unknown_names(said), *_without_data(said)]
         if mistakes or recipe is None:
             lines = "".join(f"\n  {mistake}" for mistake in mistakes)
@@ -262,6 +263,18 @@ _MODELS: dict[str, type[BaseModel]] = {
     "evaluate": EvaluateSettings,
     "publish": PublishSettings,
 }
+
+
+def publishing(**said: Any) -> PublishSettings:
+    """Settings with these values; OptionError lists what is wrong with them."""
+    try:
+        return PublishSettings(**said)
+    except ValidationError as error:
+        raise OptionError(f"publish: {'; '.join(_mistakes_in(error))}") from error
+
+
+def _mistakes_in(error: ValidationError) -> list[str]:
+    return [_mistake(e["loc"], e["type"], e["msg"]) for e in error.errors()]
 
 
 def _mistake(loc: tuple[int | str, ...], kind: str, message: str) -> str:

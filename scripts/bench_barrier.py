@@ -56,7 +56,9 @@ from hf_rebasin.table import ROTATING, Table
 TUNED = ("plain", "full", "learned")
 SEEDS, POINTS = 3, 25
 LOOKED_AT = 16  # unlabelled batches, by activation matching, refit and REPAIR
-MORE = 64  # unlabelled batches that a descent goes through, and a control's
+MORE = (
+    64  # unlabelled batches that a descent goes through, and a control's; of images for convolutions four times that
+)
 BATCHES = 1000  # labelled ones that a descent goes through, round after round
 TITLES = {
     "mlp64": "MLP, width 64",
@@ -152,9 +154,16 @@ def learned(fixed: Path, moving: Path) -> Moved:
     return descended(fixed, moving, "learned", "full", "rnd")
 
 
+def straight_unlabelled(fixed: Path, moving: Path) -> Moved:
+    """Permutations by what the two say to unlabelled batches, from activation matching."""
+    start = "activation_matching"
+    knobs = {"start": start, "steps": 3000, "patience": 300, "checks": 32}
+    return descended(fixed, moving, "straight_through", "permutation", "mid", unlabelled=4 * MORE, **knobs)
+
+
 def learned_unlabelled(fixed: Path, moving: Path) -> Moved:
     """The same by what the two say to unlabelled batches."""
-    return descended(fixed, moving, "learned", "full", "rnd", unlabelled=True)
+    return descended(fixed, moving, "learned", "full", "rnd", unlabelled=MORE)
 
 
 METHODS = {
@@ -168,6 +177,7 @@ METHODS = {
     "sinkhorn, mid": Method(sinkhorn_mid, "#56b4e9", NARROW),
     "sinkhorn, rnd": Method(sinkhorn_rnd, "#000000", NARROW),
     "learned": Method(learned, "#e69f00", ("vit", "gpt2", "llama", "bert"), steps=Learned().steps),
+    "straight-through, no labels": Method(straight_unlabelled, "#661100", ("resnet",)),
     "learned, no labels": Method(learned_unlabelled, "#999933", ("vit", "gpt2", "llama", "bert")),
     "permutations + REPAIR": Method(permutations, "#d55e00", NARROW, finish=repair),
     "activations + REPAIR": Method(activations, "#882255", NARROW, finish=repair),
@@ -186,12 +196,15 @@ def aligned(fixed: Path, moving: Path, groups: str, starts: int = 2) -> tuple[So
 
 
 @cache
-def descended(fixed: Path, moving: Path, solver: str, groups: str, cost: str, *, unlabelled: bool = False) -> Moved:
-    """By gradients of the loss in between, on training batches."""
+def descended(
+    fixed: Path, moving: Path, solver: str, groups: str, cost: str, *, unlabelled: int = 0, **knobs: Any
+) -> Moved:
+    """By gradients of the loss in between, on training batches; or without labels, on so many."""
     kind, spec = fixed.name.rpartition("-")[0], mlp_table(moving)
     start = time.perf_counter()
-    data = without_labels(kind, MORE) if unlabelled else training(kind, BATCHES)
-    solution = align(testbed.load(kind, fixed), moving, solver=solver, spec=spec, groups=groups, data=data, cost=cost)
+    data = without_labels(kind, unlabelled) if unlabelled else training(kind, BATCHES)
+    given = {"solver": solver, "spec": spec, "groups": groups, "data": data, "cost": cost, **knobs}
+    solution = align(testbed.load(kind, fixed), moving, **given)
     return solution.apply(Checkpoint.open(moving)), time.perf_counter() - start
 
 

@@ -28,7 +28,7 @@ from published import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
-from hf_rebasin import Alignment, Checkpoint
+from hf_rebasin import Alignment, Checkpoint, publish
 from hf_rebasin.card import GENERATED
 from hf_rebasin.errors import OptionError
 from hf_rebasin.provenance import Provenance
@@ -271,6 +271,12 @@ def test_metadata_alone_are_no_card(stub):
     _refuse_card("org/stub", stub.encode(), GENERATED, {})
     with pytest.raises(OptionError, match="that somebody wrote"):
         _refuse_card("org/stub", f"{stub}\nMine.".encode(), GENERATED, {})
+
+
+@pytest.mark.parametrize("wrong", [{"to": 5}, {"private": "perhaps"}])
+def test_what_is_said_in_python_is_checked(wrong):
+    with pytest.raises(OptionError, match=f"publish: {next(iter(wrong))}: input should be"):
+        publish("nowhere", wrong.get("to", "org/x"), private=wrong.get("private", True))
 
 
 def test_a_card_that_somebody_wrote_is_not_replaced(mine, small):

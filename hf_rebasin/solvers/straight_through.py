@@ -5,6 +5,7 @@ latent weights.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ..descent import Descent
 from ..relaxing import Permuting
@@ -15,3 +16,7 @@ class Solver(Descent):
     """Knobs of straight-through matching: those of `Descent`."""
 
     permuting: Permuting = "straight_through"
+    steps: int = 1000
+    schedule: Literal["constant", "cosine"] = "cosine"
+    weight_decay: float | None = 0.0
+    patience: int = 100
