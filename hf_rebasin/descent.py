@@ -17,18 +17,18 @@ from itertools import islice
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import registry
 from .alignment import Alignment, act_on_block
 from .computing import Computing, by_batch_statistics, one_number, there
 from .divergence import Divergence, State
-from .errors import OptionError
+from .errors import OptionError, some
 from .gauge import gauges, plain, vectors
 from .inputs import own_loss, says_a_loss
 from .objective import Forward, Problem, equal_within, matched_tensors, weight_of
-from .processes import averaged, mean_of_all, shared_out
+from .processes import averaged, mean_of_all, numbers_of_all, shared_out
 from .relaxed_alignment import RelaxedAlignment, acted, split
 from .relaxing import Acting, Permuting, Softening
 from .solving import Clock, Solution, Status
@@ -43,7 +43,7 @@ SCHEDULES: dict[str, Callable[[int], Callable[[int], float]]] = {  # {name: step
     "constant": lambda steps: lambda step: 1.0,
     "cosine": lambda steps: lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps),
 }
-UNLABELLED = "the batches have no labels: it went by how far the model in between is from what the two say"
+UNLABELLED = "without labels, by how far the model in between is from saying what the two say"
 NOTHING = 1e-12  # of the squared norm of the fixed model: two models as far apart are equal
 
 
@@ -119,6 +119,8 @@ class Descent:
         cost = self.cost or ("l2" if problem.forward is None else self.ON_DATA)
         if cost not in OF_WEIGHTS and problem.forward is None:
             raise OptionError(f"the cost {cost!r} is a loss on data, and there are none; give data, or one of l2, l1")
+        if cost not in OF_WEIGHTS:
+            _refuse_uncovered(problem)
         clock = Clock()
         with clock("start"):
             start = self._started(problem)
@@ -170,17 +172,34 @@ class _Descending:
             self.loss = self._measure(problem.forward, {**self.fixed, **moved})
 
     def _measure(self, forward: Forward, moved: State) -> Callable[[State, float, Any], Tensor]:
-        """What is descended of (the model at λ, λ, a batch), and whether it looks at labels."""
+        """What is descended of (the model at λ, λ, a batch)."""
         device = self.problem.device
         module, names = forward.module()
         module = module.to(device).eval().requires_grad_(False)
-        if forward.loss is None and not says_a_loss(module, there(self.checked[0], device)):
-            diverging = Divergence(forward, (self.fixed, moved), device)
+        if forward.loss is None and not self._labelled(module):
+            diverging = Divergence(module, names, (self.fixed, moved), device)
             self.notes = (*self.notes, UNLABELLED)
-            return lambda state, t, batch: diverging.of(state, t, batch).mean()
+
+            def apart(state: State, t: float, batch: Any) -> Tensor:
+                found = diverging.of(state, t, batch)
+                return found.sum() / max(len(found), 1)
+
+            return apart
         by_batch_statistics(module)
         computing = Computing(module, names, one_number(forward.loss or own_loss), device)
         return lambda state, t, batch: computing(state, batch)
+
+    def _labelled(self, module: nn.Module) -> bool:
+        """Whether the module says a loss for the batches that are checked, the same in all processes."""
+        place = next((t.device for t in self.fixed.values()), None)
+        said = [says_a_loss(module, there(batch, self.problem.device)) for batch in self.checked]
+        labelled, count = numbers_of_all([sum(said), len(said)], place)
+        if 0 < labelled < count:
+            raise OptionError(
+                f"{type(module).__name__} gives a loss for {labelled:.0f} of the first {count:.0f} batches; put "
+                "labels in all of them, or in none"
+            )
+        return labelled > 0
 
     def _linear(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A model in the form that groups act on linearly, where it is computed with."""
@@ -201,6 +220,8 @@ class _Descending:
         with self.clock("exact"):
             identity = self._exact(still, self._paired(self._linear(self.problem.moving)))
             self.best = self._exact(still, self.pairs)
+        if not math.isfinite(self.best):
+            raise OptionError(f"the cost {self.cost!r} begins at {self.best}; look at the data, and at both models")
         self.history = [self._objective(identity), self._objective(self.best)]
         status = self._descended() if any(end.elements for end in self.ends) else self.start.status
         alignment = self.start.alignment
@@ -326,6 +347,17 @@ class _Descending:
             whole = torch.lerp(x, y, t) if x.is_floating_point() else x
             merged |= split(tensor, whole)
         return self.loss({**self.fixed, **merged}, t, batch)
+
+
+def _refuse_uncovered(problem: Problem) -> None:
+    """Norms are folded into what reads them, and a head that the moving model has not is not among it."""
+    covered = {key for tensor in problem.spec.tensors for key in tensor.keys.values()}
+    left = sorted(problem.fixed.keys() - covered)
+    if problem.spec.gauged and left:
+        raise OptionError(
+            f"what the models say cannot be descended over rotations, as {some(left)} of the fixed one has no "
+            "partner; take the cost l2, groups='permutation', or a solver without gradients"
+        )
 
 
 # --- data ------------------------------------------------------------------------------------------------------------

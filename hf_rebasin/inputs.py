@@ -125,9 +125,21 @@ def outputs_in(said: Any) -> Iterator[Tensor]:
 
 
 def answers(said: Any, mask: Tensor | None) -> list[Tensor]:
-    """What counts of a model's answer: numbers that are no loss, at positions that are looked at."""
+    """What counts of a model's answer: numbers that are no loss, at positions that are looked at.
+
+    Where there is one number for every position, positions are what is chosen among, and all of them stay.
+    """
     found = [x for x in outputs_in(said) if x.dim() and x.is_floating_point()]
-    return [x if mask is None or x.shape[: mask.dim()] != mask.shape else x[mask.bool().to(x.device)] for x in found]
+    if mask is None:
+        return found
+    by_position = [x.dim() > mask.dim() and x.shape[: mask.dim()] == mask.shape for x in found]
+    return [x[mask.bool().to(x.device)] if each else x for x, each in zip(found, by_position, strict=True)]
+
+
+def no_classes(module: nn.Module) -> bool:
+    """Whether a model's configuration says that its outputs are no scores of classes of which one is right."""
+    kind = getattr(getattr(module, "config", None), "problem_type", None)
+    return kind in ("regression", "multi_label_classification")
 
 
 def example_inputs(config: Any, generator: torch.Generator) -> dict[str, Tensor]:

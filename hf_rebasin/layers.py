@@ -23,7 +23,7 @@ from .checkpoint import Checkpoint
 from .computing import there
 from .errors import CheckpointError, OptionError, some
 from .hearing import Calls, Hearing, listening
-from .inputs import logits_in, refuse_read_once, run
+from .inputs import logits_in, no_classes, refuse_read_once, run
 from .lazy import Here, Lazy, all_finite, rounded
 from .processes import numbers_of_all, sum_of_all, that_of_the_first
 from .table import table_for
@@ -196,9 +196,7 @@ def order(module: nn.Module, batch: Any) -> list[Step]:
 def _scores_in(module: nn.Module, said: Any, batch: Any) -> Tensor | None:
     """The logits in an answer, if softmax along the last axis is what makes probabilities of them."""
     logits = logits_in(said, batch)
-    kind = getattr(getattr(module, "config", None), "problem_type", None)
-    several = kind in ("regression", "multi_label_classification")
-    return None if several or logits is None or logits.shape[-1] == 1 else logits
+    return None if no_classes(module) or logits is None or logits.shape[-1] == 1 else logits
 
 
 def _maps(module: nn.Module) -> list[str]:

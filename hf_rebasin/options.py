@@ -44,7 +44,7 @@ Hold = Annotated[
 ]
 DataName = Annotated[
     str | None,
-    typer.Option(help="Dataset to look at: Hub id, folder or file. Labels are not needed but to descend a loss."),
+    typer.Option(help="Dataset to look at: Hub id, folder or file. Labels are not needed."),
 ]
 DataOption = Annotated[
     list[str] | None,

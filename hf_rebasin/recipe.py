@@ -117,8 +117,8 @@ class Recipe(_Strict):
         assume: what is taken for the same without looking: `config`, `labels`, `vocabulary`.
         backbone_only: keep the first model's head; the others may have another, or none.
         dtype: of the result, by default that of the first model.
-        data: what is looked at while merging, by solvers, `refit` and `recalibrate`; without labels but for solvers
-            that descend a loss.
+        data: what is looked at while merging, by solvers, `refit` and `recalibrate`. Solvers that descend a loss take
+            labels where there are any.
         refit: fit the layers of the merge to what the merged models say; `true`, or `{ridge: …}`.
         recalibrate: `statistics` (of BatchNorm layers; with data the default), `repair`, or `false`.
         evaluate: what the merge is measured on, `{split: test}` or whatever else is different from `data`.

@@ -6,9 +6,12 @@ from conftest import FIRST, TINY, other_seed, run_script, same_tensors
 from torch import nn
 
 from hf_rebasin import Alignment, Checkpoint, Status, Table, align, infer_spec, merge, spec_for
+from hf_rebasin.computing import by_batch_statistics
+from hf_rebasin.descent import UNLABELLED
+from hf_rebasin.divergence import Divergence
 from hf_rebasin.errors import CheckpointError, OptionError
 from hf_rebasin.gauge import plain
-from hf_rebasin.inputs import answers, example_inputs, outputs_in, run
+from hf_rebasin.inputs import example_inputs, outputs_in, run
 from hf_rebasin.modules import merged
 
 TABLE = Table(
@@ -162,23 +165,74 @@ def test_a_model_says_its_own_loss(bert):
     assert not solution.notes
 
 
-def test_without_labels_it_goes_by_what_the_two_say(bert):
-    other, batch = other_seed(bert), inputs_of(bert)
-    knobs = {"solver": "learned", "start": "identity", "cost": "mid", "data": [batch], "check_every": 1}
-    solution = align(bert, other, steps=20, **knobs)
-    halfway = merge([bert, other]).model()
+@pytest.mark.parametrize("at", [0.5, 0.2])
+@pytest.mark.parametrize("family", ["bert", "resnet"])
+def test_without_labels_it_goes_by_what_the_two_say(family, at, request):
+    """Positions that are left out do not count; BatchNorm goes by the batch in between, and not at the ends."""
+    a = request.getfixturevalue(family)
+    b, batch = other_seed(a), inputs_of(a)
+    if family == "bert":
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["attention_mask"][:, 9:] = 0
+    between = merge([a, b], "lerp", t=at).model()
+    by_batch_statistics(between)
     with torch.no_grad():
-        said = [answers(run(model, batch), None) for model in (bert, other, halfway)]
-        by_hand = []
-        for a, b, between in zip(*said, strict=True):
-            mean = (a.double().softmax(-1) + b.double().softmax(-1)) / 2
-            by_hand.append((mean * (mean.log() - between.double().log_softmax(-1))).sum(-1).flatten())
-    assert -solution.history[0] == pytest.approx(torch.cat(by_hand).mean().item(), rel=1e-5)
-    assert solution.objective > 0.95 * solution.history[0]  # it fell
-    assert "have no labels" in solution.notes[0]
-    # whatever the module is called, there has to be something to compare
-    with pytest.raises(OptionError, match="Silent gives no numbers for these batches"):
-        align(Silent(), Silent(), solver="sinkhorn", spec=SILENT, data=[torch.ones(3, 2)])
+        logits = [run(model, batch).logits.double() for model in (a, b, between)]
+    if family == "bert":
+        logits = [y[:, :9] for y in logits]
+    p, q, y = (one.log_softmax(-1) for one in logits)
+    mean = (1 - at) * p.exp() + at * q.exp()
+    by_hand = (mean * (mean.log() - y)).sum(-1).mean().item()
+    knobs = {"solver": "learned" if family == "bert" else "straight_through", "start": "identity", "check_every": 1}
+    solution = align(a, b, cost="rnd", interval=(at, at), data=[batch], steps=20, **knobs)
+    assert -solution.history[0] == pytest.approx(by_hand, rel=1e-4)
+    assert solution.objective > solution.history[0]  # it fell
+    assert solution.notes == (UNLABELLED,)
+
+
+def test_a_head_without_a_partner_is_not_descended_through():
+    """Its norm would be folded into it."""
+    llama = TINY[FIRST["llama"]]
+    other, batch = other_seed(llama).model, inputs_of(llama)
+    knobs = {"solver": "learned", "backbone_only": True, "data": [batch], "steps": 1}
+    with pytest.raises(OptionError, match="of the fixed one has no partner"):
+        align(llama, other, **knobs)
+    assert UNLABELLED in align(llama, other, groups="permutation", **knobs).notes
+
+
+def test_labels_are_in_all_batches_or_in_none(bert):
+    batch = inputs_of(bert)
+    labelled = {**batch, "labels": batch["input_ids"]}
+    with pytest.raises(OptionError, match="gives a loss for 1 of the first 2 batches"):
+        align(bert, other_seed(bert), solver="learned", data=[batch, labelled], checks=2, steps=1)
+
+
+def test_what_cannot_be_compared_is_said():
+    knobs = {"solver": "sinkhorn", "start": "identity", "steps": 1}
+    with pytest.raises(OptionError, match="Silent gives no numbers that could be compared"):
+        align(Silent(), Silent(), spec=SILENT, data=[torch.ones(3, 2)], **knobs)
+    with pytest.raises(OptionError, match="the cost 'mid' begins at nan"):
+        align(mlp(0), mlp(1), spec=TABLE, data=[torch.full((3, 2), torch.nan)], **knobs)
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"),
+    [((4,), 4), ((4, 1), 4), ((4, 3), 4), ((4, 5, 3), 20), ((4, 3, 6, 7), 168)],
+    ids=["a number each", "one number each", "classes", "tokens", "pixels"],
+)
+def test_what_counts_as_a_sample(shape, count):
+    class Shaped(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).reshape(shape)
+
+    size = torch.Size(shape).numel()
+    module = Shaped(2, size // 4).double()
+    names = {key: key for key in module.state_dict()}
+    ends = [{"weight": torch.randn(size // 4, 2).double(), "bias": torch.zeros(size // 4).double()} for _ in range(2)]
+    diverging, x = Divergence(module.eval(), names, ends), torch.randn(4, 2).double()
+    assert len(diverging.of(ends[0], 0.5, x)) == count
+    assert diverging.of(ends[0], 0.0, x).abs().max() < 1e-12
+    assert diverging.of(ends[1], 0.0, x).min() > 0
 
 
 class Silent(nn.Module):

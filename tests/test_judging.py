@@ -12,7 +12,7 @@ from hf_rebasin import Checkpoint, Recipe, align, demo, merge
 from hf_rebasin.data import DataSettings, open_data
 from hf_rebasin.errors import OptionError, RecipeError
 from hf_rebasin.evaluating import evaluate
-from hf_rebasin.judging import judged
+from hf_rebasin.judging import _consumed, judged
 from hf_rebasin.recalibrating import recalibrate
 from hf_rebasin.running import run, shares_in
 
@@ -55,6 +55,21 @@ def judged_merge(place, kind, tmp_path, **more):
     recipe = Recipe.from_dict(said(place, kind, **more))
     result = run(recipe)
     return judged(recipe, result, Checkpoint.open(result.checkpoint.save(tmp_path / "out")))
+
+
+@pytest.mark.parametrize(
+    ("solver", "labels", "consumed"),
+    [
+        ("weight_matching", None, "nothing"),
+        ("activation_matching", None, "unlabelled inputs"),
+        ("learned", None, "labels"),
+        ("learned", False, "unlabelled inputs"),
+    ],
+)
+def test_what_aligning_looked_at(place, solver, labels, consumed):
+    data = {"dataset": str(place / "digits"), "samples": 4, "labels": labels}
+    recipe = Recipe.from_dict(said(place, "vit", align={"solver": solver}, data=data))
+    assert _consumed(recipe, open_data(recipe.data, Checkpoint.open(recipe.models[0].model))) == consumed
 
 
 def test_the_images_left_by_the_demo_are_those_it_trained_on(place):

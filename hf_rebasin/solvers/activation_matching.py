@@ -125,7 +125,8 @@ def divergence(problem: Problem, elements: Mapping[str, Element], count: int | N
     assert problem.forward is not None
     fixed, moving = _states(problem)
     moved = act(problem.spec, elements, moving)
-    diverging = Divergence(problem.forward, (fixed, moving), problem.device)
+    module, names = problem.forward.module()
+    diverging = Divergence(module.to(problem.device).eval(), names, (fixed, moving), problem.device)
     line = {
         at: {k: x.lerp(moved[k].to(x), at) if x.is_floating_point() else x for k, x in fixed.items()}
         for at in LOOKED_AT
@@ -136,8 +137,10 @@ def divergence(problem: Problem, elements: Mapping[str, Element], count: int | N
             said = diverging.said(batch)
             for at, state in line.items():
                 apart = diverging.of(state, at, batch, said)
-                total += torch.tensor([apart.sum().item(), apart.numel()], dtype=torch.float64)
+                total += torch.tensor([apart.double().sum().item(), apart.numel()], dtype=torch.float64)
     summed, samples = sum_of_all(total).tolist()
+    if not math.isfinite(summed):
+        raise OptionError(f"what the models say to these data is not finite ({summed}); look at both, and at the data")
     return summed / samples if samples else 0.0
 
 
