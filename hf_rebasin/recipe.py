@@ -219,9 +219,8 @@ class Recipe(_Strict):
             recipe = Recipe.model_validate(said)
         except ValidationError as error:
             recipe = None
-            mistakes += [
-                one for one in _mistakes_in(error) if not mistakes or one != "models: field required"
-            ]  # but slices of some
+            found = _mistakes_in(error)
+            mistakes += [one for one in found if not mistakes or one != "models: field required"]  # but slices of some
         mistakes += [*_unknown_names(said), *_without_data(said)]
         if mistakes or recipe is None:
             lines = "".join(f"\n  {mistake}" for mistake in mistakes)

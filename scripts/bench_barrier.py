@@ -56,9 +56,7 @@ from hf_rebasin.table import ROTATING, Table
 TUNED = ("plain", "full", "learned")
 SEEDS, POINTS = 3, 25
 LOOKED_AT = 16  # unlabelled batches, by activation matching, refit and REPAIR
-MORE = (
-    64  # unlabelled batches that a descent goes through, and a control's; of images for convolutions four times that
-)
+MORE = 64  # unlabelled batches that a descent goes through, and a control's; that of a ResNet through four times these
 BATCHES = 1000  # labelled ones that a descent goes through, round after round
 TITLES = {
     "mlp64": "MLP, width 64",
