@@ -212,13 +212,22 @@ class _Descending:
         there = (t for t in tensors if all(key in moving for key in t.keys.values()))
         return [(tensor, tensor.gather(self.fixed), tensor.gather(moving)) for tensor in there]
 
+    def _unmoved(self) -> Pairs:
+        """The two models as they are; of data the plain average is measured, and not that of the folded ones."""
+        moving = self.problem.moving
+        if self.cost in OF_WEIGHTS:
+            return self._paired(self._linear(moving))
+        fixed, device = self.problem.fixed, self.problem.device
+        there = (t for t in self.spec.tensors if all(key in moving for key in t.keys.values()))
+        return [(t, t.gather(fixed).to(device), t.gather(moving).to(device)) for t in there]
+
     # --- the loop ----------------------------------------------------------------------------------------------------
 
     def solution(self) -> Solution:
         """The best exact alignment of all that are seen on the way down, the start and the identity among them."""
         still: list[Mapping[str, Acting]] = [{} for _ in self.ends]
         with self.clock("exact"):
-            identity = self._exact(still, self._paired(self._linear(self.problem.moving)))
+            identity = self._exact(still, self._unmoved())
             self.best = self._exact(still, self.pairs)
         if not math.isfinite(self.best):
             raise OptionError(f"the cost {self.cost!r} begins at {self.best}; look at the data, and at both models")
