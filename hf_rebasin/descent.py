@@ -43,7 +43,7 @@ SCHEDULES: dict[str, Callable[[int], Callable[[int], float]]] = {  # {name: step
     "constant": lambda steps: lambda step: 1.0,
     "cosine": lambda steps: lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps),
 }
-UNLABELLED = "without labels, by how far the model in between is from saying what the two say"
+UNLABELLED = "aligned without labels, by how far the model in between is from saying what the two say"
 NOTHING = 1e-12  # of the squared norm of the fixed model: two models as far apart are equal
 
 
