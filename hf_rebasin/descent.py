@@ -145,7 +145,7 @@ class _Descending:
             self.fixed = self._linear(problem.fixed)
             self.moved = start.alignment.on(self.spec, problem.moving)
             moved = self._linear(self.moved)
-            self.pairs = self._paired(moved)
+            self.pairs = self._paired(self.fixed, moved)
             self.count = sum(a.numel() for _, a, _ in self.pairs)
             self.sizes = [
                 sum(self._size(tensor, a) for tensor, a, _ in self.pairs),
@@ -203,23 +203,23 @@ class _Descending:
 
     def _linear(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A model in the form that groups act on linearly, where it is computed with."""
-        device = self.problem.device
-        return {key: t.detach().to(device).contiguous() for key, t in plain(self.spec, state).items()}
+        return self._brought(plain(self.spec, state))
 
-    def _paired(self, moving: Mapping[str, Tensor]) -> Pairs:
+    def _brought(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A model where it is computed with."""
+        return {key: t.detach().to(self.problem.device).contiguous() for key, t in state.items()}
+
+    def _paired(self, fixed: Mapping[str, Tensor], moving: Mapping[str, Tensor]) -> Pairs:
         """What the cost looks at, of both models; what the moving one has not is the fixed one's."""
         tensors = matched_tensors(self.spec) if self.cost in OF_WEIGHTS else self.spec.tensors
         there = (t for t in tensors if all(key in moving for key in t.keys.values()))
-        return [(tensor, tensor.gather(self.fixed), tensor.gather(moving)) for tensor in there]
+        return [(tensor, tensor.gather(fixed), tensor.gather(moving)) for tensor in there]
 
     def _unmoved(self) -> Pairs:
         """The two models as they are; of data the plain average is measured, and not that of the folded ones."""
-        moving = self.problem.moving
         if self.cost in OF_WEIGHTS:
-            return self._paired(self._linear(moving))
-        fixed, device = self.problem.fixed, self.problem.device
-        there = (t for t in self.spec.tensors if all(key in moving for key in t.keys.values()))
-        return [(t, t.gather(fixed).to(device), t.gather(moving).to(device)) for t in there]
+            return self._paired(self.fixed, self._linear(self.problem.moving))
+        return self._paired(self._brought(self.problem.fixed), self._brought(self.problem.moving))
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
