@@ -25,7 +25,7 @@ from .checkpoint import Checkpoint
 from .descent import Descent
 from .describing import spec_of
 from .errors import NoSpaceError
-from .folder import PROVENANCE, resolved
+from .folder import resolved
 from .lazy import Absent
 from .licences import Licence, Outcome, Said, licence_of, outcome
 from .limits import kept_apart
@@ -161,8 +161,8 @@ def _inputs(recipe: Recipe, models: Sequence[Checkpoint]) -> list[Input]:
             missing = hub.to_download(hub.named(entry.model)[0], checkpoint.commit, folder)
         name = entry.model if entry.revision is None else f"{entry.model}@{entry.revision}"
         size = sum(part.nbytes for part in checkpoint.parts.values())
-        made = Provenance.load(folder).inputs if folder is not None and (folder / PROVENANCE).is_file() else ()
-        licence = licence_of(checkpoint, {one.name: one.licence for one in made})
+        record = Provenance.beside(checkpoint)
+        licence = licence_of(checkpoint, None if record is None else record.licences)
         found.append(Input(name, checkpoint.commit, len(checkpoint.parts), size, missing, here, licence))
     return found
 

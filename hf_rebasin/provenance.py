@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import Checkpoint
 from .errors import CheckpointError
 from .files import sha256_of
 from .folder import CARD, PROVENANCE, SUMS, is_made, is_weights, side_files, write_whole
@@ -89,6 +90,21 @@ class Provenance:
         said = {"format": FORMAT, **asdict(whole)}
         text = json.dumps(said, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
         write_whole(folder / PROVENANCE, text.encode())
+
+    @property
+    def licences(self) -> dict[str, Said]:
+        """What the inputs say, by their names."""
+        return {one.name: one.licence for one in self.inputs}
+
+    @staticmethod
+    def beside(model: Checkpoint) -> Provenance | None:
+        """The record in a model's folder; None where there is none.
+
+        Raises:
+            CheckpointError: it is not what `save` wrote.
+        """
+        folder = model.folder
+        return None if folder is None or not (folder / PROVENANCE).is_file() else Provenance.load(folder)
 
     @staticmethod
     def load(folder: Path) -> Provenance:

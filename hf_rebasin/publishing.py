@@ -205,7 +205,7 @@ def _checked(folder: Path, settings: PublishSettings, template: Path | None) -> 
         report = Report.from_json((folder / REPORT).read_text(encoding="utf-8"))
         for pair in report.pairs:
             _refuse_failed(folder, pair)
-    licence = outcome({one.name: one.licence for one in provenance.inputs}, settings.license)
+    licence = outcome(provenance.licences, settings.license)
     refuse_unlicensed(licence)
     branch = None if settings.create_pr else settings.revision
     subject = Subject(settings.to, checkpoint, provenance, licence, report, branch)

@@ -16,7 +16,7 @@ from .alignment import Alignment
 from .charts import png
 from .checkpoint import Checkpoint
 from .data import Batches, DataSettings
-from .folder import PROVENANCE, write_whole
+from .folder import write_whole
 from .judging import looked_at
 from .licences import Said, licence_of
 from .objective import Device
@@ -112,7 +112,7 @@ def begun(models: Sequence[Checkpoint]) -> list[Callable[[], Input]]:
     Raises:
         CheckpointError: the record of a model cannot be read, which is said before anything is computed.
     """
-    records = [_record_beside(model) for model in models]
+    records = [Provenance.beside(model) for model in models]
 
     def begin(name: str, model: Checkpoint, record: Provenance | None) -> Callable[[], Input]:
         future: Future[Input] = Future()
@@ -131,17 +131,13 @@ def begun(models: Sequence[Checkpoint]) -> list[Callable[[], Input]]:
 
 def licences_of(models: Sequence[Checkpoint]) -> dict[str, Said]:
     """What the models say, by their names, as a record will have it unless a file was changed since it was made."""
-    return {name: _licence(model, _record_beside(model)) for name, model in zip(names_of(models), models, strict=True)}
-
-
-def _record_beside(model: Checkpoint) -> Provenance | None:
-    """The record in a model's folder."""
-    folder = model.folder
-    return None if folder is None or not (folder / PROVENANCE).is_file() else Provenance.load(folder)
+    return {
+        name: _licence(model, Provenance.beside(model)) for name, model in zip(names_of(models), models, strict=True)
+    }
 
 
 def _licence(model: Checkpoint, record: Provenance | None) -> Said:
-    return licence_of(model, {one.name: one.licence for one in (() if record is None else record.inputs)})
+    return licence_of(model, None if record is None else record.licences)
 
 
 def _input(name: str, model: Checkpoint, record: Provenance | None) -> Input:
