@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .evaluating import evaluate
     from .line import between, interpolate
     from .loss import DistCosineLoss, DistL1Loss, DistL2Loss, MidLoss, RndLoss
+    from .merge_methods.distil import distil
     from .merge_methods.refit import refit
     from .objective import Problem
     from .publishing import publish
@@ -58,6 +59,7 @@ __all__ = [
     "between",
     "check",
     "compare",
+    "distil",
     "evaluate",
     "infer_spec",
     "interpolate",
@@ -101,6 +103,7 @@ _HOME = {
     "between": "line",
     "check": "checking",
     "compare": "api",
+    "distil": "merge_methods.distil",
     "evaluate": "evaluating",
     "infer_spec": "api",
     "interpolate": "line",

@@ -5,25 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import registry
 from .binding import bind_to, untied
 from .checkpoint import Checkpoint, Source
 from .comparing import Comparison, compared
 from .describing import inferred, spec_of
 from .errors import OptionError
 from .inputs import Inputs, refuse_read_once
-from .knobs import knobs_for
 from .lazy import Tensors
 from .limits import Groups, Limits, kept_apart
 from .merging import combine, finish_with, lined_state, lined_up, untied_like
 from .objective import Device, Forward, Problem
 from .pairing import Assumption, paired
-from .solving import Solution, Solver
+from .solving import Solution, Solver, solver_with
 from .spec import Spec
 from .table import Table
 
@@ -242,11 +240,11 @@ def merge(
     Args:
         models: folders, Hub ids, modules, state dicts or checkpoints; the first gives keys, shapes, dtypes,
             configuration and tokenizer.
-        method: a file of `hf_rebasin/merge_methods/`: "linear", "lerp", "slerp", "refit".
+        method: a file of `hf_rebasin/merge_methods/`: "linear", "lerp", "slerp", "refit", "distil".
         dtype: of the floating-point tensors of the result, by default what the first model has.
         assume: what to take for the same without looking: "config", "labels", "vocabulary".
         backbone_only: keep the first model's head; the others may have another, or none.
-        data: unlabelled batches that can be read several times, for "refit".
+        data: unlabelled batches that can be read several times, for "refit" and "distil".
         device: where that computes.
         progress: whether it shows a progress bar (on a terminal).
         knobs: of the method, such as `t=0.3`. A number may be another one for other tensors: `t=[0, 0.5, 1]` from the
@@ -314,9 +312,3 @@ def compare(fixed: Source, moving: Source, *, device: Device = None, progress: b
     for checkpoint in (a, b):
         checkpoint.refuse_quantised()
     return compared(a, b, device=device, progress=progress)
-
-
-def solver_with(name: str, knobs: dict[str, Any]) -> Solver:
-    """A solver with its knobs; unknown or unfitting ones raise OptionError."""
-    kind = registry.find("solvers", name).Solver
-    return cast(Solver, kind(**knobs_for(f"solver {name!r}", kind, knobs)))

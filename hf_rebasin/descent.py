@@ -11,7 +11,7 @@ Costs are those of Re-basin via implicit Sinkhorn differentiation (Guerrero Peñ
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import registry
 from .alignment import Alignment, act_on_block
 from .computing import Computing, by_batch_statistics, one_number, there
 from .divergence import Divergence, State
@@ -28,10 +27,10 @@ from .errors import OptionError, some
 from .gauge import gauges, plain, vectors
 from .inputs import own_loss, says_a_loss
 from .objective import Forward, Problem, equal_within, matched_tensors, weight_of
-from .processes import averaged, mean_of_all, numbers_of_all, shared_out
+from .processes import averaged, endless, mean_of_all, numbers_of_all
 from .relaxed_alignment import RelaxedAlignment, acted, split
 from .relaxing import Acting, Permuting, Softening
-from .solving import Clock, Solution, Status
+from .solving import Clock, Solution, Solver, Status, solver_with
 from .spec import Labelled
 
 Pairs: TypeAlias = "list[tuple[Labelled, Tensor, Tensor]]"  # of tensors that the groups act on linearly
@@ -57,7 +56,10 @@ class Descent:
             the two say (`hf_rebasin.divergence`). By default "mid" with data ("rnd" for `learned`), "l2" without.
             "l1" is descended as a mean, as in the paper, whose `lr` of 10 belongs to that: its gradients lie below
             the eps of AdamW.
-        start: the solver whose alignment is improved, or "identity"; no result is worse than it.
+        start: the solver whose alignment is improved, or "identity"; no result is worse than it. With knobs,
+            `{"solver": name, knob: value, …}`.
+        starts: as many descents from there, each with the batches that come then and with noise of its own; the best
+            alignment of all is kept.
         steps: of the optimizer, at most.
         lr: learning rate of what permutes.
         smooth_lr: learning rate of rotations, bases and scales.
@@ -80,7 +82,8 @@ class Descent:
     """
 
     cost: Cost | None = None
-    start: str = "weight_matching"
+    start: str | dict[str, Any] = "weight_matching"
+    starts: int = 1
     steps: int = 300
     lr: float = 0.1
     smooth_lr: float = 3e-3
@@ -102,11 +105,10 @@ class Descent:
     ON_DATA: ClassVar[Cost] = "mid"  # the cost where none is said
 
     def __post_init__(self) -> None:
-        for name in ("steps", "check_every", "checks", "patience"):
+        for name in ("starts", "steps", "check_every", "checks", "patience"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name} = {getattr(self, name)}; give 1 or more")
-        if self.start != "identity":
-            registry.find("solvers", self.start)
+        self._starting()
         if self.weight_decay is not None and not self.weight_decay >= 0:
             raise OptionError(f"weight_decay = {self.weight_decay}; give 0 or more")
         low, high = self.interval
@@ -121,6 +123,10 @@ class Descent:
             raise OptionError(f"the cost {cost!r} is a loss on data, and there are none; give data, or one of l2, l1")
         if cost not in OF_WEIGHTS:
             _refuse_uncovered(problem)
+        if cost in OF_WEIGHTS and self.starts > 1 and not self.noise:
+            raise OptionError(
+                f"starts = {self.starts}, and without data or noise all of them are the same; give either"
+            )
         clock = Clock()
         with clock("start"):
             start = self._started(problem)
@@ -129,10 +135,18 @@ class Descent:
         return _Descending(self, problem, cost, start, clock).solution()
 
     def _started(self, problem: Problem) -> Solution:
-        if self.start == "identity":
+        solver = self._starting()
+        if solver is None:
             return Solution(Alignment.identity(problem.spec), 0.0, (), Status.STEP_LIMIT)
-        solver = registry.find("solvers", self.start).Solver()
         return solver.solve(problem)
+
+    def _starting(self) -> Solver | None:
+        """The solver whose alignment is improved; None for the identity."""
+        said = {"solver": self.start} if isinstance(self.start, str) else self.start
+        name = str(said.get("solver", "weight_matching"))
+        if name == "identity":
+            return None
+        return solver_with(name, {knob: value for knob, value in said.items() if knob != "solver"})
 
 
 class _Descending:
@@ -152,7 +166,7 @@ class _Descending:
                 sum(self._size(tensor, b) for tensor, _, b in self.pairs),
             ]
         dtype = max((t.dtype for t in self.fixed.values()), key=lambda kind: kind.itemsize, default=torch.float32)
-        soften = Softening(
+        self.softening = Softening(
             problem.generator,
             knobs.permuting,
             knobs.temperature,
@@ -163,13 +177,17 @@ class _Descending:
             dtype,
         )
         self.found: list[Alignment] | None = None
-        count = 2 if knobs.both_ends and cost not in OF_WEIGHTS else 1
-        self.ends = [RelaxedAlignment.identity(self.spec, soften) for _ in range(count)]
+        self.ends = self._begun()
         if cost not in OF_WEIGHTS:
             assert problem.forward is not None
-            self.batches = _endless(problem.forward.data)  # the first of it are for measuring, too, once it is round
+            self.batches = endless(problem.forward.data)  # the first of it are for measuring, too, once it is round
             self.checked = list(islice(self.batches, knobs.checks))
             self.loss = self._measure(problem.forward, {**self.fixed, **moved})
+
+    def _begun(self) -> list[RelaxedAlignment]:
+        """Where a descent begins, of the moving model or of both."""
+        count = 2 if self.knobs.both_ends and self.cost not in OF_WEIGHTS else 1
+        return [RelaxedAlignment.identity(self.spec, self.softening) for _ in range(count)]
 
     def _measure(self, forward: Forward, moved: State) -> Callable[[State, float, Any], Tensor]:
         """What is descended of (the model at λ, λ, a batch)."""
@@ -181,7 +199,7 @@ class _Descending:
             self.notes = (*self.notes, UNLABELLED)
 
             def apart(state: State, t: float, batch: Any) -> Tensor:
-                found = diverging.of(state, t, batch)
+                found = diverging.of(state, (1 - t, t), batch)
                 return found.sum() / max(len(found), 1)
 
             return apart
@@ -232,7 +250,13 @@ class _Descending:
         if not math.isfinite(self.best):
             raise OptionError(f"the cost {self.cost!r} begins at {self.best}; look at the data, and at both models")
         self.history = [self._objective(identity), self._objective(self.best)]
-        status = self._descended() if any(end.elements for end in self.ends) else self.start.status
+        status = self.start.status
+        for again in range(self.knobs.starts if any(end.elements for end in self.ends) else 0):
+            if again:
+                self.ends = self._begun()
+            status = self._descended()
+            if self._are_equal:
+                break
         alignment = self.start.alignment
         if self.found is not None:
             alignment = self._between(self.found).compose(alignment)
@@ -250,6 +274,10 @@ class _Descending:
             notes=self.notes,
             seconds={**self.start.seconds, **self.clock.seconds},
         )
+
+    @property
+    def _are_equal(self) -> bool:
+        return self.cost in OF_WEIGHTS and self.best <= NOTHING * self.sizes[0]
 
     def _descended(self) -> Status:
         """Step after step, `best` and `found` are the lowest cost of an exact alignment and where it was."""
@@ -283,7 +311,7 @@ class _Descending:
                     self.best, self.found, waited = cost, hard, 0
                 self.history.append(self._objective(self.best))
                 bar.set_postfix(cost=f"{self.best:.4g}")
-                if self.cost in OF_WEIGHTS and self.best <= NOTHING * self.sizes[0]:
+                if self._are_equal:
                     break
                 if waited >= knobs.patience:
                     return Status.SETTLED
@@ -367,16 +395,3 @@ def _refuse_uncovered(problem: Problem) -> None:
             f"what the models say cannot be descended over rotations, as {some(left)} of the fixed one has no "
             "partner; take the cost l2, groups='permutation', or a solver without gradients"
         )
-
-
-# --- data ------------------------------------------------------------------------------------------------------------
-
-
-def _endless(data: Iterable[Any]) -> Iterator[Any]:
-    while True:
-        came = False
-        for batch in shared_out(data):
-            came = True
-            yield batch
-        if not came:
-            raise OptionError("the data gave no batch to this process")

@@ -1,13 +1,14 @@
-"""How far a model between two others is from saying what the two say, without labels.
+"""How far a model between others is from saying what these say, without labels.
 
-For a sample, or a token, or a pixel, KL((1 − λ) p + λ p′ ‖ p̄): p and p′ are the softmax of the two models' outputs
-over classes, p̄ that of the model with weights (1 − λ) θ + λ g · θ′, whose BatchNorm layers go by the batch. Classes
-are the last axis, of images the one after the first. Where there is one number only, or the model's `problem_type`
-says that its outputs are no classes, the mean square of (1 − λ) y + λ y′ − ȳ.
+For a sample, or a token, or a pixel, KL(Σ wᵢ pᵢ ‖ p̄): pᵢ is the softmax of the outputs of model i over classes, p̄ that
+of the model between them, whose BatchNorm layers go by the batch; wᵢ are the shares, 1 − λ and λ of two. Classes are
+the last axis, of images the one after the first. Where there is one number only, the model has no head, or its
+`problem_type` says that its outputs are no classes, the mean square of Σ wᵢ yᵢ − ȳ.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -17,19 +18,19 @@ from torch import Tensor, nn
 
 from .computing import Computing, by_batch_statistics
 from .errors import OptionError
-from .inputs import answers, evaluating, mask_in, no_classes, run
+from .inputs import answers, evaluating, has_no_head, mask_in, no_classes, run
 
 State: TypeAlias = "Mapping[str, Tensor]"
-Said: TypeAlias = "tuple[list[Tensor], list[Tensor]]"
+Said: TypeAlias = "list[list[Tensor]]"  # of every end
 
 
 class Divergence:
-    """What two models say, and how far what is between them is from it; all by one module with other tensors in it.
+    """What models say, and how far what is between them is from it; all by one module with other tensors in it.
 
     Args:
         module: in evaluation mode, on the device; its BatchNorm layers are told to go by the batch.
         names: `{canonical key: its own key}`.
-        ends: the two models, by canonical keys.
+        ends: the models, by canonical keys.
         device: where batches are brought.
     """
 
@@ -38,39 +39,41 @@ class Divergence:
         self.module, self.ends, self.computing = module, ends, Computing(module, names, run, device)
 
     def said(self, batch: Any) -> Said:
-        """What the two say to a batch, each with its own BatchNorm statistics."""
+        """What the ends say to a batch, each with its own BatchNorm statistics."""
         with evaluating(self.module):
-            a, b = (self._answers(state, batch) for state in self.ends)
-        return a, b
+            return [_wide(self.computing(state, batch), batch) for state in self.ends]
 
-    def of(self, state: State, at: float, batch: Any, said: Said | None = None) -> Tensor:
-        """One number for every sample, with gradients to `state`, the model at λ = `at`; `said` is what `said` gave.
+    def of(self, state: State, shares: Sequence[float], batch: Any, said: Said | None = None) -> Tensor:
+        """One number for every sample, with gradients to `state`; `shares` of the ends, `said` is what `said` gave.
 
         Raises:
             OptionError: the model says nothing that could be compared.
         """
-        a, b = self.said(batch) if said is None else said
-        found = self._answers(state, batch)
+        said = self.said(batch) if said is None else said
+        answer = self.computing(state, batch)
+        found = _wide(answer, batch)
         if not found:
             raise OptionError(f"{type(self.module).__name__} gives no numbers that could be compared; give a loss")
-        apart = _squared if no_classes(self.module) else _apart
-        return torch.cat([apart(x, y, z, at).flatten() for x, y, z in zip(a, b, found, strict=True)])
-
-    def _answers(self, state: State, batch: Any) -> list[Tensor]:
-        """(…, classes), in float32 or wider."""
-        found = answers(self.computing(state, batch), mask_in(batch))
-        wide = [y.to(torch.promote_types(y.dtype, torch.float32)) for y in found]
-        return [y.movedim(1, -1) if y.dim() > 3 else y if y.dim() > 1 else y[:, None] for y in wide]
+        apart = _squared if no_classes(self.module) or has_no_head(answer) else _apart
+        each = zip(zip(*said, strict=True), found, strict=True)
+        return torch.cat([apart(of_ends, y, shares).flatten() for of_ends, y in each])
 
 
-def _apart(a: Tensor, b: Tensor, y: Tensor, at: float) -> Tensor:
+def _wide(said: Any, batch: Any) -> list[Tensor]:
+    """(…, classes), in float32 or wider."""
+    found = answers(said, mask_in(batch))
+    wide = [y.to(torch.promote_types(y.dtype, torch.float32)) for y in found]
+    return [y.movedim(1, -1) if y.dim() > 3 else y if y.dim() > 1 else y[:, None] for y in wide]
+
+
+def _apart(ends: Sequence[Tensor], y: Tensor, shares: Sequence[float]) -> Tensor:
     if y.shape[-1] == 1:
-        return _squared(a, b, y, at)
-    shares = [math.log(share) if share else -math.inf for share in (1 - at, at)]  # at an end, that end alone
-    logs = torch.logaddexp(a.log_softmax(-1) + shares[0], b.log_softmax(-1) + shares[1])
+        return _squared(ends, y, shares)
+    weighted = [x.log_softmax(-1) + math.log(w) for x, w in zip(ends, shares, strict=True) if w]
+    logs = functools.reduce(torch.logaddexp, weighted)
     p = logs.exp()
-    return torch.where(p > 0, p * (logs - y.log_softmax(-1)), 0).sum(-1)  # 0 · log 0 is 0, of what is masked out
+    return torch.where(p == 0, 0, p * (logs - y.log_softmax(-1))).sum(-1)  # 0 · log 0 is 0, of what is masked out
 
 
-def _squared(a: Tensor, b: Tensor, y: Tensor, at: float) -> Tensor:
-    return (a.lerp(b, at) - y).square().mean(-1)
+def _squared(ends: Sequence[Tensor], y: Tensor, shares: Sequence[float]) -> Tensor:
+    return (torch.stack([w * x for x, w in zip(ends, shares, strict=True)]).sum(0) - y).square().mean(-1)

@@ -136,6 +136,11 @@ def answers(said: Any, mask: Tensor | None) -> list[Tensor]:
     return [x[mask.bool().to(x.device)] if each else x for x, each in zip(found, by_position, strict=True)]
 
 
+def has_no_head(said: Any) -> bool:
+    """Whether an answer is a transformers model's, and no scores of anything: hidden states, embeddings."""
+    return hasattr(said, "to_tuple") and isinstance(said, Mapping) and not any("logits" in str(key) for key in said)
+
+
 def no_classes(module: nn.Module) -> bool:
     """Whether a model's configuration says that its outputs are no scores of classes of which one is right."""
     kind = getattr(getattr(module, "config", None), "problem_type", None)

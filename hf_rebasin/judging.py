@@ -33,7 +33,7 @@ from .provenance import versions
 from .recalibrating import has_statistics, recalibrate
 from .recipe import Recipe, RefitSettings, finishes
 from .report import Report
-from .running import Merged, Opened, merged
+from .running import Merged, Opened, merged, what_was_done
 from .solving import Clock, Solution
 from .text import family_of
 
@@ -136,7 +136,7 @@ class _Judge:
         with_data = self.result.opened.data is not None
         if finished == plain:
             finished = plain.model_copy(update={"refit": RefitSettings()})
-        did = "repaired" if finished.recalibrate == "repair" else "refitted"
+        did = what_was_done(finished)
         what = AVERAGES.get(plain.merge_method, plain.merge_method)
         as_they_are = [self.result.models[0], *self.result.opened.lined]
         controls = [("plain", plain, Row(f"plain {what}", control=True))]

@@ -300,7 +300,7 @@ def with_changes(
     merged: Checkpoint,
     models: Sequence[Checkpoint],
     data: Iterable[Any],
-    change: Callable[[Step], Change],
+    change: Callable[[Step], Change | None],
     *,
     device: Any = None,
     progress: str = "",
@@ -311,14 +311,14 @@ def with_changes(
         merged: the merge; it stays as it is.
         models: what was merged.
         data: as `batches` there.
-        change: what is done to linear maps.
+        change: what is done to linear maps; None leaves them as they are.
         device: where it is computed.
         progress: as there.
     """
     refuse_read_once(data)
     modules, dtype = computing([merged, *models], device)
 
-    def made(step: Step) -> Change:
+    def made(step: Step) -> Change | None:
         return change(step) if step.norm is None else NormStatistics(step.norm, step.name)
 
     change_in_order(modules, data, made, device=device, dtype=dtype, progress=progress)

@@ -8,7 +8,7 @@ of three (`tests/test_planning.py`, slow, compares it with what processes took):
   is solved, those of the symmetries that have vectors throughout, and the two largest tensors; where streams are
   rotated, these also as they are folded and widened.
 - What looks at data loads models whole, in float32, and so do solvers that descend; a refit sums products of the
-  inputs of every layer, n × n in float64, twice.
+  inputs of every layer, n × n in float64, twice; what trains the merge keeps gradients and their moments.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def memory_of(recipe: Recipe, found: Opened, moves: Moves | None) -> int:
     if found.data is not None or found.evaluation is not None:
         maps = [p for key, p in first.parts.items() if key.endswith("weight") and len(p.shape) > 1 and p.numel]
         sums = sum(16 * (p.numel // p.shape[0]) ** 2 for p in maps)
-        stages.append((count + 1) * loaded + (sums if recipe.fits else 0))
+        stages.append((count + 1 + getattr(method, "COPIES", 0)) * loaded + (sums if recipe.fits else 0))
     return LIBRARIES + max(stages)
 
 

@@ -9,6 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from .errors import OptionError
+
 
 @runtime_checkable
 class Shared(Protocol):
@@ -24,6 +26,17 @@ def shared_out(data: Iterable[Any]) -> Iterator[Any]:
         return iter(data)
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     return data.share(rank, world) if isinstance(data, Shared) else islice(data, rank, None, world)
+
+
+def endless(data: Iterable[Any]) -> Iterator[Any]:
+    """The same, round after round; OptionError where there is none."""
+    while True:
+        came = False
+        for batch in shared_out(data):
+            came = True
+            yield batch
+        if not came:
+            raise OptionError("the data gave no batch to this process")
 
 
 def mean_of_all(value: Tensor) -> Tensor:

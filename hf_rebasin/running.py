@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -10,7 +10,7 @@ import torch
 
 from . import hub, registry
 from .alignment import Alignment
-from .api import solved, solver_with
+from .api import solved
 from .checkpoint import Checkpoint
 from .data import Batches, open_data
 from .describing import spec_of
@@ -23,7 +23,7 @@ from .objective import Device
 from .pairing import paired
 from .recalibrating import has_statistics, recalibrate, repair
 from .recipe import Recipe
-from .solving import Clock, Solution
+from .solving import Clock, Solution, solver_with
 from .varying import varies
 
 
@@ -182,11 +182,8 @@ def merged(
     if data is None:
         return out
     shares = shares_in(recipe, len(models))
-    finish = finish_with(recipe.merge_method, knobs)
-    if recipe.refit is not None:
-        finish = partial(refit.finish, weights=shares, ridge=recipe.refit.ridge)
-    if finish is not None:
-        with clock("refitting"):
+    for did, finish in _finishing(recipe, shares):
+        with clock(did):
             out = finish(out, models, data, device=device, progress=progress)
     with clock("recalibrating"):
         if recipe.recalibrate == "repair":
@@ -194,6 +191,23 @@ def merged(
         elif recipe.recalibrate == "statistics":
             out = recalibrated(out, data, device=device, progress=progress)
     return out
+
+
+def _finishing(recipe: Recipe, shares: list[float] | None) -> Iterator[tuple[str, Callable[..., Checkpoint]]]:
+    """What is done to the whole merge, and the word for it."""
+    if recipe.refit is not None:
+        yield refit.DID, partial(refit.finish, weights=shares, ridge=recipe.refit.ridge)
+        if recipe.merge_method == "refit":  # said twice
+            return
+    finish = finish_with(recipe.merge_method, recipe.method_knobs())
+    if finish is not None:
+        yield registry.find("merge_methods", recipe.merge_method).DID, finish
+
+
+def what_was_done(recipe: Recipe) -> str:
+    """To a merge after its average, in words; empty where that is what it is."""
+    done = [did for did, _ in _finishing(recipe, None)]
+    return " and ".join([*done, "repaired"] if recipe.recalibrate == "repair" else done)
 
 
 def shares_in(recipe: Recipe, count: int) -> list[float] | None:

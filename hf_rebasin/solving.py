@@ -9,15 +9,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias, overload
+from typing import Any, Protocol, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from . import registry
 from .alignment import Alignment, Module, identity_of
 from .checkpoint import Checkpoint
 from .groups import Element
+from .knobs import knobs_for
 from .objective import Problem, all_equal, bound, matched_tensors, objective
 from .spec import Spec, Unit
 from .units import Elements, Nested, Similarity, solve, value
@@ -75,6 +77,12 @@ class Solver(Protocol):
     """A frozen dataclass of knobs that solves a problem."""
 
     def solve(self, problem: Problem) -> Solution: ...
+
+
+def solver_with(name: str, knobs: Mapping[str, Any]) -> Solver:
+    """A solver with its knobs; unknown or unfitting ones raise OptionError."""
+    kind = registry.find("solvers", name).Solver
+    return cast(Solver, kind(**knobs_for(f"solver {name!r}", kind, knobs)))
 
 
 class Measure(Protocol):

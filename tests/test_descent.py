@@ -9,10 +9,11 @@ from hf_rebasin import Alignment, Checkpoint, Status, Table, align, infer_spec, 
 from hf_rebasin.computing import by_batch_statistics
 from hf_rebasin.descent import UNLABELLED
 from hf_rebasin.divergence import Divergence
-from hf_rebasin.errors import CheckpointError, OptionError
+from hf_rebasin.errors import CheckpointError, OptionError, RecipeError, UnknownNameError
 from hf_rebasin.gauge import plain
 from hf_rebasin.inputs import example_inputs, outputs_in, run
 from hf_rebasin.modules import merged
+from hf_rebasin.recipe import Recipe
 
 TABLE = Table(
     {
@@ -230,9 +231,69 @@ def test_what_counts_as_a_sample(shape, count):
     names = {key: key for key in module.state_dict()}
     ends = [{"weight": torch.randn(size // 4, 2).double(), "bias": torch.zeros(size // 4).double()} for _ in range(2)]
     diverging, x = Divergence(module.eval(), names, ends), torch.randn(4, 2).double()
-    assert len(diverging.of(ends[0], 0.5, x)) == count
-    assert diverging.of(ends[0], 0.0, x).abs().max() < 1e-12
-    assert diverging.of(ends[1], 0.0, x).min() > 0
+    assert len(diverging.of(ends[0], (0.5, 0.5), x)) == count
+    assert diverging.of(ends[0], (1.0, 0.0), x).abs().max() < 1e-12
+    assert diverging.of(ends[1], (1.0, 0.0), x).min() > 0
+    assert diverging.of(ends[0], (0.5, 0.5), x * torch.nan).isnan().all()
+
+
+def test_hidden_states_are_no_scores():
+    """Of a model without a head their squares are compared: softmax would not see a number added to all of them."""
+    model = TINY[FIRST["bert"]]
+    assert "logits" not in model(**inputs_of(model))
+    names = {key: key for key, _ in (*model.named_parameters(), *model.named_buffers()) if key in model.state_dict()}
+    state = {key: model.state_dict()[key] for key in names}
+    last = f"encoder.layer.{model.config.num_hidden_layers - 1}.output.LayerNorm.bias"
+    more = {**state, last: state[last] + 1}
+    apart = Divergence(model, names, [state, state]).of(more, (0.5, 0.5), inputs_of(model))
+    assert apart.max().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("cost", ["mid", "rnd"])
+def test_the_best_of_several_starts_is_kept(cost):
+    """The first is what one alone is; the others see other batches, or places, and are not the same."""
+    data = [torch.randn(8, 2, generator=torch.Generator().manual_seed(i)) for i in range(5)]
+    knobs = {"solver": "straight_through", "spec": TABLE, "data": data, "cost": cost, "steps": 7, "check_every": 1}
+    one, three = (align(mlp(0), mlp(1), checks=2, starts=starts, **knobs) for starts in (1, 3))
+    assert three.history[: len(one.history)] == one.history
+    assert len(three.history) == 3 * len(one.history) - 4
+    assert three.objective == max(three.history) >= one.objective
+    last = [Alignment.identity(one.alignment.spec), *(x.alignment for x in (one, three))]
+    assert len({round(-squares(merge([mlp(0), x.apply(mlp(1))]).model(), data[0]).item(), 9) for x in last}) > 1
+
+
+def test_several_starts_need_something_that_differs():
+    with pytest.raises(OptionError, match="starts = 3, and without data or noise all of them are the same; give either"):
+        align(mlp(0), mlp(1), solver="sinkhorn", spec=TABLE, starts=3)
+    assert align(mlp(0), mlp(1), solver="sinkhorn", spec=TABLE, starts=3, noise=0.1, steps=2).history
+
+
+def test_where_it_starts_may_have_knobs():
+    knobs = {"solver": "straight_through", "spec": TABLE, "steps": 3}
+    said = align(mlp(0), mlp(1), start={"solver": "sinkhorn", "start": "identity", "steps": 30, "noise": 0.2}, **knobs)
+    before = align(mlp(0), mlp(1), solver="sinkhorn", spec=TABLE, start="identity", steps=30, noise=0.2)
+    other = align(mlp(0), mlp(1), solver="sinkhorn", spec=TABLE, start="identity", steps=30)
+    assert said.history[1] == pytest.approx(before.objective)
+    assert said.history[1] != pytest.approx(other.objective)
+    plain = align(mlp(0), mlp(1), start={"solver": "identity"}, **knobs)
+    assert plain.history == align(mlp(0), mlp(1), start="identity", **knobs).history
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        ({"solver": "sinkhorn", "stepz": 3}, "stepz: no such parameter; did you mean 'steps'"),
+        ({"solver": "sinkhorn", "start": {"solver": "learned", "steps": 0}}, "steps = 0"),
+        ({"solver": "sinkhorm"}, "no solver 'sinkhorm'; did you mean 'sinkhorn'"),
+        (3, "start: 3 does not fit"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_said(start, message):
+    with pytest.raises((OptionError, UnknownNameError), match=message):
+        align(mlp(0), mlp(1), solver="sinkhorn", spec=TABLE, start=start)
+    said = {"models": ["a", "b"], "align": {"solver": "sinkhorn", "start": start}}
+    with pytest.raises(RecipeError, match=message):
+        Recipe.from_dict(said)
 
 
 class Silent(nn.Module):

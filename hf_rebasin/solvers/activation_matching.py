@@ -136,7 +136,7 @@ def divergence(problem: Problem, elements: Mapping[str, Element], count: int | N
         for batch in shared_out(islice(problem.forward.data, count)):
             said = diverging.said(batch)
             for at, state in line.items():
-                apart = diverging.of(state, at, batch, said)
+                apart = diverging.of(state, (1 - at, at), batch, said)
                 total += torch.tensor([apart.double().sum().item(), apart.numel()], dtype=torch.float64)
     summed, samples = sum_of_all(total).tolist()
     if not math.isfinite(summed):

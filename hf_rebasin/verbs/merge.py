@@ -53,7 +53,7 @@ def merge(
     context: typer.Context,
     models: Annotated[list[str], typer.Argument(help="Two or more models, or one recipe (.yaml). " + MODEL)],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the merged model.")],
-    method: Annotated[str, typer.Option(help="linear, lerp, slerp or refit (with --data).")] = "linear",
+    method: Annotated[str, typer.Option(help="linear, lerp, slerp; with --data refit or distil.")] = "linear",
     parameter: Annotated[
         list[str] | None,
         typer.Option(
