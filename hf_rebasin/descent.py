@@ -56,7 +56,7 @@ class Descent:
             the two say (`hf_rebasin.divergence`). By default "mid" with data ("rnd" for `learned`), "l2" without.
             "l1" is descended as a mean, as in the paper, whose `lr` of 10 belongs to that: its gradients lie below
             the eps of AdamW.
-        start: the solver whose alignment is improved, or "identity"; no result is worse than it. With knobs,
+        start: the solver whose alignment is improved, or "identity"; no result is worse than it. With knobs of it,
             `{"solver": name, knob: value, …}`.
         starts: as many descents from there, each with the batches that come then and with noise of its own; the best
             alignment of all is kept.
@@ -142,11 +142,13 @@ class Descent:
 
     def _starting(self) -> Solver | None:
         """The solver whose alignment is improved; None for the identity."""
-        said = {"solver": self.start} if isinstance(self.start, str) else self.start
-        name = str(said.get("solver", "weight_matching"))
-        if name == "identity":
-            return None
-        return solver_with(name, {knob: value for knob, value in said.items() if knob != "solver"})
+        knobs = {"solver": self.start} if isinstance(self.start, str) else dict(self.start)
+        if "solver" not in knobs:
+            raise OptionError(f"start = {self.start}; say which solver: {{'solver': name, knob: value, …}}")
+        name = str(knobs.pop("solver"))
+        if name == "identity" and knobs:
+            raise OptionError(f"start: the identity has no knobs, such as {some(knobs)}")
+        return None if name == "identity" else solver_with(name, knobs)
 
 
 class _Descending:
@@ -246,15 +248,13 @@ class _Descending:
         still: list[Mapping[str, Acting]] = [{} for _ in self.ends]
         with self.clock("exact"):
             identity = self._exact(still, self._unmoved())
-            self.best = self._exact(still, self.pairs)
+            self.begins = self.best = self._exact(still, self.pairs)
         if not math.isfinite(self.best):
             raise OptionError(f"the cost {self.cost!r} begins at {self.best}; look at the data, and at both models")
         self.history = [self._objective(identity), self._objective(self.best)]
         status = self.start.status
-        for again in range(self.knobs.starts if any(end.elements for end in self.ends) else 0):
-            if again:
-                self.ends = self._begun()
-            status = self._descended()
+        for _ in range(self.knobs.starts if any(end.elements for end in self.ends) else 0):
+            status, self.ends = self._descended(), self._begun()
             if self._are_equal:
                 break
         alignment = self.start.alignment
@@ -281,7 +281,7 @@ class _Descending:
 
     def _descended(self) -> Status:
         """Step after step, `best` and `found` are the lowest cost of an exact alignment and where it was."""
-        knobs, waited = self.knobs, 0
+        knobs, lowest, waited = self.knobs, self.begins, 0
         permuting = [latent for end in self.ends for latent in end.permuting]
         smooth = [latent for end in self.ends for latent in end.smooth]
         decay = 0.1 / max(knobs.lr, 1) if knobs.weight_decay is None else knobs.weight_decay
@@ -307,8 +307,10 @@ class _Descending:
                     hard = [end.hard() for end in self.ends]
                     cost = self._exact([alignment.elements for alignment in hard], self.pairs)
                 waited += 1
+                if cost < lowest:
+                    lowest, waited = cost, 0
                 if cost < self.best:
-                    self.best, self.found, waited = cost, hard, 0
+                    self.best, self.found = cost, hard
                 self.history.append(self._objective(self.best))
                 bar.set_postfix(cost=f"{self.best:.4g}")
                 if self._are_equal:

@@ -37,11 +37,12 @@ class Divergence:
     def __init__(self, module: nn.Module, names: Mapping[str, str], ends: Sequence[State], device: Any = None):
         by_batch_statistics(module)
         self.module, self.ends, self.computing = module, ends, Computing(module, names, run, device)
+        self.classes = not no_classes(module)  # a forward pass with labels in it may say otherwise
 
     def said(self, batch: Any) -> Said:
         """What the ends say to a batch, each with its own BatchNorm statistics."""
         with evaluating(self.module):
-            return [_wide(self.computing(state, batch), batch) for state in self.ends]
+            return [numbers_in(self.computing(state, batch), batch) for state in self.ends]
 
     def of(self, state: State, shares: Sequence[float], batch: Any, said: Said | None = None) -> Tensor:
         """One number for every sample, with gradients to `state`; `shares` of the ends, `said` is what `said` gave.
@@ -50,18 +51,36 @@ class Divergence:
             OptionError: the model says nothing that could be compared.
         """
         said = self.said(batch) if said is None else said
-        answer = self.computing(state, batch)
-        found = _wide(answer, batch)
-        if not found:
-            raise OptionError(f"{type(self.module).__name__} gives no numbers that could be compared; give a loss")
-        apart = _squared if no_classes(self.module) or has_no_head(answer) else _apart
-        each = zip(zip(*said, strict=True), found, strict=True)
-        return torch.cat([apart(of_ends, y, shares).flatten() for of_ends, y in each])
+        return apart(said, self.computing(state, batch), shares, batch, self.classes)
 
 
-def _wide(said: Any, batch: Any) -> list[Tensor]:
+def apart(said: Said, answer: Any, shares: Sequence[float], batch: Any, classes: bool = True) -> Tensor:
+    """One number for every sample: how far an answer is from what was said.
+
+    Args:
+        said: `numbers_in` what every end answered.
+        answer: what a model in between gave for the same batch.
+        shares: of the ends.
+        batch: what they read.
+        classes: False where outputs are no scores of classes of which one is right.
+
+    Raises:
+        OptionError: there are no numbers in the answer.
+    """
+    found = numbers_in(answer, batch)
+    if not found:
+        raise OptionError(
+            f"what the model says, a {type(answer).__name__}, has no numbers in it that could be compared; where "
+            "labels or a loss can be given, give these"
+        )
+    of_each = _apart if classes and not has_no_head(answer) else _squared
+    each = zip(zip(*said, strict=True), found, strict=True)
+    return torch.cat([of_each(of_ends, y, shares).flatten() for of_ends, y in each])
+
+
+def numbers_in(answer: Any, batch: Any) -> list[Tensor]:
     """(…, classes), in float32 or wider."""
-    found = answers(said, mask_in(batch))
+    found = answers(answer, mask_in(batch))
     wide = [y.to(torch.promote_types(y.dtype, torch.float32)) for y in found]
     return [y.movedim(1, -1) if y.dim() > 3 else y if y.dim() > 1 else y[:, None] for y in wide]
 
@@ -72,7 +91,7 @@ def _apart(ends: Sequence[Tensor], y: Tensor, shares: Sequence[float]) -> Tensor
     weighted = [x.log_softmax(-1) + math.log(w) for x, w in zip(ends, shares, strict=True) if w]
     logs = functools.reduce(torch.logaddexp, weighted)
     p = logs.exp()
-    return torch.where(p == 0, 0, p * (logs - y.log_softmax(-1))).sum(-1)  # 0 · log 0 is 0, of what is masked out
+    return torch.where(p == 0, 0, p * (logs - y.log_softmax(-1))).sum(-1)  # 0 · log 0 is 0; NaN stays
 
 
 def _squared(ends: Sequence[Tensor], y: Tensor, shares: Sequence[float]) -> Tensor:

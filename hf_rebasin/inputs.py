@@ -138,7 +138,9 @@ def answers(said: Any, mask: Tensor | None) -> list[Tensor]:
 
 def has_no_head(said: Any) -> bool:
     """Whether an answer is a transformers model's, and no scores of anything: hidden states, embeddings."""
-    return hasattr(said, "to_tuple") and isinstance(said, Mapping) and not any("logits" in str(key) for key in said)
+    if not hasattr(said, "to_tuple") or not isinstance(said, Mapping):
+        return False
+    return not any("logits" in str(key) and not INNER.search(str(key)) for key in said)
 
 
 def no_classes(module: nn.Module) -> bool:

@@ -58,10 +58,10 @@ def numbers_of_all(values: Sequence[float], device: Any = None) -> list[float]:
 
 
 def averaged(latents: Iterable[Tensor]) -> None:
-    """Gradients become their mean over all processes."""
+    """Gradients become their mean over all processes; what one of them has none of counts as 0 there."""
     for latent in latents:
-        if latent.grad is not None:
-            latent.grad = mean_of_all(latent.grad)
+        if _several():
+            latent.grad = mean_of_all(torch.zeros_like(latent) if latent.grad is None else latent.grad)
 
 
 def count() -> int:

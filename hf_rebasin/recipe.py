@@ -303,16 +303,28 @@ def finishes(method: str) -> bool:
 
 def _without_data(said: Mapping[str, Any]) -> Iterator[str]:
     """What needs data where there are none, or whole models where there are backbones."""
-    fitted = bool(said.get("refit")) or finishes(str(said.get("merge_method", "linear")))
-    needing = {"refit": fitted, "recalibrate": said.get("recalibrate") == "repair"}
+    needing = {
+        "refit": bool(said.get("refit")),
+        "merge_method": finishes(str(said.get("merge_method", "linear"))),
+        "recalibrate": said.get("recalibrate") == "repair",
+    }
     for key in (key for key, needed in needing.items() if needed and said.get("backbone_only")):
         yield f"{key}: it computes with whole models, so backbone_only cannot go with it"
-    align = said.get("align")
     with suppress(UnknownNameError):
-        name = str(align.get("solver", "weight_matching")) if isinstance(align, Mapping) else "weight_matching"
-        needing["align.solver"] = getattr(registry.find("solvers", name).Solver, "NEEDS_DATA", False)
+        for place, name in _solvers(said.get("align")):
+            needing[place] = getattr(registry.find("solvers", name).Solver, "NEEDS_DATA", False)
     for key in (key for key, needed in needing.items() if needed and not said.get("data")):
         yield f"{key}: it looks at data, and there are none; say which (data)"
+
+
+def _solvers(align: Any) -> Iterator[tuple[str, str]]:
+    """Where in a recipe a solver is named, and which: that of `align`, and where it starts from, if that is one."""
+    place = "align"
+    while isinstance(align, Mapping):
+        yield f"{place}.solver", str(align.get("solver", "weight_matching"))
+        place, align = f"{place}.start", align.get("start")
+    if isinstance(align, str) and align != "identity":
+        yield place, align
 
 
 def _unknown_names(said: Mapping[str, Any]) -> Iterator[str]:

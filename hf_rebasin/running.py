@@ -182,8 +182,8 @@ def merged(
     if data is None:
         return out
     shares = shares_in(recipe, len(models))
-    for did, finish in _finishing(recipe, shares):
-        with clock(did):
+    for (doing, _), finish in _finishing(recipe, shares):
+        with clock(doing):
             out = finish(out, models, data, device=device, progress=progress)
     with clock("recalibrating"):
         if recipe.recalibrate == "repair":
@@ -193,21 +193,23 @@ def merged(
     return out
 
 
-def _finishing(recipe: Recipe, shares: list[float] | None) -> Iterator[tuple[str, Callable[..., Checkpoint]]]:
-    """What is done to the whole merge, and the word for it."""
+def _finishing(
+    recipe: Recipe, shares: list[float] | None
+) -> Iterator[tuple[tuple[str, str], Callable[..., Checkpoint]]]:
+    """What is done to the whole merge, and the words for it: while it lasts, and after it."""
     if recipe.refit is not None:
-        yield refit.DID, partial(refit.finish, weights=shares, ridge=recipe.refit.ridge)
+        yield refit.WORDS, partial(refit.finish, weights=shares, ridge=recipe.refit.ridge)
         if recipe.merge_method == "refit":  # said twice
             return
     finish = finish_with(recipe.merge_method, recipe.method_knobs())
     if finish is not None:
-        yield registry.find("merge_methods", recipe.merge_method).DID, finish
+        yield registry.find("merge_methods", recipe.merge_method).WORDS, finish
 
 
 def what_was_done(recipe: Recipe) -> str:
     """To a merge after its average, in words; empty where that is what it is."""
-    done = [did for did, _ in _finishing(recipe, None)]
-    return " and ".join([*done, "repaired"] if recipe.recalibrate == "repair" else done)
+    done = [did for (_, did), _ in _finishing(recipe, None)] + ["repaired"] * (recipe.recalibrate == "repair")
+    return " and ".join([", ".join(done[:-1]), done[-1]] if len(done) > 1 else done)
 
 
 def shares_in(recipe: Recipe, count: int) -> list[float] | None:

@@ -41,7 +41,7 @@ import testbed
 import torch
 from torch import nn
 
-from hf_rebasin import Alignment, Checkpoint, align
+from hf_rebasin import Alignment, Checkpoint, align, distil
 from hf_rebasin.demo import MLP_TABLE
 from hf_rebasin.evaluating import Measured
 from hf_rebasin.line import Curve, interpolate
@@ -56,7 +56,7 @@ from hf_rebasin.table import ROTATING, Table
 TUNED = ("plain", "full", "learned")
 SEEDS, POINTS = 3, 25
 LOOKED_AT = 16  # unlabelled batches, by activation matching, refit and REPAIR
-MORE = 64  # unlabelled batches that a descent goes through, and a control's; that of a ResNet through four times these
+MORE = 64  # unlabelled batches that a descent goes through, and a control's
 BATCHES = 1000  # labelled ones that a descent goes through, round after round
 TITLES = {
     "mlp64": "MLP, width 64",
@@ -83,7 +83,7 @@ class Method:
     colour: str
     kinds: Sequence[str] = tuple(TITLES)
     steps: int = 0  # of gradients, on labelled training batches
-    finish: Callable[..., Checkpoint] | None = None  # (merge, models, data): it makes one model, and no path
+    finish: Callable[..., Checkpoint] | None = None  # of (merge, models, data); it makes one model, and no path
     merge: str = "linear"
     batches: int = LOOKED_AT  # that `finish` looks at
 
@@ -147,21 +147,33 @@ def straight_through(fixed: Path, moving: Path) -> Moved:
     return descended(fixed, moving, "straight_through", "permutation", "mid")
 
 
+@cache
 def learned(fixed: Path, moving: Path) -> Moved:
     """Rotations, bases and scales, from the full alignment."""
     return descended(fixed, moving, "learned", "full", "rnd")
 
 
+STRAIGHT = {"start": "activation_matching", "steps": 1000, "starts": 3}
+
+
 def straight_unlabelled(fixed: Path, moving: Path) -> Moved:
-    """Permutations by what the two say to unlabelled batches, from activation matching."""
-    start = "activation_matching"
-    knobs = {"start": start, "steps": 3000, "patience": 300, "checks": 32}
-    return descended(fixed, moving, "straight_through", "permutation", "mid", unlabelled=4 * MORE, **knobs)
+    """Permutations by what the two say to unlabelled batches, the best of three descents from activation matching."""
+    return descended(fixed, moving, "straight_through", "permutation", "mid", labels=False, **STRAIGHT)
 
 
 def learned_unlabelled(fixed: Path, moving: Path) -> Moved:
-    """The same by what the two say to unlabelled batches."""
-    return descended(fixed, moving, "learned", "full", "rnd", unlabelled=MORE)
+    """Rotations, bases and scales by the same; of a ResNet scales, after its permutations."""
+    start = {"solver": "straight_through", **STRAIGHT} if fixed.name.startswith("resnet") else "weight_matching"
+    return descended(fixed, moving, "learned", "full", "rnd", labels=False, start=start)
+
+
+def refitted_and_distilled(merged: Checkpoint, models: Sequence[Checkpoint], data: list[testbed.Batch]) -> Checkpoint:
+    return distil(refit.finish(merged, models, data), models, data)
+
+
+def distilled_for_long(merged: Checkpoint, models: Sequence[Checkpoint], data: list[testbed.Batch]) -> Checkpoint:
+    """For as many steps as `learned` takes, and at a rate that is good for small models."""
+    return distil(merged, models, data, steps=Learned().steps, rate=1e-3)
 
 
 METHODS = {
@@ -176,13 +188,17 @@ METHODS = {
     "sinkhorn, rnd": Method(sinkhorn_rnd, "#000000", NARROW),
     "learned": Method(learned, "#e69f00", ("vit", "gpt2", "llama", "bert"), steps=Learned().steps),
     "straight-through, no labels": Method(straight_unlabelled, "#661100", ("resnet",)),
-    "learned, no labels": Method(learned_unlabelled, "#999933", ("vit", "gpt2", "llama", "bert")),
+    "learned, no labels": Method(learned_unlabelled, "#999933", ("vit", "gpt2", "llama", "bert", "resnet")),
     "permutations + REPAIR": Method(permutations, "#d55e00", NARROW, finish=repair),
     "activations + REPAIR": Method(activations, "#882255", NARROW, finish=repair),
     "refit of plain": Method(plain, "#808080", finish=refit.finish, merge="refit"),
     "refit of full": Method(full, "#0072b2", finish=refit.finish, merge="refit"),
     "refit": Method(activations, "#117733", finish=refit.finish, merge="refit"),
     f"refit of plain, {MORE} batches": Method(plain, "#808080", finish=refit.finish, merge="refit", batches=MORE),
+    "distilled refit of plain": Method(plain, "#808080", finish=refitted_and_distilled, batches=MORE),
+    "distilled refit of full": Method(full, "#0072b2", finish=refitted_and_distilled, batches=MORE),
+    "distilled refit": Method(activations, "#117733", finish=refitted_and_distilled, batches=MORE),
+    "distilled plain, 1000 steps": Method(plain, "#808080", finish=distilled_for_long, batches=MORE),
 }
 
 
@@ -193,14 +209,13 @@ def aligned(fixed: Path, moving: Path, groups: str, starts: int = 2) -> tuple[So
     return solution, time.perf_counter() - start
 
 
-@cache
 def descended(
-    fixed: Path, moving: Path, solver: str, groups: str, cost: str, *, unlabelled: int = 0, **knobs: Any
+    fixed: Path, moving: Path, solver: str, groups: str, cost: str, *, labels: bool = True, **knobs: Any
 ) -> Moved:
-    """By gradients of the loss in between, on training batches; or without labels, on so many."""
+    """By gradients of the loss in between, on training batches; or without labels, of KL."""
     kind, spec = fixed.name.rpartition("-")[0], mlp_table(moving)
     start = time.perf_counter()
-    data = without_labels(kind, unlabelled) if unlabelled else training(kind, BATCHES)
+    data = training(kind, BATCHES) if labels else for_a_descent(kind)
     given = {"solver": solver, "spec": spec, "groups": groups, "data": data, "cost": cost, **knobs}
     solution = align(testbed.load(kind, fixed), moving, **given)
     return solution.apply(Checkpoint.open(moving)), time.perf_counter() - start
@@ -214,6 +229,14 @@ def mlp_table(folder: Path) -> Table | None:
 def without_labels(kind: str, count: int = LOOKED_AT) -> list[testbed.Batch]:
     """A few training batches."""
     return [{k: x for k, x in batch.items() if k != "labels"} for batch in training(kind, count)]
+
+
+def for_a_descent(kind: str) -> list[testbed.Batch]:
+    """The same, of a ResNet four in one, as BatchNorm goes by the batch then."""
+    if kind != "resnet":
+        return without_labels(kind, MORE)
+    images = torch.cat([batch["pixel_values"] for batch in without_labels(kind, 4 * MORE)])
+    return [{"pixel_values": x} for x in images.split(4 * testbed.BATCH)]
 
 
 def training(kind: str, count: int, seed: int = 5) -> list[testbed.Batch]:

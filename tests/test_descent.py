@@ -210,7 +210,7 @@ def test_labels_are_in_all_batches_or_in_none(bert):
 
 def test_what_cannot_be_compared_is_said():
     knobs = {"solver": "sinkhorn", "start": "identity", "steps": 1}
-    with pytest.raises(OptionError, match="Silent gives no numbers that could be compared"):
+    with pytest.raises(OptionError, match="what the model says, a Tensor, has no numbers in it"):
         align(Silent(), Silent(), spec=SILENT, data=[torch.ones(3, 2)], **knobs)
     with pytest.raises(OptionError, match="the cost 'mid' begins at nan"):
         align(mlp(0), mlp(1), spec=TABLE, data=[torch.full((3, 2), torch.nan)], **knobs)
@@ -262,8 +262,28 @@ def test_the_best_of_several_starts_is_kept(cost):
     assert len({round(-squares(merge([mlp(0), x.apply(mlp(1))]).model(), data[0]).item(), 9) for x in last}) > 1
 
 
+def test_every_start_has_its_own_patience():
+    """A later one is not ended for being behind what an earlier one reached."""
+    data = [torch.randn(8, 2, generator=torch.Generator().manual_seed(i)) for i in range(5)]
+    table = Table(TABLE.rows, {"h.*": "scaled"})
+    knobs = {
+        "solver": "learned",
+        "spec": table,
+        "data": data,
+        "cost": "mid",
+        "steps": 60,
+        "check_every": 1,
+        "patience": 20,
+    }
+    one, three = (align(mlp(0), mlp(1), checks=2, starts=starts, **knobs) for starts in (1, 3))
+    assert len(one.history) > 50
+    assert len(three.history) > 140
+
+
 def test_several_starts_need_something_that_differs():
-    with pytest.raises(OptionError, match="starts = 3, and without data or noise all of them are the same; give either"):
+    with pytest.raises(
+        OptionError, match="starts = 3, and without data or noise all of them are the same; give either"
+    ):
         align(mlp(0), mlp(1), solver="sinkhorn", spec=TABLE, starts=3)
     assert align(mlp(0), mlp(1), solver="sinkhorn", spec=TABLE, starts=3, noise=0.1, steps=2).history
 
@@ -284,6 +304,8 @@ def test_where_it_starts_may_have_knobs():
     [
         ({"solver": "sinkhorn", "stepz": 3}, "stepz: no such parameter; did you mean 'steps'"),
         ({"solver": "sinkhorn", "start": {"solver": "learned", "steps": 0}}, "steps = 0"),
+        ({"stepz": 3}, "say which solver"),
+        ({"solver": "identity", "stepz": 3}, "the identity has no knobs, such as stepz"),
         ({"solver": "sinkhorm"}, "no solver 'sinkhorm'; did you mean 'sinkhorn'"),
         (3, "start: 3 does not fit"),
     ],

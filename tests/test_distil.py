@@ -11,7 +11,7 @@ from test_judging import judged_merge, place, rows_of  # noqa: F401  (a fixture)
 from test_refit import with_statistics_of
 from torch import nn
 
-from hf_rebasin import Checkpoint, distil, merge, recalibrate
+from hf_rebasin import Checkpoint, align, distil, merge, recalibrate
 from hf_rebasin.errors import OptionError
 from hf_rebasin.planning import memory_of
 from hf_rebasin.recipe import Recipe
@@ -116,6 +116,26 @@ def test_of_a_model_and_its_twin_nothing_is_left_to_distil():
     assert distance(merge([model, moved], "distil", data=data, steps=3), model) > 0.05
 
 
+def test_models_speak_for_themselves():
+    """A head that is stored apart, as after a full alignment, is that model's; though the merge's is tied."""
+    tied, other = (TINY["gpt2-0-GPT2LMHeadModel"], other_seed(TINY["gpt2-0-GPT2LMHeadModel"]))
+    torch.nn.init.normal_(other.transformer.ln_f.weight, 1, 0.5)
+    moved, data = align(tied, other).apply(Checkpoint.open(other)), batches_of(tied, 4)
+    assert moved.ties != Checkpoint.open(other).ties
+    found = [distil(merge([tied, other]), [Checkpoint.open(tied), Checkpoint.open(x)], data) for x in (moved, other)]
+    assert distance(*found) < 1e-6
+
+
+def test_labels_do_not_count():
+    """Nor do they say, being numbers, that outputs are no classes; that is what the model's configuration says."""
+    model = TINY["bert-4-BertForSequenceClassification"]
+    models, data = [model, other_seed(model)], batches_of(model, 4)
+    labelled = [{**batch, "labels": model(**batch).logits.detach().sigmoid()} for batch in data]
+    unlike = [{**batch, "labels": torch.zeros(len(batch["input_ids"]), dtype=torch.long)} for batch in data]
+    found, *others = (merge(models, "distil", data=given, steps=5) for given in (data, labelled, unlike))
+    assert all(same_tensors(found, other) for other in others)
+
+
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
@@ -123,9 +143,11 @@ def test_of_a_model_and_its_twin_nothing_is_left_to_distil():
         ({"rate": 0.0}, "rate = 0.0; give a number above 0, such as 0.0003"),
         ({"rate": math.inf}, "rate = inf"),
         ({"weights": [1.0]}, "1 weights for 2 models"),
+        ({"weights": [2.0, -1.0]}, "give weights of 0 or more"),
         ({"data": iter(BATCHES)}, "can be read once"),
         ({"data": []}, "the data gave no batch"),
-        ({"data": [torch.full((3, 1), torch.nan)]}, "what the models say to these data is not finite"),
+        ({"data": [torch.full((3, 1), torch.nan)]}, r"not finite \(nan before and after training\)"),
+        ({"data": [torch.zeros(3, 1)] * 8 + [torch.full((3, 1), torch.inf)], "steps": 2}, "nan in step 1, at a rate"),
     ],
 )
 def test_what_cannot_be_is_said(knobs, message):
@@ -154,6 +176,13 @@ def test_a_recipe_refits_and_distils(place, tmp_path):  # noqa: F811
 SCRIPT = """
 import sys, torch
 from accelerate import Accelerator
+from torch import nn
+class Experts(nn.Module):  # each process calls one of them
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(1, 2), nn.Linear(1, 2)])
+    def forward(self, x):
+        return self.experts[int(x[0, 0] > 0)](x)
 sys.path.insert(0, sys.argv[2])
 from test_activations import batches_of
 from conftest import FIRST, TINY, other_seed
@@ -164,7 +193,11 @@ models, data = [model, other_seed(model)], batches_of(model, 8)
 if accelerator.num_processes == 1:  # what two processes see in a step, in one batch
     data = [{k: torch.cat([a[k], b[k]]) for k in a} for a, b in zip(data[::2], data[1::2])]
 found = merge(models, "distil", data=data, steps=6)
-torch.save(dict(found.tensors), f"{sys.argv[1]}/{accelerator.num_processes}-{accelerator.process_index}")
+place = f"{accelerator.num_processes}-{accelerator.process_index}"
+torch.save(dict(found.tensors), f"{sys.argv[1]}/{place}")
+torch.manual_seed(0)
+experts = merge([Experts(), Experts()], "distil", data=[torch.ones(3, 1), -torch.ones(3, 1)] * 3, steps=6)
+torch.save(dict(experts.tensors), f"{sys.argv[1]}/experts-{place}")
 """
 
 
@@ -173,6 +206,8 @@ def test_two_processes_go_where_one_goes(tmp_path):
     for processes in (1, 2):
         run_script(SCRIPT, tmp_path, processes)
     one, first, second = (torch.load(tmp_path / who) for who in ("1-0", "2-0", "2-1"))
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    experts = [torch.load(tmp_path / f"experts-{who}") for who in ("2-0", "2-1")]
+    for one_place, other in ((first, second), experts):
+        assert all(torch.equal(one_place[key], other[key]) for key in one_place)
     assert distance(one, first) < 1e-6
     assert distance(merge([TINY[FIRST["gpt2"]], other_seed(TINY[FIRST["gpt2"]])]), first) > 1e-4

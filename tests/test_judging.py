@@ -223,8 +223,12 @@ def test_shares_of_the_models():
 
 MISTAKES = {
     "solver": ({"align": {"solver": "activation_matching"}}, "align.solver: it looks at data, and there are none"),
+    "start": (
+        {"align": {"solver": "learned", "start": {"solver": "sinkhorn", "start": "activation_matching"}}},
+        "align.start.start: it looks at data, and there are none",
+    ),
     "refit": ({"refit": True}, "refit: it looks at data"),
-    "method": ({"merge_method": "refit"}, "refit: it looks at data"),
+    "method": ({"merge_method": "refit"}, "merge_method: it looks at data"),
     "repair": ({"recalibrate": "repair"}, "recalibrate: it looks at data"),
     "backbone": (
         {"refit": True, "backbone_only": True, "data": "x"},

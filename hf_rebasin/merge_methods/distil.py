@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..checkpoint import Checkpoint
-from ..computing import there
-from ..divergence import Divergence
+from ..computing import by_batch_statistics, there
+from ..divergence import apart, numbers_in
 from ..errors import OptionError
-from ..inputs import refuse_read_once
+from ..inputs import evaluating, no_classes, refuse_read_once, run
 from ..layers import computing, keeps_statistics, shares_of, with_changes, with_values
 from ..processes import averaged, endless, mean_of_all
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 STEPS, RATE = 300, 3e-4
 CHECKED = 8  # batches on which the merge before and after is measured
 ELEMENTWISE = True
-DID = "distilled"
+WORDS = ("distilling", "distilled")
 COPIES = 3  # of the merge: its gradients and their two moments
 
 
@@ -41,15 +41,14 @@ def merge(
 
     Args:
         tensors: one per model, all of one shape.
-        weights: of the models, in the average and in what is said; by default equal.
+        weights: of the models, in the average and in what is said, 0 or more; by default equal.
         steps: of Adam.
         rate: how far a step goes at first.
 
     Raises:
-        OptionError: weights that are not one per model with a sum, or a number of steps or a rate that is not above 0.
+        OptionError: weights that are not one per model with a sum, or below 0; steps or a rate that are not above 0.
     """
-    _refuse(steps, rate)
-    terms = [share * tensor for share, tensor in zip(shares_of(weights, len(tensors)), tensors, strict=True)]
+    terms = [w * tensor for w, tensor in zip(_shares(weights, len(tensors), steps, rate), tensors, strict=True)]
     return torch.stack(terms).sum(0)
 
 
@@ -64,18 +63,19 @@ def distil(
     device: Any = None,
     progress: bool = False,
 ) -> Checkpoint:
-    """Train a merge to say what the merged models say, by KL, without labels.
+    """Train all of a merge to say what the merged models say, by KL, without labels.
 
-    Adam, down to 0 by a cosine, gradients cut at a norm of 1; without dropout, BatchNorm by the batch, its statistics
-    afterwards those of the data. Labels in the batches are not looked at. What says no better than before what the
-    models say, on the first eight batches, is not kept, and a warning tells so.
+    Adam, down to 0 by a cosine, gradients cut at a norm of 1; without dropout, BatchNorm by the batch. Where the merge
+    is no nearer afterwards to what the models say, on the first eight batches, it stays as it is, and a warning tells
+    so. BatchNorm statistics become those of the data.
 
     Args:
         merged: the merge; it stays as it is.
-        models: what was merged, in any coordinates.
+        models: what was merged: any models whose outputs mean the same.
         data: unlabelled batches that can be read again and again, as training needs them: thousands of samples rather
-            than hundreds. Under `accelerate launch` every process takes its share, and a step is one batch of each.
-        weights: of the models in what is said; by default equal.
+            than hundreds. Labels in them do not count. Under `accelerate launch` every process takes its share, and a
+            step is one batch of each.
+        weights: of the models in what is said, 0 or more; by default equal.
         steps: of Adam.
         rate: how far a step goes at first; less for models that are wide.
         device: where it is computed.
@@ -85,8 +85,8 @@ def distil(
         The distilled merge, with the keys and dtypes it had; what was tied is tied.
 
     Raises:
-        OptionError: no data, or such as can be read once; weights that are not one per model with a sum; steps or a
-            rate that are not above 0; what the models say is not finite.
+        OptionError: no data, or such as can be read once; weights that are not one per model with a sum, or below 0;
+            steps or a rate that are not above 0; what the models say is not finite.
         CheckpointError: no class is known that could be run.
 
     Example: one bias, 0 in the merge, and two models that say p = 0.2 and 0.4 of the first of two classes: the bias
@@ -94,66 +94,93 @@ def distil(
 
         >>> better = distil(merge([a, moved]), [Checkpoint.open(a), Checkpoint.open(moved)], batches)
     """
-    _refuse(steps, rate)
+    shares = _shares(weights, len(models), steps, rate)
     refuse_read_once(data)
-    shares = shares_of(weights, len(models))
-    (module, *others), dtype = computing([merged, *models], device)
-    own = [name for name, _ in (*module.named_parameters(), *module.named_buffers()) if name in module.state_dict()]
-    ends = [{name: other.state_dict()[name] for name in own} for other in others]
-    diverging = Divergence(module, {name: name for name in own}, ends, device)
+    (module, *ends), dtype = computing([merged, *models], device)
+    by_batch_statistics(module)
     batches = (there(batch, device, dtype) for batch in endless(data))
-    checked = list(islice(batches, CHECKED))
+    checked, classes = list(islice(batches, CHECKED)), not no_classes(module)
 
-    def apart(batch: Any) -> Tensor:
-        found = diverging.of(dict([*module.named_parameters(), *module.named_buffers()]), shares, batch)
+    def off(batch: Any) -> Tensor:
+        said = []
+        for end in ends:
+            with evaluating(end):
+                said.append(numbers_in(run(end, batch), batch))
+        found = apart(said, run(module, batch), shares, batch, classes)
         return found.sum() / max(len(found), 1)
 
     def measured() -> float:
         with torch.no_grad():
-            return mean_of_all(torch.stack([apart(batch) for batch in checked]).double().mean()).item()
+            return _mean(torch.stack([off(batch) for batch in checked]), "before and after training")
 
     before = measured()
-    if not math.isfinite(before):
-        raise OptionError(f"what the models say to these data is not finite ({before}); look at both, and at the data")
-    _descend(module, batches, apart, steps, rate, progress)
+    _descend(module, batches, off, steps, rate, progress)
     after = measured()
-    if not after < before:
+    if after < before:
+        logger.info("what the merge says was %.3g nats from what the models say, and is %.3g now", before, after)
+        merged = with_values(merged, module)
+    else:
         logger.warning(
             "%d steps at a rate of %g brought the merge no nearer to what the models say (%.3g before, %.3g after), "
-            "so it stays as it is; take a lower rate, or more data",
+            "so it stays as it is; if there is something to learn, take a lower rate, or more data",
             steps,
             rate,
             before,
             after,
         )
-        return merged
-    logger.info("what the merge says was %.3g nats from what the models say, and is %.3g now", before, after)
-    distilled = with_values(merged, module)
     if not any(keeps_statistics(part) for part in module.modules()):
-        return distilled
-    return with_changes(distilled, (), data, lambda step: None, device=device)
+        return merged
+    return with_changes(merged, (), data, lambda step: None, device=device)
 
 
 finish = distil  # of the average that `merge` gives
 
 
-def _descend(module: nn.Module, batches: Iterable[Any], apart: Any, steps: int, rate: float, progress: bool) -> None:
-    trained = [parameter.requires_grad_() for parameter in module.parameters() if parameter.is_floating_point()]
+def _descend(
+    module: nn.Module,
+    batches: Iterable[Any],
+    off: Callable[[Any], Tensor],
+    steps: int,
+    rate: float,
+    progress: bool,
+) -> None:
+    trained = [parameter for parameter in module.parameters() if parameter.is_floating_point()]
+    for parameter in trained:
+        parameter.requires_grad_()
     optimizer = torch.optim.Adam(trained, lr=rate, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     quiet = None if progress else True
-    for batch in tqdm(islice(batches, steps), "distilling", steps, unit="step", leave=False, disable=quiet):
+    bar = tqdm(islice(batches, steps), "distilling", steps, unit="step", leave=False, disable=quiet)
+    for step, batch in enumerate(bar, start=1):
         with torch.enable_grad():
             optimizer.zero_grad()
-            apart(batch).backward()
+            value = off(batch)
+            value.backward()
+        _mean(value.detach(), f"in step {step}, at a rate of {rate:g}")
         averaged(trained)
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
 
 
-def _refuse(steps: int, rate: float) -> None:
+def _mean(values: Tensor, when: str) -> float:
+    """Over all processes; OptionError unless it is finite."""
+    mean = mean_of_all(values.double().mean()).item()
+    if not math.isfinite(mean):
+        raise OptionError(
+            f"what the models say to these data is not finite ({mean} {when}); look at the models and at the data, or "
+            "take a lower rate, if that comes of training"
+        )
+    return mean
+
+
+def _shares(weights: Sequence[float] | None, count: int, steps: int, rate: float) -> list[float]:
+    """Of each model; OptionError where a knob does not fit."""
     if steps < 1:
         raise OptionError(f"steps = {steps}; give 1 or more")
     if not 0 < rate < math.inf:
         raise OptionError(f"rate = {rate}; give a number above 0, such as {RATE}")
+    shares = shares_of(weights, count)
+    if min(shares) < 0:
+        raise OptionError(f"weights = {weights}; what is said is a mixture, so give weights of 0 or more")
+    return shares

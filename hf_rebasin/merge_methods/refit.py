@@ -35,7 +35,7 @@ RIDGE = 1e-3
 HELD = 32.0  # samples: how much s W₁ counts beside the data, in r = HELD · tr(XᵀX) / (n · samples)
 STRETCHES, ROUNDS = 8, 20  # passes over the data: for s at most, and for W after that
 ELEMENTWISE = True
-DID = "refitted"
+WORDS = ("refitting", "refitted")
 
 
 def merge(tensors: Sequence[Tensor], *, weights: Sequence[float] | None = None, ridge: float = RIDGE) -> Tensor:
