@@ -123,7 +123,7 @@ class Descent:
             raise OptionError(f"the cost {cost!r} is a loss on data, and there are none; give data, or one of l2, l1")
         if cost not in OF_WEIGHTS:
             _refuse_uncovered(problem)
-        if cost in OF_WEIGHTS and self.starts > 1 and not self.noise:
+        if cost in OF_WEIGHTS and self.starts > 1 and (self.permuting == "kept" or not self.noise):
             raise OptionError(
                 f"starts = {self.starts}, and without data or noise all of them are the same; give either"
             )

@@ -285,6 +285,8 @@ def test_several_starts_need_something_that_differs():
         OptionError, match="starts = 3, and without data or noise all of them are the same; give either"
     ):
         align(mlp(0), mlp(1), solver="sinkhorn", spec=TABLE, starts=3)
+    with pytest.raises(OptionError, match="without data or noise"):  # where nothing permutes noise is no matter
+        align(mlp(0), mlp(1), solver="learned", spec=TABLE, starts=3, noise=0.1)
     assert align(mlp(0), mlp(1), solver="sinkhorn", spec=TABLE, starts=3, noise=0.1, steps=2).history
 
 
