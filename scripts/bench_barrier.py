@@ -199,6 +199,7 @@ METHODS = {
     "distilled refit of full": Method(full, "#0072b2", finish=refitted_and_distilled, batches=MORE),
     "distilled refit": Method(activations, "#117733", finish=refitted_and_distilled, batches=MORE),
     "distilled plain, 1000 steps": Method(plain, "#808080", finish=distilled_for_long, batches=MORE),
+    "distilled full, 1000 steps": Method(full, "#0072b2", finish=distilled_for_long, batches=MORE),
 }
 
 
