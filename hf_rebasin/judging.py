@@ -17,7 +17,6 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from . import registry
 from .checking import outputs
 from .checkpoint import Checkpoint
 from .computing import there
@@ -33,7 +32,7 @@ from .provenance import versions
 from .recalibrating import has_statistics, recalibrate
 from .recipe import Recipe, RefitSettings, finishes
 from .report import Report
-from .running import Merged, Opened, merged, what_was_done
+from .running import Merged, Opened, looking, merged, what_was_done
 from .solving import Clock, Solution
 from .text import family_of
 
@@ -256,11 +255,11 @@ def _unfinished(recipe: Recipe) -> Recipe:
 
 def _consumed(recipe: Recipe, data: Batches | None) -> Consumed:
     """What aligning looked at."""
-    assert recipe.align is not None
-    solver = registry.find("solvers", recipe.align.solver).Solver
-    if data is None or not getattr(solver, "TAKES_DATA", False):
+    solvers = looking(recipe)
+    if data is None or not solvers:
         return "nothing"
-    return "labels" if data.labelled and not getattr(solver, "NEEDS_DATA", False) else "unlabelled inputs"
+    unlabelled = all(getattr(solver, "NEEDS_DATA", False) for solver in solvers)
+    return "unlabelled inputs" if unlabelled or not data.labelled else "labels"
 
 
 def moved_in(solutions: Sequence[Solution]) -> Iterator[Moved]:

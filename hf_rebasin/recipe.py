@@ -311,20 +311,20 @@ def _without_data(said: Mapping[str, Any]) -> Iterator[str]:
     for key in (key for key, needed in needing.items() if needed and said.get("backbone_only")):
         yield f"{key}: it computes with whole models, so backbone_only cannot go with it"
     with suppress(UnknownNameError):
-        for place, name in _solvers(said.get("align")):
+        for place, name, _ in solvers_in(said.get("align")):
             needing[place] = getattr(registry.find("solvers", name).Solver, "NEEDS_DATA", False)
     for key in (key for key, needed in needing.items() if needed and not said.get("data")):
         yield f"{key}: it looks at data, and there are none; say which (data)"
 
 
-def _solvers(align: Any) -> Iterator[tuple[str, str]]:
-    """Where in a recipe a solver is named, and which: that of `align`, and where it starts from, if that is one."""
+def solvers_in(align: Any) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Where in a recipe a solver is named, which, and its knobs: that of `align`, and where it starts from, if one."""
     place = "align"
     while isinstance(align, Mapping):
-        yield f"{place}.solver", str(align.get("solver", "weight_matching"))
+        yield f"{place}.solver", str(align.get("solver", "weight_matching")), align
         place, align = f"{place}.start", align.get("start")
     if isinstance(align, str) and align != "identity":
-        yield place, align
+        yield place, align, {}
 
 
 def _unknown_names(said: Mapping[str, Any]) -> Iterator[str]:

@@ -13,6 +13,7 @@ from .alignment import Alignment
 from .api import solved
 from .checkpoint import Checkpoint
 from .data import Batches, open_data
+from .descent import OF_WEIGHTS
 from .describing import spec_of
 from .errors import MismatchError, OptionError
 from .layers import computing, with_values
@@ -22,8 +23,8 @@ from .merging import averaged, combine, finish_with, lined_state, lined_up, meth
 from .objective import Device
 from .pairing import paired
 from .recalibrating import has_statistics, recalibrate, repair
-from .recipe import Recipe
-from .solving import Clock, Solution, solver_with
+from .recipe import Recipe, solvers_in
+from .solving import Clock, Solution, Solver, solver_with
 from .varying import varies
 
 
@@ -101,11 +102,17 @@ def opened(recipe: Recipe, *, values: bool = True, measuring: bool = True, progr
     return Opened((first, *others), tuple(lined), data, evaluation)
 
 
+def looking(recipe: Recipe) -> list[type[Solver]]:
+    """The solvers that look at data where there are any: the one a recipe names, and those it starts from."""
+    said = solvers_in(None if recipe.align is None else recipe.align.model_dump())
+    found = [(registry.find("solvers", name).Solver, knobs.get("cost")) for _, name, knobs in said]
+    return [kind for kind, cost in found if getattr(kind, "TAKES_DATA", False) and cost not in OF_WEIGHTS]
+
+
 def _looks(recipe: Recipe, first: Checkpoint) -> bool:
     """Whether anything on the way to the merge looks at data."""
-    solver = None if recipe.align is None else registry.find("solvers", recipe.align.solver).Solver
     return (
-        getattr(solver, "TAKES_DATA", False)
+        bool(looking(recipe))
         or recipe.fits
         or recipe.recalibrate == "repair"
         or (recipe.recalibrate is not None and has_statistics(first))
@@ -152,7 +159,7 @@ def _solutions(recipe: Recipe, found: Opened, device: Device, progress: bool) ->
     first = found.models[0]
     solver, spec = solver_with(recipe.align.solver, recipe.align.knobs()), spec_of(first)
     solve = partial(solved, solver, spec, first, limits=recipe.align.limits(), seed=recipe.align.seed, device=device)
-    data = found.data if getattr(solver, "TAKES_DATA", False) else None
+    data = found.data if looking(recipe) else None
     solve = partial(solve, backbone_only=recipe.backbone_only, data=data, progress=progress)
     return [solve(moving=other) for other in found.lined]
 

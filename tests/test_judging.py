@@ -58,17 +58,21 @@ def judged_merge(place, kind, tmp_path, **more):
 
 
 @pytest.mark.parametrize(
-    ("solver", "labels", "consumed"),
+    ("align", "labels", "consumed"),
     [
-        ("weight_matching", None, "nothing"),
-        ("activation_matching", None, "unlabelled inputs"),
-        ("learned", None, "labels"),
-        ("learned", False, "unlabelled inputs"),
+        ({"solver": "weight_matching"}, None, "nothing"),
+        ({"solver": "activation_matching"}, None, "unlabelled inputs"),
+        ({"solver": "learned"}, None, "labels"),
+        ({"solver": "learned"}, False, "unlabelled inputs"),
+        ({"solver": "sinkhorn", "cost": "l2"}, None, "nothing"),
+        ({"solver": "sinkhorn", "cost": "l2", "start": "activation_matching"}, None, "unlabelled inputs"),
+        ({"solver": "sinkhorn", "cost": "l2", "start": {"solver": "learned", "steps": 1}}, None, "labels"),
+        ({"solver": "learned", "start": "activation_matching"}, None, "labels"),
     ],
 )
-def test_what_aligning_looked_at(place, solver, labels, consumed):
+def test_what_aligning_looked_at(place, align, labels, consumed):
     data = {"dataset": str(place / "digits"), "samples": 4, "labels": labels}
-    recipe = Recipe.from_dict(said(place, "vit", align={"solver": solver}, data=data))
+    recipe = Recipe.from_dict(said(place, "vit", align=align, data=data))
     assert _consumed(recipe, open_data(recipe.data, Checkpoint.open(recipe.models[0].model))) == consumed
 
 
@@ -257,8 +261,9 @@ def test_evaluate_takes_over_what_data_says():
     assert Recipe.from_dict(unlabelled).evaluate.labels is None  # a loss needs them
 
 
-def test_data_that_nobody_looks_at_are_refused(place):
-    given = said(place, "vit", align={"starts": 1})
+@pytest.mark.parametrize("align", [{"starts": 1}, {"solver": "sinkhorn", "cost": "l2"}])
+def test_data_that_nobody_looks_at_are_refused(place, align):
+    given = said(place, "vit", align=align)
     del given["evaluate"]
     with pytest.raises(OptionError, match="nothing of this merge looks at them"):
         run(Recipe.from_dict(given))
