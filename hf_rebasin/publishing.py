@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .alignment import Alignment
 from .card import GENERATED, Subject, alignment_card, card
@@ -26,6 +27,9 @@ from .refusing import refuse_token, speaking
 from .report import Report
 from .verifying import compared
 
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi, ModelInfo
+
 # What a model that was there before leaves behind: it would be loaded together with the new one.
 STALE = (*SIDE_FILES, *MADE, SUMS, INDEX, "model*.safetensors", OLD_INDEX, "pytorch_model*.bin", *ADAPTER)
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.onnx", "*.pt", "*.pth", "*.h5", "*.msgpack")
@@ -41,6 +45,7 @@ class Published:
         changed: whether there was anything to commit.
         card: the text of README.md.
         files: what was sent, or was there already.
+        deleted: what was there of another model, and would have been loaded with this one.
     """
 
     repository: str
@@ -48,6 +53,7 @@ class Published:
     changed: bool
     card: str
     files: tuple[str, ...]
+    deleted: tuple[str, ...] = ()
 
 
 def publish(
@@ -80,7 +86,7 @@ def publish(
         message: of the commit.
         template: of the card, in Jinja2, instead of ours.
         token: instead of the one that is logged in with.
-        dry_run: check all, and render the card, but write and send nothing.
+        dry_run: check all, render the card and look at the repository, but write and send nothing.
         progress: show progress bars.
 
     Raises:
@@ -128,14 +134,12 @@ def publish_as(
                     f"{source / CARD} is a card of somebody's own; take it away, or leave out the template"
                 )
             text = own  # whoever wrote a card of their own meant it
-    if dry_run:
-        return Published(settings.to, "", False, text, tuple(files))
-    if source.is_dir():
+    if source.is_dir() and not dry_run:
         write_whole(source / CARD, text.encode())
-    with speaking(f"publish to {settings.to}"):
+    with speaking(f"{'look at' if dry_run else 'publish to'} {settings.to}"):
         refuse_token(token)
-        url, changed = _sent(settings, files, text, token, progress)
-    return Published(settings.to, url, changed, text, tuple(files))
+        send = _looked_at if dry_run else _sent
+        return send(settings, files, text, token, progress)
 
 
 def refuse_unready(models: Sequence[Checkpoint], settings: PublishSettings) -> None:
@@ -241,10 +245,25 @@ def _alignment_card(file: Path, settings: PublishSettings) -> str:
     return alignment_card(Alignment.load(file), settings.to, None if said is None else said.licence)
 
 
+def _looked_at(
+    settings: PublishSettings, files: dict[str, Path], text: str, token: str | None, progress: bool
+) -> Published:
+    """What `_sent` would do."""
+    from huggingface_hub import HfApi
+
+    api, repository, revision = HfApi(token=token), settings.to, settings.revision
+    if not api.repo_exists(repository):
+        return Published(repository, "", False, text, tuple(files))
+    if revision is not None and not api.revision_exists(repository, revision):
+        revision = None  # of which that branch would be made
+    head = api.model_info(repository, revision=revision)
+    return Published(repository, "", False, text, tuple(files), _replaced(api, settings, files, text, head, progress))
+
+
 def _sent(
     settings: PublishSettings, files: dict[str, Path], text: str, token: str | None, progress: bool
-) -> tuple[str, bool]:
-    """(url, whether anything was changed) of one commit."""
+) -> Published:
+    """All of it in one commit."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api, model = HfApi(token=token), any(is_weights(name) for name in files)
@@ -253,15 +272,7 @@ def _sent(
     if revision is not None:
         api.create_branch(repository, branch=revision, exist_ok=True)
     head = api.model_info(repository, revision=revision)
-    present = {file.rfilename for file in head.siblings or ()}
-    if not model:
-        _refuse_model(repository, present)
-    if CARD in present and not settings.create_pr:  # of which its owner is asked
-        with bars(progress):
-            card = Path(api.hf_hub_download(repository, CARD, revision=head.sha))
-        _refuse_card(repository, card.read_bytes(), text, files)
-    there = {name for name in present if "/" not in name} - {*files, CARD}
-    stale = [name for name in sorted(there) if model and any(fnmatch.fnmatch(name, pattern) for pattern in STALE)]
+    stale = _replaced(api, settings, files, text, head, progress)
     # upload_folder would commit what takes long in several parts, and in between there would be half a model
     with bars(progress):
         commit = api.create_commit(
@@ -277,7 +288,23 @@ def _sent(
             parent_commit=None if settings.create_pr else head.sha,
         )
     changed = commit.oid != head.sha
-    return str(commit.pr_url or (commit.commit_url if changed else commit.repo_url)), changed
+    url = str(commit.pr_url or (commit.commit_url if changed else commit.repo_url))
+    return Published(repository, url, changed, text, tuple(files), stale)
+
+
+def _replaced(
+    api: HfApi, settings: PublishSettings, files: dict[str, Path], text: str, head: ModelInfo, progress: bool
+) -> tuple[str, ...]:
+    """What is to be deleted of what is there; OptionError where that is not ours to replace."""
+    present, model = {file.rfilename for file in head.siblings or ()}, any(is_weights(name) for name in files)
+    if not model:
+        _refuse_model(settings.to, present)
+    if CARD in present and not settings.create_pr:  # of which its owner is asked
+        with bars(progress):
+            card = Path(api.hf_hub_download(settings.to, CARD, revision=head.sha))
+        _refuse_card(settings.to, card.read_bytes(), text, files)
+    there = {name for name in present if "/" not in name} - {*files, CARD}
+    return tuple(name for name in sorted(there) if model and any(fnmatch.fnmatch(name, kind) for kind in STALE))
 
 
 def _refuse_model(repository: str, there: Iterable[str]) -> None:

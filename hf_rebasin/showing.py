@@ -90,6 +90,8 @@ def published(found: Published, dry_run: bool = False) -> Iterator[str]:
     if dry_run:
         yield from found.card.splitlines()
         yield f"\nwould publish to {found.repository}: {', '.join([*found.files, 'README.md'])}"
+        if found.deleted:
+            yield f"would delete there, as it would be loaded with this model: {', '.join(found.deleted)}"
         return
     yield f"{'published' if found.changed else 'nothing has changed'}: {found.url}"
 

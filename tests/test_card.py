@@ -289,11 +289,13 @@ def test_a_card_of_ones_own_is_kept(local, tmp_path):
     assert (local / "ab/README.md").read_text() == mine
 
 
-def test_a_card_is_shown_before_it_is_sent(local):
+@pytest.mark.parametrize("branch", [(), ("--revision", "next")])
+def test_a_card_is_shown_before_it_is_sent(local, branch):
     before = bytes_of(local / "ad")
     since = len(HUB.requests)
-    said = called("publish", local / "ad", "org/shown", "--license", "mit", "--dry-run")
+    said = called("publish", local / "ad", "org/shown", "--license", "mit", "--dry-run", *branch)
     assert "license: mit" in said
     assert "would publish to org/shown: " in said
-    assert HUB.requests[since:] == []
+    assert {method for method, *_ in HUB.requests[since:]} <= {"GET", "HEAD"}
+    assert ("models", "org/shown") not in HUB.repos
     assert bytes_of(local / "ad") == before

@@ -206,8 +206,13 @@ def test_shards_and_what_was_there_before(small, tmp_path):
     theirs = {"notes.md", "onnx/model.onnx", "onnx/tokenizer.json", "training_args.bin"}
     for name in [*theirs, "adapter_config.json", "tokenizer.json"]:
         HfApi().upload_file(path_or_fileobj=b"theirs", path_in_repo=name, repo_id="org/cut")
+    before = there("org/cut")
+    said = called("publish", small, "org/cut", "--dry-run").splitlines()[-1]
+    assert said.startswith("would delete there")
+    assert there("org/cut") == before
     called("publish", small, "org/cut")
     kept = there("org/cut")
+    assert before.keys() - kept.keys() == set(said.split(": ")[1].split(", "))
     assert [name for name in kept if name.startswith("model")] == ["model.safetensors"]
     assert kept.keys() > theirs
     assert not kept.keys() & {"adapter_config.json", "tokenizer.json"}, "they were another model's"
@@ -285,6 +290,8 @@ def test_a_card_that_somebody_wrote_is_not_replaced(mine, small):
     HfApi().upload_file(path_or_fileobj=theirs, path_in_repo="README.md", repo_id="org/theirs")
     said = refused("publish", mine, "org/theirs")
     assert f"hf download org/theirs README.md --local-dir {mine}" in said
+    for branch in ([], ["--revision", "that-is-made"]):
+        assert refused("publish", mine, "org/theirs", "--dry-run", *branch) == said
     assert "repository of its own" in refused("publish", small / "alignment.safetensors", "org/theirs")
     assert there("org/theirs").keys() == {".gitattributes", "README.md"}
     assert "/discussions/" in called("publish", mine, "org/theirs", "--create-pr")

@@ -31,7 +31,11 @@ def publish(
     commit_message: CommitMessage = None,
     template: Template = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the card and what would be sent; send nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check everything and look at the repository; print the card and what would be done, but do nothing.",
+        ),
     ] = False,
 ) -> None:
     """Publish a model to the Hub, with a card, the recipe, the alignment and what was measured."""
