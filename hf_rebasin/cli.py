@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
+from contextlib import suppress
 from importlib import import_module
 
 import typer
@@ -31,6 +33,7 @@ for verb in VERBS:
 
 def main() -> None:
     """The entry point: errors of ours are one sentence and exit status 1."""
+    _keep_freed_memory()
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # started by accelerate launch
             found_device()
@@ -41,3 +44,16 @@ def main() -> None:
     except KeyboardInterrupt:
         typer.echo("interrupted; a model that was not finished leaves nothing behind", err=True)
         sys.exit(130)
+
+
+def _keep_freed_memory() -> None:
+    """Begin where glibc's malloc ends up once a large block was freed: up to 64 MB that are free stay with us.
+
+    Otherwise it may give back the memory of every chunk of a merge and get it again, page by page, set to 0, for half
+    of the time that the merge takes.
+    """
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # another libc
+            change = ctypes.CDLL(None).mallopt
+            change(-3, 32 << 20)  # M_MMAP_THRESHOLD
+            change(-1, 64 << 20)  # M_TRIM_THRESHOLD
