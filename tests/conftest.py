@@ -67,7 +67,10 @@ def tiny(request):
     return TINY[request.param]
 
 
-@pytest.fixture(params=[n if n in FIRST.values() else pytest.param(n, marks=pytest.mark.slow) for n in TINY])
+ONE_OF_EACH = [name if name in FIRST.values() else pytest.param(name, marks=pytest.mark.slow) for name in TINY]
+
+
+@pytest.fixture(params=ONE_OF_EACH)
 def sample(request):
     """One TINY model per table, and with --slow all of them: for what hangs on the groups and not on the classes."""
     return TINY[request.param]
@@ -159,7 +162,7 @@ def drawn(cases, everything, models):
     To try one takes about as long as the model has tensors. Most tables are tried in every way there is; those that
     have rows for every block of a large network are not, but with --slow.
     """
-    affordable = 20_000 // max(len(Checkpoint.open(model).tensors) for model in models)
+    affordable = 10_000 // max(len(Checkpoint.open(model).tensors) for model in models)
     if everything or len(cases) <= affordable:
         return list(cases)
     rows = {}

@@ -166,8 +166,7 @@ def test_a_model_says_its_own_loss(bert):
     assert not solution.notes
 
 
-@pytest.mark.parametrize("at", [0.5, 0.2])
-@pytest.mark.parametrize("family", ["bert", "gpt2", "resnet"])
+@pytest.mark.parametrize(("family", "at"), [("bert", 0.5), ("gpt2", 0.2), ("resnet", 0.2)])
 def test_without_labels_it_goes_by_what_the_two_say(family, at, request):
     """Positions that are left out do not count; BatchNorm goes by the batch in between, and not at the ends."""
     a = TINY[FIRST["gpt2"]] if family == "gpt2" else request.getfixturevalue(family)

@@ -47,7 +47,10 @@ def test_it_ends_where_the_mean_is_said(said, weights, mean):
     assert p_of(merge(models, "linear", weights=weights)) != pytest.approx(mean, abs=5e-3)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "bert", "vit", "resnet", "t5"])
+SLOWER = [pytest.param(family, marks=pytest.mark.slow) for family in ("bert", "vit")]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "resnet", "t5", *SLOWER])
 def test_it_says_more_nearly_what_the_models_say(family):
     """Of two seeds, on other batches, too; with the keys, dtypes, ties and integers it had, and twice the same."""
     models = [TINY[FIRST[family]], other_seed(TINY[FIRST[family]])]

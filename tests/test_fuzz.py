@@ -39,7 +39,10 @@ def world(good, tmp_path):
     return World(tmp_path / "world", good)
 
 
-@pytest.mark.parametrize("start", range(0, 200, 20))
+MORE = [pytest.param(start, marks=pytest.mark.slow) for start in range(80, 200, 20)]
+
+
+@pytest.mark.parametrize("start", [0, 20, 40, 60, *MORE])
 @pytest.mark.parametrize("kind", ["recipe", "checkpoint"])
 def test_drawn_cases(kind, start, good, tmp_path):
     outcomes = [case(kind, seed, good, tmp_path / f"{seed}") for seed in range(start, start + 20)]

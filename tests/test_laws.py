@@ -342,8 +342,9 @@ def test_every_mutation_of_one_row_is_seen(name, everything):
     unseen = [case for case in cases if not any(is_seen(*way) for way in todo[case])]
     assert len(cases) > 50
     assert [case for case in unseen if case[1] not in CANCELLED.get(case[0], ())] == []
-    listed = {row for row in CANCELLED if any(row == case[0] for case in cases)}
-    assert listed == {case[0] for case in unseen}, "a row that is listed is seen after all"
+    if len(cases) == len(todo):
+        listed = {row for row in CANCELLED if any(row == case[0] for case in cases)}
+        assert listed == {case[0] for case in unseen}, "a row that is listed is seen after all"
 
 
 # --- rows that belong to something outside the weights ---------------------------------------------------------------
@@ -418,10 +419,11 @@ def test_a_module_of_another_class_than_its_file_keeps_its_function(name, loader
     assert same_tensors(alignment.inverse().apply(moved), model)
 
 
-@pytest.mark.parametrize("name", [name for name in TINY if "ResNetModel" not in name])
-def test_an_unknown_class_is_held_rather_than_guessed(name, tmp_path):
+def test_an_unknown_class_is_held_rather_than_guessed(sample, tmp_path):
     """Outputs of the bare model, which is what an unknown class is built as, stay as they are."""
-    folder = Checkpoint.open(TINY[name]).save(tmp_path / "file")
+    if type(sample).__name__ == "ResNetModel":
+        pytest.skip("its symmetries are those of the bare model")
+    folder = Checkpoint.open(sample).save(tmp_path / "file")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["MyOwnModel"]}))
     try:
