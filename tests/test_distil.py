@@ -110,6 +110,17 @@ def test_what_is_no_better_is_not_kept(steps, rate, others, caplog):
     assert "no nearer to what the models say" in caplog.text
 
 
+@pytest.mark.parametrize(("dtype", "kept"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_what_rounding_undoes_is_not_said_to_be_better(dtype, kept, caplog):
+    models = [Bias(p).to(dtype) for p in (0.2, 0.4)]
+    for model in models:
+        model.scores.data += 8  # the same p, by numbers that are further apart in bfloat16
+    with caplog.at_level(logging.WARNING):
+        found = merge(models, "distil", data=BATCHES, steps=2, rate=1e-4)
+    assert same_tensors(found, merge(models)) != kept
+    assert ("no nearer to what the models say" not in caplog.text) == kept
+
+
 def test_of_a_model_and_its_twin_nothing_is_left_to_distil():
     """The twin is the model in other coordinates, and then back from there."""
     model = TINY[FIRST["gpt2"]]

@@ -66,8 +66,8 @@ def distil(
     """Train all of a merge to say what the merged models say, by KL, without labels.
 
     Adam, down to 0 by a cosine, gradients cut at a norm of 1; without dropout, BatchNorm by the batch. Where the merge
-    is no nearer afterwards to what the models say, on the first eight batches, it stays as it is, and a warning tells
-    so. BatchNorm statistics become those of the data.
+    is no nearer afterwards to what the models say, on the first eight batches and rounded to its dtypes, it stays as
+    it is, and a warning tells so. BatchNorm statistics become those of the data.
 
     Args:
         merged: the merge; it stays as it is.
@@ -97,11 +97,10 @@ def distil(
     shares = _shares(weights, len(models), steps, rate)
     refuse_read_once(data)
     (module, *ends), dtype = computing([merged, *models], device)
-    by_batch_statistics(module)
     batches = (there(batch, device, dtype) for batch in endless(data))
     checked, classes = list(islice(batches, CHECKED)), not no_classes(module)
 
-    def off(batch: Any) -> Tensor:
+    def off(module: nn.Module, batch: Any) -> Tensor:
         said = []
         for end in ends:
             with evaluating(end):
@@ -109,16 +108,20 @@ def distil(
         found = apart(said, run(module, batch), shares, batch, classes)
         return found.sum() / max(len(found), 1)
 
-    def measured() -> float:
+    def measured(module: nn.Module) -> float:
+        by_batch_statistics(module)
         with torch.no_grad():
-            return _mean(torch.stack([off(batch) for batch in checked]), "before and after training")
+            return _mean(torch.stack([off(module, batch) for batch in checked]), "before and after training")
 
-    before = measured()
+    before = measured(module)
     _descend(module, batches, off, steps, rate, progress)
-    after = measured()
+    trained, after = merged, measured(module)
+    if after < before:
+        trained = with_values(merged, module)
+        after = measured(trained.model(dtype).to(device).eval())  # rounded to the dtypes of the merge
     if after < before:
         logger.info("what the merge says was %.3g nats from what the models say, and is %.3g now", before, after)
-        merged = with_values(merged, module)
+        merged = trained
     else:
         logger.warning(
             "%d steps at a rate of %g brought the merge no nearer to what the models say (%.3g before, %.3g after), "
@@ -139,7 +142,7 @@ finish = distil  # of the average that `merge` gives
 def _descend(
     module: nn.Module,
     batches: Iterable[Any],
-    off: Callable[[Any], Tensor],
+    off: Callable[[nn.Module, Any], Tensor],
     steps: int,
     rate: float,
     progress: bool,
@@ -154,7 +157,7 @@ def _descend(
     for step, batch in enumerate(bar, start=1):
         with torch.enable_grad():
             optimizer.zero_grad()
-            value = off(batch)
+            value = off(module, batch)
             value.backward()
         _mean(value.detach(), f"in step {step}, at a rate of {rate:g}")
         averaged(trained)
