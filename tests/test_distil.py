@@ -47,10 +47,10 @@ def test_it_ends_where_the_mean_is_said(said, weights, mean):
     assert p_of(merge(models, "linear", weights=weights)) != pytest.approx(mean, abs=5e-3)
 
 
-SLOWER = [pytest.param(family, marks=pytest.mark.slow) for family in ("bert", "vit")]
+SLOWER = [pytest.param(family, marks=pytest.mark.slow) for family in ("bert", "t5", "vit")]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "resnet", "t5", *SLOWER])
+@pytest.mark.parametrize("family", ["gpt2", "resnet", *SLOWER])
 def test_it_says_more_nearly_what_the_models_say(family):
     """Of two seeds, on other batches, too; with the keys, dtypes, ties and integers it had, and twice the same."""
     models = [TINY[FIRST[family]], other_seed(TINY[FIRST[family]])]
@@ -136,7 +136,10 @@ def test_models_speak_for_themselves():
     torch.nn.init.normal_(other.transformer.ln_f.weight, 1, 0.5)
     moved, data = align(tied, other).apply(Checkpoint.open(other)), batches_of(tied, 4)
     assert moved.ties != Checkpoint.open(other).ties
-    found = [distil(merge([tied, other]), [Checkpoint.open(tied), Checkpoint.open(x)], data) for x in (moved, other)]
+    found = [
+        distil(merge([tied, other]), [Checkpoint.open(tied), Checkpoint.open(x)], data, steps=30)
+        for x in (moved, other)
+    ]
     assert distance(*found) < 1e-6
 
 

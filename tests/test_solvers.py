@@ -36,13 +36,16 @@ def solver(request):
     return quick(request.param)
 
 
-# weight matching on all families, of the others every one on some, and on every family some
+# weight matching on all families, of the others every one on some, and on every family some (with --slow)
 DRAWN = [
-    (s, f) for i, s in enumerate(SOLVERS) for j, f in enumerate(FIRST) if s == "weight_matching" or (i + j) % 4 == 0
+    pytest.param((s, f), id=f"{s}-{f}", marks=[pytest.mark.slow] * (s != "weight_matching" and (i + j) % 8 != 0))
+    for i, s in enumerate(SOLVERS)
+    for j, f in enumerate(FIRST)
+    if s == "weight_matching" or (i + j) % 4 == 0
 ]
 
 
-@pytest.fixture(params=DRAWN, ids="-".join)
+@pytest.fixture(params=DRAWN)
 def drawn_pair(request):
     """(a solver, a model of a family)"""
     name, family = request.param
