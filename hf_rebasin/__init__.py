@@ -6,30 +6,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .alignment import Alignment
-    from .api import align, compare, infer_spec, merge, spec_for
-    from .carrying_out import run_recipe
-    from .checking import Check, check
-    from .checkpoint import Checkpoint
-    from .comparing import Comparison, Verdict
-    from .coordinate_descent import MergeMany, PermutationCoordinateDescent
-    from .data import DataSettings, open_data
+    from .alignment.alignment import Alignment
+    from .alignment.exactness import Check, check
+    from .checkpoints.checkpoint import Checkpoint
+    from .compat.rebasin import MergeMany, PermutationCoordinateDescent
+    from .compat.sinkhorn_rebasin import RebasinNet, matching
+    from .compat.sinkhorn_rebasin_losses import DistCosineLoss, DistL1Loss, DistL2Loss, MidLoss, RndLoss
+    from .data.batches import DataSettings, open_data
     from .errors import RebasinError
-    from .evaluating import evaluate
-    from .line import between, interpolate
-    from .loss import DistCosineLoss, DistL1Loss, DistL2Loss, MidLoss, RndLoss
-    from .merge_methods.distil import distil
-    from .merge_methods.refit import refit
-    from .objective import Problem
-    from .publishing import publish
-    from .rebasin_net import RebasinNet, matching
-    from .recalibrating import recalibrate, repair
-    from .recipe import Recipe
-    from .report import Report
-    from .solving import Solution, Status
-    from .spec import Spec
-    from .table import Table
-    from .verifying import verify
+    from .evaluation.comparison import Comparison, Verdict, compare
+    from .evaluation.interpolation import between, interpolate
+    from .evaluation.metrics import evaluate
+    from .merging.merge import merge
+    from .merging.methods.distil import distil
+    from .merging.methods.refit import refit
+    from .merging.recalibration import recalibrate, repair
+    from .pipeline import run_recipe
+    from .publishing.upload import publish
+    from .publishing.verification import verify
+    from .recipes.recipe import Recipe
+    from .reports.report import Report
+    from .solving.align import align
+    from .solving.problem import Problem
+    from .solving.solution import Solution, Status
+    from .symmetries.detection import infer_spec, spec_for
+    from .symmetries.spec import Spec
+    from .symmetries.table import Table
 
 __version__ = "0.1.0"
 __all__ = [
@@ -77,46 +79,46 @@ __all__ = [
 
 # Where each name lives; a module is imported when its name is first used, so that `import hf_rebasin` is light.
 _HOME = {
-    "Alignment": "alignment",
-    "Check": "checking",
-    "Checkpoint": "checkpoint",
-    "Comparison": "comparing",
-    "DataSettings": "data",
-    "DistCosineLoss": "loss",
-    "DistL1Loss": "loss",
-    "DistL2Loss": "loss",
-    "MergeMany": "coordinate_descent",
-    "MidLoss": "loss",
-    "PermutationCoordinateDescent": "coordinate_descent",
-    "Problem": "objective",
+    "Alignment": "alignment.alignment",
+    "Check": "alignment.exactness",
+    "Checkpoint": "checkpoints.checkpoint",
+    "Comparison": "evaluation.comparison",
+    "DataSettings": "data.batches",
+    "DistCosineLoss": "compat.sinkhorn_rebasin_losses",
+    "DistL1Loss": "compat.sinkhorn_rebasin_losses",
+    "DistL2Loss": "compat.sinkhorn_rebasin_losses",
+    "MergeMany": "compat.rebasin",
+    "MidLoss": "compat.sinkhorn_rebasin_losses",
+    "PermutationCoordinateDescent": "compat.rebasin",
+    "Problem": "solving.problem",
     "RebasinError": "errors",
-    "RebasinNet": "rebasin_net",
-    "Recipe": "recipe",
-    "Report": "report",
-    "RndLoss": "loss",
-    "Solution": "solving",
-    "Spec": "spec",
-    "Status": "solving",
-    "Table": "table",
-    "Verdict": "comparing",
-    "align": "api",
-    "between": "line",
-    "check": "checking",
-    "compare": "api",
-    "distil": "merge_methods.distil",
-    "evaluate": "evaluating",
-    "infer_spec": "api",
-    "interpolate": "line",
-    "matching": "rebasin_net",
-    "merge": "api",
-    "open_data": "data",
-    "publish": "publishing",
-    "recalibrate": "recalibrating",
-    "refit": "merge_methods.refit",
-    "repair": "recalibrating",
-    "run_recipe": "carrying_out",
-    "spec_for": "api",
-    "verify": "verifying",
+    "RebasinNet": "compat.sinkhorn_rebasin",
+    "Recipe": "recipes.recipe",
+    "Report": "reports.report",
+    "RndLoss": "compat.sinkhorn_rebasin_losses",
+    "Solution": "solving.solution",
+    "Spec": "symmetries.spec",
+    "Status": "solving.solution",
+    "Table": "symmetries.table",
+    "Verdict": "evaluation.comparison",
+    "align": "solving.align",
+    "between": "evaluation.interpolation",
+    "check": "alignment.exactness",
+    "compare": "evaluation.comparison",
+    "distil": "merging.methods.distil",
+    "evaluate": "evaluation.metrics",
+    "infer_spec": "symmetries.detection",
+    "interpolate": "evaluation.interpolation",
+    "matching": "compat.sinkhorn_rebasin",
+    "merge": "merging.merge",
+    "open_data": "data.batches",
+    "publish": "publishing.upload",
+    "recalibrate": "merging.recalibration",
+    "refit": "merging.methods.refit",
+    "repair": "merging.recalibration",
+    "run_recipe": "pipeline",
+    "spec_for": "symmetries.detection",
+    "verify": "publishing.verification",
 }
 
 

@@ -1,5 +1,5 @@
 """`python -m hf_rebasin` is `hf-rebasin`."""
 
-from .cli import main
+from .cli.main import main
 
 main()

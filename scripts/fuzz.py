@@ -42,7 +42,8 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=2000, help="of each kind")
     parser.add_argument("--seed", type=int, default=0, help="of the first case; the next ones follow")
     asked = parser.parse_args()
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+    tests = Path(__file__).resolve().parent.parent / "tests"
+    sys.path[:0] = [str(tests), str(tests / "helpers")]
     import conftest  # noqa: F401 (a local Hub instead of the real one, one thread)
     from fuzzing import build, case
 

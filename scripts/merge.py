@@ -7,7 +7,7 @@ All options are those of `hf-rebasin merge`.
 
 import sys
 
-from hf_rebasin.cli import main
+from hf_rebasin.cli.main import main
 
 
 def arguments(given: list[str]) -> list[str]:

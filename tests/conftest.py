@@ -33,12 +33,14 @@ import torch
 import transformers
 
 from hf_rebasin import Alignment, Checkpoint, Solution, Status, infer_spec, spec_for
-from hf_rebasin.checking import tiny_models
+from hf_rebasin.alignment.exactness import tiny_models
+from hf_rebasin.alignment.gauge import gauges, vectors
 from hf_rebasin.errors import CheckpointError
-from hf_rebasin.gauge import gauges, vectors
 
 torch.set_num_threads(1)
 transformers.logging.disable_progress_bar()
+
+pytest_plugins = ["assessed"]  # fixtures that several rooms use
 
 TINY = dict(tiny_models())
 ROOT = Path(__file__).parent.parent
@@ -123,14 +125,15 @@ def other_seed(model, seed=1000):
 
 
 def run_script(text, folder, processes=1):
-    """Run a script with (folder, folder of the tests) as its arguments; several processes by accelerate, on CPUs."""
+    """Run a script with a folder as its argument, several processes by accelerate; it can import what tests import."""
     script = folder / "script.py"
     script.write_text(text)
     launch = [sys.executable]
     if processes > 1:  # what asks for GPUs starts gloo processes where there are none
         launch += ["-m", "accelerate.commands.launch", "--num_machines=1", "--mixed_precision=no"]
         launch += ["--dynamo_backend=no", "--multi_gpu", f"--num_processes={processes}"]
-    subprocess.run([*launch, str(script), str(folder), str(Path(__file__).parent)], check=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the folders of the tests are there
+    subprocess.run([*launch, str(script), str(folder)], check=True, env=environment)
 
 
 def same_tensors(a, b):

@@ -13,13 +13,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("kind", ["bert", "vit", "gpt2", "resnet"])
 def test_full_size_models_come_back_exactly(kind):
-    script = ROOT / "scripts" / "benchmark_planted.py"
+    script = ROOT / "scripts" / "benchmarks" / "planted.py"
     done = subprocess.run([sys.executable, script, kind], capture_output=True, text=True, check=True)
     assert " L1 0.0  status EQUAL " in done.stdout, done.stdout
 
 
 def test_planted_mlps_come_back(tmp_path):
-    script = ROOT / "scripts" / "benchmark_planted_mlps.py"
+    script = ROOT / "scripts" / "benchmarks" / "planted_mlps.py"
     done = subprocess.run([sys.executable, script, "--pairs", "50"], capture_output=True, text=True, check=True)
     cells = [line.split()[2] for line in done.stdout.splitlines()[1:]]
     assert len(cells) == 9
@@ -28,7 +28,7 @@ def test_planted_mlps_come_back(tmp_path):
 
 def test_barriers_of_mlps(tmp_path):
     """Width 64: at most 5 % of the plain barrier; width 512: at most 0.012."""
-    command = [sys.executable, ROOT / "scripts" / "bench_barrier.py", "mlp64", "mlp512", "--out", tmp_path]
+    command = [sys.executable, ROOT / "scripts" / "benchmarks" / "barrier.py", "mlp64", "mlp512", "--out", tmp_path]
     done = subprocess.run([*command, "--methods", "permutations"], capture_output=True, text=True, check=True)
     results = json.loads((tmp_path / "barrier.json").read_text())["results"]
     rows = {(r["kind"], r["method"], *r["pair"]): r for r in results}
@@ -50,7 +50,7 @@ def test_barriers_of_mlps(tmp_path):
 
 def test_resnet18_comes_back_and_keeps_its_function():
     """A plain module, its symmetries inferred; the package rebasin is not needed for this half."""
-    script = ROOT / "scripts" / "benchmark_rebasin.py"
+    script = ROOT / "scripts" / "benchmarks" / "rebasin_package.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
     unrelated, planted = (re.split(r"  +", line) for line in done.stdout.splitlines())
     for line in (unrelated, planted):
@@ -61,7 +61,7 @@ def test_resnet18_comes_back_and_keeps_its_function():
 
 def test_incremental_learning_of_three_rotations(tmp_path):
     """A smoke test: all methods, every number in place; ours forgets less than fine-tuning does."""
-    script = ROOT / "scripts" / "incremental_learning.py"
+    script = ROOT / "scripts" / "benchmarks" / "incremental_learning.py"
     command = [sys.executable, script, "--images", "digits", "--tasks", "3", "--seeds", "1", "--out", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     results = {r["method"]: r for r in json.loads((tmp_path / "incremental.json").read_text())["results"]}
@@ -83,7 +83,7 @@ def test_incremental_learning_of_three_rotations(tmp_path):
 
 
 def sinkhorn_rebasin(out, *arguments):
-    script = ROOT / "scripts" / "benchmark_sinkhorn_rebasin.py"
+    script = ROOT / "scripts" / "benchmarks" / "sinkhorn_rebasin.py"
     command = [sys.executable, script, *map(str, arguments), "--out", out]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("|")]
@@ -113,7 +113,7 @@ def test_sinkhorn_rebasin_between_networks_trained_apart(tmp_path):
 
 def test_memory_of_statistics_does_not_grow():
     """With 16 times the batches a process takes hardly more; their activations alone would be hundreds."""
-    script = ROOT / "scripts" / "benchmark_statistics.py"
+    script = ROOT / "scripts" / "benchmarks" / "running_statistics.py"
     command = [sys.executable, script, "--batches", "8", "128"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     assert "8 batches" in said[0]

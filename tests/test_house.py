@@ -1,10 +1,11 @@
-"""The shape of the code: imports go down, importing is light, what is exported is documented."""
+"""The shape of the code: imports go down from room to room, importing is light, what is exported is documented."""
 
 import ast
 import inspect
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from importlib import import_module
 
 import pytest
@@ -13,143 +14,153 @@ from conftest import ROOT
 import hf_rebasin
 
 PACKAGE = ROOT / "hf_rebasin"
-# Top to bottom. A module may import from lower floors only; those of one floor do not know each other.
-FLOORS = (
-    {"__init__", "__main__"},
-    {"cli"},
-    {"verbs"},
-    {"showing", "options"},
-    {"demo", "coordinate_descent", "interpolation", "rebasin_net", "loss"},
-    {"carrying_out", "digits"},
-    {"publishing"},
-    {"card", "verifying"},
-    {"making"},
-    {"recording"},
-    {"judging", "planning"},
-    {"running"},
-    {"api"},
-    {"line"},
-    {"comparing", "evaluating", "recalibrating", "recipe", "modules", "incremental"},
-    {"mergekit"},
-    {"report"},
-    {"page"},
-    {"charts"},
-    {"outcome"},
-    {"verdict"},
-    {"measurements"},
-    {"data"},
-    {"imaging", "tokenising", "labelling"},
-    {"rows"},
-    {"solvers"},
-    {"canonical", "descent", "activations", "similarity"},
-    {"checking", "solving", "pairing", "merging"},
-    {"merge_methods"},
-    {"layers"},
-    {"hearing", "divergence"},
-    {"objective"},
-    {"units"},
-    {"relaxed_alignment"},
-    {"artefacts"},
-    {"alignment", "limits"},
-    {"gauge"},
-    {"groups"},
-    {"elements"},
-    {"relaxing"},
-    {"orders"},
-    {"describing"},
-    {"binding"},
-    {"infer"},
-    {"spec", "sizes"},
-    {"table"},
-    {"axes"},
-    {"specs"},
-    {"provenance"},
-    {"usage", "licences"},
-    {"checkpoint"},
-    {"classes", "hub"},
-    {"folder", "refusing"},
-    {"files"},
-    {"varying"},
-    {"lazy", "text", "yaml_reading", "registry", "knobs", "inputs"}
-    | {"sinkhorn_operator", "processes", "computing", "affine"},
-    {"errors"},
+# Top to bottom. A file may import from its own room and from lower ones. A room is a folder, or one of the few files
+# that stand beside them; what is named together is one floor.
+ROOMS = (
+    "__init__ __main__",
+    "cli",
+    "interpolation loss report",  # import paths that other packages promised
+    "pipeline",
+    "publishing",
+    "demo",
+    "recipes",
+    "reports",
+    "evaluation",
+    "compat",
+    "merging",
+    "solving",
+    "alignment",
+    "symmetries",
+    "data",
+    "modules",
+    "checkpoints",
+    "registry",
+    "errors text",
 )
+FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms.split()}
 
 
-def floor(room):
-    return next((i for i, rooms in enumerate(FLOORS) if room in rooms), None)
+def files_in(package):
+    """{dotted name: file} of a package; a folder goes by the name of its `__init__`."""
+    names = {path: path.relative_to(package).with_suffix("").parts for path in sorted(package.rglob("*.py"))}
+    return {".".join(parts): path for path, parts in names.items()}
 
 
-def imports(path):
-    """The rooms of the package a file imports from, wherever in the file."""
-    package = path.relative_to(PACKAGE).parts[:-1]
+def imports(name, path, known):
+    """The files that a file imports from, wherever in it the import stands."""
+    folder = name.split(".")[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            base = package[: len(package) - node.level + 1]
-            target = [*base, *(node.module.split(".") if node.module else [])]
-            yield from [target[0]] if target else [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_rebasin"):
-            yield from (node.module.split(".")[1:2] or [alias.name for alias in node.names])
-
-
-FILES = sorted(path for path in PACKAGE.rglob("*.py"))
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_go_down(path):
-    parts = path.relative_to(PACKAGE).parts
-    room = parts[0].removesuffix(".py")
-    assert floor(room) is not None, f"{room} has no floor"
-    for target in imports(path):
-        inside = target == room and path.name != "__init__.py" and len(parts) > 1
-        if room == "__init__" or target == "__init__":
+        if not isinstance(node, ast.ImportFrom):
             continue
-        assert floor(target) > floor(room) or (inside and target in ("groups", "infer")), (
-            f"{path.name} imports {target}"
-        )
+        words = node.module.split(".") if node.module else []
+        if node.level:
+            base = [*folder[: len(folder) - node.level + 1], *words]
+        elif words[:1] == ["hf_rebasin"]:
+            base = words[1:]
+        else:
+            continue
+        for alias in node.names:
+            inside = [*base, alias.name]
+            places = (inside, [*inside, "__init__"], base, [*base, "__init__"])
+            yield next(place for place in map(".".join, places) if place in known)
 
 
-def test_inference_has_floors_of_its_own():
-    order = (
-        *("inference", "larger", "linear", "norms", "sides", "tracing", "aten", "views", "lookups", "rules"),
-        *("nesting", "record", "unification", "naming", "writing", "__init__"),
-    )
-    assert {path.stem for path in (PACKAGE / "infer").glob("*.py")} == set(order)
-    for place, name in enumerate(order):
-        for node in ast.walk(ast.parse((PACKAGE / "infer" / f"{name}.py").read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level == 1:
-                for target in [node.module] if node.module else [alias.name for alias in node.names]:
-                    assert order.index(target) > place, f"{name} imports {target}"
+def wrong_arrows(package):
+    """What is wrong with the imports of a package, in words."""
+    files = files_in(package)
+    arrows = defaultdict(set)
+    for name, path in files.items():
+        room = name.split(".")[0]
+        if room not in FLOOR:
+            yield f"{name} belongs to no room"
+            continue
+        for target in imports(name, path, files):
+            other = target.split(".")[0]
+            if room == "__init__" or target == "__init__":  # the public names, which are imported when they are used
+                continue
+            if other != room and FLOOR.get(other, -1) <= FLOOR[room]:
+                yield f"{name} imports {target}, which does not lie below it"
+            arrows[name].add(target)
+    yield from (f"{' -> '.join(circle)} is a circle" for circle in circles(arrows))
 
 
-def test_the_list_of_floors_is_whole():
-    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
-    assert rooms == set().union(*FLOORS)
-    house = (ROOT / "CONTRIBUTING.md").read_text()
-    assert all(room in house for room in rooms if not room.startswith("__"))
+def circles(arrows):
+    """One way around every circle that a walk along the arrows meets."""
+    done, path = set(), []
+
+    def walk(name):
+        if name in path:
+            yield [*path[path.index(name) :], name]
+        elif name not in done:
+            path.append(name)
+            for target in sorted(arrows.get(name, ())):
+                yield from walk(target)
+            path.pop()
+            done.add(name)
+
+    for name in sorted(arrows):
+        yield from walk(name)
 
 
-def test_the_wrong_direction_would_be_seen(tmp_path, monkeypatch):
-    wrong = tmp_path / "spec.py"
-    wrong.write_text(
-        "def f():\n    from .api import align\n    from hf_rebasin.cli import app\n    from . import demo\n"
-    )
-    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
-    assert set(imports(wrong)) == {"api", "cli", "demo"}
-    assert all(floor(target) < floor("spec") for target in imports(wrong))
+def test_imports_go_down():
+    assert list(wrong_arrows(PACKAGE)) == []
+
+
+def test_rooms_are_folders_and_few_files_stand_beside_them():
+    flat = {path.stem for path in PACKAGE.glob("*.py")}
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert flat | folders == FLOOR.keys()
+    assert len(flat) <= 9
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "seen"),
+    [
+        (
+            "symmetries/spec.py",
+            "def f():\n    from ..solving.align import align\n",
+            "symmetries.spec imports solving",
+        ),
+        ("checkpoints/hub.py", "from hf_rebasin.cli.main import app\n", "checkpoints.hub imports cli.main"),
+        ("errors.py", "from . import pipeline\n", "errors imports pipeline"),
+        ("errors.py", "from .text import columns\n", "errors imports text"),
+        ("symmetries/patterns.py", "from .spec import Spec\n", "is a circle"),
+        ("utils.py", "", "utils belongs to no room"),
+        ("common/tensors.py", "", "common.tensors belongs to no room"),
+    ],
+)
+def test_a_wrong_arrow_would_be_seen(tmp_path, file, text, seen):
+    for path in PACKAGE.rglob("*.py"):
+        copy = tmp_path / path.relative_to(PACKAGE)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(path.read_text())
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    with (tmp_path / file).open("a") as changed:
+        changed.write(text)
+    assert seen in "\n".join(wrong_arrows(tmp_path))
+
+
+def test_every_folder_says_what_it_is_for():
+    """In one sentence, the first of its docstring; CONTRIBUTING.md shows the tree."""
+    contributing = (ROOT / "CONTRIBUTING.md").read_text()
+    for folder in {path.parent for path in PACKAGE.rglob("*.py")}:
+        first = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())).split("\n")[0]
+        assert first.endswith("."), folder
+        assert folder.name in contributing
 
 
 @pytest.mark.parametrize(
     ("module", "heavy"),
     [
         ("hf_rebasin", "torch transformers datasets accelerate scipy pydantic huggingface_hub"),
-        ("hf_rebasin.cli", "torch transformers datasets accelerate scipy pydantic huggingface_hub"),
-        ("hf_rebasin.api", "transformers datasets accelerate"),
+        ("hf_rebasin.cli.main", "torch transformers datasets accelerate scipy pydantic huggingface_hub"),
+        ("hf_rebasin.solving.align", "transformers datasets accelerate"),
         ("hf_rebasin.report", "torch transformers datasets accelerate scipy matplotlib jinja2"),
-        ("hf_rebasin.data", "transformers datasets accelerate PIL"),
-        ("hf_rebasin.axes", "torch"),
-        ("hf_rebasin.table", "torch"),
-        ("hf_rebasin.spec", "torch"),
+        ("hf_rebasin.data.batches", "transformers datasets accelerate PIL"),
+        ("hf_rebasin.symmetries.patterns", "torch"),
+        ("hf_rebasin.symmetries.table", "torch"),
+        ("hf_rebasin.symmetries.spec", "torch"),
+        *((f"hf_rebasin.{room}", "torch transformers") for room in FLOOR if (PACKAGE / room).is_dir()),
     ],
 )
 def test_importing_is_light(module, heavy):
@@ -177,6 +188,7 @@ def test_every_export_has_a_home():
     for name, home in hf_rebasin._HOME.items():
         assert getattr(import_module(f"hf_rebasin.{home}"), name) is getattr(hf_rebasin, name)
     assert set(hf_rebasin._HOME) == set(hf_rebasin.__all__)
+    assert FLOOR.keys().isdisjoint(hf_rebasin.__all__)  # importing a room makes it an attribute of the package
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = hf_rebasin.nothing
 

@@ -11,7 +11,8 @@ import torch
 import yaml
 from conftest import ROOT
 
-from hf_rebasin import Recipe, demo, registry
+from hf_rebasin import Recipe, registry
+from hf_rebasin.demo import experiments as demo
 
 README = (ROOT / "README.md").read_text()
 

@@ -1,0 +1,1 @@
+"""Group elements as numbers: permutations, matrices, factors, and their relaxations."""

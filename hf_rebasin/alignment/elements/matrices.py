@@ -1,0 +1,158 @@
+"""What elements of several groups share: matrices, and permutations with a factor for every place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from ...checkpoints.precision import laid_out
+from ...symmetries.patterns import DIAGONAL, READER
+from .relaxation import Relaxed, Softening, relaxed_rotation
+
+LARGE = 256  # from here on eigenvectors are faster than singular values
+TINY = 1e-30  # where a unit has no weights at all, nothing says how it is to be scaled
+
+
+# ⟨x, x⟩, ⟨x, y⟩ and ⟨y, y⟩ of two models along one symmetry
+Sides: TypeAlias = tuple[Tensor, Tensor, Tensor]
+
+
+def _real(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether it is of that shape, with finite numbers in it that can be computed with."""
+    return tensor.shape == shape and tensor.dtype in (torch.float32, torch.float64) and bool(tensor.isfinite().all())
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """(g · x)[i] = Σⱼ matrix[i, j] x[j]; readers by the inverse transpose, and what is diagonal not at all.
+
+    `matrix` is float64 of shape (*batch, n, n).
+    """
+
+    matrix: Tensor
+
+    ISOMETRIC: ClassVar[bool] = False  # whether every element is its own inverse transpose
+    EXACT: ClassVar[bool] = False
+
+    @classmethod
+    def identity(cls, batch: tuple[int, ...], n: int) -> Self:
+        return cls(torch.eye(n, dtype=torch.float64).expand(*batch, n, n).contiguous())
+
+    @classmethod
+    def permuting(cls, order: Tensor) -> Self:
+        """The element that only permutes."""
+        return cls(torch.eye(order.shape[-1], dtype=torch.float64)[order])
+
+    @classmethod
+    def random(cls, batch: tuple[int, ...], n: int, generator: torch.Generator) -> Self:
+        """A uniform rotation or reflection."""
+        return cls(random_rotations(batch, n, generator))
+
+    @classmethod
+    def project(cls, similarity: Tensor) -> Self:
+        """The orthogonal g that maximises ⟨similarity, g⟩; what else there is of g is left to `balance` and `fit`."""
+        return cls(polar(similarity))
+
+    @classmethod
+    def best(cls, similarity: Tensor) -> Tensor:
+        """The sum of the singular values."""
+        return torch.linalg.svdvals(similarity.to("cpu", torch.float64)).sum(-1)
+
+    @classmethod
+    def moments(cls, x: Tensor, y: Tensor) -> Tensor:
+        """⟨xᵢ, yⱼ⟩ of x and y of shape (*batch, n, rest)."""
+        return (x.double() @ y.double().mT).cpu()
+
+    @classmethod
+    def balance(cls, writers: Tensor, readers: Tensor) -> Self:
+        """Nothing to balance in a group that keeps lengths."""
+        return cls.identity(tuple(writers.shape[:-2]), writers.shape[-1])
+
+    @classmethod
+    def fit(cls, writers: Sides, readers: Sides) -> Self:
+        """Nothing that `project` would have left."""
+        return cls.balance(writers[0], readers[0])
+
+    @classmethod
+    def relax(cls, batch: tuple[int, ...], n: int, softening: Softening) -> Relaxed:
+        return relaxed_rotation(cls, batch, n, softening)
+
+    @classmethod
+    def read(cls, tensors: Mapping[str, Tensor], batch: tuple[int, ...], n: int) -> Self:
+        matrix = tensors.get("matrix")
+        if matrix is None or not _real(matrix, (*batch, n, n)):
+            found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+            raise ValueError(f"expected finite matrices of shape {(*batch, n, n)}, found {found}")
+        cls.refuse(matrix)
+        return cls(matrix)
+
+    @classmethod
+    def refuse(cls, matrix: Tensor) -> None:
+        """Raise ValueError for a matrix that is not of this group."""
+        if cls.ISOMETRIC:
+            eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype)
+            far = (matrix @ matrix.mT - eye).abs().amax().item() if matrix.numel() else 0.0
+            if far > 1e-6:
+                raise ValueError(f"the matrix is not orthogonal: |g gᵀ - 1| is up to {far:.2g}")
+        elif torch.linalg.inv_ex(matrix).info.any():
+            raise ValueError("the matrix has no inverse")
+
+    def contract(self, similarity: Tensor, diagonal: bool = False) -> Tensor:
+        dim = self.matrix.dim()
+        matrix = self.matrix.reshape(*self.matrix.shape, *[1] * (similarity.dim() - dim))
+        return (matrix * similarity.double()).sum((dim - 2, dim - 1))
+
+    def act(self, x: Tensor, mark: str = "") -> Tensor:
+        if mark == DIAGONAL:
+            return x
+        matrix = self.matrix if mark != READER or self.ISOMETRIC else torch.linalg.inv(self.matrix).mT
+        front = self.matrix.dim() - 1
+        kind = x.dtype if x.dtype.itemsize >= 4 else torch.float32
+        moved = laid_out(matrix.to(x.device, kind)) @ laid_out(x.reshape(*x.shape[:front], -1).to(kind))
+        return moved.to(x.dtype).reshape(x.shape)
+
+    def compose(self, first: Self) -> Self:
+        return type(self)(self.matrix @ first.matrix)
+
+    def inverse(self) -> Self:
+        return type(self)((self.matrix.mT if self.ISOMETRIC else torch.linalg.inv(self.matrix)).contiguous())
+
+    def is_identity(self) -> bool:
+        return torch.equal(
+            self.matrix, torch.eye(self.matrix.shape[-1], dtype=self.matrix.dtype).expand_as(self.matrix)
+        )
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return {"matrix": self.matrix}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return type(self)(change(self.matrix))
+
+
+def random_rotations(batch: tuple[int, ...], n: int, generator: torch.Generator) -> Tensor:
+    """Uniform in O(n): the Q of a Gaussian matrix whose R has a positive diagonal (Mezzadri 2007)."""
+    q, r = torch.linalg.qr(torch.randn(*batch, n, n, generator=generator, dtype=torch.float64))
+    return q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+
+
+def polar(matrix: Tensor) -> Tensor:
+    """The orthogonal factor U Vᵀ of M = U S Vᵀ, which maximises ⟨M, Q⟩ (Schönemann 1966); in float64 on the CPU.
+
+    Large matrices by way of the eigenvectors of MᵀM, some times faster than a singular value decomposition, where M is
+    far enough from singular for that, and with two steps of Newton and Schulz for what squaring lost.
+    """
+    m = matrix.to("cpu", torch.float64)
+    if m.shape[-1] >= LARGE and m.dim() == 2:
+        squares, v = torch.linalg.eigh(m.mT @ m)
+        if squares[0] > 1e-10 * squares[-1]:
+            q = (m @ (v / squares.sqrt())) @ v.mT
+            for _ in range(2):
+                q = 1.5 * q - 0.5 * q @ (q.mT @ q)
+            return q
+    u, _, v = torch.linalg.svd(m, full_matrices=False)
+    return u @ v

@@ -1,0 +1,1 @@
+"""Checkpoints: reading and writing the folders and Hub repositories that hold models."""

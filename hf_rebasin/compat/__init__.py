@@ -1,0 +1,1 @@
+"""The interfaces of the two rebasin packages, on our own solvers."""

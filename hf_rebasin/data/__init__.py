@@ -1,0 +1,1 @@
+"""Data sets as batches that a model takes: text, images and labels."""

@@ -1,0 +1,1 @@
+"""The demo: small models trained apart on digits, aligned, merged and measured."""

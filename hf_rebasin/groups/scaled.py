@@ -1,9 +1,0 @@
-"""Permutations with positive scales: exact for units under ReLU, f(s x) = s f(x) for s > 0."""
-
-from ..elements import Monomial
-
-
-class Element(Monomial):
-    """Permutations with a positive scale for every place."""
-
-    SIGNED, SCALED = False, True

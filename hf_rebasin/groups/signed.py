@@ -1,9 +1,0 @@
-"""Signed permutations: exact for units under an odd nonlinearity such as tanh, f(-x) = -f(x)."""
-
-from ..elements import Monomial
-
-
-class Element(Monomial):
-    """Permutations with a sign for every place."""
-
-    SIGNED, SCALED = True, False

@@ -1,0 +1,37 @@
+"""Weighted average of any number of models (model soups, Wortsman et al. 2022, arXiv 2203.05482)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ...errors import OptionError
+
+ELEMENTWISE = True
+
+
+def merge(tensors: Sequence[Tensor], *, weights: Sequence[float] | None = None, normalize: bool = True) -> Tensor:
+    """Σ wᵢ θᵢ, divided by Σ wᵢ if `normalize`.
+
+    Args:
+        tensors: one per model, all of one shape.
+        weights: one per model; by default the plain mean.
+        normalize: divide by the sum of the weights.
+
+    Raises:
+        OptionError: another number of weights than models, or weights that sum to 0 and are to be normalised.
+
+    Example: weights 3 and 1 of the values 2 and 6 give (3 * 2 + 1 * 6) / 4 = 3.
+    """
+    weights = [1.0] * len(tensors) if weights is None else list(weights)
+    if len(weights) != len(tensors):
+        raise OptionError(f"linear got {len(weights)} weights for {len(tensors)} models; give one weight per model")
+    total = sum(weights) if normalize else 1.0
+    if total == 0:
+        raise OptionError(f"linear got weights {weights}, which sum to 0 and cannot be normalised")
+    terms = [tensor if weight == 1 else tensor * weight for tensor, weight in zip(tensors, weights, strict=True)]
+    merged = terms[0] + terms[1] if len(terms) > 1 else terms[0].clone()
+    for term in terms[2:]:
+        merged += term
+    return merged.div_(total)

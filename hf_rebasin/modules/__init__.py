@@ -1,0 +1,1 @@
+"""Running modules: forward passes, hooks, linear maps, and several processes."""

@@ -1,0 +1,1 @@
+"""Recipes: merges written down as YAML, checked, planned, run and assessed."""

@@ -1,0 +1,1 @@
+"""Reports: the measurements of a merge as tables, charts, a page and a verdict."""

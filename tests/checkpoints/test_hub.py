@@ -1,0 +1,313 @@
+"""The Hub as a place to read from: one commit, only what is needed, from the cache without a connection, and errors.
+
+Everything goes through the real client to a local Hub.
+"""
+
+import errno
+import os
+import re
+import subprocess
+import sys
+from itertools import count
+
+import huggingface_hub
+import pytest
+import torch
+from conftest import FIRST, HUB, ROOT, TINY, moved_copy, same_tensors
+from huggingface_hub import HfApi
+from huggingface_hub.utils import are_progress_bars_disabled
+
+from hf_rebasin import Checkpoint, Recipe, merge
+from hf_rebasin.checkpoints import hub as reading
+from hf_rebasin.checkpoints.folder import side_files
+from hf_rebasin.errors import CheckpointError, HubError, NoSpaceError
+from hf_rebasin.recipes.runner import opened
+
+COUNT = count()
+
+
+@pytest.fixture
+def model():
+    return TINY[FIRST["llama"]]
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """The client waits for nothing before it tries again."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+
+
+def pushed(model, folder, repo=None, *, shards="5GB", **files):
+    """(repository, commit) of a model on the local Hub, with more files: `README="…"`."""
+    repo = repo or f"org/in-{next(COUNT)}"
+    there = Checkpoint.open(model).save(folder / f"up-{next(COUNT)}", max_shard_size=shards)
+    for name, text in files.items():
+        (there / name.replace("_md", ".md")).write_text(text)
+    HfApi().create_repo(repo, exist_ok=True)
+    return repo, HfApi().upload_folder(repo_id=repo, folder_path=there).oid
+
+
+def asked(since, what=""):
+    """What was asked of the Hub since then, as `GET /path`."""
+    return [f"{method} {path}" for method, path, _ in HUB.requests[since:] if what in path]
+
+
+def test_a_branch_that_moves_is_one_commit_in_a_run(model, tmp_path, monkeypatch):
+    moved, _ = moved_copy(model)
+    repo, first = pushed(model, tmp_path)
+    later = Checkpoint.open(moved).save(tmp_path / "later")
+    original = Checkpoint.open
+
+    def open_and_push(*args, **kwargs):
+        found = original(*args, **kwargs)
+        HfApi().upload_folder(repo_id=repo, folder_path=later)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "open", open_and_push)
+        models = opened(Recipe.from_dict({"models": [repo, f"{repo}@main", repo], "align": False})).models
+    assert HUB.repo(repo).resolve("main") != first
+    assert [one.commit for one in models] == [first] * 3
+    assert all(same_tensors(one, model) for one in models)
+    assert Checkpoint.open(repo).commit == HUB.repo(repo).resolve("main")
+    assert same_tensors(Checkpoint.open(f"{repo}@{first}"), model)
+    assert same_tensors(repo, moved)
+
+
+def test_what_is_made_of_one_model_keeps_its_commit_and_a_merge_has_none(model, tmp_path):
+    repo, commit = pushed(model, tmp_path)
+    checkpoint = Checkpoint.open(repo)
+    assert (checkpoint.commit, checkpoint.name) == (commit, repo)
+    assert moved_copy(checkpoint)[0].commit == commit
+    assert merge([checkpoint, checkpoint]).commit is None
+    assert Checkpoint.open(checkpoint.save(tmp_path / "here")).commit is None
+
+
+def test_only_what_is_needed_is_asked_for_and_its_card_stays_there(model, tmp_path):
+    others = {"flax_model.msgpack": "x", "model.fp16.safetensors": "x", "training_args.bin": "x", "optimizer.pt": "x"}
+    repo, _ = pushed(model, tmp_path, README_md="---\nlicense: mit\n---\n", LICENSE="MIT", **others)
+    since = len(HUB.requests)
+    checkpoint = Checkpoint.open(repo)
+    fetched = {path.rpartition("/")[2] for path in asked(since, "/resolve/")}
+    assert fetched >= {"config.json", "model.safetensors", "README.md", "LICENSE"}
+    assert not fetched & others.keys()
+    out = checkpoint.save(tmp_path / "out")
+    assert not {"README.md", "LICENSE"} & {file.name for file in out.iterdir()}
+    since = len(HUB.requests)
+    Checkpoint.open(repo)
+    assert not asked(since, "/resolve/")
+
+
+def test_the_folders_of_a_repository_are_those_of_a_folder(model, tmp_path):
+    """A part of a sentence transformer goes along, wherever it lies; a tokenizer beside other weights does not."""
+    there = Checkpoint.open(model).save(tmp_path / "up")
+    goes_along = ("1_Pooling/config.json", "additional_chat_templates/tool.jinja", "tokenizer.json")
+    stays = ("onnx/tokenizer.json", "onnx/model.onnx", "checkpoint-5/config.json", "checkpoint-5/optimizer.pt")
+    for name in (*goes_along, *stays, ".eval/config.json"):
+        (there / name).parent.mkdir(exist_ok=True)
+        (there / name).write_text("{}")
+    repo = f"org/in-{next(COUNT)}"
+    HfApi().create_repo(repo)
+    HfApi().upload_folder(repo_id=repo, folder_path=there)
+    found = Checkpoint.open(repo).folder
+    fetched = {file.relative_to(found).as_posix() for file in found.rglob("*") if file.is_file()}
+    assert fetched == {"config.json", "generation_config.json", "model.safetensors", *goes_along}
+    assert [f.relative_to(found) for f in side_files(found)] == [f.relative_to(there) for f in side_files(there)]
+
+
+def test_shards_are_fetched_and_pinned(model, tmp_path):
+    repo, commit = pushed(model, tmp_path, shards="20KB")
+    assert len([file for file in HUB.repo(repo).files(commit)[1] if file.endswith(".safetensors")]) > 2
+    assert same_tensors(Checkpoint.open(repo), model)
+    planned = Checkpoint.open(pushed(model, tmp_path, shards="20KB")[0], values=False)
+    assert planned.shapes() == Checkpoint.open(model).shapes()
+
+
+def test_planning_fetches_no_weights(model, tmp_path):
+    repo, commit = pushed(model, tmp_path)
+    size = HUB.repo(repo).files(commit)[1]["model.safetensors"].size
+    since = len(HUB.requests)
+    planned = Checkpoint.open(repo, values=False)
+    assert planned.shapes() == Checkpoint.open(model).shapes()
+    assert planned.dtypes == Checkpoint.open(model).dtypes
+    assert not list(planned.folder.glob("*.safetensors"))
+    assert size <= reading.to_download(repo, commit, planned.folder) < size + 10_000
+    with pytest.raises(CheckpointError, match="only shapes of"):
+        next(iter(planned.tensors.values()))
+    Checkpoint.open(repo)
+    assert reading.to_download(repo, commit, planned.folder) == 0
+    assert same_tensors(Checkpoint.open(repo, values=False), model), "what is here is read"
+    assert [r for r in asked(since, "/_lfs/get/") if r.startswith("GET")], "downloads are seen here"
+
+
+def test_old_files_say_no_shapes_before_they_are_here(model, tmp_path):
+    repo = f"org/in-{next(COUNT)}"
+    torch.save(dict(Checkpoint.open(model).tensors), tmp_path / "pytorch_model.bin")
+    model.config.save_pretrained(tmp_path)
+    HfApi().create_repo(repo)
+    HfApi().upload_folder(repo_id=repo, folder_path=tmp_path)
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin, which say no shapes before they are here"):
+        Checkpoint.open(repo, values=False)
+    assert same_tensors(repo, model)
+    assert same_tensors(Checkpoint.open(repo, values=False), model)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_progress_bars_are_shown_where_they_are_wanted(wanted, model, tmp_path, monkeypatch):
+    repo, _ = pushed(model, tmp_path)
+    bars = sys.modules["huggingface_hub.utils.tqdm"]  # a class of that name hides it
+    monkeypatch.setattr(bars, "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    monkeypatch.setattr(bars, "progress_bar_states", {})
+    shown = []
+    fetch = huggingface_hub.snapshot_download
+
+    def watched(*args, **kwargs):
+        shown.append(not are_progress_bars_disabled())
+        return fetch(*args, **kwargs)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", watched)
+    Checkpoint.open(repo, progress=wanted)
+    assert shown
+    assert set(shown) == {wanted}
+    assert not are_progress_bars_disabled()
+
+
+def refused(kind, act):
+    """What an error says; nowhere in it, nor in what caused it, is a token."""
+    with pytest.raises(kind) as caught:
+        act()
+    shown = caught.value
+    while shown is not None:
+        assert not re.search(r"hf_(minihub|wrong|expired)", str(shown))
+        shown = shown.__cause__ or (None if shown.__suppress_context__ else shown.__context__)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_there_is_no_such_revision(model, tmp_path):
+    repo, commit = pushed(model, tmp_path)
+    HfApi().create_tag(repo, tag="v1.0")
+    for wrong, hint in (
+        ("mian", "did you mean 'main'"),
+        ("v1.1", "did you mean 'v1.0'"),
+        ("0" * 40, "known: main, v1"),
+    ):
+        said = refused(HubError, lambda wrong=wrong: Checkpoint.open(f"{repo}@{wrong}"))
+        assert f"{repo} has no revision '{wrong}'" in said
+        assert hint in said
+    assert Checkpoint.open(f"{repo}@v1.0").commit == commit
+
+
+def test_there_is_no_such_repository_or_not_for_everybody(model, tmp_path):
+    repo, _ = pushed(model, tmp_path)
+    HUB.repo(repo).private = True
+    for name, token in (("org/none", None), (repo, "hf_wrong0123456789abcdefghijkl")):
+        said = refused(CheckpointError, lambda name=name, token=token: Checkpoint.open(name, token=token))
+        assert f"'{name}' is neither a folder here nor a repository" in said
+        assert "hf auth login" in said
+    assert same_tensors(Checkpoint.open(repo), model)
+
+
+def test_gated_repositories_say_where_their_terms_are(model, tmp_path):
+    repo, _ = pushed(model, tmp_path)
+    HUB.gated["models", repo] = set()
+    said = refused(HubError, lambda: Checkpoint.open(repo))
+    assert f"accept its terms at {HUB.url}/{repo}, then log in" in said
+    assert "accept its terms" in refused(HubError, lambda: Checkpoint.open(repo, values=False))
+    HUB.gated["models", repo].add(HUB.token)
+    assert same_tensors(Checkpoint.open(repo), model)
+
+
+def test_expired_and_impossible_tokens(model, tmp_path):
+    repo, _ = pushed(model, tmp_path)
+    HUB.expired.add("hf_expired0123456789abcdefghij")
+    said = refused(HubError, lambda: Checkpoint.open(repo, token="hf_expired0123456789abcdefghij"))
+    assert "invalid or has expired" in said
+    assert f"{HUB.url}/settings/tokens" in said
+    since = len(HUB.requests)
+    for token in ("hf_wrong\nX: y", "hf_wrongé", "hf wrong"):
+        assert "characters" in refused(HubError, lambda token=token: Checkpoint.open(repo, token=token))
+    assert not asked(since)
+
+
+def test_a_fault_of_the_hub_is_called_one(model, tmp_path, at_once):
+    repo, commit = pushed(model, tmp_path)
+    for place in (f"GET /api/models/{repo}/revision", f"GET /api/models/{repo}/tree", "GET .*config.json"):
+        HUB.fail_next += [(re.compile(place), 503)] * 9
+        said = refused(HubError, lambda: Checkpoint.open(repo, revision="main"))
+        HUB.fail_next.clear()
+        assert "a fault of its own (503); run it again later" in said
+    assert Checkpoint.open(repo).commit == commit
+    HUB.fail_next += [(re.compile(f"GET /api/models/{repo}$"), 503)] * 9
+    assert Checkpoint.open(repo).commit == commit, "what was seen last is in the cache"
+    HUB.fail_next.clear()
+
+
+def test_a_repository_without_weights(tmp_path):
+    repo = f"org/in-{next(COUNT)}"
+    HfApi().create_repo(repo)
+    HfApi().upload_file(repo_id=repo, path_or_fileobj=b"{}", path_in_repo="config.json")
+    for values in (True, False):
+        said = refused(CheckpointError, lambda values=values: Checkpoint.open(repo, values=values))
+        assert f"{repo} has no weights that can be merged" in said
+        assert "config.json" in said
+
+
+def test_a_broken_download_goes_on_where_it_was(model, tmp_path, at_once):
+    repo, commit = pushed(model, tmp_path, shards="20KB")
+    shards = [file for file in HUB.repo(repo).files(commit)[1] if file.endswith(".safetensors")]
+    HUB.cut[shards[-1]] = 100
+    try:
+        said = refused(HubError, lambda: Checkpoint.open(repo))
+    finally:
+        HUB.cut.clear()
+    assert f"cannot read {repo}@{commit}: the transfer broke off" in said
+    assert "run it again" in said
+    since = len(HUB.requests)
+    assert same_tensors(Checkpoint.open(repo), model)
+    fetched = [path.rpartition("/")[2] for path in asked(since, "/_lfs/get/") if path.startswith("GET")]
+    assert 1 <= len(fetched) < len(shards)
+    assert shards[-1] in fetched
+
+
+def test_a_full_disk_is_called_one(model, tmp_path, monkeypatch):
+    repo, _ = pushed(model, tmp_path)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "blobs/x")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    assert "the disk is full (blobs/x)" in refused(NoSpaceError, lambda: Checkpoint.open(repo))
+
+
+OFFLINE = """
+import sys, time
+from hf_rebasin import Checkpoint
+time.sleep = lambda seconds: None
+for name in sys.argv[1:]:
+    try:
+        checkpoint = Checkpoint.open(name)
+        print(checkpoint.commit, sum(t.double().sum().item() for t in checkpoint.tensors.values()))
+    except OSError as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_without_a_connection_the_cache_is_what_there_is(model, tmp_path):
+    """Offline by choice and by accident; a model of which only shapes were looked at is not in the cache."""
+    repo, commit = pushed(model, tmp_path, README_md="x")
+    half, _ = pushed(model, tmp_path)
+    total = sum(t.double().sum().item() for t in Checkpoint.open(repo).tensors.values())
+    (Checkpoint.open(repo).folder / "README.md").unlink()  # fetched by somebody who did not care for it
+    Checkpoint.open(half, values=False)
+    for change, why in (
+        ({"HF_HUB_OFFLINE": "1"}, "offline (HF_HUB_OFFLINE is set)"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "there is no connection to http://127.0.0.1:9 (ConnectError)"),
+    ):
+        command = [sys.executable, "-c", OFFLINE, repo, f"{repo}@{commit}", half, "org/none"]
+        run = subprocess.run(command, env=os.environ | change, cwd=ROOT, capture_output=True, text=True, check=True)
+        known, pinned, shapes, none = run.stdout.splitlines()
+        assert known == pinned == f"{commit} {total}"
+        for said in (shapes, none):
+            assert said.startswith("HubError cannot read org/")
+            assert f"it is not in the cache, and {why}" in said

@@ -1,0 +1,209 @@
+"""Broken and hostile recipes, models and alignments: 200 drawn cases each, and that what must not be would be seen.
+
+`python scripts/fuzz.py` tries thousands.
+"""
+
+import logging
+import os
+import random
+import runpy
+import shutil
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import fuzzing
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from fuzzing import World, case, run
+from mutating import CHECKPOINTS, RECIPES
+from mutating_recipes import recipe_text
+
+from hf_rebasin.checkpoints import folder
+from hf_rebasin.checkpoints import tensor_files as files
+from hf_rebasin.checkpoints.tensor_files import write_file
+from hf_rebasin.cli.main import main
+from hf_rebasin.recipes import recipe
+from hf_rebasin.recipes import yaml_reader as yaml_reading
+
+MERGE = ("merge", "a", "b", "-o", "out", "--no-align")
+
+
+@pytest.fixture(scope="session")
+def good(tmp_path_factory):
+    return fuzzing.build(tmp_path_factory.mktemp("fuzz") / "good")
+
+
+@pytest.fixture
+def world(good, tmp_path):
+    return World(tmp_path / "world", good)
+
+
+MORE = [pytest.param(start, marks=pytest.mark.slow) for start in range(80, 200, 20)]
+
+
+@pytest.mark.parametrize("start", [0, 20, 40, 60, *MORE])
+@pytest.mark.parametrize("kind", ["recipe", "checkpoint"])
+def test_drawn_cases(kind, start, good, tmp_path):
+    outcomes = [case(kind, seed, good, tmp_path / f"{seed}") for seed in range(start, start + 20)]
+    assert not [str(one) for one in outcomes if one.violations]
+    assert 1 in {one.status for one in outcomes}, "some are refused"
+
+
+def test_what_is_good_passes(good, tmp_path):
+    """No case is refused because its surroundings are."""
+    tried = [("one", command) for command in set(fuzzing.COMMANDS)] + [(form, MERGE) for form in fuzzing.FORMS]
+    for number, (form, command) in enumerate(tried):
+        outcome = run(World(tmp_path / f"{number}", good, form), command)
+        assert outcome.status == 0, str(outcome)
+        assert not outcome.violations, str(outcome)
+
+
+def test_forms_are_what_they_are_called(good):
+    for form in fuzzing.FORMS:
+        names = [file.name for file in (good / form / "a").iterdir()]
+        assert any(name.endswith(".index.json") for name in names) == form.endswith("s")
+        assert any(name.endswith(".bin") for name in names) == form.startswith("pickle")
+
+
+def test_the_same_seed_is_the_same_case(good, tmp_path):
+    for kind in ("recipe", "checkpoint"):
+        one, other = (case(kind, 7, good, tmp_path / "same") for _ in range(2))
+        assert (one.mutations, one.command, one.status) == (other.mutations, other.command, other.status)
+
+
+def leaves(name, text="x"):
+    def entry():
+        with open(name, "w") as file:
+            file.write(text)
+        sys.exit("error: it failed")
+
+    return entry
+
+
+def refuses(before=lambda: None, says="error: it failed"):
+    def entry():
+        before()
+        print(says)
+        sys.exit(1)
+
+    return entry
+
+
+def unlink():
+    os.unlink("../outside/secret.txt")
+
+
+def raises(error):
+    def entry():
+        raise error
+
+    return entry
+
+
+def log():
+    try:
+        raise KeyError("x")
+    except KeyError:
+        logging.getLogger("some.library").exception("it failed")
+
+
+def after_it(change):
+    def entry():
+        with suppress(SystemExit):
+            main()
+        change()
+
+    return entry
+
+
+PLANTED = {
+    "a traceback: ZeroDivisionError": raises(ZeroDivisionError()),
+    "a traceback: RecursionError": raises(RecursionError()),
+    "a traceback was printed": refuses(says="error: Traceback (most recent call last)"),
+    "a traceback was logged": refuses(log),
+    "status 3": lambda: sys.exit(3),
+    "failed without a word": lambda: sys.exit(1),
+    "work/.out.partial was made": refuses(lambda: os.mkdir(".out.partial")),
+    "failed and left the output folder behind": refuses(lambda: os.mkdir("out")),
+    "outside/more was made": leaves("../outside/more"),
+    "outside/secret.txt was changed": leaves("../outside/secret.txt"),
+    "work/a/config.json was changed": leaves("a/config.json"),
+    "outside/secret.txt was made|outside/secret.txt was": refuses(unlink),
+    "outside the output folder": leaves("../outside/secret.txt", fuzzing.SECRET),
+    "home/.x was made": leaves("../home/.x"),
+    "code of the input ran": refuses(lambda: os.system("touch ../canary")),
+    "ran a program: os.system": refuses(lambda: os.system("true")),
+    "and set a variable": refuses(lambda: os.environ.update({fuzzing.CANARY: "1"})),
+    "ran code of the input": refuses(lambda: exec(compile("1", os.path.abspath("a/modeling_x.py"), "exec"))),
+    "took more than 1 s": lambda: all(time.monotonic() for _ in range(10**9)),
+    "MemoryError": lambda: bytearray(3 << 30),
+    "said 30008 characters": refuses(says="error: " + "x" * 30_000),
+    "control characters": refuses(says="error: \x1b[2J"),
+    "said what is in a file": refuses(says=f"error: {fuzzing.SECRET}"),
+    "was copied to tokenizer.json": after_it(lambda: shutil.copy("../outside/secret.txt", "out/tokenizer.json")),
+    "cannot be opened": after_it(lambda: os.unlink("out/model.safetensors")),
+    "has other tensors than its model": after_it(lambda: write_file(Path("out/model.safetensors"), {}, id)),
+    "succeeded and wrote nothing": lambda: None,
+}
+
+
+@pytest.mark.parametrize("violation", PLANTED)
+def test_what_must_not_be_is_seen(violation, world):
+    outcome = run(world, MERGE, entry=PLANTED[violation], seconds=1)
+    assert any(one in str(outcome.violations) for one in violation.split("|")), str(outcome)
+
+
+def left_there(*_, **__):
+    """Instead of `shutil.rmtree`."""
+
+
+FAULTS = {  # what is taken out of the package, the mutation that needs it, and what is seen
+    "links": (folder, "_in_a_cache", lambda *_: True, "side_file_elsewhere", "another program was copied"),
+    "pickles": (
+        files,
+        "_unpickled",
+        lambda path, lazily: torch.load(path, weights_only=False),
+        "pickled_code",
+        " ran",
+    ),
+    "leftovers": (folder.shutil, "rmtree", left_there, "broken_values", "work/.out.partial was made"),
+    "tags": (recipe, "read_yaml", lambda text, name: yaml.unsafe_load(text), "tag", "ran a program"),
+    "bombs": (yaml_reading, "_refuse_large", lambda *_: None, "bomb", "characters"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_the_package_is_found(fault, good, tmp_path, monkeypatch):
+    """With a check taken out of the package, the mutation that it is for is seen to do harm."""
+    place, name, instead, mutation, seen = FAULTS[fault]
+    found = ""
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, instead)
+        for seed in range(60):
+            r, world = (
+                random.Random(seed),
+                World(tmp_path / f"{seed}", good, "pickle" if fault == "pickles" else "one"),
+            )
+            if mutation in RECIPES:
+                (world.work / "recipe.yaml").write_bytes(recipe_text(r, world, [RECIPES[mutation]]))
+                found += str(run(world, ("merge", "recipe.yaml", "-o", "out"), seconds=1).violations)
+            else:
+                CHECKPOINTS[mutation](r, world, world.work / "a")
+                found += str(run(world, MERGE).violations)
+            if seen in found:
+                return
+    raise AssertionError(found or "nothing was seen")
+
+
+def test_the_script_says_what_it_tried(good):
+    script = runpy.run_path(str(ROOT / "scripts" / "fuzz.py"))
+    found = [fuzzing.Outcome(("cut",), MERGE, 1, "", ()), fuzzing.Outcome(("cut", "shape"), MERGE, 0, "", ("bad",))]
+    assert list(script["summary"](found)) == [
+        "mutation  cases  refused  succeeded  violations",
+        "cut           2        1          1           1",
+        "shape         1        0          1           1",
+    ]

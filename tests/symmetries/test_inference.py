@@ -1,0 +1,664 @@
+"""Symmetries read off the forward pass: the laws over every model of the zoo, and over modules composed at random."""
+
+import copy
+import logging
+from functools import cache
+
+import pytest
+import torch
+import transformers
+import zoo
+from conftest import ONE_OF_EACH, TINY, forward_pass, same_tensors
+from hypothesis import HealthCheck, assume, given, settings
+from torch import nn
+
+from hf_rebasin import Alignment, Checkpoint, Status, align, check, infer_spec, merge, spec_for
+from hf_rebasin.alignment.exactness import outputs
+from hf_rebasin.errors import CheckpointError, MismatchError, SpecError
+from hf_rebasin.symmetries.detection import written
+from hf_rebasin.symmetries.table import table_for
+
+ZOO = zoo.HF | zoo.MODULES
+
+
+@cache
+def built(name):
+    """A model of the zoo, and the spec that its forward pass shows. Neither is to be changed."""
+    model = ZOO[name].build()
+    return model, infer_spec(model, ZOO[name].inputs())
+
+
+@pytest.fixture(params=ZOO)
+def case(request):
+    """(model, inputs, what it is expected to have)"""
+    return built(request.param)[0], ZOO[request.param].inputs(), ZOO[request.param]
+
+
+@pytest.fixture
+def shown(request, case):
+    """The spec that its forward pass shows."""
+    return built(request.node.callspec.params["case"])[1]
+
+
+EXAMPLES = pytest.mark.parametrize("examples", [100, pytest.param(400, marks=pytest.mark.slow)])
+
+
+def composed_at_random(examples):
+    """A test of so many modules that are composed at random, the same ones each time."""
+    more = dict(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+    return lambda law: settings(max_examples=examples, **more)(given(zoo.modules())(law))
+
+
+# --- the laws -----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_inferred_moves_without_changing_the_function(case, shown):
+    model, inputs, family = case
+    assert len(shown.free) >= family.free, f"expected {family.why}; found {sorted(shown.free)}"
+    for seed in range(2):
+        result = check(model, spec=shown, inputs=inputs, seed=seed)
+        assert result.holds, str(result)
+        assert result.moved or len(shown.free) < 2
+
+
+def test_planted_alignments_come_back_exactly(case, shown):
+    model = case[0]
+    planted = Alignment.random(shown.restricted(), torch.Generator().manual_seed(7))
+    moved = planted.apply(model)
+    assert same_tensors(model, moved) == (not planted.moved)
+    solution = align(model, moved, spec=planted.spec)
+    assert solution.status is Status.EQUAL or not planted.moved
+    assert same_tensors(solution.apply(moved), model)
+
+
+def test_what_is_found_can_be_written_as_a_spec_file(case, shown):
+    """`written` refuses a text that does not mean the same; here it must not be longer than what it was made of."""
+    text = written(shown, Checkpoint.open(case[0]))
+    assert "def table(config):" in text
+    said = text[text.index("def table") : text.index("def groups")].count("\n        ")
+    assert said <= len(shown.table.rows)
+    compile(text, "<spec file>", "exec")
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_a_written_table_is_as_short_as_one_by_hand(name):
+    checkpoint = Checkpoint.open(TINY[name])
+    text = written(forward_pass(TINY[name]), checkpoint)
+    mine = text[text.index("def table") : text.index("def groups")].count("\n        ")
+    used = {tensor.row for tensor in spec_for(checkpoint).tensors}
+    assert mine <= 2 * len(used)
+
+
+@EXAMPLES
+def test_modules_composed_at_random_keep_their_function(examples):
+    found = []  # the law would hold for an inference that pins everything
+
+    @composed_at_random(examples)
+    def law(composed):
+        model, inputs = composed
+        assume(outputs(model, inputs)[0].any())  # dead units on the way
+        spec = infer_spec(model, inputs)
+        found.append(len(spec.free))
+        result = check(model, spec=spec, inputs=inputs)
+        assert result.holds, f"{result}\n{model.structure}\n{dict(spec.table.rows)}"
+
+    law()
+    assert sum(found) > len(found)
+
+
+# --- what a spec says ---------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Queries, keys and values by hand; `mix` is what is done to the activations with their heads and units."""
+
+    def __init__(self, mix=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Linear(5, 12)
+        self.q, self.k, self.v = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 12)
+        self.o, self.head = nn.Linear(12, 12), nn.Linear(12, 3)
+        self.mix = mix or (lambda x: x)
+
+    def forward(self, x):
+        x = self.embed(x)
+        q, k, v = (f(x).view(*x.shape[:2], 4, 3).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k = self.mix(q), self.mix(k)
+        y = (q @ k.mT).softmax(-1) @ v
+        return self.head(x + self.o(y.transpose(1, 2).flatten(2)))
+
+
+TOKENS = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
+
+
+def test_names_marks_and_contexts():
+    spec = infer_spec(Attention(), TOKENS)
+    assert spec.table.rows["q.weight"] == "(head qk), residual'"
+    assert spec.table.rows["k.weight"] == "(head qk'), residual'"
+    assert spec.table.rows["v.weight"] == "(head ov), residual'"
+    assert spec.table.rows["o.weight"] == "residual, (head ov')"
+    assert spec.table.rows["head.weight"] == "_, residual'"
+    assert {name: s.group for name, s in spec.symmetries.items()} == {
+        "residual": "invertible",  # nothing but linear maps reads it
+        "head": "permutation",
+        "qk": "invertible in head",
+        "ov": "invertible in head",
+    }
+
+
+def test_activations_carry_symmetries():
+    spec = infer_spec(Attention(), TOKENS)
+    assert spec.activations["embed"] == "_, _, residual"
+    assert spec.activations["v"] == "_, _, (head ov)"
+    assert "head" not in spec.activations, "the output carries none"
+    model = TINY["bert-1-BertForMaskedLM"]
+    seen = infer_spec(model).activations
+    assert seen["bert.encoder.layer.1.intermediate"] == "_, _, intermediate.1"
+    assert seen["bert.encoder.layer.1.attention.self.query"] == "_, _, (head.1 qk.1)"
+
+
+def test_activations_move_as_it_is_said():
+    """The output of a module, permuted along its symmetry, is that of the moved model's module."""
+    model = Attention().double()
+    spec = infer_spec(model, TOKENS).restricted()
+    moved = (g := Alignment.random(spec, torch.Generator().manual_seed(1))).apply(model)
+    seen = {}
+    for which, one in (("before", model), ("after", moved)):
+        one.embed.register_forward_hook(lambda m, a, out, which=which: seen.setdefault(which, out))
+        one(TOKENS.double())
+    torch.testing.assert_close(seen["after"], seen["before"][..., g["residual"].order])
+    assert not torch.equal(seen["after"], seen["before"])
+
+
+@pytest.mark.parametrize(
+    ("mix", "group"),
+    [
+        (lambda x: x * torch.arange(3), None),  # units told apart
+        (lambda x: x + x.mean(1, keepdim=True), "invertible"),  # heads see each other's units
+        (lambda x: x.softmax(1), "permutation"),
+        (lambda x: x - x.cumsum(1), "permutation"),
+        (lambda x: x + x.flip(1), "permutation"),
+        (lambda x: nn.functional.layer_norm(x.movedim(1, -1), (4,)).movedim(-1, 1), "permutation"),
+        (lambda x: nn.functional.layer_norm(x, (3,)), "permutation in head"),
+        (lambda x: x.softmax(-1), "permutation in head"),
+        (lambda x: x * x.square().sum(1, keepdim=True).sqrt(), "permutation"),
+        (lambda x: x * x.square().sum((1, 3), keepdim=True).sqrt(), "permutation in head"),
+    ],
+)
+def test_inner_axes_are_nested_only_where_no_activation_mixes_the_outer_ones(mix, group):
+    model = Attention(mix).double()
+    spec = infer_spec(model, TOKENS)
+    assert (spec.symmetries["qk"].group if "qk" in spec.symmetries else None) == group
+    for seed in range(3):
+        assert check(model, spec=spec, inputs=TOKENS, seed=seed).holds
+
+
+class Odd(nn.Module):
+    """Something that has no rule, between two layers."""
+
+    def __init__(self, op):
+        super().__init__()
+        self.op, self.first, self.second = op, nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.second(self.op(self.first(x)))
+
+
+def test_an_unknown_operation_pins_and_is_named():
+    model = Odd(lambda x: torch.fft.fft(x).real)
+    spec = infer_spec(model, torch.randn(2, 5))
+    assert spec.free == frozenset()
+    assert "_fft_r2c in the model, which has no rule" in spec.pins["first.bias"][0]
+    assert spec.pins["first.weight"][0] == spec.pins["second.weight"][1]
+
+
+@pytest.mark.parametrize(
+    ("op", "said"),
+    [
+        (lambda x: x.roll(1, -1), "roll in the model: has an order"),
+        (lambda x: x[..., torch.tensor([1, 0, 2, 3, 4, 5, 6, 7])], "index in the model: rows are looked up by number"),
+        (lambda x: x * torch.arange(8.0), "mul in the model, with an input or a constant"),
+        (lambda x: x.sort(-1).values, "sort in the model"),
+    ],
+)
+def test_reasons_name_the_operation(op, said):
+    spec = infer_spec(Odd(op), torch.randn(2, 5))
+    assert spec.free == frozenset()
+    assert spec.pins["first.bias"] == (said,)
+    assert spec.pins["second.bias"] == ("an output of the model",)
+
+
+# --- what is easily taken for a symmetry -----------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """Any forward pass over some layers and parameters."""
+
+    def __init__(self, forward, **parts):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        for name, (kind, *shape) in parts.items():
+            setattr(self, name, nn.Parameter(torch.empty(shape)) if kind == P else kind(*shape))
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.7
+        self.run = forward
+        self.double().eval()
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+L, P = nn.Linear, "p"
+X = torch.randn(5, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+SEQUENCE = torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+IDS = torch.tensor([[0, 2, 1, 4], [3, 3, 0, 1]])
+
+
+def one_hot(s, x):
+    return s.o((nn.functional.one_hot(IDS, 5).double() @ s.w).relu())
+
+
+def sinusoid(s, x):
+    table = torch.zeros(x.shape[1], 6, dtype=x.dtype)
+    where = torch.arange(x.shape[1], dtype=x.dtype)[:, None] * torch.arange(1, 4)
+    table[:, 0::2], table[:, 1::2] = where.sin(), where.cos()
+    return s.o((s.a(x) + table).relu())
+
+
+def scattered(s, x):
+    return s.o(s.a(x).relu() * x.new_zeros(6).scatter_(0, torch.tensor([1, 3]), 1.0))
+
+
+def put(s, x):
+    z = x.new_zeros(6)
+    z[torch.tensor([0, 2])] = 1.0
+    return s.o(s.a(x).relu() * z)
+
+
+def diagonal(s, x):
+    z = torch.zeros(6, 6, dtype=x.dtype)
+    z.diagonal().add_(1.0)
+    z.diagonal(1).add_(2.0)
+    return s.o(s.a(x).relu() @ z)
+
+
+def out_of_sight(s, x):
+    z = x.new_zeros(6)
+    z.numpy()[:] = range(6)
+    return s.o(s.a(x).relu() * z)
+
+
+def summed(reduce):
+    return lambda s, x: reduce(s.a(x).view(-1, 4, 3)).relu().sum(-1, keepdim=True)
+
+
+def padded_shortcut(s, x):
+    h = s.a(x).relu()
+    y = torch.cat([h, torch.zeros_like(h)], 1)
+    y = y + s.f(y)
+    u, v = y.chunk(2, 1)
+    return s.o(s.g(u).relu()) + (v * torch.arange(1.0, 5)).relu().sum(1, keepdim=True)
+
+
+def read_in_groups(join):
+    def forward(s, x):
+        y = s.a(x).tanh()
+        y = nn.functional.linear(y, join(s.c)).tanh() + y
+        return s.k(y[:, :, None]).flatten(1).tanh()
+
+    return forward
+
+
+def into_a_view(s, x):
+    z = x.new_zeros(5, 6)
+    z[:].addmm_(s.a(x), s.w)
+    return s.o(z.relu() * s.b(x))
+
+
+def out_argument(s, x):
+    z = x.new_zeros(5, 6)
+    torch.mm(s.a(x), s.w, out=z[:])
+    return s.o(z.relu() * s.b(x))
+
+
+LAYER = dict(a=(L, 3, 6), o=(L, 6, 2))
+GROUPS = dict(a=(L, 3, 6), c=(P, 3, 6), k=(nn.Conv1d, 6, 2, 1, 1, 0, 1, 2))
+VIEW = dict(a=(L, 3, 4), w=(P, 4, 6), b=(L, 3, 6), o=(L, 6, 2))
+
+
+@pytest.mark.parametrize(
+    ("forward", "parts", "inputs", "most"),
+    [
+        (one_hot, dict(w=(P, 5, 6), o=(L, 6, 3)), X, 1),
+        (sinusoid, LAYER, SEQUENCE, 0),
+        (scattered, LAYER, X, 0),
+        (put, LAYER, X, 0),
+        (diagonal, LAYER, X, 0),
+        (out_of_sight, LAYER, X, 0),
+        (summed(lambda y: y.amax(1)), dict(a=(L, 3, 12)), X, 2),
+        (summed(lambda y: y.mean(1)), dict(a=(L, 3, 12)), X, 2),
+        (summed(lambda y: y.max(1).values), dict(a=(L, 3, 12)), X, 1),
+        (summed(lambda y: y.sort(1).values[:, 3]), dict(a=(L, 3, 12)), X, 1),
+        (padded_shortcut, dict(a=(L, 3, 4), f=(L, 8, 8), g=(L, 4, 5), o=(L, 5, 1)), X, 2),
+        (read_in_groups(lambda c: torch.cat([c, c.tanh()])), GROUPS, X, 1),
+        (read_in_groups(lambda c: c.repeat(2, 1)), GROUPS, X, 1),
+        (read_in_groups(lambda c: torch.stack([c, c.tanh()]).flatten(0, 1)), GROUPS, X, 1),
+        (into_a_view, VIEW, X, 2),
+        (out_argument, VIEW, X, 2),
+        (lambda s, x: s.o((x.new_zeros(6) + s.a(x)).relu()), LAYER, X, 1),
+    ],
+)
+def test_writes_copies_and_sums_invent_nothing(forward, parts, inputs, most):
+    model = Net(forward, **parts)
+    spec = infer_spec(model, inputs)
+    assert len(spec.free) <= most, dict(spec.table.rows)
+    for seed in range(4):
+        assert check(model, spec=spec, inputs=inputs, seed=seed).holds, dict(spec.table.rows)
+
+
+PICKED = torch.tensor([[0, 4], [1, 3]])
+QKV = dict(k=(L, 3, 3), v=(L, 3, 6), o=(L, 6, 2))
+
+
+@pytest.mark.parametrize(
+    ("forward", "parts"),
+    [
+        (lambda s, x: s.o(s.r(x)[0]), dict(r=(nn.LSTM, 3, 6), o=(L, 6, 2))),
+        (lambda s, x: s.o(s.r(x)[0]), dict(r=(nn.GRU, 3, 6), o=(L, 6, 2))),
+        (lambda s, x: s.o(nn.functional.scaled_dot_product_attention(x, s.k(x), s.v(x))), QKV),
+        (lambda s, x: s.o(s.b(IDS)), dict(b=(nn.EmbeddingBag, 5, 6), o=(L, 6, 2))),
+        (lambda s, x: s.o(s.a(x).gather(1, PICKED[..., None].expand(-1, -1, 6)).relu()), LAYER),
+        (lambda s, x: s.o(s.a(x)[x[..., 0] > 0].relu().sum(0)), LAYER),
+        (
+            lambda s, x: s.o(s.a(x).index_put((torch.tensor([0]), torch.tensor([2])), s.m).relu()),
+            LAYER | dict(m=(P, 6)),
+        ),
+    ],
+)
+def test_common_operations_keep_their_symmetries(forward, parts):
+    model = Net(forward, **parts)
+    spec = infer_spec(model, SEQUENCE)
+    assert spec.free, dict(spec.pins)
+    for seed in range(2):
+        assert check(model, spec=spec, inputs=SEQUENCE, seed=seed).holds, dict(spec.table.rows)
+
+
+def test_what_other_inputs_would_read_is_held():
+    """The end of a table of positions: free on short inputs, it would not fit on longer ones."""
+    model = Net(lambda s, x: s.o((s.e(x) + s.p[: x.shape[1]]).relu().mean(1)), e=(L, 3, 6), p=(P, 7, 6), o=(L, 6, 2))
+    spec = infer_spec(model, SEQUENCE[:, :3])
+    assert spec.pins["p"][0] is not None
+    assert len(spec.free) == 1
+    for seed in range(2):
+        assert check(model, spec=spec, inputs=SEQUENCE, seed=seed).holds
+
+
+def test_layers_may_be_called_like_rows_matched_by_string():
+    model = Net(lambda s, x: s.o(s.label(x).relu() * s.vocab(x)), label=(L, 3, 6), vocab=(L, 3, 6), o=(L, 6, 2))
+    assert not {"label", "vocab"} & set(infer_spec(model, X).symmetries)
+
+
+def test_inputs_caches_and_random_numbers_are_left_alone():
+    x = X.clone()
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 4), nn.Linear(4, 2)).double()
+    assert len(infer_spec(model, x).free) == 1
+    assert torch.equal(x, X)
+    kept = {}
+
+    def masked(s, x):
+        if "mask" not in kept:
+            kept["mask"] = torch.full((6, 6), 0.5).triu(1)
+        return s.o(s.a(x).relu() @ kept["mask"].double() + torch.rand(6))
+
+    model = Net(masked, **LAYER)
+    state = torch.random.get_rng_state()
+    infer_spec(model, X)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not kept["mask"].is_meta
+    assert model(X).isfinite().all()
+
+
+def test_what_cannot_be_read_is_said():
+    with pytest.raises(SpecError, match="compiled"):
+        infer_spec(torch.jit.script(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))), X.float())
+    with pytest.raises(CheckpointError, match=r"has no 0.weight, 0.bias yet; run it once"):
+        infer_spec(nn.Sequential(nn.LazyLinear(3)), X.float())
+    odd = nn.Sequential()
+    odd.add_module("a{b}", nn.Linear(3, 4))
+    with pytest.raises(SpecError, match=r"'a\{b\}.weight', 'a\{b\}.bias': names with .* cannot be said in a table"):
+        infer_spec(odd, X.float())
+
+
+# --- what it needs, and what it leaves alone ----------------------------------------------------------------------
+
+
+def test_a_value_that_hangs_on_the_weights_is_refused():
+    model = Odd(lambda x: x if x.sum() > 0 else -x)
+    with pytest.raises(SpecError, match=r"asks for a value in the model .* that hangs on the weights"):
+        infer_spec(model, torch.randn(2, 5))
+
+
+def test_a_value_of_the_inputs_may_be_asked_for():
+    class Branches(Odd):
+        def forward(self, x):
+            return super().forward(x if x.sum() > 0 else x[:1])
+
+    assert infer_spec(Branches(torch.relu), torch.ones(2, 5)).free == {"first"}
+
+
+def test_a_forward_pass_that_fails_is_said():
+    with pytest.raises(SpecError, match=r"Odd cannot be inferred: its forward pass.*fails in first: RuntimeError"):
+        infer_spec(Odd(torch.relu), torch.randn(2, 7))
+
+
+def test_inputs_have_to_be_given_where_none_are_known():
+    with pytest.raises(MismatchError, match="give inputs"):
+        infer_spec(Odd(torch.relu))
+    with pytest.raises(MismatchError, match="only tensors, without a forward pass"):
+        spec_for(Odd(torch.relu).state_dict())
+    with pytest.raises(MismatchError, match="inputs"):
+        check(Odd(torch.relu))
+
+
+def test_what_the_forward_pass_does_not_use_is_held_and_said(caplog):
+    model = Odd(torch.relu)
+    model.spare = nn.Linear(8, 8)
+    with caplog.at_level(logging.WARNING):
+        spec = infer_spec(model, torch.randn(2, 5))
+    assert "does not use spare.weight, spare.bias" in caplog.text
+    assert spec.pins["spare.weight"] == ("the forward pass does not use it",) * 2
+    assert spec.free == {"first"}
+
+
+def test_the_model_is_left_alone(case):
+    model, inputs, _ = case
+    training = model.training
+    model.train()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    seen = {id(p) for p in model.parameters()}
+    names = [sorted(vars(part)) for part in model.modules()]
+    hooks = [len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules()]
+    infer_spec(model, inputs)
+    assert all(part.training for part in model.modules())
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert seen == {id(p) for p in model.parameters()}
+    assert names == [sorted(vars(part)) for part in model.modules()]
+    assert hooks == [len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules()]
+    assert torch.backends.mha.get_fastpath_enabled()
+    model.train(training)
+
+
+def test_no_weights_are_needed():
+    with torch.device("meta"):
+        model = transformers.BertForMaskedLM(TINY["bert-1-BertForMaskedLM"].config)
+    assert infer_spec(model).table.rows == infer_spec(TINY["bert-1-BertForMaskedLM"]).table.rows
+    with torch.device("meta"):
+        plain = Odd(torch.relu)
+    assert infer_spec(plain, torch.randn(2, 5)).free == {"first"}
+
+
+# --- everything else works on it ----------------------------------------------------------------------------------
+
+
+def test_a_family_without_a_table_from_folder_to_merge(tmp_path):
+    model = zoo.HF["biogpt"].build()
+    assert table_for(model.config) is None
+    a = Checkpoint.open(model).save(tmp_path / "a")
+    planted = Alignment.random(spec_for(a).restricted(), torch.Generator().manual_seed(0))
+    moved = planted.apply(a).save(tmp_path / "b")
+    assert not same_tensors(a, moved)
+    assert check(moved).holds
+    solution = align(a, moved, groups="permutation")
+    assert solution.status is Status.EQUAL
+    aligned = solution.apply(moved)
+    assert same_tensors(aligned, a)
+    merged = merge([a, aligned]).save(tmp_path / "m")
+    assert same_tensors(transformers.BioGptForCausalLM.from_pretrained(merged, dtype=torch.float64), model)
+    again = Alignment.load(solution.alignment.save(tmp_path / "alignment.safetensors"))
+    assert same_tensors(again.apply(moved), a)
+
+
+def test_a_state_dict_beside_a_module():
+    model = Attention().double()
+    g = Alignment.random(infer_spec(model, TOKENS).restricted(), torch.Generator().manual_seed(3))
+    moved = g.apply(dict(model.state_dict()))
+    for fixed, moving in ((model, moved), (dict(model.state_dict()), g.apply(model))):
+        solution = align(fixed, moving, inputs=TOKENS, groups="permutation")
+        assert solution.status is Status.EQUAL
+        assert type(solution.apply(moving)) is type(moving)
+
+
+def test_modules_merge_to_modules():
+    a, b = Attention(), Attention()
+    with torch.no_grad():
+        b.embed.weight.mul_(3)
+    merged = merge([a, align(a, b, inputs=TOKENS).apply(b)]).model()
+    assert type(merged) is Attention
+    torch.testing.assert_close(merged.embed.weight, 2 * a.embed.weight)
+
+
+def test_a_file_with_more_than_its_class_keeps_it(tmp_path):
+    model = zoo.HF["biogpt"].build()
+    checkpoint = Checkpoint.open(model)
+    more = Checkpoint({**checkpoint.tensors, "extra.weight": torch.ones(3, 3)}, checkpoint.config)
+    spec = spec_for(more.save(tmp_path / "more"))
+    assert spec.pins["extra.weight"] == ("no part of its class",) * 2
+    assert spec.free == spec_for(checkpoint).free
+
+
+def test_tokens_and_labels_keep_their_names():
+    assert infer_spec(zoo.HF["biogpt"].build()).table.rows["embed_tokens.weight"] == "vocab, residual"
+    assert infer_spec(TINY["vit-0-ViTForImageClassification"]).table.rows["classifier.bias"] == "label"
+
+
+# --- traps that other packages fall into: each with the naive treatment, which must be seen -----------------------
+
+
+def changed(model, inputs, state):
+    """How much the function of a model changes with another state, relative to its outputs."""
+    before, _ = outputs(model, inputs)
+    other = copy.deepcopy(model)
+    other.load_state_dict(state)
+    after, _ = outputs(other, inputs)
+    return ((before - after).abs().max() / before.abs().max()).item()
+
+
+def moved_state(name, seed=0):
+    model, inputs = zoo.MODULES[name].build(), zoo.MODULES[name].inputs()
+    spec = infer_spec(model, inputs).restricted()  # the traps are those of permutations
+    g = Alignment.random(spec, torch.Generator().manual_seed(seed))
+    state = {key: tensor.clone() for key, tensor in g.apply(model).state_dict().items()}
+    assert changed(model, inputs, state) < 1e-10
+    return model, inputs, g, state
+
+
+def test_trap_running_statistics_stay_behind():
+    model, inputs, _, state = moved_state("mlp")
+    stays = {key: tensor for key, tensor in model.state_dict().items() if "running" in key}
+    assert stays
+    assert changed(model, inputs, state | stays) > 1e-3
+
+
+def test_trap_flattened_places_taken_for_channels():
+    """conv → flatten → linear: columns are (channel, place), not (place, channel)."""
+    model, inputs, g, state = moved_state("vgg")
+    (key,) = (k for k, row in g.spec.table.rows.items() if "(" in row)
+    name, places = next(leaf for leaf in g.spec.table.rows[key].split(", ")[1].strip("()").split(" ")), 0
+    order = g[name.rstrip("'")].order
+    weight = model.state_dict()[key]
+    places = weight.shape[1] // len(order)
+    assert places > 1
+    rows = next(g[n].order for n in [g.spec.table.rows[key].split(",")[0]] if n in g.elements)
+    naive = weight[rows].view(len(weight), places, len(order))[:, :, order].reshape(weight.shape)
+    assert changed(model, inputs, state | {key: naive}) > 1e-3
+
+
+def test_trap_grouped_convolutions_permuted_freely():
+    """Channels that go into a grouped convolution stay in their groups, in one order for all that a group writes."""
+    model, inputs, _, state = moved_state("grouped_conv")
+    first, grouped = model[0], model[2]
+    assert grouped.groups > 1
+    order = torch.randperm(grouped.in_channels, generator=torch.Generator().manual_seed(1))
+    naive = {f"0.{what}": tensor[order] for what, tensor in first.state_dict().items()}
+    assert changed(model, inputs, model.state_dict() | naive) > 1e-3
+    swapped = {"2.weight": state["2.weight"].flip(1)}
+    assert changed(model, inputs, state | swapped) > 1e-3
+
+
+def test_trap_tied_weights_moved_apart():
+    model, inputs, g, state = moved_state("char_gpt")
+    (target,) = g.spec.ties
+    assert g.spec.ties[target] in g.spec.shapes
+    assert target not in g.spec.shapes
+    naive = model.state_dict()[target]
+    untied = copy.deepcopy(model)
+    owner, _, name = target.rpartition(".")
+    setattr(untied.get_submodule(owner), name, nn.Parameter(naive.clone()))
+    before, _ = outputs(untied, inputs)
+    untied.load_state_dict(state | {target: naive})
+    after, _ = outputs(untied, inputs)
+    assert (before - after).abs().max() > 1e-3 * before.abs().max()
+
+
+def test_trap_tied_weights_counted_once():
+    spec = infer_spec(zoo.MODULES["char_gpt"].build(), zoo.MODULES["char_gpt"].inputs())
+    stored = [key for tensor in spec.tensors for key in tensor.keys.values()]
+    assert len(stored) == len(set(stored))
+    assert not set(stored) & set(spec.ties)
+
+
+def test_trap_queries_permuted_across_heads():
+    model = Attention().double()
+    with torch.no_grad():
+        for weight in (model.q.weight, model.k.weight):
+            weight.mul_(10)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    state = model.state_dict()
+    naive = {f"{part}.{what}": state[f"{part}.{what}"][order] for part in "qk" for what in ("weight", "bias")}
+    assert changed(model, TOKENS.double(), state | naive) > 1e-2
+    inside = torch.cat([3 * h + torch.randperm(3, generator=torch.Generator().manual_seed(h)) for h in range(4)])
+    right = {f"{part}.{what}": state[f"{part}.{what}"][inside] for part in "qk" for what in ("weight", "bias")}
+    assert changed(model, TOKENS.double(), state | right) < 1e-10
+
+
+def test_trap_class_tokens_and_positions_move_and_merge():
+    model, _, g, state = moved_state("fused_vit")
+    for key in ("cls_token", "pos_embed"):
+        assert torch.equal(state[key], model.state_dict()[key][..., g["residual"].order])
+        assert not torch.equal(state[key], model.state_dict()[key])
+    merged = merge([model, {key: 3 * tensor for key, tensor in model.state_dict().items()}])
+    torch.testing.assert_close(merged.tensors["cls_token"], 2 * model.state_dict()["cls_token"])
+
+
+def test_trap_a_better_moved_model_is_a_mistake(case, shown):
+    """Aligning a model to another one changes nothing about its own function."""
+    model, inputs, _ = case
+    other = copy.deepcopy(Checkpoint.open(model).model())
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    solution = align(other, model, spec=shown)
+    before, float32_inside = outputs(model, inputs)
+    after, _ = outputs(solution.apply(model), inputs)
+    assert (before - after).abs().max() <= (1e-5 if float32_inside else 1e-10) * before.abs().max()
