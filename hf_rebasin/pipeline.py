@@ -1,4 +1,4 @@
-"""A recipe from beginning to end: models opened, aligned, merged, written with their record, measured, published."""
+"""Run a recipe from beginning to end: open, align and merge models, write them, measure and publish the result."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from pathlib import Path
 from .checkpoints.checkpoint import Checkpoint
 from .checkpoints.folder import refuse_target
 from .errors import HubError, OptionError
-from .modules.distributed import is_first, wait
+from .modules.distributed import is_main_process, wait_for_everyone
 from .modules.functional import Device
-from .publishing.record import add_report, begun, record_of
-from .publishing.upload import Published, publish_as, refuse_unready
-from .recipes.assessment import judged
+from .publishing.record import add_report, record_merge, start_hashing
+from .publishing.upload import Published, publish_from_settings, refuse_unready
+from .recipes.assessment import assess
 from .recipes.recipe import Recipe
-from .recipes.runner import Merged, opened, run
+from .recipes.runner import MergeResult, open_models, run_merge
 from .reports.report import Report
 
 
-@dataclass(frozen=True)
-class Done:
-    """What a recipe came to.
+@dataclass(frozen=True, kw_only=True)
+class RecipeResult:
+    """Result of a recipe.
 
     Args:
-        folder: with the merge.
-        merged: the same, with all that led to it.
-        report: what it is worth; None if nothing was measured.
-        published: where it is on the Hub; None if it is not to be.
+        folder: folder with the merged model.
+        merged: the merge, with the models and solutions that led to it.
+        report: report on the merge; None if nothing was measured.
+        published: where the merge is on the Hub; None if it was not published.
     """
 
     folder: Path
-    merged: Merged
+    merged: MergeResult
     report: Report | None = None
     published: Published | None = None
 
@@ -50,35 +50,35 @@ def run_recipe(
     command: str = "",
     device: Device = None,
     progress: bool = False,
-    merged: Callable[[Merged], object] = lambda _: None,
-    judge: Callable[[Report], object] = lambda _: None,
-) -> Done:
-    """Do what a recipe says, as `hf-rebasin merge RECIPE -o OUT` does.
+    on_merge: Callable[[MergeResult], object] = lambda _: None,
+    on_report: Callable[[Report], object] = lambda _: None,
+) -> RecipeResult:
+    """Run a recipe, as `hf-rebasin merge RECIPE -o OUT` does.
 
-    The folder is complete or absent. Beside the weights it has the recipe with all revisions pinned, the alignments,
-    `rebasin.json`, and of what was measured the numbers and plots. Under `accelerate launch` every process takes its
-    share of the work, and the first one writes and publishes.
+    The folder is complete or absent. Besides the weights it contains the recipe with all revisions pinned, the
+    alignments, `rebasin.json`, and the numbers and plots of everything that was measured. Under `accelerate launch`
+    every process takes its share of the work, and the first one writes and publishes.
 
     Args:
-        recipe: what to do.
-        out: the folder to be written.
-        overwrite: replace a model that is there.
-        max_shard_size: of a file of weights.
-        report: judge the merge even where the recipe does not say on what it is measured.
-        template: of the model card, in Jinja2, instead of ours.
-        created: a date for the report.
-        command: for the report, that does it again.
-        device: where it is computed.
+        recipe: the recipe.
+        out: folder to be written.
+        overwrite: replace a model that is already there.
+        max_shard_size: largest size of a file of weights.
+        report: make a report even if the recipe names no data to measure the merge on.
+        template: Jinja2 template of the model card, instead of the built-in one.
+        created: date that the report states.
+        command: command that repeats the run, for the report.
+        device: device of all computations.
         progress: show progress bars (on a terminal).
-        merged: called with what came out, when it is written.
-        judge: called with the report.
+        on_merge: called with the merge, once it is written.
+        on_report: called with the report.
 
     Returns:
-        A `Done`.
+        A `RecipeResult`.
 
     Raises:
-        RebasinError: models that do not fit, a target that is there, a licence that is not known, a Hub that refuses;
-            as much of it as can be known is said before anything is computed.
+        RebasinError: models that do not fit, an output that already exists, an unknown licence, a refusal of the Hub;
+            whatever can be checked is checked before anything is computed.
 
     Example:
         >>> recipe = Recipe.from_dict({"models": ["me/bert-seed-0", "me/bert-seed-1"], "publish": "me/bert-merged"})
@@ -86,36 +86,37 @@ def run_recipe(
         >>> done.published.url
         'https://huggingface.co/me/bert-merged/commit/…'
     """
-    target, found = Path(out), opened(recipe, progress=progress)
-    if is_first():
-        refuse_target(target, overwrite, [place for model in found.models for place in model.sources])
+    target, opened = Path(out), open_models(recipe, progress=progress)
+    if is_main_process():
+        refuse_target(target, overwrite, [path for model in opened.models for path in model.sources])
     if recipe.publish is not None:
-        refuse_unready(found.models, recipe.publish)
+        refuse_unready(opened.models, recipe.publish)
     if template is not None and not Path(template).is_file():
-        raise OptionError(f"{template} is no template: there is no such file")
-    reading = begun(found.models) if is_first() else []
-    result = run(recipe, found=found, device=device, progress=progress)
-    if is_first():
-        record = record_of(recipe, result, [one() for one in reading], max_shard_size=max_shard_size, device=device)
+        raise OptionError(f"{template} is not a template: there is no such file")
+    hashing = start_hashing(opened.models) if is_main_process() else []
+    result = run_merge(recipe, opened=opened, device=device, progress=progress)
+    if is_main_process():
+        hashes = [wait_for_hash() for wait_for_hash in hashing]
+        record = record_merge(recipe, result, hashes, max_shard_size=max_shard_size, device=device)
         save = partial(result.checkpoint.save, overwrite=overwrite, max_shard_size=max_shard_size)
         save(target, progress=progress, beside=record.write)
-    wait()
-    merged(result)
-    what = None
+    wait_for_everyone()
+    on_merge(result)
+    assessment = None
     if recipe.evaluate is not None or report:
         saved = Checkpoint.open(target)
-        what = judged(recipe, result, saved, created=created, command=command, device=device, progress=progress)
-        judge(what)
-        if is_first():
-            add_report(target, what, recipe, result)
+        assessment = assess(recipe, result, saved, created=created, command=command, device=device, progress=progress)
+        on_report(assessment)
+        if is_main_process():
+            add_report(target, assessment, recipe, result)
     published = None
-    if recipe.publish is not None and is_first():
-        given = None if template is None else Path(template)
+    if recipe.publish is not None and is_main_process():
+        card_template = None if template is None else Path(template)
         try:
-            published = publish_as(recipe.publish, target, template=given, progress=progress)
-        except HubError as error:  # what took long is done
+            published = publish_from_settings(recipe.publish, target, template=card_template, progress=progress)
+        except HubError as error:  # the merge, which took long, is not lost
             raise HubError(
                 f"{error}. The merge is in {target}: publish it with hf-rebasin publish {target} {recipe.publish.to}"
             ) from error
-    wait()
-    return Done(target, result, what, published)
+    wait_for_everyone()
+    return RecipeResult(folder=target, merged=result, report=assessment, published=published)

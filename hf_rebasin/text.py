@@ -1,10 +1,11 @@
-"""Tables in plain text, and what is left out of them."""
+"""Text for screens and files: tables, sizes, layer names, and what is cut out of it."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Collection, Iterator, Sequence
+from html import escape
 from pathlib import PurePath, PurePosixPath, PureWindowsPath
 from typing import TypeVar
 
@@ -12,15 +13,36 @@ Item = TypeVar("Item")
 
 
 def columns(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> Iterator[str]:
-    """Rows in columns two spaces apart; the columns in `right` are flush right."""
+    """Yield rows as lines, in columns two spaces apart; the columns in `right` are flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
         yield "  ".join(cells).rstrip()
 
 
+def overview(head: str, rows: Sequence[Sequence[str]], widest: int = 40, most: int = 8) -> str:
+    """Return a heading and the first rows of a table under it, for the `repr` of an object that has many parts."""
+    shown = [[c if len(c) <= widest else f"{c[: widest - 1]}…" for c in row] for row in rows[:most]]
+    more = [f"… and {len(rows) - most} more"] if len(rows) > most else []
+    return "\n".join([head, *(f"  {line}" for line in [*(columns(shown) if shown else ()), *more])])
+
+
+def html_overview(head: str, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a heading and a table under it as HTML, with all rows, for notebooks."""
+    cells = [f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows]
+    heads = "".join(f"<th>{escape(title)}</th>" for title in titles)
+    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(cells)}</tbody></table>" if rows else ""
+    return f"<p>{escape(head)}</p>{table}"
+
+
+def byte_size(total: int) -> str:
+    """Return a number of bytes with its unit: `1.0 GB`."""
+    unit, scale = ("GB", 1e9) if total >= 1e9 else ("MB", 1e6) if total >= 1e6 else ("kB", 1e3)
+    return f"{total / scale:.1f} {unit}"
+
+
 def printable(text: str) -> str:
-    """Names in a file may hold what moves a terminal's cursor: shown as they would be typed.
+    """Escape control characters: names in a file may hold sequences that move a terminal's cursor.
 
     Example:
         >>> printable("a\x1b[2J")
@@ -29,19 +51,30 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
-def family_of(said: str) -> str:
-    """With stars for numbers: ff.3 is one of ff.*, but fc1.3 one of fc1.*."""
-    return re.sub(r"(?<=\.)\d+(?=[.\s:,]|$)", "*", said)
+def family_of(name: str) -> str:
+    """Replace numbered components by stars: ff.3 belongs to ff.*, but fc1.3 to fc1.*."""
+    return re.sub(r"(?<=\.)\d+(?=[.\s:,]|$)", "*", name)
+
+
+def layer_of(key: str) -> tuple[str, int] | None:
+    """Return the stack and the number of a tensor's layer, by the first numbered component of its key.
+
+    Example:
+        >>> layer_of("bert.encoder.layer.3.output.dense.weight"), layer_of("bert.pooler.dense.weight")
+        (('bert.encoder.layer.', 3), None)
+    """
+    match = re.match(r"(.*?)(?:(?<=\.)|^)(\d+)\.", key)
+    return (match[1], int(match[2])) if match else None
 
 
 def spread(items: Sequence[Item], limit: int) -> list[Item]:
-    """At most so many of them, evenly, first and last among them."""
+    """Return at most `limit` items, evenly spaced, the first and the last one among them."""
     k = min(limit, len(items))
     return [items[round(i * (len(items) - 1) / max(k - 1, 1))] for i in range(k)]
 
 
-def without_place(name: str) -> str:
-    """An absolute path by its last two components, as it means nothing elsewhere; any other name as it is.
+def shorten_path(name: str) -> str:
+    """Cut an absolute path, which means nothing elsewhere, to its last two components; leave any other name as it is.
 
     Example:
         >>> without_place("/data/runs/vit/seed-0"), without_place("me/vit-seed-0")
@@ -57,7 +90,7 @@ def without_place(name: str) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """Without tokens of the Hub: what looks like one, and the one that the environment names."""
+    """Redact tokens of the Hub: whatever looks like one, and the one in the environment."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         if token := os.environ.get(name, "").strip():
             text = text.replace(token, "hf_…")
@@ -67,6 +100,6 @@ def without_secrets(text: str) -> str:
 _PATHS = re.compile(r"""(?<![\w.~/<\\])(?:file://)?~?(?:[A-Za-z]:)?(?:[/\\][^\s/\\'"`<>|:;,()\[\]{}]+)+[/\\]?""")
 
 
-def without_places(text: str) -> str:
-    """The same of every absolute path in a text; a folder with a blank in its name is known by no pattern."""
-    return _PATHS.sub(lambda found: without_place(found[0]), text)
+def shorten_paths(text: str) -> str:
+    """Cut every absolute path in a text to its last two components; names with blanks are not recognised as one."""
+    return _PATHS.sub(lambda match: shorten_path(match[0]), text)

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
-# Trains small models apart, aligns and merges them, reports. Options are those of `hf-rebasin demo`.
+# Trains small models independently, aligns and merges them, and writes a report. Takes the options of
+# `hf-rebasin demo`.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 exec "$VENV/bin/hf-rebasin" demo "$@"

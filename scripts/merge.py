@@ -1,4 +1,4 @@
-"""The command line's `merge RECIPE` for `accelerate launch`: every process takes a share, the first one writes.
+"""Run `hf-rebasin merge` under `accelerate launch`: each process takes a share, the first one writes.
 
 accelerate launch --multi_gpu --num_processes 2 scripts/merge.py --recipe recipe.yaml -o merged --push-to me/merged
 
@@ -10,12 +10,12 @@ import sys
 from hf_rebasin.cli.main import main
 
 
-def arguments(given: list[str]) -> list[str]:
-    """With the recipe where the command line has it."""
-    words = [word for one in given for word in (one.split("=", 1) if one.startswith("--recipe=") else [one])]
+def merge_arguments(given: list[str]) -> list[str]:
+    """Return the arguments of `hf-rebasin`, with the recipe as a positional one."""
+    words = [word for arg in given for word in (arg.split("=", 1) if arg.startswith("--recipe=") else [arg])]
     return ["merge", *(word for word in words if word != "--recipe")]
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = arguments(sys.argv[1:])
+    sys.argv[1:] = merge_arguments(sys.argv[1:])
     main()

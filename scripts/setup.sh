@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv inside the checkout, once for every state of pyproject.toml and the constraints. Sourced by the other
-# scripts; afterwards $VENV/bin has everything.
+# Creates .venv in the checkout, anew whenever pyproject.toml or the constraints change. Sourced by the other scripts;
+# afterwards, $VENV/bin has everything.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV="$PWD/.venv"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All checks of the project: lint, format, types, tests. With --slow only the tests that take minutes. Other options go
-# to pytest.
+# Runs all checks of the project: lint, format, types, tests; with --slow, only the tests that take minutes. Other
+# options are passed to pytest.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 if [ "${1:-}" = --slow ]; then
     shift

@@ -1,4 +1,4 @@
-"""Set-up of the tests: a local Hub instead of the real one, one thread, TINY models of every table."""
+"""Set up the tests: a local Hub instead of the real one, one thread, TINY models of every table."""
 
 import gc
 import itertools
@@ -34,7 +34,7 @@ import transformers
 
 from hf_rebasin import Alignment, Checkpoint, Solution, Status, infer_spec, spec_for
 from hf_rebasin.alignment.exactness import tiny_models
-from hf_rebasin.alignment.gauge import gauges, vectors
+from hf_rebasin.alignment.gauge import find_gauges, gauge_vectors
 from hf_rebasin.errors import CheckpointError
 
 torch.set_num_threads(1)
@@ -48,12 +48,12 @@ FIRST = {name.split("-")[0]: name for name in reversed(TINY)}  # one model per t
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
 
 
 def pytest_collection_finish():
     gc.collect()
-    gc.freeze()  # torch, transformers and all tests stay: to look through them again and again is a tenth of the time
+    gc.freeze()  # torch, transformers and the tests stay alive; scanning them repeatedly takes a tenth of the time
 
 
 def pytest_collection_modifyitems(config, items):
@@ -65,7 +65,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(params=list(TINY))
 def tiny(request):
-    """Every TINY model, in float64, everything in it random. Not to be changed."""
+    """Every TINY model, in float64, with all its values random. Must not be changed."""
     return TINY[request.param]
 
 
@@ -74,7 +74,7 @@ ONE_OF_EACH = [name if name in FIRST.values() else pytest.param(name, marks=pyte
 
 @pytest.fixture(params=ONE_OF_EACH)
 def sample(request):
-    """One TINY model per table, and with --slow all of them: for what hangs on the groups and not on the classes."""
+    """One TINY model per table, with --slow all of them: for what depends on groups rather than on classes."""
     return TINY[request.param]
 
 
@@ -100,7 +100,7 @@ def generator():
 
 
 def moved_copy(model, seed=0, groups="permutation"):
-    """(the model in other coordinates, the alignment that moved it)"""
+    """Return (the model in other coordinates, the alignment that moved it)."""
     spec = spec_for(model)
     spec = spec.restricted() if groups == "permutation" else spec
     alignment = Alignment.random(spec, torch.Generator().manual_seed(seed))
@@ -108,31 +108,31 @@ def moved_copy(model, seed=0, groups="permutation"):
 
 
 @dataclass(frozen=True)
-class Anywhere:
-    """Moves a model at random, into the gauge of the other: a law about merging does not hang on what was found."""
+class RandomSolver:
+    """A solver that moves a model at random, but into the other's gauge: laws of merging hold for any alignment."""
 
     def solve(self, problem):
-        norms = gauges(problem.spec)
-        gains = {"gauge": vectors(norms, problem.fixed), "origin": vectors(norms, problem.moving)}
+        norms = find_gauges(problem.spec)
+        gains = {"gauge": gauge_vectors(norms, problem.fixed), "origin": gauge_vectors(norms, problem.moving)}
         moved = replace(Alignment.random(problem.spec, problem.generator), **gains)
         return Solution(moved, 0.0, (0.0,), Status.CONVERGED)
 
 
 def other_seed(model, seed=1000):
-    """A model of the same class and configuration with other random weights."""
+    """Return a model of the same class and configuration with other random weights."""
     torch.manual_seed(seed)
     return type(model)(model.config).to(model.dtype).eval()
 
 
 def run_script(text, folder, processes=1):
-    """Run a script with a folder as its argument, several processes by accelerate; it can import what tests import."""
+    """Run a script on a folder, in several processes by accelerate; it can import the modules of the tests."""
     script = folder / "script.py"
     script.write_text(text)
     launch = [sys.executable]
-    if processes > 1:  # what asks for GPUs starts gloo processes where there are none
+    if processes > 1:  # --multi_gpu starts gloo processes if there are no GPUs
         launch += ["-m", "accelerate.commands.launch", "--num_machines=1", "--mixed_precision=no"]
         launch += ["--dynamo_backend=no", "--multi_gpu", f"--num_processes={processes}"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the folders of the tests are there
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # with the folders of the tests
     subprocess.run([*launch, str(script), str(folder)], check=True, env=environment)
 
 
@@ -143,14 +143,14 @@ def same_tensors(a, b):
 
 
 def distance(a, b):
-    """The largest ‖a - b‖ / max(‖a‖, 1) of all tensors of two models or folders with the same disk keys."""
+    """Return the largest ‖a - b‖ / max(‖a‖, 1) of all tensors of two models or folders with the same disk keys."""
     a, b = Checkpoint.open(a).tensors, Checkpoint.open(b).tensors
     assert a.keys() == b.keys()
     return max(((a[k].double() - b[k].double()).norm() / a[k].double().norm().clamp_min(1)).item() for k in a)
 
 
-def as_stored(model, like):
-    """A model with its tied tensors stored apart, where those of another are."""
+def store_ties_like(model, like):
+    """Return a model with its tied tensors stored separately where another model's are."""
     checkpoint = Checkpoint.open(model)
     apart = Checkpoint.open(like).tensors.keys() - checkpoint.tensors.keys()
     return checkpoint.apart({key: checkpoint.ties[key] for key in apart})
@@ -159,11 +159,11 @@ def as_stored(model, like):
 ALL_OR_SOME = pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.slow)])
 
 
-def drawn(cases, everything, models):
-    """Of wrong tables `(row, ...)` as many as there is time for, one or more for every row; or all of them.
+def sample_cases(cases, everything, models):
+    """Return as many of the wrong tables `(row, ...)` as there is time for, at least one per row; or all of them.
 
-    To try one takes about as long as the model has tensors. Most tables are tried in every way there is; those that
-    have rows for every block of a large network are not, but with --slow.
+    Trying one takes time in proportion to the model's tensors. For most tables, all cases are affordable; for tables
+    with rows for every block of a large network, only with --slow.
     """
     affordable = 10_000 // max(len(Checkpoint.open(model).tensors) for model in models)
     if everything or len(cases) <= affordable:
@@ -171,17 +171,17 @@ def drawn(cases, everything, models):
     rows = {}
     for case in sorted(cases, key=str):
         rows.setdefault(case[0], []).append(case)
-    for some in rows.values():
-        Random(0).shuffle(some)
-    in_turn = [case for turn in itertools.zip_longest(*rows.values()) for case in turn if case is not None]
-    return in_turn[: max(affordable, len(rows))]
+    for group in rows.values():
+        Random(0).shuffle(group)
+    interleaved = [case for turn in itertools.zip_longest(*rows.values()) for case in turn if case is not None]
+    return interleaved[: max(affordable, len(rows))]
 
 
 @cache
-def forward_pass(model):
-    """The spec that a forward pass shows; skips where modules fuse what the disk has apart, so that none can be.
+def infer_or_skip(model):
+    """Infer the spec of a model; skip the test if its modules fuse tensors of the disk, so that it cannot run.
 
-    Kept, as models are not changed: a trace takes longer than most of what is done with it.
+    Cached, as tests do not change models: tracing takes longer than most of what is done with the spec.
     """
     checkpoint = Checkpoint.open(model)
     try:

@@ -1,4 +1,4 @@
-"""What the benchmark scripts promise, on this machine: exact recovery at full size. Slow, and no test of speed."""
+"""What the benchmark scripts promise on this machine: exact recovery at full size. Slow, but not a test of speed."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def test_planted_mlps_come_back(tmp_path):
 
 
 def test_barriers_of_mlps(tmp_path):
-    """Width 64: at most 5 % of the plain barrier; width 512: at most 0.012."""
+    """The barrier at width 64 is at most 5 % of the plain one, at width 512 at most 0.012."""
     command = [sys.executable, ROOT / "scripts" / "benchmarks" / "barrier.py", "mlp64", "mlp512", "--out", tmp_path]
     done = subprocess.run([*command, "--methods", "permutations"], capture_output=True, text=True, check=True)
     results = json.loads((tmp_path / "barrier.json").read_text())["results"]
@@ -42,14 +42,14 @@ def test_barriers_of_mlps(tmp_path):
             assert row["loss_ratio"] <= 0.05
         else:
             assert row["loss_barrier"] <= 0.012
-    written = (tmp_path / "barrier.md").read_text()
-    assert all(table in written for table in done.stdout.strip().split("\n\n"))
-    assert "failed to train" not in written
+    report = (tmp_path / "barrier.md").read_text()
+    assert all(table in report for table in done.stdout.strip().split("\n\n"))
+    assert "failed to train" not in report
     assert (tmp_path / "barrier.png").stat().st_size > 10_000
 
 
 def test_resnet18_comes_back_and_keeps_its_function():
-    """A plain module, its symmetries inferred; the package rebasin is not needed for this half."""
+    """A plain module with inferred symmetries; this half does not need the rebasin package."""
     script = ROOT / "scripts" / "benchmarks" / "rebasin_package.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
     unrelated, planted = (re.split(r"  +", line) for line in done.stdout.splitlines())
@@ -60,7 +60,7 @@ def test_resnet18_comes_back_and_keeps_its_function():
 
 
 def test_incremental_learning_of_three_rotations(tmp_path):
-    """A smoke test: all methods, every number in place; ours forgets less than fine-tuning does."""
+    """Smoke test: all methods run, all numbers are there, and ours forgets less than fine-tuning."""
     script = ROOT / "scripts" / "benchmarks" / "incremental_learning.py"
     command = [sys.executable, script, "--images", "digits", "--tasks", "3", "--seeds", "1", "--out", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -73,7 +73,7 @@ def test_incremental_learning_of_three_rotations(tmp_path):
         assert len(rows) == (1 if method == "joint" else 3)
         assert result["accuracy"] == pytest.approx(sum(rows[-1]) / 3)
         if method != "joint":
-            assert rows[0] == results["fine-tune"]["accuracies"][0]  # all begin with the same network
+            assert rows[0] == results["fine-tune"]["accuracies"][0]  # all start from the same network
             lost = [max(rows[0][t], rows[1][t]) - rows[2][t] for t in (0, 1)]
             assert result["forgetting"] == pytest.approx(sum(lost) / 2)
     assert results["ours"]["forgetting"] < results["fine-tune"]["forgetting"]
@@ -82,16 +82,17 @@ def test_incremental_learning_of_three_rotations(tmp_path):
     assert (tmp_path / "incremental.png").stat().st_size > 10_000
 
 
-def sinkhorn_rebasin(out, *arguments):
+def run_sinkhorn_rebasin(out, *arguments):
+    """Run the benchmark; return the cells of the tables that it prints."""
     script = ROOT / "scripts" / "benchmarks" / "sinkhorn_rebasin.py"
     command = [sys.executable, script, *map(str, arguments), "--out", out]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("|")]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines() if line.startswith("|")]
 
 
 def test_sinkhorn_rebasin_recovers_planted_permutations(tmp_path):
-    """Every pair within 300 steps, as in the paper."""
-    header, _, *rows = sinkhorn_rebasin(tmp_path, "planted", "--pairs", 3)
+    """Every pair is recovered within 300 steps, as in the paper."""
+    header, _, *rows = run_sinkhorn_rebasin(tmp_path, "planted", "--pairs", 3)
     assert len(rows) == 9
     for row in rows:
         cells = dict(zip(header, row, strict=True))
@@ -99,12 +100,12 @@ def test_sinkhorn_rebasin_recovers_planted_permutations(tmp_path):
 
 
 def test_sinkhorn_rebasin_between_networks_trained_apart(tmp_path):
-    """Barriers of the MLP alone, few steps; and the test bed at the values it is held to."""
-    header, _, *rows = sinkhorn_rebasin(tmp_path, "barriers", "--kinds", "mlp64", "--steps", 20)
+    """Barriers of the MLP only, with few steps; and the test bed meets its targets."""
+    header, _, *rows = run_sinkhorn_rebasin(tmp_path, "barriers", "--kinds", "mlp64", "--steps", 20)
     assert [row[0] for row in rows][:2] == ["plain", "weight matching"]
     assert all(len(row) == len(header) for row in rows)
     assert (tmp_path / "curves.png").stat().st_size > 10_000
-    header, _, *rows = sinkhorn_rebasin(tmp_path, "testbed")
+    header, _, *rows = run_sinkhorn_rebasin(tmp_path, "testbed")
     assert len(rows) == 6
     for row in rows:
         cells = dict(zip(header, row, strict=True))
@@ -112,12 +113,12 @@ def test_sinkhorn_rebasin_between_networks_trained_apart(tmp_path):
 
 
 def test_memory_of_statistics_does_not_grow():
-    """With 16 times the batches a process takes hardly more; their activations alone would be hundreds."""
+    """With 16 times the batches, a process takes hardly more MB; the activations alone would take hundreds."""
     script = ROOT / "scripts" / "benchmarks" / "running_statistics.py"
     command = [sys.executable, script, "--batches", "8", "128"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert "8 batches" in said[0]
-    rows = {line[:24].strip(): re.findall(r"([\d.]+) s +(\d+) MB", line) for line in said[1:]}
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert "8 batches" in lines[0]
+    rows = {line[:24].strip(): re.findall(r"([\d.]+) s +(\d+) MB", line) for line in lines[1:]}
     assert list(rows) == ["activation statistics", "refit", "REPAIR", "BatchNorm, one pass", "BatchNorm, exact"]
-    for what, ((_, few), (_, many)) in rows.items():
-        assert int(many) <= int(few) + 15, (what, said)
+    for operation, ((_, few), (_, many)) in rows.items():
+        assert int(many) <= int(few) + 15, (operation, lines)

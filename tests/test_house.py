@@ -1,4 +1,4 @@
-"""The shape of the code: imports go down from room to room, importing is light, what is exported is documented."""
+"""The structure of the code: imports go down from room to room, importing is light, exports are documented."""
 
 import ast
 import inspect
@@ -41,13 +41,13 @@ FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms.spli
 
 
 def files_in(package):
-    """{dotted name: file} of a package; a folder goes by the name of its `__init__`."""
+    """Return `{dotted name: file}` of a package; a folder stands for its `__init__`."""
     names = {path: path.relative_to(package).with_suffix("").parts for path in sorted(package.rglob("*.py"))}
     return {".".join(parts): path for path, parts in names.items()}
 
 
 def imports(name, path, known):
-    """The files that a file imports from, wherever in it the import stands."""
+    """Return the files that a file imports from, at any level of nesting."""
     folder = name.split(".")[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, ast.ImportFrom):
@@ -66,7 +66,7 @@ def imports(name, path, known):
 
 
 def wrong_arrows(package):
-    """What is wrong with the imports of a package, in words."""
+    """Return a message for every wrong import of a package."""
     files = files_in(package)
     arrows = defaultdict(set)
     for name, path in files.items():
@@ -85,7 +85,7 @@ def wrong_arrows(package):
 
 
 def circles(arrows):
-    """One way around every circle that a walk along the arrows meets."""
+    """Return one path around every circle that a walk along the arrows meets."""
     done, path = set(), []
 
     def walk(name):
@@ -165,8 +165,10 @@ def test_every_folder_says_what_it_is_for():
 )
 def test_importing_is_light(module, heavy):
     script = f"import sys, {module}; print(*set({heavy.split()!r}) & set(sys.modules))"
-    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    assert said.split() == []
+    output = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    assert output.split() == []
 
 
 @pytest.mark.parametrize("name", hf_rebasin.__all__)

@@ -1,1 +1,1 @@
-"""Alignments: one group element for every symmetry, and how they act on models."""
+"""Alignments: one group element for every symmetry, acting on models."""

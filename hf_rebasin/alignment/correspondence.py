@@ -1,4 +1,4 @@
-"""Which tensor of one model stands for which of another, by the keys of the first."""
+"""Correspondence: which tensor of one model is merged with which tensor of another."""
 
 from __future__ import annotations
 
@@ -6,127 +6,128 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ..checkpoints.checkpoint import Checkpoint, Prefix
-from ..checkpoints.lazy import Lazy, Tensors
-from ..checkpoints.model_classes import recomputed
-from ..errors import MismatchError, some
-from ..symmetries.table import table_for
+from ..checkpoints.canonical import CanonicalView
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.lazy import Lazy
+from ..checkpoints.model_classes import is_recomputed
+from ..errors import MismatchError, listed
+from ..symmetries.table import Table, canonical_view
 
 
-def equal(one: Lazy, other: Lazy) -> bool:
-    """Whether two tensors are the same, read chunk by chunk."""
-    return one is other or all(torch.equal(a, b) for a, b in zip(one.chunks(), other.chunks(), strict=True))
+def tensors_equal(a: Lazy, b: Lazy) -> bool:
+    """Whether two tensors are equal, read chunk by chunk."""
+    return a is b or all(torch.equal(*chunks) for chunks in zip(a.chunks(), b.chunks(), strict=True))
 
 
-def head_of(checkpoint: Checkpoint, prefix: str) -> set[str]:
-    """The disk keys that do not belong to the base model; none where no key says that there is a head."""
+def head_keys(checkpoint: Checkpoint, prefix: str) -> set[str]:
+    """Return the disk keys outside the base model; none if no key begins with the prefix."""
     inside = {key for key in checkpoint.parts if key.startswith(prefix)}
     return set(checkpoint.parts) - inside if inside else set()
 
 
-def untied_like(first: Checkpoint, others: Sequence[Checkpoint]) -> Checkpoint:
-    """The first model, with what it ties and another one knowingly does not stored apart; if there is any.
+def untie_like(first: Checkpoint, others: Sequence[Checkpoint]) -> Checkpoint:
+    """Return the first model, with those tensors untied that another model deliberately stores apart.
 
-    That a file stores for a tie what its own class would not look at is not knowing.
+    A tied tensor that a file stores although its own class ignores it is not stored apart deliberately.
     """
     apart: dict[str, str] = {}
-    with_more = [other for other in others if not other.parts.keys() <= first.parts.keys()]
-    for target, kept in first.ties.items() if with_more else ():
-        for other in with_more:
-            there = target in other.parts and kept in other.parts and target not in other.declared_ties
-            if there and not equal(other.parts[target], other.parts[kept]):
+    larger = [other for other in others if not other.parts.keys() <= first.parts.keys()]
+    for target, kept in first.ties.items() if larger else ():
+        for other in larger:
+            has_both = target in other.parts and kept in other.parts and target not in other.declared_ties
+            if has_both and not tensors_equal(other.parts[target], other.parts[kept]):
                 apart[target] = kept
     return first.apart(apart) if apart else first
 
 
-def lined_up(
+def match_keys(
     first: Checkpoint,
     other: Checkpoint,
-    prefix: Prefix = None,
+    table: Table | None = None,
     *,
     backbone_only: bool = False,
 ) -> dict[str, Lazy]:
-    """The other's tensors by the first's disk keys; a tied tensor may be stored by one and not by the other.
+    """Match another model's tensors to the disk keys of the first; either may store a tied tensor once or twice.
 
-    What old versions of transformers stored and new ones recompute is left out, and so is the head if only the
-    backbone is wanted. Where both files have the same keys nothing else is looked at, no class and no configuration.
+    Buffers that old versions of transformers stored and new ones recompute are left out, as are the heads with
+    `backbone_only`. If both models have the same keys, neither classes nor configurations are needed.
 
     Raises:
-        MismatchError: tensors that are missing, left over, stored apart though tied in the first, or of another shape.
+        MismatchError: tensors are missing, left over, stored apart though tied in the first, or of another shape.
     """
     ties: Mapping[str, str] = {}
     if first.parts.keys() == other.parts.keys():
-        mine = {key: key for key, part in first.parts.items() if not recomputed(key, part)}
-        theirs = {key: other.parts[key] for key in mine}
+        disk_keys = {key: key for key, part in first.parts.items() if not is_recomputed(key, part)}
+        theirs = {key: other.parts[key] for key in disk_keys}
     else:
-        if prefix is None:  # that of the table also knows old spellings; a state dict has none of its own
-            table = table_for(first.config)
-            prefix = first.base_prefix if table is None else table.prefix or first.base_prefix
-        mine, theirs = first.canonical(prefix), dict(other.state(prefix).parts)
-        ties = first.canonical_ties(prefix)
-        for target, kept in other.canonical_ties(prefix).items():
-            if target in mine and target not in theirs and kept in theirs:
+        view = canonical_view(first, table)
+        other_view = CanonicalView(other, first.base_prefix if view.prefix is None else view.prefix)
+        disk_keys, theirs, ties = view.keys, dict(other_view.state.parts), view.ties
+        for target, kept in other_view.ties.items():
+            if target in disk_keys and target not in theirs and kept in theirs:
                 theirs[target] = theirs[kept]
     if backbone_only:
-        mine, theirs = _backbones(first, other, mine, theirs, prefix)
-    missing = [key for key in mine if key not in theirs]
-    left = [key for key in theirs if key not in mine]
-    extra = [key for key in left if ties.get(key) not in mine]
-    untied = [key for key in left if ties.get(key) in mine and not equal(theirs[key], theirs[ties[key]])]
-    kinds = [
+        disk_keys, theirs = _drop_heads(first, other, disk_keys, theirs)
+    missing = [key for key in disk_keys if key not in theirs]
+    left_over = [key for key in theirs if key not in disk_keys]
+    extra = [key for key in left_over if ties.get(key) not in disk_keys]
+    untied = [
+        key for key in left_over if ties.get(key) in disk_keys and not tensors_equal(theirs[key], theirs[ties[key]])
+    ]
+    dtypes = [
         f"{key} {theirs[key].dtype} instead of {first.parts[disk].dtype}"
-        for key, disk in mine.items()
+        for key, disk in disk_keys.items()
         if key in theirs and theirs[key].dtype.is_floating_point != first.parts[disk].dtype.is_floating_point
     ]
     shapes = [
         f"{key} {theirs[key].shape} instead of {first.parts[disk].shape}"
-        for key, disk in mine.items()
+        for key, disk in disk_keys.items()
         if key in theirs and theirs[key].shape != first.parts[disk].shape
     ]
     problems = [
-        f"{what}: {some(keys)}"
-        for what, keys in (
+        f"{problem}: {listed(keys)}"
+        for problem, keys in (
             ("it lacks", missing),
             (f"it has what {first.name} lacks", extra),
             (f"it has values of its own for what {first.name} ties", untied),
             ("it has other shapes", shapes),
-            ("it has other kinds of numbers", kinds),
+            ("it has other kinds of numbers", dtypes),
         )
         if keys
     ]
     if problems:
-        hint = f". Where only the heads differ, that of {first.name} can be kept (--backbone-only)"
+        hint = f". Where only the heads differ, the head of {first.name} can be kept (--backbone-only)"
         raise MismatchError(
             f"{other.name} cannot be merged into {first.name}; {'; '.join(problems)}{'' if backbone_only else hint}"
         )
-    return {disk: theirs[key] for key, disk in mine.items()}
+    return {disk: theirs[key] for key, disk in disk_keys.items()}
 
 
-def lined_state(first: Checkpoint, lined: Mapping[str, Lazy], prefix: str | tuple[str, ...]) -> Tensors:
-    """What was lined up, by the first's canonical keys; for solvers and alignments."""
-    return Tensors({name: lined[key] for name, key in first.canonical(prefix).items() if key in lined})
-
-
-def _backbones(
+def _drop_heads(
     first: Checkpoint,
     other: Checkpoint,
-    mine: Mapping[str, str],
+    disk_keys: Mapping[str, str],
     theirs: Mapping[str, Lazy],
-    prefix: Prefix,
 ) -> tuple[dict[str, str], dict[str, Lazy]]:
-    """Both without their heads."""
+    """Return the keys of the first and the tensors of the other, without the tensors of their heads."""
     base, theirs = first.base_prefix, dict(theirs)
     if not base:
-        raise MismatchError(f"no class is known of {first.name}, so its head cannot be told from its backbone")
-    heads = head_of(first, base)
-    kept = {key for key, disk in mine.items() if disk in heads}
+        raise MismatchError(f"no class is known for {first.name}, so its head cannot be told from its backbone")
+    heads = head_keys(first, base)
+    dropped = {key for key, disk in disk_keys.items() if disk in heads}
+    canonical = {disk: key for key, disk in disk_keys.items()}
     for target, source in first.declared_ties.items():  # a head that is the embedding, stored once more
-        one, two = (next((k for k, disk in mine.items() if disk == said), None) for said in (target, source))
-        if one in kept and two in theirs and two not in kept and equal(first.parts[target], first.parts[source]):
-            kept.discard(one)
-            theirs[one] = theirs[two]
-    left_out = {id(other.parts[key]) for key in head_of(other, base)}
+        tied, kept = canonical.get(target), canonical.get(source)
+        if (
+            tied in dropped
+            and kept in theirs
+            and kept not in dropped
+            and tensors_equal(first.parts[target], first.parts[source])
+        ):
+            dropped.discard(tied)
+            theirs[tied] = theirs[kept]
+    other_head = {id(other.parts[key]) for key in head_keys(other, base)}
     return (
-        {key: disk for key, disk in mine.items() if key not in kept},
-        {key: part for key, part in theirs.items() if key not in kept and id(part) not in left_out},
+        {key: disk for key, disk in disk_keys.items() if key not in dropped},
+        {key: part for key, part in theirs.items() if key not in dropped and id(part) not in other_head},
     )

@@ -1,4 +1,4 @@
-"""Alignments with gradients: relaxed elements of all that moves in a spec."""
+"""Differentiable alignments: relaxed elements of all symmetries of a spec that can move."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..symmetries.spec import Labelled, Spec
-from .alignment import Alignment, act_on_block, extent, group_of
+from ..symmetries.spec import LabelledTensor, Spec
+from .alignment import Alignment, act_on_block, element_class, element_shape
 from .elements.relaxation import Acting, Relaxed, Softening
 
 
 @dataclass(frozen=True)
 class RelaxedAlignment:
-    """One relaxed element for each symmetry that can move; what `softening` keeps has none.
+    """One relaxed element for each symmetry that can move, except those that `softening` keeps.
 
     Example: gradient descent towards a planted alignment g.
 
-        >>> relaxed = RelaxedAlignment.identity(spec, Softening(generator))
+        >>> relaxed = RelaxedAlignment.identity(spec, Softening(generator=generator))
         >>> optimizer = torch.optim.AdamW([*relaxed.permuting, *relaxed.smooth], lr=0.1)
         >>> moved = relaxed.apply(state)
         >>> sum((moved[key] - target[key]).square().sum() for key in state).backward()
         >>> optimizer.step()
-        >>> relaxed.hard().apply(state)  # by the nearest exact alignment
+        >>> relaxed.hard().apply(state)  # moved by the nearest exact alignment
     """
 
     spec: Spec
@@ -31,14 +31,16 @@ class RelaxedAlignment:
 
     @staticmethod
     def identity(spec: Spec, softening: Softening) -> RelaxedAlignment:
-        """Where every descent begins."""
-        names = [name for name in spec.symmetries if name in spec.free]  # in an order that does not hang on hashes
-        relaxed = {name: group_of(spec, name).relax(*extent(spec, name), softening) for name in names}
-        return RelaxedAlignment(spec, {name: one for name, one in relaxed.items() if one.permuting or one.smooth})
+        """Return the relaxed identity, where every descent starts."""
+        names = [name for name in spec.symmetries if name in spec.free]  # in an order that does not depend on hashes
+        relaxed = {name: element_class(spec, name).relax(*element_shape(spec, name), softening) for name in names}
+        return RelaxedAlignment(
+            spec, {name: element for name, element in relaxed.items() if element.permuting or element.smooth}
+        )
 
     @property
     def permuting(self) -> list[Tensor]:
-        """The latents of all that permutes."""
+        """The latents of permutations."""
         return [latent for element in self.elements.values() for latent in element.permuting]
 
     @property
@@ -47,27 +49,27 @@ class RelaxedAlignment:
         return [latent for element in self.elements.values() for latent in element.smooth]
 
     def soft(self) -> dict[str, Acting]:
-        """What acts for the present latents."""
+        """Return the relaxed elements for the current latents."""
         return {name: element.soft() for name, element in self.elements.items()}
 
     def hard(self) -> Alignment:
-        """The nearest exact alignment."""
+        """Return the nearest exact alignment."""
         return Alignment(self.spec, {name: element.hard() for name, element in self.elements.items()})
 
     def apply(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The relaxed g · state, by canonical keys, with gradients to the latents and to the state.
+        """Return the relaxed g · state by canonical keys, with gradients to the latents and to the state.
 
-        Larger groups than permutations need a state whose gains are folded into readers (see `gauge`).
+        Rotations need a state whose gains are folded into their readers (see `gauge`).
         """
         elements, moved = self.soft(), dict(state)
         for tensor in self.spec.tensors:
             if not tensor.names.isdisjoint(elements) and tensor.key in state:
-                moved |= split(tensor, acted(self.spec, elements, tensor, tensor.gather(state)))
+                moved |= split_keys(tensor, act_with_gradients(self.spec, elements, tensor, tensor.gather(state)))
         return moved
 
 
-def acted(spec: Spec, elements: Mapping[str, Acting], tensor: Labelled, x: Tensor) -> Tensor:
-    """g · x for one labelled tensor, with gradients."""
+def act_with_gradients(spec: Spec, elements: Mapping[str, Acting], tensor: LabelledTensor, x: Tensor) -> Tensor:
+    """Return g · x for one labelled tensor, with gradients."""
     if tensor.names.isdisjoint(elements):
         return x
     views = [(block, act_on_block(spec, elements, block, block.view(x))) for block in tensor.blocks]
@@ -79,6 +81,6 @@ def acted(spec: Spec, elements: Mapping[str, Acting], tensor: Labelled, x: Tenso
     return out
 
 
-def split(tensor: Labelled, x: Tensor) -> dict[str, Tensor]:
-    """`{key: its part}` of a labelled tensor."""
+def split_keys(tensor: LabelledTensor, x: Tensor) -> dict[str, Tensor]:
+    """Split a labelled tensor into `{key: its part}`."""
     return {key: x[index] if index else x for index, key in tensor.keys.items()}

@@ -1,4 +1,4 @@
-"""Folders: which tensors they have, and writing them so that a target is complete or absent."""
+"""Model folders: list and read their files, and write them so that a target is complete or absent."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import CheckpointError, NoSpaceError, OptionError, TargetExistsError, some
+from ..errors import CheckpointError, NoSpaceError, OptionError, TargetExistsError, listed
 
 if TYPE_CHECKING:
     from .lazy import Lazy
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 OLD_INDEX, OLD_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
-SUMS = "SHA256SUMS"
+CHECKSUMS = "SHA256SUMS"
 PROVENANCE, CARD = "rebasin.json", "README.md"
-# What says how a model was made; a merge of it has its own.
-MADE = (PROVENANCE, "recipe.yaml", "alignment*.safetensors", "report.json", "report*.png")
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-# What a model is besides its weights: configuration, generation settings, tokenizer, processor, code, and the parts of
-# a sentence transformer. These go along with a merge, and these alone may be overwritten.
+# Records of how a model was made; a merge of it gets its own.
+RECORD_FILES = (PROVENANCE, "recipe.yaml", "alignment*.safetensors", "report.json", "report*.png")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+# Files of a model besides its weights: configuration, generation settings, tokenizer, processor, code, parts of a
+# sentence transformer. They are copied into a merge, and only they, weights and records may be overwritten.
 SIDE_FILES = (
     "config.json",
     "generation_config.json",
@@ -47,187 +47,189 @@ SIDE_FILES = (
     "config_sentence_transformers.json",
 )
 
-# What makes a tokenizer, and what else says what its tokens mean.
+# A tokenizer can be loaded from any of the first; the others also affect what its tokens mean.
 TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken")
-BESIDE_IT = ("*tokenizer*", "added_tokens.json", "special_tokens_map.json", "merges.txt")
+TOKENIZER_EXTRAS = ("*tokenizer*", "added_tokens.json", "special_tokens_map.json", "merges.txt")
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The content of a JSON file, empty if there is none."""
+    """Read a JSON object from a file; empty if there is no such file."""
     try:
-        said = json.loads(file.read_text()) if file.is_file() else {}
+        content = json.loads(file.read_text()) if file.is_file() else {}
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not JSON: {error}") from error
-    if not isinstance(said, dict):
-        raise CheckpointError(f"{file} holds a {type(said).__name__}, not an object")
-    return said
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds a {type(content).__name__}, not an object")
+    return content
 
 
 def read_tensors(folder: Path) -> dict[str, Lazy]:
-    """All tensors of a folder, not read yet; those of old `.bin` files, which say no places, are.
+    """Open all tensors of a folder without reading their values; only `.bin` files of torch < 1.6 are read at once.
 
     Raises:
-        CheckpointError: there are no weights, or only an adapter's; a shard is missing, unreadable, cut short or said
-            to lie elsewhere; the index names tensors that are not there.
+        CheckpointError: there are no weights, or only an adapter's; a shard is missing, unreadable, truncated or
+            outside the folder; the index names tensors that do not exist.
     """
     from .tensor_files import read_file, read_pickle
 
-    found = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
+    names = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
     for single, index, read in ((SINGLE, INDEX, read_file), (OLD_SINGLE, OLD_INDEX, read_pickle)):
-        if single in found:
+        if single in names:
             return dict(read(folder / single))
-        if index in found:
+        if index in names:
             return _read_shards(folder, index, read)
-    if not set(found).isdisjoint(ADAPTER):
-        base = read_json(folder / ADAPTER[0]).get("base_model_name_or_path", "its base model")
+    if not set(names).isdisjoint(ADAPTER_FILES):
+        base = read_json(folder / ADAPTER_FILES[0]).get("base_model_name_or_path", "its base model")
         raise CheckpointError(
             f"{folder} is an adapter of {base}, not a model: merge it into that model first (merge_and_unload of "
             "peft) and save the result"
         )
     raise CheckpointError(
-        f"{folder} has no {SINGLE} and no {INDEX}, only {some(found) or 'nothing'}; save the model with "
+        f"{folder} has no {SINGLE} and no {INDEX}, only {listed(names) or 'nothing'}; save the model with "
         "save_pretrained of transformers to get one"
     )
 
 
 def _read_shards(folder: Path, index: str, read: Callable[[Path], Mapping[str, Lazy]]) -> dict[str, Lazy]:
-    places = read_json(folder / index).get("weight_map")
-    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+    weight_map = read_json(folder / index).get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
+    ):
         raise CheckpointError(f"{folder / index} has no weight_map that says which tensor is in which file")
     tensors: dict[str, Lazy] = {}
-    for name in sorted(set(places.values())):
+    for name in sorted(set(weight_map.values())):
         if Path(name).name != name:
             raise CheckpointError(f"{folder / index} points outside its folder: {name!r}")
-        # a tensor may be in several files; the index says in which it counts
-        tensors |= {key: part for key, part in read(folder / name).items() if places.get(key, name) == name}
-    if missing := sorted(places.keys() - tensors.keys()):
-        raise CheckpointError(f"{folder / index} names tensors that its files have not: {some(missing)}")
+        # a tensor may be in several files; the index says which one counts
+        tensors |= {key: part for key, part in read(folder / name).items() if weight_map.get(key, name) == name}
+    if missing := sorted(weight_map.keys() - tensors.keys()):
+        raise CheckpointError(f"{folder / index} names tensors that are missing from its files: {listed(missing)}")
     return tensors
 
 
 def refuse_target(out: str | os.PathLike[str], overwrite: bool, sources: Iterable[Path] = ()) -> None:
-    """Raise TargetExistsError unless a folder can be written there without losing anything that is not to be replaced.
+    """Raise TargetExistsError unless a folder can be written without losing anything that must not be replaced.
 
     Args:
-        out: the folder to be written.
-        overwrite: whether a model that is there may be replaced.
-        sources: folders that are read; the target may be none of them, nor hold one.
+        out: folder to be written.
+        overwrite: whether an existing model may be replaced.
+        sources: folders that are read; the target must neither be nor contain one of them.
     """
-    target = resolved(out)
-    put_back(target)
+    target = resolve_target(out)
+    restore_leftover(target)
     for source in sources:
-        place = source.resolve()
-        if target == place or target in place.parents or place in _beside(target):
+        origin = source.resolve()
+        if target == origin or target in origin.parents or origin in _staging_folders(target):
             raise TargetExistsError(f"{out} is or holds {source}, which is read; name another folder")
     if target == Path.cwd():
-        raise TargetExistsError(f"{out} is the folder you are in; name one to be made")
+        raise TargetExistsError(f"{out} is the current folder; name a new one")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:
-        raise TargetExistsError(f"{out} is already there; name another folder, or overwrite it (--overwrite)")
+        raise TargetExistsError(f"{out} already exists; name another folder, or overwrite it (--overwrite)")
     if not target.is_dir():
-        raise TargetExistsError(f"{out} is a file, and a model is a folder; name another")
-    foreign = [f.name for f in sorted(target.iterdir()) if not _is_of_a_model(f)]
+        raise TargetExistsError(f"{out} is a file, but a model needs a folder; name another")
+    foreign = [f.name for f in sorted(target.iterdir()) if not _belongs_to_model(f)]
     if foreign or not any((target / name).exists() for name in (SINGLE, INDEX, "config.json")):
-        raise TargetExistsError(
-            f"{out} holds what is not a model's ({some(foreign) or 'no weights and no configuration'}), so it is not "
-            "overwritten; name another folder"
-        )
+        content = f"entries that do not belong to a model ({listed(foreign)})" if foreign else "no model"
+        raise TargetExistsError(f"{out} holds {content}, so it is not overwritten; name another folder")
 
 
-def resolved(out: str | os.PathLike[str]) -> Path:
-    """Where a folder really is; links are followed."""
+def resolve_target(out: str | os.PathLike[str]) -> Path:
+    """Resolve the path of a folder to be written, following links."""
     try:
         return Path(out).resolve()
-    except (OSError, RuntimeError) as error:  # links in a circle
+    except (OSError, RuntimeError) as error:  # circular links
         raise TargetExistsError(f"{out} cannot be a folder: {error}") from error
 
 
-def _is_of_a_model(path: Path) -> bool:
-    """Whether it is one of the things that `save` or `save_pretrained` writes."""
+def _belongs_to_model(path: Path) -> bool:
+    """Whether a file or folder is one that `save` or `save_pretrained` writes."""
     if path.is_dir():
         return _is_side_folder(path)
     name = path.name
-    if name.startswith(".") and name.endswith(".partial"):  # what a killed run was writing (`write_whole`)
+    if name.startswith(".") and name.endswith(".partial"):  # left over from a killed run (`write_atomically`)
         name = name[1 : -len(".partial")]
-    return is_side_file(name) or is_weights(name) or is_made(name)
+    return is_side_file(name) or is_weights(name) or is_record_file(name)
 
 
 def is_weights(name: str) -> bool:
-    """Whether it is a file of weights as `save` writes them, or the index of several."""
+    """Whether a name is that of a weight file as `save` writes it, or of the index of several."""
     return fnmatch.fnmatch(name, "model*.safetensors") or name == INDEX
 
 
 def is_side_file(name: str) -> bool:
-    """Whether it goes along with weights."""
+    """Whether a name is that of a file that accompanies weights."""
     return any(fnmatch.fnmatch(name, pattern) for pattern in SIDE_FILES)
 
 
-def is_made(name: str) -> bool:
-    """Whether it says how a model was made, and what it is."""
-    return any(fnmatch.fnmatch(name, pattern) for pattern in (*MADE, SUMS, CARD))
+def is_record_file(name: str) -> bool:
+    """Whether a name is that of a record of how a model was made, of its checksums or of its card."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in (*RECORD_FILES, CHECKSUMS, CARD))
 
 
 def _is_side_folder(path: Path) -> bool:
-    """A folder of small files: further chat templates, a part of a sentence transformer."""
-    inside = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else []
-    return bool(inside) and not path.name.startswith(".") and all(is_side_file(file.name) for file in inside)
+    """Whether a folder holds side files alone, such as chat templates or a part of a sentence transformer."""
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else []
+    return bool(files) and not path.name.startswith(".") and all(is_side_file(file.name) for file in files)
 
 
-def side_files(folder: Path) -> list[Path]:
-    """What a model needs besides its weights, and what goes along with a merge of it.
+def list_side_files(folder: Path) -> list[Path]:
+    """List the files that a model needs besides its weights, which are copied into a merge of it.
 
     Raises:
-        CheckpointError: one is no file, or a link to somewhere else: whoever gave the model away could so have a file
-            of yours copied, and published with the merge. Links in a cache of the Hub are none of these; and weights
-            may be links to anywhere, as what is read there is tensors or nothing.
+        CheckpointError: one is not a regular file, or links outside the folder: the author of a model could otherwise
+            have a file of the user's copied, and published with the merge. Links within the Hub's cache are allowed.
+            Weights may be links to anywhere, as only tensors are read from them.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is gone, with the tokenizer and all else that belongs to the weights")
-    found = []
+        raise CheckpointError(f"{folder} is gone, with the tokenizer and everything else that belongs to the weights")
+    files = []
     for path in sorted(folder.iterdir()):
         if is_side_file(path.name) and not path.is_dir():
-            if path.exists() and not path.is_file():  # a device without an end, a pipe that nobody writes to
-                raise CheckpointError(f"{path} is no file")
-            found += [path] if path.is_file() else []
+            if path.exists() and not path.is_file():  # an endless device, a pipe that nobody writes to
+                raise CheckpointError(f"{path} is not a file")
+            files += [path] if path.is_file() else []
         elif _is_side_folder(path):
-            found += [file for file in sorted(path.rglob("*")) if file.is_file()]
-    place = folder.resolve()
-    for file in found:
+            files += [file for file in sorted(path.rglob("*")) if file.is_file()]
+    root = folder.resolve()
+    for file in files:
         target = file.resolve()
-        if not (target.is_relative_to(place) or _in_a_cache(target, place)):
+        if not (target.is_relative_to(root) or _in_hub_cache(target, root)):
             raise CheckpointError(
-                f"{file} is a link to {target}, outside of the model's folder, and would be copied into what is "
-                "written; put a copy in its place if it belongs there"
+                f"{file} is a link to {target}, outside the model's folder, and would be copied into the output; "
+                "replace it by a copy if it belongs there"
             )
-    return found
+    return files
 
 
 def tokenizer_folder(folder: Path | None) -> Path | None:
-    """The folder, if a tokenizer can be loaded from it."""
-    return folder if folder and _named(folder, TOKENIZER_FILES) else None
+    """Return the folder if a tokenizer can be loaded from it, else None."""
+    return folder if folder and _matching_files(folder, TOKENIZER_FILES) else None
 
 
-def tokenizer_files(folder: Path) -> set[str]:
-    """The names of all files that say what the tokens of a model are."""
-    return _named(folder, (*TOKENIZER_FILES, *BESIDE_IT))
+def list_tokenizer_files(folder: Path) -> set[str]:
+    """List the names of all files that define the tokens of a model."""
+    return _matching_files(folder, (*TOKENIZER_FILES, *TOKENIZER_EXTRAS))
 
 
-def _named(folder: Path, patterns: Iterable[str]) -> set[str]:
+def _matching_files(folder: Path, patterns: Iterable[str]) -> set[str]:
     return {file.name for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
 
 
-def _in_a_cache(target: Path, folder: Path) -> bool:
-    """Whether a link of a folder leads to where the Hub's client keeps the files of its snapshots."""
+def _in_hub_cache(target: Path, folder: Path) -> bool:
+    """Whether a link in a folder leads to where the Hub client keeps the files of its snapshots."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     blobs = [folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else []
-    return any(target.is_relative_to(own) for own in (*blobs, Path(HF_HUB_CACHE).resolve()))
+    return any(target.is_relative_to(cache) for cache in (*blobs, Path(HF_HUB_CACHE).resolve()))
 
 
 def copy_side_files(source: Path, folder: Path, config: Mapping[str, Any]) -> None:
-    """Copy what a model needs besides its weights; its configuration as it is given, where that is another by now."""
-    for file in side_files(source):
+    """Copy the side files of a model into a folder, with `config` as the configuration unless it is empty."""
+    for file in list_side_files(source):
         copy = folder / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
@@ -235,53 +237,53 @@ def copy_side_files(source: Path, folder: Path, config: Mapping[str, Any]) -> No
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def name_dtype(config: Path, dtype: str) -> None:
-    """The configuration names the dtype of the weights, so that "auto" loads what was written."""
-    said = read_json(config)
-    known = not said.keys().isdisjoint(("model_type", "dtype", "torch_dtype"))
-    if known and said.get("dtype", said.get("torch_dtype")) != dtype:
-        said.pop("torch_dtype", None)
-        config.write_text(json.dumps(said | {"dtype": dtype}, indent=2, sort_keys=True) + "\n")
+def record_dtype(config: Path, dtype: str) -> None:
+    """Write the dtype of the weights into a configuration file, so that "auto" loads the dtype that was saved."""
+    content = read_json(config)
+    known = not content.keys().isdisjoint(("model_type", "dtype", "torch_dtype"))
+    if known and content.get("dtype", content.get("torch_dtype")) != dtype:
+        content.pop("torch_dtype", None)
+        config.write_text(json.dumps(content | {"dtype": dtype}, indent=2, sort_keys=True) + "\n")
 
 
 def write_tensors(folder: Path, parts: Mapping[str, Lazy], max_shard_size: str, progress: bool = False) -> None:
-    """Stream tensors to safetensors files, in shards with an index where they are larger than one, and their sha256.
+    """Stream tensors to safetensors files with their checksums, in several shards with an index if need be.
 
     Raises:
-        NoSpaceError: the disk has less room than they need (before anything is written), or runs full.
+        NoSpaceError: the disk has too little room for them (checked before anything is written), or fills up.
     """
     from tqdm import tqdm
 
-    from .precision import one_thread
+    from .precision import single_thread
     from .tensor_files import write_file
 
     if not parts:
-        raise CheckpointError("there are no tensors to be written")
+        raise CheckpointError("there are no tensors to write")
     total = sum(part.nbytes for part in parts.values())
     free = shutil.disk_usage(folder).free
     if total > free:
-        raise NoSpaceError(f"{folder.parent} has {free / 1e9:.2f} GB left, and {total / 1e9:.2f} GB are to be written")
-    shards = _shards(parts, max_shard_size)
-    sums = {}
+        raise NoSpaceError(f"{folder.parent} has {free / 1e9:.2f} GB left, but {total / 1e9:.2f} GB are to be written")
+    shards = _split_into_shards(parts, max_shard_size)
+    checksums = {}
     with (
-        one_thread(),
+        single_thread(),
         tqdm(
             total=total, desc="writing", unit="B", unit_scale=True, leave=False, disable=None if progress else True
         ) as bar,
     ):
         for file, names in shards.items():
-            sums[file] = write_file(folder / file, {name: parts[name] for name in names}, bar.update)
+            checksums[file] = write_file(folder / file, {name: parts[name] for name in names}, bar.update)
     if len(shards) > 1:
         index = {
             "metadata": {"total_parameters": sum(part.numel for part in parts.values()), "total_size": total},
             "weight_map": {name: file for file, names in shards.items() for name in names},
         }
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    (folder / SUMS).write_text("".join(f"{digest}  {file}\n" for file, digest in sums.items()))
+    (folder / CHECKSUMS).write_text("".join(f"{digest}  {file}\n" for file, digest in checksums.items()))
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Beside the target first, so that the target is complete or absent."""
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file beside its target and rename it, so that the target is complete or absent."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_bytes(content)
@@ -291,52 +293,53 @@ def write_whole(path: Path, content: bytes) -> None:
         raise
 
 
-def _shards(parts: Mapping[str, Lazy], max_shard_size: str) -> dict[str, list[str]]:
-    """`{file: names}`, as transformers cuts them."""
+def _split_into_shards(parts: Mapping[str, Lazy], max_shard_size: str) -> dict[str, list[str]]:
+    """Return `{file: names}`, split as transformers does it."""
     from huggingface_hub import split_state_dict_into_shards_factory
 
     try:
-        cut = split_state_dict_into_shards_factory(
+        split = split_state_dict_into_shards_factory(
             cast("dict[str, Any]", parts),
             get_storage_size=lambda part: part.nbytes,
             filename_pattern="model{suffix}.safetensors",
             max_shard_size=max_shard_size,
         )
     except ValueError as error:
-        raise OptionError(f"max_shard_size {max_shard_size!r} is no size, such as '5GB'") from error
-    return dict(cut.filename_to_tensors)
+        raise OptionError(f"max_shard_size {max_shard_size!r} is not a size such as '5GB'") from error
+    return dict(split.filename_to_tensors)
 
 
-def _beside(target: Path) -> tuple[Path, Path]:
+def _staging_folders(target: Path) -> tuple[Path, Path]:
+    """Return the folders beside a target for what is being written, and for what it replaces."""
     return target.parent / f".{target.name}.partial", target.parent / f".{target.name}.old"
 
 
-def put_back(target: Path) -> None:
-    """Where a run was killed in the middle of an exchange, put back what was there before."""
-    _, old = _beside(target)
+def restore_leftover(target: Path) -> None:
+    """Put the previous folder back if a run was killed between the two renames of `replace_folder`."""
+    _, old = _staging_folders(target)
     if old.exists() and not target.exists():
         old.rename(target)
 
 
 @contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A partial folder beside the target that takes its place at the end, or is removed if anything fails.
+def replace_folder(target: Path) -> Iterator[Path]:
+    """Yield a partial folder beside the target that replaces it at the end, or is removed if anything fails.
 
-    What was there before is kept aside until then, and put back if the exchange fails. Leftovers of a run that was
-    killed are cleaned up first; those of a run that goes on, or of somebody else, raise TargetExistsError.
+    The previous folder is set aside meanwhile, and put back if the replacement fails. Leftovers of a killed run are
+    removed first; those of a run that is still active, or of somebody else, raise TargetExistsError.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = _beside(target)
+    partial, old = _staging_folders(target)
     for leftover in (partial, old):
-        _refuse_unless_left_over(leftover, target)
+        _refuse_unless_leftover(leftover, target)
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir()
-    with _locked(partial, target):
+    with _lock_folder(partial, target):
         own = partial.stat().st_ino
         try:
             yield partial
             if not partial.exists() or partial.stat().st_ino != own:
-                raise TargetExistsError(f"{partial} was taken away while it was written to")
+                raise TargetExistsError(f"{partial} was removed while it was being written")
             if target.exists():
                 target.rename(old)
             try:
@@ -351,27 +354,27 @@ def replacing(target: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _refuse_unless_left_over(folder: Path, target: Path) -> None:
-    """Raise TargetExistsError if a folder is not one that a killed run left behind."""
+def _refuse_unless_leftover(folder: Path, target: Path) -> None:
+    """Raise TargetExistsError for an existing folder that a killed run did not leave behind."""
     if not folder.exists():
         return
-    inside = [f for f in sorted(folder.rglob("*")) if f.is_file()] if folder.is_dir() else [folder]
-    foreign = [f.name for f in inside if not _is_of_a_model(f)]
+    files = [f for f in sorted(folder.rglob("*")) if f.is_file()] if folder.is_dir() else [folder]
+    foreign = [f.name for f in files if not _belongs_to_model(f)]
     if foreign:
         raise TargetExistsError(
-            f"{folder} is where {target.name} would be prepared, and holds what is not a model's ({some(foreign)}); "
-            "name another target, or move it"
+            f"{folder}, where {target.name} would be prepared, holds entries that do not belong to a model "
+            f"({listed(foreign)}); name another target, or move it"
         )
-    with _locked(folder, target):
+    with _lock_folder(folder, target):
         pass
 
 
 @contextmanager
-def _locked(folder: Path, target: Path) -> Iterator[None]:
-    """A folder that one run at a time works in; the system forgets the lock when the run ends, however it does."""
+def _lock_folder(folder: Path, target: Path) -> Iterator[None]:
+    """Lock a folder for one run at a time; the system releases the lock however the run ends."""
     try:
         import fcntl
-    except ImportError:  # not on this system
+    except ImportError:  # not available on this system
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -380,7 +383,7 @@ def _locked(folder: Path, target: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise TargetExistsError(f"another run is writing {target}; wait for it, or name another") from error
-        except OSError:  # a file system without locks, as some that are shared; then there is none
+        except OSError:  # a file system without locks, as some shared ones are
             pass
         yield
     finally:

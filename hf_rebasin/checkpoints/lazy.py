@@ -1,4 +1,4 @@
-"""Tensors that are not here yet: shape and dtype are known, values are read or computed when they are asked for.
+"""Lazy tensors: shape and dtype are known, values are read or computed when they are asked for.
 
 What streams through a merge are *chunks*: the elements `start` to `stop` of a tensor, flat. A chunk of a stored tensor
 is one read, a chunk of an elementwise sum is the sum of chunks, so a merge of any size needs a few chunks of memory.
@@ -21,53 +21,56 @@ CHUNK = 1 << 18  # elements; some of them, in float32, fit into a core's cache
 
 @dataclass(frozen=True)
 class Lazy(ABC):
-    """A tensor to come."""
+    """A tensor whose values are read or computed when they are asked for."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Size of its values in bytes."""
         return self.numel * self.dtype.itemsize
 
     @property
     @abstractmethod
     def lasting(self) -> bool:
-        """Whether it will be the same later on: a file is, a tensor that somebody else holds may be changed."""
+        """Whether its values stay the same: a file's do, a tensor that somebody else holds may change."""
 
     @abstractmethod
     def ready(self) -> Lazy:
-        """The same, so that chunks of it cost no more than their share."""
+        """Return the tensor in a form whose chunks cost no more than their share."""
 
     @abstractmethod
     def chunk(self, start: int, stop: int) -> Tensor:
-        """The elements start to stop of the flat tensor; of one that is `ready`."""
+        """Return the elements `start` to `stop` of the flat tensor; call it on what `ready` returned."""
 
     def chunks(self) -> Iterator[Tensor]:
-        """All elements in order."""
+        """Yield all elements in order, chunk by chunk."""
         ready = self.ready()
         for start in range(0, self.numel, CHUNK):
             yield ready.chunk(start, min(start + CHUNK, self.numel))
 
     def read(self) -> Tensor:
-        """The whole tensor, contiguous."""
+        """Return the whole tensor, contiguous."""
         return self.ready().chunk(0, self.numel).reshape(self.shape)
 
 
 @dataclass(frozen=True)
-class Here(Lazy):
+class InMemory(Lazy):
     """A tensor in memory."""
 
     tensor: Tensor
     own: bool = False
 
     @staticmethod
-    def of(tensor: Tensor, own: bool = False) -> Here:
-        return Here(tuple(tensor.shape), tensor.dtype, tensor, own)
+    def of(tensor: Tensor, own: bool = False) -> InMemory:
+        """Wrap a tensor; `own` promises that nobody else changes it."""
+        return InMemory(tuple(tensor.shape), tensor.dtype, tensor, own)
 
     @property
     def lasting(self) -> bool:
@@ -75,14 +78,14 @@ class Here(Lazy):
 
     def ready(self) -> Lazy:
         plain = self.tensor.detach().resolve_conj().resolve_neg().contiguous()
-        return Here(self.shape, self.dtype, plain, self.own)
+        return InMemory(self.shape, self.dtype, plain, self.own)
 
     def chunk(self, start: int, stop: int) -> Tensor:
         return self.tensor.reshape(-1)[start:stop]
 
-    def kept(self) -> Here:
-        """A copy of its own."""
-        return Here.of(self.tensor.detach().clone(), own=True)
+    def kept(self) -> InMemory:
+        """Return a copy that nobody else can change."""
+        return InMemory.of(self.tensor.detach().clone(), own=True)
 
     def read(self) -> Tensor:
         return self.tensor
@@ -90,10 +93,9 @@ class Here(Lazy):
 
 @dataclass(frozen=True)
 class Computed(Lazy):
-    """`compute` of other tensors: of all of each at once, or chunk by chunk where it is elementwise.
+    """A tensor computed from others, all of each at once, or chunk by chunk where the computation is elementwise.
 
-    With `prepare`, which may look at all chunks of the inputs, it is elementwise only afterwards: `prepare` gives what
-    is then computed.
+    `prepare` may look at all chunks of the inputs first, and returns the elementwise function that is then computed.
     """
 
     inputs: Sequence[Lazy]
@@ -103,17 +105,17 @@ class Computed(Lazy):
 
     @property
     def lasting(self) -> bool:
-        return all(one.lasting for one in self.inputs)
+        return all(part.lasting for part in self.inputs)
 
     def ready(self) -> Lazy:
         if self.elementwise:
-            inputs = [one.ready() for one in self.inputs]
+            inputs = [part.ready() for part in self.inputs]
             compute = self.compute if self.prepare is None else self.prepare(inputs)
             return Computed(self.shape, self.dtype, inputs, compute, True)
-        return Here.of(self.compute([one.read() for one in self.inputs]), own=True)
+        return InMemory.of(self.compute([part.read() for part in self.inputs]), own=True)
 
     def chunk(self, start: int, stop: int) -> Tensor:
-        return self.compute([one.chunk(start, stop) for one in self.inputs])
+        return self.compute([part.chunk(start, stop) for part in self.inputs])
 
     def read(self) -> Tensor:
         if not self.elementwise:
@@ -127,7 +129,7 @@ class Computed(Lazy):
 
 @dataclass(frozen=True)
 class Absent(Lazy):
-    """A tensor whose shape and dtype are known, and whose values are elsewhere."""
+    """A tensor whose shape and dtype are known, but whose values were not fetched."""
 
     where: str
 
@@ -137,8 +139,8 @@ class Absent(Lazy):
 
     def ready(self) -> Lazy:
         raise CheckpointError(
-            f"only shapes of {self.where} are here, as it was opened to plan with, and values are needed; open it "
-            f"with them, or fetch it first (hf download {self.where})"
+            f"{self.where} was opened for planning, with shapes alone, but its values are needed; open it with "
+            f"values, or download it first (hf download {self.where})"
         )
 
     def chunk(self, start: int, stop: int) -> Tensor:
@@ -146,7 +148,7 @@ class Absent(Lazy):
 
 
 class Tensors(Mapping[str, Tensor]):
-    """`{name: tensor}` whose tensors are read or computed each time they are asked for; `parts` are what they are."""
+    """`{name: tensor}`, each read or computed when it is asked for; `parts` holds the lazy tensors themselves."""
 
     def __init__(self, parts: Mapping[str, Lazy]):
         self.parts = dict(parts)
@@ -167,15 +169,15 @@ class Tensors(Mapping[str, Tensor]):
         return f"Tensors({len(self)} of them)"
 
 
-def parts_of(tensors: Mapping[str, Tensor]) -> Mapping[str, Lazy]:
-    """What the values of a mapping are, without asking for any."""
-    return tensors.parts if isinstance(tensors, Tensors) else {name: Here.of(t) for name, t in tensors.items()}
+def lazy_parts(tensors: Mapping[str, Tensor]) -> Mapping[str, Lazy]:
+    """Return the lazy tensors of a mapping, without reading any."""
+    return tensors.parts if isinstance(tensors, Tensors) else {name: InMemory.of(t) for name, t in tensors.items()}
 
 
-def composed(parts: Mapping[str, Lazy]) -> Tensors:
-    """The mapping of tensors to come; what hangs on a tensor that may change is computed now."""
+def pin_parts(parts: Mapping[str, Lazy]) -> Tensors:
+    """Return lazy tensors as a mapping; whatever depends on a tensor that may change is computed now."""
 
-    def settled(part: Lazy) -> Lazy:
-        return part if part.lasting or isinstance(part, Here) else Here.of(part.read(), own=True)
+    def pin(part: Lazy) -> Lazy:
+        return part if part.lasting or isinstance(part, InMemory) else InMemory.of(part.read(), own=True)
 
-    return Tensors({name: settled(part) for name, part in parts.items()})
+    return Tensors({name: pin(part) for name, part in parts.items()})

@@ -1,4 +1,4 @@
-"""Which licence a merge has: that of its models where all say one and the same, else the one its publisher names."""
+"""Licence of a merge: the one that all its models share, else the one its publisher names."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}")
 
 @dataclass(frozen=True)
 class Licence:
-    """What a model card says.
+    """Licence declared in a model card.
 
     Args:
-        licence: the Hub's word for it, as `apache-2.0`; `other` for what has none.
-        name: what it is called, where that is `other`.
-        link: where it can be read.
+        licence: the Hub's identifier, such as `apache-2.0`; `other` for a licence without one.
+        name: name of an `other` licence.
+        link: where its text can be read.
     """
 
     licence: str
@@ -33,11 +33,11 @@ class Licence:
 
     @property
     def known(self) -> bool:
-        """Whether it says which licence it is: `other` alone does not, and neither does `unknown`."""
+        """Whether it identifies a licence, which `unknown` and a nameless `other` do not."""
         return self.licence != "unknown" and (self.licence != "other" or self.name is not None)
 
     def same(self, other: Licence) -> bool:
-        """Whether both are one licence; where it is called `other`, by its name."""
+        """Whether both are the same licence; an `other` licence is compared by its name."""
         return (self.licence, self.name if self.licence == "other" else None) == (
             other.licence,
             other.name if other.licence == "other" else None,
@@ -48,8 +48,8 @@ class Licence:
 
 
 @dataclass(frozen=True)
-class Unreadable:
-    """A model card that says something of which no licence can be read, and why."""
+class UnreadableLicence:
+    """Licence metadata that cannot be interpreted, and why."""
 
     why: str
 
@@ -57,16 +57,16 @@ class Unreadable:
         return f"cannot be read ({self.why})"
 
 
-Said = Licence | Unreadable | None
+DeclaredLicence = Licence | UnreadableLicence | None
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """Which licence a merge has.
+class LicenceOutcome:
+    """Licence of a merge.
 
     Args:
-        licence: that licence; None if it was to be named, and was not.
-        text: why, with what every model says.
+        licence: the licence; None if the publisher has to name one and has not.
+        text: the reason, with the licence of every model.
         named: whether the publisher named it.
     """
 
@@ -79,21 +79,21 @@ class Outcome:
         return self.licence is None
 
 
-def licence_of(model: Checkpoint | Path, made_of: Mapping[str, Said] | None = None) -> Said:
-    """The licence of a model: the one that its card names, else the one that follows from what it was made of.
+def find_licence(model: Checkpoint | Path, made_of: Mapping[str, DeclaredLicence] | None = None) -> DeclaredLicence:
+    """Return the licence in a model's card, else the one that follows from the models it was made of.
 
     Args:
-        model: which; its folder.
-        made_of: what the models say of which it was made, where there is a record of them.
+        model: the model, or its folder.
+        made_of: licences of the models it was made of, where there is a record of them.
 
     Returns:
-        None where nothing says any.
+        The licence, or None where none is declared.
     """
-    said = _of_card(model if isinstance(model, Path) else model.folder)
-    return outcome(made_of).licence if said is None and made_of else said
+    declared = _read_card(model if isinstance(model, Path) else model.folder)
+    return merged_licence(made_of).licence if declared is None and made_of else declared
 
 
-def _of_card(folder: Path | None) -> Said:
+def _read_card(folder: Path | None) -> DeclaredLicence:
     card = None if folder is None else folder / "README.md"
     if card is None or not card.is_file():
         return None
@@ -101,52 +101,52 @@ def _of_card(folder: Path | None) -> Said:
     from yaml import YAMLError
 
     try:
-        said = metadata_load(card) or {}
+        metadata = metadata_load(card) or {}
     except YAMLError:
-        return Unreadable("the metadata of its model card is no YAML")
+        return UnreadableLicence("the metadata of its model card is no YAML")
     except (OSError, ValueError, RecursionError) as error:
-        return Unreadable(f"its model card: {str(error).splitlines()[0]}")
-    return _read(said)
+        return UnreadableLicence(f"its model card: {str(error).splitlines()[0]}")
+    return _parse_metadata(metadata)
 
 
-def _read(said: Mapping[str, Any]) -> Said:
-    licences = said.get("license")
-    if isinstance(licences, list) and len(licences) == 1:
-        (licences,) = licences
-    if licences is None or licences == []:
+def _parse_metadata(metadata: Mapping[str, Any]) -> DeclaredLicence:
+    raw = metadata.get("license")
+    if isinstance(raw, list) and len(raw) == 1:
+        (raw,) = raw
+    if raw is None or raw == []:
         return None
-    identifier = licences.strip().lower() if isinstance(licences, str) else ""
+    identifier = raw.strip().lower() if isinstance(raw, str) else ""
     if not IDENTIFIER.fullmatch(identifier):
-        return Unreadable(f"its model card says license: {licences!r}")
-    name, link = (said.get(key) for key in ("license_name", "license_link"))
+        return UnreadableLicence(f"its model card says license: {raw!r}")
+    name, link = (metadata.get(key) for key in ("license_name", "license_link"))
     return Licence(identifier, str(name) if name else None, str(link) if link else None)
 
 
-def outcome(models: Mapping[str, Said], named: str | Licence | None = None) -> Outcome:
-    """Which licence a merge of models has.
+def merged_licence(models: Mapping[str, DeclaredLicence], named: str | Licence | None = None) -> LicenceOutcome:
+    """Determine the licence of a merge from those of its models.
 
     Args:
-        models: what each of them says, by its name.
-        named: what the publisher names; an identifier of the Hub, or a whole licence for `other`.
+        models: licence of each model, by its name.
+        named: licence named by the publisher; an identifier of the Hub, or a whole licence for `other`.
 
     Raises:
-        OptionError: what is named is no identifier, or `other` without its name.
+        OptionError: the named licence is not an identifier, or is `other` without a name.
     """
-    inputs = ", ".join(f"{model}: {'none said' if one is None else one}" for model, one in models.items())
+    inputs = ", ".join(f"{model}: {'none said' if licence is None else licence}" for model, licence in models.items())
     if named is not None:
-        chosen = _named(named)
-        return Outcome(chosen, f"inputs: {inputs}; named by the publisher: {chosen}", named=True)
-    licences = [one for one in models.values() if isinstance(one, Licence) and one.known]
-    if licences and len(licences) == len(models) and all(one.same(licences[0]) for one in licences):
-        return Outcome(licences[0], f"{licences[0]}, as all models have it")
-    why = "not all models say which licence they have" if len(licences) < len(models) else "the licences differ"
-    return Outcome(None, f"{why} ({inputs}), so the merge has none until you name one that they all allow")
+        chosen = _parse_choice(named)
+        return LicenceOutcome(chosen, f"inputs: {inputs}; named by the publisher: {chosen}", named=True)
+    known = [licence for licence in models.values() if isinstance(licence, Licence) and licence.known]
+    if known and len(known) == len(models) and all(licence.same(known[0]) for licence in known):
+        return LicenceOutcome(known[0], f"{known[0]}, as all models have it")
+    why = "not all models say which licence they have" if len(known) < len(models) else "the licences differ"
+    return LicenceOutcome(None, f"{why} ({inputs}), so the merge has none until you name one that they all allow")
 
 
-def _named(named: str | Licence) -> Licence:
+def _parse_choice(named: str | Licence) -> Licence:
     licence = Licence(named.strip().lower()) if isinstance(named, str) else named
     if not IDENTIFIER.fullmatch(licence.licence):
-        raise OptionError(f"licence {licence.licence!r} is no identifier of the Hub, such as apache-2.0")
+        raise OptionError(f"licence {licence.licence!r} is not an identifier of the Hub, such as apache-2.0")
     if not licence.known:
-        raise OptionError(f"licence {licence.licence!r} does not say which; give its name and link, too")
+        raise OptionError(f"licence {licence.licence!r} does not identify one; give its name and link, too")
     return licence

@@ -1,4 +1,8 @@
-"""Which dtype values are computed in, and how they are rounded to the one they are stored in."""
+"""Precision: which dtype values are computed and summed in, and how they are rounded to the one they are stored in.
+
+There are two rules. Whatever runs a model computes in at least float32 (`compute_dtype`). Whatever writes a tensor
+sums in float64, for half precision in float32 (`sum_dtype`), and rounds once (`rounded`).
+"""
 
 from __future__ import annotations
 
@@ -10,24 +14,38 @@ import torch
 from torch import Tensor
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """float32 for half precision, else float64."""
-    return torch.float32 if dtype.itemsize < 4 else torch.float64
+def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """Return what to compute with such values in: float32, or a wider dtype among them."""
+    return max(
+        (torch.promote_types(kind, torch.float32) for kind in dtypes),
+        key=lambda kind: kind.itemsize,
+        default=torch.float32,
+    )
+
+
+def sum_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """Return what to sum such values in before one rounding: float32 if all are half precision, else float64."""
+    return torch.float32 if all(kind.itemsize < 4 for kind in dtypes) else torch.float64
+
+
+def widen(x: Tensor) -> Tensor:
+    """Return floating-point values in their `compute_dtype`, anything else as it is."""
+    return x.to(compute_dtype(x.dtype)) if x.is_floating_point() else x
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether there is no NaN and no Inf; one pass, without a mask of the size of the tensor."""
-    if not values.numel() or math.isfinite(values.sum().item()):  # neither is ever lost in a sum, and sums are quick
+    """Whether a tensor has neither NaN nor Inf, seen in one pass without a mask of its size."""
+    if not values.numel() or math.isfinite(values.sum().item()):  # a sum is quick, and never loses either
         return True
     low, high = values.aminmax()
     return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The nearest values of a dtype, ties to even.
+    """Round values to the nearest ones of a dtype, ties to even.
 
-    torch goes from float64 to half precision by way of float32, and so rounds twice. Rounding to odd on the way keeps
-    what decides a tie: of the two float32 around a value that is none itself, the one with an odd last bit (Boldo and
+    torch converts float64 to half precision by way of float32, and so rounds twice. Rounding to odd on the way (of the
+    two float32 neighbours of a value, taking the one whose last bit is odd) keeps what decides a tie (Boldo and
     Melquiond 2008).
     """
     if values.dtype is not torch.float64 or dtype.itemsize > 2:
@@ -39,18 +57,21 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where((beyond != 0) & even & near.isfinite(), odd, near).to(dtype)
 
 
-def laid_out(x: Tensor) -> Tensor:
-    """The same numbers as torch lays them out: where they begin in memory decides how products are rounded."""
+def in_torch_layout(x: Tensor) -> Tensor:
+    """Return a tensor contiguous and at a 64-byte boundary, as torch allocates it.
+
+    Where a tensor begins in memory decides how products of it are rounded.
+    """
     x = x.contiguous()
     return x if x.data_ptr() % 64 == 0 else x.clone()
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Chunks are small: the threads that work on one spend their time on waiting for each other.
+def single_thread() -> Iterator[None]:
+    """Compute on one thread: chunks are small, and several threads on one would mostly wait for each other.
 
-    Reading and computing one chunk while another is hashed keeps two cores busy, and sums do not hang on how many
-    threads there are.
+    Reading and computing one chunk while another is hashed keeps two cores busy, and sums do not depend on the number
+    of threads.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

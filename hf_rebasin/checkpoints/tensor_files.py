@@ -1,7 +1,7 @@
-"""Files of tensors: read by their header, one range at a time, and written header first, one chunk at a time.
+"""Tensor files: read by their header, one range at a time, and written header first, one chunk at a time.
 
-The format of safetensors is 8 bytes with the length of a JSON header, the header, the data. Ranges are read with
-`pread`, not mapped, so the memory a process is seen to hold is what it works on.
+A safetensors file consists of 8 bytes with the length of a JSON header, the header, and the data. Ranges are read with
+`pread` rather than mapped, so that the resident memory of a process is what it works on.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, some
-from .lazy import Here, Lazy
+from ..errors import CheckpointError, listed
+from .lazy import InMemory, Lazy
 
-# The dtypes of the format, in the order in which the safetensors library lays tensors out: the widest come first.
+# The dtypes of the format in the order of the safetensors library, which lays tensors out from the last to the first.
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -46,22 +46,22 @@ DTYPES = {
     "I64": torch.int64,
     "U64": torch.uint64,
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 100_000_000
 
 
-class File:
-    """An open file, closed when nothing reads from it any more. What replaces it under its name is not seen."""
+class OpenFile:
+    """An open file, closed once nothing refers to it; a file that replaces it under its name goes unnoticed."""
 
     def __init__(self, path: Path):
         self.path = path
         try:
-            if path.exists() and not path.is_file():  # a folder, or a pipe that nobody writes to
+            if path.exists() and not path.is_file():  # a folder, or a pipe without a writer
                 raise OSError("not a file")
             self.descriptor = os.open(path, os.O_RDONLY)
             weakref.finalize(self, os.close, self.descriptor)
             self.state = self._state()
-        except (OSError, ValueError) as error:  # ValueError: a name that no system has
+        except (OSError, ValueError) as error:  # ValueError: an impossible name
             raise CheckpointError(f"{path} cannot be read: {error}") from error
 
     def _state(self) -> tuple[int, int]:
@@ -70,11 +70,11 @@ class File:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return self.state[0]
 
     def fill(self, buffer: memoryview, offset: int) -> None:
-        """Read as many bytes as the buffer has; a file that was written to since it was opened is an error."""
+        """Fill a buffer from an offset; raise CheckpointError if the file was changed since it was opened."""
         done = 0
         try:
             if self._state() != self.state:
@@ -82,17 +82,17 @@ class File:
             while done < len(buffer):
                 got = os.preadv(self.descriptor, [buffer[done:]], offset + done)
                 if not got:
-                    raise CheckpointError(f"{self.path} ends at byte {offset + done}, where a tensor goes on")
+                    raise CheckpointError(f"{self.path} ends at byte {offset + done}, in the middle of a tensor")
                 done += got
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error}") from error
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stored(Lazy):
     """A tensor in a file."""
 
-    file: File
+    file: OpenFile
     offset: int
 
     @property
@@ -109,106 +109,110 @@ class Stored(Lazy):
 
 
 def _bytes(flat: Tensor) -> memoryview:
-    """The memory of a contiguous flat tensor."""
+    """Return the memory of a contiguous flat tensor."""
     return cast(Any, flat.view(torch.uint8).numpy()).data
 
 
 def read_file(path: Path) -> dict[str, Stored]:
-    """The tensors of a file, not read yet.
+    """Open the tensors of a safetensors file without reading their values.
 
     Raises:
-        CheckpointError: it cannot be opened, is cut short, or its header does not describe it.
+        CheckpointError: it cannot be opened, is truncated, or its header does not match it.
     """
-    file = File(path)
+    file = OpenFile(path)
     try:
-        header, begin = _header(file)
-        tensors = {name: _stored(file, name, said, begin) for name, said in header.items() if name != "__metadata__"}
+        header, begin = _read_header(file)
+        tensors = {
+            name: _parse_entry(file, name, entry, begin) for name, entry in header.items() if name != "__metadata__"
+        }
     except CheckpointError:
         raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: no header of a safetensors file ({error!r})") from error
-    at = begin
+        raise CheckpointError(f"{path} cannot be read: it has no safetensors header ({error!r})") from error
+    end = begin
     for name, part in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-        if part.offset != at:
-            raise CheckpointError(f"{path} cannot be read: {name} begins at byte {part.offset} instead of {at}")
-        at += part.nbytes
-    if at != file.size:
-        raise CheckpointError(f"{path} cannot be read: it has {file.size} bytes, and says what {at} of them are")
+        if part.offset != end:
+            raise CheckpointError(f"{path} cannot be read: {name} begins at byte {part.offset} instead of {end}")
+        end += part.nbytes
+    if end != file.size:
+        raise CheckpointError(f"{path} cannot be read: it has {file.size} bytes, and its header describes {end}")
     return tensors
 
 
 def read_pickle(path: Path) -> dict[str, Lazy]:
-    """The tensors of a `.bin` file, which is a pickle of tensors and of nothing else: no code in it is run.
+    """Open the tensors of a `.bin` file, a pickle that may hold nothing but tensors: no code in it is run.
 
-    Those of a file that torch ≥ 1.6 wrote are not read yet; older files are read whole.
+    The values of a file written by torch ≥ 1.6 are not read yet; older files are read whole.
 
     Raises:
-        CheckpointError: it cannot be read, or holds other things than tensors by name.
+        CheckpointError: it cannot be read, or holds anything but named tensors.
     """
-    file = File(path)
+    file = OpenFile(path)
     try:
         _refuse_compressed(path)
-        state = _unpickled(path, lazily=True)
+        state = _unpickle(path, lazily=True)
         for name, tensor in state.items():
             _refuse_name(path, name)
-            if tensor.numel() * tensor.itemsize > file.size:  # one number can be said to be a billion
+            if tensor.numel() * tensor.itemsize > file.size:  # one element may be expanded to a billion
                 raise CheckpointError(
                     f"{path} cannot be read: {name} {tuple(tensor.shape)} would be larger than the file "
                     f"({file.size} bytes)"
                 )
-        offsets = {name: _offset(tensor) for name, tensor in state.items()}
+        offsets = {name: _file_offset(tensor) for name, tensor in state.items()}
         if None in offsets.values():
-            return {name: Here.of(tensor, own=True) for name, tensor in _unpickled(path, lazily=False).items()}
+            return {name: InMemory.of(tensor, own=True) for name, tensor in _unpickle(path, lazily=False).items()}
         return {
-            name: Stored(tuple(tensor.shape), tensor.dtype, file, cast(int, offsets[name]))
+            name: Stored(tuple(tensor.shape), tensor.dtype, file=file, offset=cast(int, offsets[name]))
             for name, tensor in state.items()
         }
     except CheckpointError:
         raise
-    except Exception as error:  # a broken pickle raises whatever the code reading it stumbles on
-        said = (str(error) or repr(error)).splitlines()[0]
-        raise CheckpointError(f"{path} cannot be read: {said}") from error
+    except Exception as error:  # a broken pickle may raise anything
+        message = (str(error) or repr(error)).splitlines()[0]
+        raise CheckpointError(f"{path} cannot be read: {message}") from error
 
 
 def _refuse_name(path: Path, name: str) -> None:
-    """Raise CheckpointError for a name that would move a terminal's cursor where it is shown."""
+    """Raise CheckpointError for a name with control characters, which would affect a terminal."""
     if not name.isprintable():
-        raise CheckpointError(f"{path} cannot be read: the name {name!r} has characters that cannot be shown")
+        raise CheckpointError(f"{path} cannot be read: the name {name!r} has unprintable characters")
 
 
 def _refuse_compressed(path: Path) -> None:
-    """Raise CheckpointError for an archive that torch has not written: its ranges are not what tensors are made of."""
+    """Raise CheckpointError for a compressed archive, which torch never writes and whose ranges are not tensors."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             packed = [record.filename for record in archive.infolist() if record.compress_type != zipfile.ZIP_STORED]
         if packed:
-            raise CheckpointError(f"{path} cannot be read: {some(packed)} is compressed, as torch.save never does")
+            raise CheckpointError(
+                f"{path} cannot be read: {listed(packed)} is compressed, which torch.save never does"
+            )
 
 
-def _offset(tensor: Tensor) -> int | None:
-    """Where in its file a tensor begins that was unpickled without its values; None if it is not in one piece."""
-    place = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-    if place is None or not tensor.is_contiguous():
+def _file_offset(tensor: Tensor) -> int | None:
+    """Return where in its file a tensor begins that was unpickled without values; None if it is not contiguous."""
+    storage_offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    if storage_offset is None or not tensor.is_contiguous():
         return None
-    return int(place) + int(tensor.storage_offset()) * tensor.itemsize
+    return int(storage_offset) + int(tensor.storage_offset()) * tensor.itemsize
 
 
-def _unpickled(path: Path, lazily: bool) -> dict[str, Tensor]:
+def _unpickle(path: Path, lazily: bool) -> dict[str, Tensor]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    logger = logging.getLogger("torch._subclasses.fake_tensor")  # it logs the traceback of what is caught here
-    with FakeTensorMode() if lazily else nullcontext(), _silent(logger):
+    logger = logging.getLogger("torch._subclasses.fake_tensor")  # it logs tracebacks of errors caught here
+    with FakeTensorMode() if lazily else nullcontext(), _silenced(logger):
         state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout is torch.strided
         for name, tensor in state.items()
     ):
-        raise CheckpointError(f"{path} is no state dict: it holds other things than tensors by name")
+        raise CheckpointError(f"{path} is not a state dict: it holds other things than named tensors")
     return state
 
 
 @contextmanager
-def _silent(logger: logging.Logger) -> Iterator[None]:
+def _silenced(logger: logging.Logger) -> Iterator[None]:
     before, logger.disabled = logger.disabled, True
     try:
         yield
@@ -216,8 +220,8 @@ def _silent(logger: logging.Logger) -> Iterator[None]:
         logger.disabled = before
 
 
-def _header(file: File) -> tuple[dict[str, Any], int]:
-    """(header, where the data begin)"""
+def _read_header(file: OpenFile) -> tuple[dict[str, Any], int]:
+    """Return (header, offset of the data)."""
     length = bytearray(8)
     if file.size < 8:
         raise CheckpointError(f"{file.path} cannot be read: it has {file.size} bytes, too few for a safetensors file")
@@ -225,46 +229,46 @@ def _header(file: File) -> tuple[dict[str, Any], int]:
     n = int.from_bytes(length, "little")
     if n > min(LONGEST_HEADER, file.size - 8):
         raise CheckpointError(
-            f"{file.path} cannot be read: it has {file.size} bytes, and would need a header of {n}; it is cut short, "
-            "or no safetensors file"
+            f"{file.path} cannot be read: it has {file.size} bytes, and its header would have {n}; it is truncated, "
+            "or not a safetensors file"
         )
     text = bytearray(n)
     file.fill(memoryview(text), 8)
-    header = json.loads(text.decode(), object_pairs_hook=_once)
+    header = json.loads(text.decode(), object_pairs_hook=_unique_keys)
     if not isinstance(header, dict):
         raise ValueError(f"a {type(header).__name__}, not an object")
     return header, 8 + n
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, none of whose keys is said twice: readers differ in which they take."""
-    said = dict(pairs)
-    if len(said) < len(pairs):
-        raise ValueError("a name is said twice")
-    return said
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object, or raise ValueError for duplicate keys, of which readers take different ones."""
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        raise ValueError("a name is given twice")
+    return unique
 
 
-def _stored(file: File, name: str, said: Mapping[str, Any], begin: int) -> Stored:
-    if said["dtype"] not in DTYPES:
-        raise CheckpointError(f"{file.path} cannot be read: {name} is {said['dtype']}, a dtype that is not known here")
-    shape, dtype = tuple(said["shape"]), DTYPES[said["dtype"]]
-    first, last = said["data_offsets"]
+def _parse_entry(file: OpenFile, name: str, entry: Mapping[str, Any], begin: int) -> Stored:
+    if entry["dtype"] not in DTYPES:
+        raise CheckpointError(f"{file.path} cannot be read: {name} has dtype {entry['dtype']}, which is not supported")
+    shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
+    first, last = entry["data_offsets"]
     if not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, first, last)) or not name.encode():
         raise ValueError(f"{name!r} has shape {shape} in bytes {first} to {last}")
     _refuse_name(file.path, name)
     if last - first != math.prod(shape) * dtype.itemsize or math.prod(max(n, 1) for n in shape) >= 1 << 63:
         raise CheckpointError(
-            f"{file.path} cannot be read: {name} {shape} of {said['dtype']} is said to lie in bytes {first} to {last}"
+            f"{file.path} cannot be read: {name} {shape} of {entry['dtype']} cannot fill bytes {first} to {last}"
         )
     if begin + last > file.size:
         raise CheckpointError(
-            f"{file.path} cannot be read: it is cut short, {name} {shape} ends at byte {begin + last} of {file.size}"
+            f"{file.path} cannot be read: it is truncated, {name} {shape} ends at byte {begin + last} of {file.size}"
         )
-    return Stored(shape, dtype, file, begin + first)
+    return Stored(shape, dtype, file=file, offset=begin + first)
 
 
 def sha256_of(path: Path) -> str:
-    """Of a whole file, read in pieces."""
+    """Return the sha256 of a file as hexadecimal digits."""
     digest, piece = hashlib.sha256(), memoryview(bytearray(1 << 20))
     with path.open("rb", buffering=0) as file:
         while n := file.readinto(piece):
@@ -273,50 +277,50 @@ def sha256_of(path: Path) -> str:
 
 
 def write_file(path: Path, parts: Mapping[str, Lazy], written: Callable[[int], object]) -> str:
-    """Write tensors as they come and return the file's sha256; the bytes are those the safetensors library writes.
+    """Write tensors as they are computed and return the file's sha256; the safetensors library writes the same bytes.
 
     Args:
-        path: of the file.
-        parts: `{name: tensor to come}`.
-        written: called with the number of bytes, every now and then.
+        path: path of the file.
+        parts: `{name: lazy tensor}`.
+        written: callback for the number of bytes of every tensor written.
     """
-    order = {dtype: i for i, dtype in enumerate(NAMES)}
-    other = {str(part.dtype) for part in parts.values() if part.dtype not in NAMES}
+    order = {dtype: i for i, dtype in enumerate(DTYPE_NAMES)}
+    other = {str(part.dtype) for part in parts.values() if part.dtype not in DTYPE_NAMES}
     if other:
-        raise CheckpointError(f"safetensors files have no {', '.join(sorted(other))}")
+        raise CheckpointError(f"safetensors files cannot hold {', '.join(sorted(other))}")
     if "__metadata__" in parts:
-        raise CheckpointError("a tensor named '__metadata__' cannot be written: that name is not for tensors")
+        raise CheckpointError("a tensor named '__metadata__' cannot be written: that name is reserved")
     names = sorted(parts, key=lambda name: (-order[parts[name].dtype], name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
+    end = 0
     for name in names:
         part = parts[name]
         header[name] = {
-            "dtype": NAMES[part.dtype],
+            "dtype": DTYPE_NAMES[part.dtype],
             "shape": list(part.shape),
-            "data_offsets": [at, at + part.nbytes],
+            "data_offsets": [end, end + part.nbytes],
         }
-        at += part.nbytes
+        end += part.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with _Sink(path) as sink:
-        sink.put(memoryview(len(text).to_bytes(8, "little") + text))
+    with _HashingWriter(path) as writer:
+        writer.put(memoryview(len(text).to_bytes(8, "little") + text))
         for name in names:
             for chunk in parts[name].chunks():
-                sink.put(_bytes(chunk.cpu()))
+                writer.put(_bytes(chunk.cpu()))
             written(parts[name].nbytes)
-    return sink.sha256.hexdigest()
+    return writer.sha256.hexdigest()
 
 
-class _Sink:
-    """A file that is hashed by a thread of its own, while it is written and the next chunk is read and computed."""
+class _HashingWriter:
+    """A file that a thread of its own hashes while it is written and the next chunk is computed."""
 
     def __init__(self, path: Path):
         self.path, self.sha256 = path, hashlib.sha256()
         self.queue: Queue[memoryview | None] = Queue(maxsize=8)
         self.thread = threading.Thread(target=self._hash, name=f"sha256 {path.name}", daemon=True)
 
-    def __enter__(self) -> _Sink:
+    def __enter__(self) -> _HashingWriter:
         self.file = self.path.open("wb", buffering=0)
         self.thread.start()
         return self

@@ -1,1 +1,1 @@
-"""The command line: its options, what it prints, and one file a command."""
+"""The command line: its options, its output, and one file for each command."""

@@ -1,4 +1,4 @@
-"""The command line. Each verb imports what it needs when it runs, so that --help answers at once."""
+"""The command line; each command imports what it needs when it runs, so that --help answers at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 
 from ..errors import RebasinError
 from ..text import printable, without_secrets
-from .options import found_device
+from .options import find_device
 
 VERBS = (
     *("demo", "compare", "inspect", "check", "align", "apply", "merge"),
@@ -32,25 +32,25 @@ for verb in VERBS:
 
 
 def main() -> None:
-    """The entry point: errors of ours are one sentence and exit status 1."""
+    """Run the command line; errors on purpose and of the system are a message and exit status 1."""
     _keep_freed_memory()
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # started by accelerate launch
-            found_device()
+            find_device()
         app()
-    except (RebasinError, OSError) as error:  # of the system: no such folder, no permission, no space left
+    except (RebasinError, OSError) as error:  # OSError: no such folder, no permission, no space left
         typer.echo(f"error: {without_secrets(printable(str(error)))}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        typer.echo("interrupted; a model that was not finished leaves nothing behind", err=True)
+        typer.echo("interrupted; unfinished outputs leave nothing behind", err=True)
         sys.exit(130)
 
 
 def _keep_freed_memory() -> None:
-    """Begin where glibc's malloc ends up once a large block was freed: up to 64 MB that are free stay with us.
+    """Let glibc's malloc keep up to 64 MB of freed memory from the start, as it does after freeing a large block.
 
-    Otherwise it may give back the memory of every chunk of a merge and get it again, page by page, set to 0, for half
-    of the time that the merge takes.
+    Otherwise it may return the memory of every chunk of a merge to the system and fetch it again, page by page and
+    zeroed, which can take half of the time of the merge.
     """
     if sys.platform == "linux":
         with suppress(AttributeError):  # another libc

@@ -1,4 +1,4 @@
-"""What the command line asks for: options that several verbs have, and what is made of them."""
+"""Options that several commands have, and functions that turn them into models, data and recipes."""
 
 from __future__ import annotations
 
@@ -10,142 +10,162 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import registry
 from ..checkpoints.folder import refuse_target
 from ..errors import OptionError
 
 if TYPE_CHECKING:
     from ..checkpoints.checkpoint import Checkpoint
-    from ..publishing.record import Record
+    from ..publishing.record import MergeRecord
     from ..recipes.recipe import PublishSettings, Recipe
 
 MODEL = "Folder or Hub id; id@revision pins a commit, branch or tag."
 Assume = Annotated[
     list[str] | None,
-    typer.Option(help="Take this for the same without looking: config, labels or vocabulary. May be repeated."),
+    typer.Option(help="Aspect to take as equal without checking: config, labels or vocabulary. May be repeated."),
 ]
 Seed = Annotated[
-    int, typer.Option(min=0, max=2**63 - 1, help="Of everything random; the same seed gives the same bytes.")
+    int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random; the same seed gives the same bytes.")
 ]
-SolverName = Annotated[str, typer.Option(help="How the coordinates are found.")]
+SolverName = Annotated[
+    str, typer.Option(help=f"Method that finds the coordinates: {', '.join(registry.names('solver'))}.")
+]
 BackboneOnly = Annotated[
     bool,
-    typer.Option("--backbone-only", help="Keep the first model's head; only base models are brought together."),
+    typer.Option("--backbone-only", help="Keep the first model's head, and align and merge only the backbones."),
 ]
 GroupsName = Annotated[
     str,
-    typer.Option("--groups", help="full (rotations, bases of heads, scales, where exact) or permutation."),
+    typer.Option(
+        "--groups",
+        help="Allowed changes of coordinates: full (also rotations and scales, where exact) or permutation.",
+    ),
 ]
 KeepTied = Annotated[
     bool,
-    typer.Option("--keep-tied", help="Never store a head apart from its embedding; its stream is only permuted."),
+    typer.Option(
+        "--keep-tied", help="Keep the head tied to the embedding; the residual stream is then only permuted."
+    ),
 ]
 Hold = Annotated[
-    list[str] | None, typer.Option(help="A symmetry that stays as it is, or a pattern as 'ff.*'. May be repeated.")
+    list[str] | None, typer.Option(help="Symmetry to leave as it is, or a pattern such as 'ff.*'. May be repeated.")
 ]
 DataName = Annotated[
     str | None,
-    typer.Option(help="Dataset to look at: Hub id, folder or file. Labels are not needed."),
+    typer.Option(help="Dataset to use: Hub id, folder or file. Labels are not needed."),
 ]
 DataOption = Annotated[
     list[str] | None,
-    typer.Option("--data-option", "-d", help="Of the data, as split=train or samples=256. May be repeated."),
+    typer.Option(
+        "--data-option", "-d", help="Setting of the data, such as split=train or samples=256. May be repeated."
+    ),
 ]
 Metric = Annotated[
-    list[str] | None, typer.Option(help="accuracy or perplexity; by default what fits. May be repeated.")
+    list[str] | None,
+    typer.Option(help="Metric to compute: accuracy or perplexity; by default what fits. May be repeated."),
 ]
-Points = Annotated[int, typer.Option(min=0, help="Of the line between two models, ends included; 0 for no line.")]
+Points = Annotated[
+    int, typer.Option(min=0, help="Number of points on the line between two models, ends included; 0 for no line.")
+]
 RecalibrateHow = Annotated[
-    str, typer.Option(help="statistics (of BatchNorm layers), repair (means and deviations of all units) or none.")
+    str,
+    typer.Option(
+        help="With data: statistics (of BatchNorm layers), repair (means and deviations of all units) or none."
+    ),
 ]
-Public = Annotated[bool, typer.Option("--public", help="A repository that is made can be seen by everybody.")]
+Public = Annotated[bool, typer.Option("--public", help="Make a new repository public instead of private.")]
 License = Annotated[
-    str | None, typer.Option(help="Of the result, such as mit; needed where the inputs' differ or are not said.")
+    str | None,
+    typer.Option(help="Licence of the result, such as mit; needed if those of the inputs differ or are unknown."),
 ]
-Revision = Annotated[str | None, typer.Option(help="Branch to publish to; made if it is not there.")]
+Revision = Annotated[str | None, typer.Option(help="Branch to publish to; created if it does not exist.")]
 CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")]
-CommitMessage = Annotated[str | None, typer.Option(help="Of the commit.")]
-Template = Annotated[Path | None, typer.Option(help="Jinja2 template for the card instead of ours.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is there.")]
+CommitMessage = Annotated[str | None, typer.Option(help="Message of the commit.")]
+Template = Annotated[Path | None, typer.Option(help="Jinja2 template of the model card, instead of the built-in one.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it already exists.")]
 
 
-def opened_model(model: str) -> Checkpoint:
-    return opened_models([model])[0]
+def open_checkpoint(model: str) -> Checkpoint:
+    """Open one model."""
+    return open_checkpoints([model])[0]
 
 
-def opened_models(models: Sequence[str]) -> list[Checkpoint]:
-    """Several at once: a branch that two of them name is one commit."""
+def open_checkpoints(models: Sequence[str]) -> list[Checkpoint]:
+    """Open several models; a branch that several of them name is the same commit."""
     from ..checkpoints.checkpoint import Checkpoint
-    from ..checkpoints.hub import once
+    from ..checkpoints.hub import pin_commits
 
-    entries = [recipe_of({"models": [model]}).models[0] for model in models]
-    with once():
-        return [Checkpoint.open(entry.model, revision=entry.revision, progress=shown()) for entry in entries]
+    entries = [recipe_from_options({"models": [model]}).models[0] for model in models]
+    with pin_commits():
+        return [Checkpoint.open(entry.model, revision=entry.revision, progress=shows_progress()) for entry in entries]
 
 
-def found_device() -> Any:
-    """Where accelerate places work, if there is an accelerator."""
+def find_device() -> Any:
+    """Return the device that accelerate chooses; None on a single process without an accelerator."""
     import torch
 
-    there = torch.accelerator.is_available()
-    if not there and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    available = torch.accelerator.is_available()
+    if not available and int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return None
     from accelerate import PartialState
 
-    return PartialState(cpu=not there).device
+    return PartialState(cpu=not available).device
 
 
-def shown() -> bool:
-    """Whether this process shows progress: of several the first one, and on a terminal."""
-    from ..modules.distributed import is_first
+def shows_progress() -> bool:
+    """Tell whether this process shows progress: only the first one does, and on a terminal."""
+    from ..modules.distributed import is_main_process
 
-    return is_first() and sys.stderr.isatty()
+    return is_main_process() and sys.stderr.isatty()
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Print a line; of several processes the first one does."""
-    from ..modules.distributed import is_first
+    """Print a line, in the first process only."""
+    from ..modules.distributed import is_main_process
 
-    if is_first():
+    if is_main_process():
         typer.echo(text, err=err)
 
 
 def refuse_out(out: Path, overwrite: bool, sources: Iterable[Path] = ()) -> None:
-    """`refuse_target`, by the process that is to write there: the others may look when it has begun."""
-    from ..modules.distributed import is_first
+    """Refuse a bad target, in the writing process only: others may check after it has begun to write."""
+    from ..modules.distributed import is_main_process
 
-    if is_first():
+    if is_main_process():
         refuse_target(out, overwrite, sources)
 
 
-def saved(checkpoint: Checkpoint, out: Path, overwrite: bool, record: Record) -> Path:
-    """Write a model with its record; of several processes the first one does, and the others wait."""
-    from ..modules.distributed import is_first, wait
+def save_with_record(checkpoint: Checkpoint, out: Path, overwrite: bool, record: MergeRecord) -> Path:
+    """Write a model with its record in the first process, while the others wait."""
+    from ..modules.distributed import is_main_process, wait_for_everyone
 
-    if is_first():
-        checkpoint.save(out, overwrite=overwrite, progress=shown(), beside=record.write)
-    wait()
+    if is_main_process():
+        checkpoint.save(out, overwrite=overwrite, progress=shows_progress(), beside=record.write)
+    wait_for_everyone()
     return out
 
 
-def data_for(dataset: str, options: list[str] | None, checkpoint: Checkpoint) -> Any:
-    return batches_for(described(dataset, options, "--data"), checkpoint)
+def load_data(dataset: str, options: list[str] | None, checkpoint: Checkpoint) -> Any:
+    """Open the data of --data and --data-option for a model."""
+    return load_batches(read_data_options(dataset, options, "--data"), checkpoint)
 
 
-def batches_for(said: dict[str, Any] | None, checkpoint: Checkpoint) -> Any:
-    """Batches of what is described as in a recipe, with the mistakes of one; None of nothing."""
+def load_batches(settings: dict[str, Any] | None, checkpoint: Checkpoint) -> Any:
+    """Open data that are described as in a recipe, with the same checks; None without a description."""
     from ..data.batches import open_data
 
-    described = recipe_of({"models": ["x", "y"], "align": False, "data": said}).data
-    return None if described is None else open_data(described, checkpoint)
+    data = recipe_from_options({"models": ["x", "y"], "align": False, "data": settings}).data
+    return None if data is None else open_data(data, checkpoint)
 
 
-def recipe_of(said: dict[str, Any]) -> Recipe:
+def recipe_from_options(settings: dict[str, Any]) -> Recipe:
+    """Make a recipe of what the command line sets."""
     from ..recipes.recipe import Recipe
 
-    return Recipe.from_dict(said, name="the command")
+    return Recipe.from_dict(settings, name="the command")
 
 
-def said_of_publishing(
+def publish_options(
     to: str | None,
     public: bool,
     license: str | None,
@@ -153,106 +173,107 @@ def said_of_publishing(
     create_pr: bool,
     commit_message: str | None,
 ) -> dict[str, Any]:
-    """What the command line says of publishing, in the words of a recipe; what it does not say is not there."""
-    said = {"to": to, "private": False if public else None, "license": license, "revision": revision}
-    said |= {"create_pr": create_pr or None, "message": commit_message}
-    return {key: value for key, value in said.items() if value is not None}
+    """Return the options on publishing that are given, by the keys of a recipe."""
+    options = {"to": to, "private": False if public else None, "license": license, "revision": revision}
+    options |= {"create_pr": create_pr or None, "message": commit_message}
+    return {key: value for key, value in options.items() if value is not None}
 
 
-def publish_settings(said: dict[str, Any]) -> PublishSettings:
-    """The same with the mistakes of a recipe found, and its defaults."""
-    settings = recipe_of({"models": ["x"], "publish": said}).publish
+def read_publish_settings(options: dict[str, Any]) -> PublishSettings:
+    """Check options on publishing as a recipe does, and fill in its defaults."""
+    settings = recipe_from_options({"models": ["x"], "publish": options}).publish
     assert settings is not None
     return settings
 
 
-def published_as(recipe: Recipe, said: dict[str, Any], template: Path | None) -> Recipe:
-    """A recipe with what the command line says of publishing over what it says itself."""
+def with_publish_options(recipe: Recipe, options: dict[str, Any], template: Path | None) -> Recipe:
+    """Return a recipe in which options on publishing override its own settings."""
     if recipe.publish is not None:
-        said = {**recipe.publish.model_dump(exclude_defaults=True), **said}
-    if "to" not in said and (said or template is not None):
+        options = {**recipe.publish.model_dump(exclude_defaults=True), **options}
+    if "to" not in options and (options or template is not None):
         raise OptionError(
             "--license, --public, --revision, --create-pr, --commit-message and --template are for "
-            "publishing; say where to (--push-to ORG/NAME)"
+            "publishing; name the repository (--push-to ORG/NAME)"
         )
-    return recipe.model_copy(update={"publish": publish_settings(said) if said else None})
+    return recipe.model_copy(update={"publish": read_publish_settings(options) if options else None})
 
 
-def recipe_file(path: str) -> Recipe:
+def recipe_from_file(path: str) -> Recipe:
+    """Read a recipe from a YAML file."""
     from ..recipes.recipe import Recipe
 
     return Recipe.from_file(path)
 
 
-def refuse_options_beside_a_recipe(context: typer.Context) -> None:
-    """What a recipe says is not said again on the command line."""
-    for name in (
-        "method",
-        "parameter",
-        "align",
-        "solver",
-        "seed",
-        "groups",
-        "keep_tied",
-        "hold",
-        "dtype",
-        "assume",
-        "backbone_only",
-        "data",
-        "data_option",
-        "refit",
-        "recalibrate",
-        "evaluate",
-        "evaluate_option",
-    ):
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            raise OptionError(f"--{name.replace('_', '-')} is given beside a recipe; write it into the recipe")
+def recipe_field(option: str) -> str | None:
+    """Return the field of a recipe, or of its `align`, that an option of `merge` sets; None if there is none.
+
+    Example: `recipe_field("method")` is "merge_method", `recipe_field("data_option")` is "data".
+    """
+    from ..recipes.recipe import AlignSettings, Recipe
+
+    fields = {*Recipe.model_fields, *AlignSettings.model_fields} - {"models", "publish"}
+    names = (option, f"merge_{option}", f"{option}s", option.removesuffix("_option"))
+    return next((name for name in names if name in fields), None)
+
+
+def refuse_options_beside_recipe(context: typer.Context) -> None:
+    """Raise OptionError for an option that belongs in the recipe."""
+    for option in context.params:
+        source = context.get_parameter_source(option)
+        if source is not None and source.name == "COMMANDLINE" and recipe_field(option) is not None:
+            raise OptionError(f"--{option.replace('_', '-')} is given beside a recipe; write it into the recipe")
 
 
 def align_settings(solver: str, seed: int, groups: str, keep_tied: bool, hold: list[str] | None) -> dict[str, Any]:
+    """Return the options on aligning by the keys of a recipe."""
     return {"solver": solver, "seed": seed, "groups": groups, "keep_tied": keep_tied, "hold": hold or []}
 
 
-def parameters(said: list[str], option: str = "--parameter", such: str = "t=0.3") -> dict[str, Any]:
+def read_assignments(texts: list[str], option: str = "--parameter", example: str = "t=0.3") -> dict[str, Any]:
+    """Read texts NAME=VALUE, with values in YAML."""
     from ..recipes.yaml_reader import read_yaml
 
-    parameters = {}
-    for one in said:
-        name, equals, value = one.partition("=")
+    values = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
         if not equals:
-            raise OptionError(f"{option} {one!r} is not NAME=VALUE, as in {such}")
+            raise OptionError(f"{option} {text!r} is not NAME=VALUE, as in {example}")
         try:
-            parameters[name] = read_yaml(value, repr(value))
+            values[name] = read_yaml(value, repr(value))
         except OptionError as error:
-            raise OptionError(f"{option} {one!r} has no value that can be read: {error}") from error
-    return parameters
+            raise OptionError(f"{option} {text!r} has no value that can be read: {error}") from error
+    return values
 
 
-def described(dataset: str | None, options: list[str] | None, option: str) -> dict[str, Any] | None:
-    """A description of data as in a recipe; None where nothing is said."""
-    said = {} if dataset is None else {"dataset": dataset}
-    return {**said, **parameters(options or [], f"{option}-option", "split=test")} or None
+def read_data_options(dataset: str | None, options: list[str] | None, option: str) -> dict[str, Any] | None:
+    """Describe data by the keys of a recipe; None if no option is given."""
+    settings = {} if dataset is None else {"dataset": dataset}
+    return {**settings, **read_assignments(options or [], f"{option}-option", "split=test")} or None
 
 
 def refuse_report(report: Path | None, overwrite: bool) -> None:
+    """Raise OptionError unless a report can be written to a file."""
     if report is not None and (report.suffix != ".html" or report.is_dir()):
-        raise OptionError(f"--report {report} is no HTML file; name one, such as report.html")
+        raise OptionError(f"--report {report} is not an HTML file; name one, such as report.html")
     if report is not None and report.exists() and not overwrite:
-        raise OptionError(f"{report} is already there; name another file, or overwrite it (--overwrite)")
+        raise OptionError(f"{report} already exists; name another file, or overwrite it (--overwrite)")
 
 
 def today() -> str:
+    """Return the date of today, such as 2026-01-31."""
     from datetime import date
 
     return date.today().isoformat()
 
 
-def command() -> str:
+def command_line() -> str:
+    """Return the command that is running, as one types it."""
     import shlex
 
     return shlex.join(["hf-rebasin", *sys.argv[1:]])
 
 
-def assumed(assume: list[str] | None) -> Any:
-    return recipe_of({"models": ["x"], "assume": list(assume or [])}).assume
+def read_assumptions(assume: list[str] | None) -> Any:
+    """Check the values of --assume as a recipe does."""
+    return recipe_from_options({"models": ["x"], "assume": list(assume or [])}).assume

@@ -1,4 +1,4 @@
-"""What the command line shows: solutions, plans, comparisons and symmetries as lines of text."""
+"""Describe solutions, plans, measurements, comparisons and symmetries as lines of text for the command line."""
 
 from __future__ import annotations
 
@@ -8,68 +8,69 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..evaluation.barrier import Curve
 from ..evaluation.comparison import Comparison, Standing, Verdict
-from ..evaluation.interpolation import Curve
 from ..evaluation.metrics import Measured
-from ..publishing.upload import Published, planned_publishing, refuse_unlicensed
+from ..publishing.upload import Published, plan_publishing, refuse_unlicensed
 from ..publishing.verification import Verification
-from ..recipes.plan import planned
+from ..recipes.plan import make_plan
 from ..recipes.recipe import Recipe
 from ..reports.report import Report
 from ..solving.solution import Solution
 from ..symmetries.spec import Spec
-from ..text import columns, family_of, spread
+from ..text import byte_size, columns, family_of, spread
 
-PARTS = 14  # so many layers of a comparison are shown, first and last among them
+COMPARED_LAYERS = 14  # layers of a comparison that are shown, the first and last among them
 
 
-def solved(solution: Solution, model: str) -> Iterator[str]:
-    """What an alignment came to."""
-    moved, of = len(solution.alignment.moved), len(solution.alignment.elements)
+def describe_solution(solution: Solution, model: str) -> Iterator[str]:
+    """Describe the solution of an alignment."""
+    moved, total = len(solution.alignment.moved), len(solution.alignment.elements)
     seconds = sum(solution.seconds.values())
     gain = f", objective {solution.history[0]:.5g} → {solution.objective:.5g}" if solution.history else ""
-    yield f"aligned {model}: {moved} of {of} symmetries moved{gain}, {seconds:.0f} s"
+    yield f"aligned {model}: {moved} of {total} symmetries moved{gain}, {seconds:.0f} s"
     yield f"  {solution.status.value}"
     for note in solution.notes:
         yield f"  {note}"
 
 
-def plan(recipe: Recipe, out: Path) -> Iterator[str]:
-    """What a merge would do and take, after every check that it would make before it writes; see `planned`."""
+def describe_plan(recipe: Recipe, out: Path) -> Iterator[str]:
+    """Describe what a merge would do and need, after all checks that it makes before it writes; see `make_plan`."""
     to = recipe.publish
-    publishing = [] if to is None else [planned_publishing(to, recipe.evaluate is not None, recipe.align is not None)]
-    found = planned(recipe, out, licence=None if to is None else to.license, publishing=publishing)
+    publishing = [] if to is None else [plan_publishing(to, recipe.evaluate is not None, recipe.align is not None)]
+    plan = make_plan(recipe, out, licence=None if to is None else to.license, publishing=publishing)
     if to is not None:
-        refuse_unlicensed(found.licence)
+        refuse_unlicensed(plan.licence)
     table = [("model", "commit", "tensors", "size", "to download")]
-    for one in found.models:
-        missing = "nothing, it is here" if not one.to_download else amount(one.to_download)
-        table.append((one.name, (one.commit or "")[:12], str(one.tensors), amount(one.size), missing))
+    for model in plan.models:
+        missing = "nothing, it is local" if not model.to_download else byte_size(model.to_download)
+        table.append((model.name, (model.commit or "")[:12], str(model.tensors), byte_size(model.size), missing))
     yield from columns(table, right=(2,))
-    if elsewhere := [one.name for one in found.models if not one.here]:
-        yield f"NaN and Inf in {', '.join(elsewhere)} are looked for while merging, when the values are here"
-    if found.moves is not None:
-        others = ", ".join(one.name for one in found.models[1:])
-        yield f"would align {others} to {found.models[0].name} by {found.moves.solver}:"
-        for line in (*found.moves.notes, *symmetries(found.moves.spec, every=False)):
+    if remote := [model.name for model in plan.models if not model.is_local]:
+        yield f"{', '.join(remote)}: checked for NaN and Inf while merging, once the values are downloaded"
+    if plan.alignment is not None:
+        others = ", ".join(model.name for model in plan.models[1:])
+        yield f"would align {others} to {plan.models[0].name} by {plan.alignment.solver}:"
+        for line in (*plan.alignment.notes, *describe_symmetries(plan.alignment.spec, every=False)):
             yield f"  {line}"
-        if found.moves.apart:
-            yield f"  if the two are not of one base: {found.moves.apart} (--keep-tied permutes that stream instead)"
-    for what, data in found.looks.items():
-        yield f"would {what} {data}"
-    free = "" if found.memory_free is None else f", {amount(found.memory_free)} are free now"
-    yield f"memory: about {amount(found.memory)} at the peak{free}"
-    yield f"disk: at most {amount(found.size)} for the merge, {amount(found.disk_free)} are free there"
-    yield f"licence: {found.licence.text}"
+        if plan.alignment.untied:
+            untied = plan.alignment.untied
+            yield f"  unless they have the same base: {untied} (--keep-tied permutes that stream instead)"
+    for use, data in plan.data.items():
+        yield f"would {use} {data}"
+    free = "" if plan.memory_free is None else f", {byte_size(plan.memory_free)} are free now"
+    yield f"memory: about {byte_size(plan.memory)} at the peak{free}"
+    yield f"disk: at most {byte_size(plan.size)} for the merge, {byte_size(plan.disk_free)} are free there"
+    yield f"licence: {plan.licence.text}"
     yield (
-        f"would merge {len(found.models)} models by {recipe.merge_method} to {out}/, with the keys, the configuration "
-        f"and the tokenizer of {found.models[0].name}"
+        f"would merge {len(plan.models)} models by {recipe.merge_method} to {out}/, with the keys, the configuration "
+        f"and the tokenizer of {plan.models[0].name}"
     )
-    yield from found.publishing
+    yield from plan.publishing
 
 
-def judged(report: Report) -> Iterator[str]:
-    """The rows of a report, and its verdict."""
+def describe_report(report: Report) -> Iterator[str]:
+    """Describe the rows of a report, and its verdict."""
     for pair in report.pairs:
         measured = [*pair.ends, *pair.rows]
         if measured:
@@ -77,30 +78,30 @@ def judged(report: Report) -> Iterator[str]:
             table = [("", "loss", *names, "excess", "÷ plain", "barrier", "looked at")]
             for row in measured:
                 numbers = [row.loss, *(row.metrics.get(name) for name in names), row.excess, row.ratio, row.barrier]
-                shown = ["" if number is None else f"{number:.4g}" for number in numbers]
-                looked = "" if row in pair.ends else f"{row.consumed}{' (control)' * row.control}"
-                table.append((row.name, *shown, looked))
+                cells = ["" if number is None else f"{number:.4g}" for number in numbers]
+                consumed = "" if row in pair.ends else f"{row.consumed}{' (control)' * row.control}"
+                table.append((row.name, *cells, consumed))
             yield ""
             yield from columns(table, right=range(1, len(table[0]) - 1))
     yield f"\nverdict: {report.verdict.text}"
 
 
-def published(found: Published, dry_run: bool = False) -> Iterator[str]:
-    """What was sent to the Hub, or would be, with the card."""
+def describe_publication(published: Published, dry_run: bool = False) -> Iterator[str]:
+    """Describe what was sent to the Hub; in a dry run, what would be sent, with the card."""
     if dry_run:
-        yield from found.card.splitlines()
-        yield f"\nwould publish to {found.repository}: {', '.join([*found.files, 'README.md'])}"
-        if found.deleted:
-            yield f"would delete there, as it would be loaded with this model: {', '.join(found.deleted)}"
+        yield from published.card.splitlines()
+        yield f"\nwould publish to {published.repository}: {', '.join([*published.files, 'README.md'])}"
+        if published.deleted:
+            yield f"would delete there, as it would be loaded with this model: {', '.join(published.deleted)}"
         return
-    yield f"{'published' if found.changed else 'nothing has changed'}: {found.url}"
+    yield f"{'published' if published.changed else 'nothing has changed'}: {published.url}"
 
 
-def verified(found: Verification) -> Iterator[str]:
-    """What looking at a folder came to; what holds in one line for each kind, what does not in one each."""
-    yield from found.notes
+def describe_verification(verification: Verification) -> Iterator[str]:
+    """Describe the checks of a folder: one line for each kind that holds, and one for every check that fails."""
+    yield from verification.notes
     held: dict[str, list[str]] = {}
-    for finding in found.findings:
+    for finding in verification.findings:
         if finding.holds:
             held.setdefault(finding.kind, []).append(finding.what)
         else:
@@ -108,55 +109,58 @@ def verified(found: Verification) -> Iterator[str]:
     for kind, names in held.items():
         yield f"{kind}: {', '.join(names)}"
     number = sum(map(len, held.values()))
-    yield f"{found.name}: {'all' if found.holds else f'{number} of'} {len(found.findings)} checks hold"
+    total = len(verification.findings)
+    yield f"{verification.name}: {'all' if verification.holds else f'{number} of'} {total} checks hold"
 
 
-def measured(found: Mapping[str, Measured], as_json: bool) -> Iterator[str]:
-    """Losses and metrics of models."""
+def describe_measurements(measurements: Mapping[str, Measured], as_json: bool) -> Iterator[str]:
+    """Describe the losses and metrics of models."""
     if as_json:
-        yield json.dumps({name: asdict(one) for name, one in found.items()}, indent=1)
+        yield json.dumps({name: asdict(scores) for name, scores in measurements.items()}, indent=1)
         return
-    names = list(dict.fromkeys(name for one in found.values() for name in one.metrics))
+    names = list(dict.fromkeys(name for scores in measurements.values() for name in scores.metrics))
     table = [("model", "loss", *names, "labels")]
-    for model, one in found.items():
-        table.append((model, f"{one.loss:.4f}", *(f"{one.metrics[name]:.4f}" for name in names), str(one.samples)))
+    for model, scores in measurements.items():
+        metrics = (f"{scores.metrics[name]:.4f}" for name in names)
+        table.append((model, f"{scores.loss:.4f}", *metrics, str(scores.samples)))
     yield from columns(table, right=range(1, len(table[0])))
 
 
-def curve(line: Curve, as_json: bool) -> Iterator[str]:
-    """What was measured along a line."""
+def describe_curve(curve: Curve, as_json: bool) -> Iterator[str]:
+    """Describe the losses and metrics along a line."""
     if as_json:
-        said = {"barrier": line.barrier, "area": line.area, "best": line.best}
-        yield json.dumps({**asdict(line), **said}, indent=1)
+        summary = {"barrier": curve.barrier, "area": curve.area, "best": curve.best}
+        yield json.dumps({**asdict(curve), **summary}, indent=1)
         return
-    table = [("λ", "loss", *line.metrics)]
-    for i, (t, loss) in enumerate(zip(line.at, line.loss, strict=True)):
-        table.append((f"{t:.3g}", f"{loss:.4f}", *(f"{values[i]:.4f}" for values in line.metrics.values())))
+    table = [("λ", "loss", *curve.metrics)]
+    for i, (t, loss) in enumerate(zip(curve.at, curve.loss, strict=True)):
+        table.append((f"{t:.3g}", f"{loss:.4f}", *(f"{values[i]:.4f}" for values in curve.metrics.values())))
     yield from columns(table, right=range(len(table[0])))
-    yield f"\nbarrier {line.barrier:.4f}, area {line.area:.4f}, lowest loss at λ = {line.best:.3g}"
+    yield f"\nbarrier {curve.barrier:.4f}, area {curve.area:.4f}, lowest loss at λ = {curve.best:.3g}"
 
 
-def side_by_side(a: Checkpoint, b: Checkpoint, comparison: Comparison) -> Iterator[str]:
-    """A comparison on one screen."""
-    yield from columns([("A", a.name, size(a)), ("B", b.name, size(b))])
+def describe_comparison(a: Checkpoint, b: Checkpoint, comparison: Comparison) -> Iterator[str]:
+    """Describe a comparison of two models on one screen."""
+    yield from columns([("A", a.name, describe_size(a)), ("B", b.name, describe_size(b))])
     yield ""
     yield from columns(list(comparison.findings.items()))
     if comparison.parts:
         rows = [("weights", "‖A − B‖ ÷ ‖A‖", "cosine", "numbers")]
-        for name, near in (*spread(list(comparison.parts.items()), PARTS), ("all matrices", comparison.whole)):
-            if near is not None:
-                rows.append((name, f"{near.distance:.3g}", f"{near.cosine:.3f}", f"{near.elements:,}"))
+        layers = spread(list(comparison.parts.items()), COMPARED_LAYERS)
+        for name, nearness in (*layers, ("all matrices", comparison.whole)):
+            if nearness is not None:
+                rows.append((name, f"{nearness.distance:.3g}", f"{nearness.cosine:.3f}", f"{nearness.elements:,}"))
         yield ""
         yield from columns(rows, right=(1, 2, 3))
     if comparison.standings:
         families: dict[str, list[Standing]] = {}
         for name, standing in comparison.standings.items():
             families.setdefault(family_of(name), []).append(standing)
-        table = [("symmetry", "looked at", "units", "best where they are", "by chance", "identity ÷ best")]
-        for name, those in families.items():
-            units, own, chance = (sum(getattr(s, what) for s in those) for what in ("units", "own", "chance"))
-            worth = f"{sum(s.ratio for s in those) / len(those):.2f}"
-            table.append((name, str(len(those)), str(units), f"{own / units:.0%}", f"{chance / units:.0%}", worth))
+        table = [("symmetry", "compared", "units", "best in place", "by chance", "identity ÷ best")]
+        for name, standings in families.items():
+            units, own, chance = (sum(getattr(s, field) for s in standings) for field in ("units", "own", "chance"))
+            ratio = f"{sum(s.ratio for s in standings) / len(standings):.2f}"
+            table.append((name, str(len(standings)), str(units), f"{own / units:.0%}", f"{chance / units:.0%}", ratio))
         yield ""
         yield from columns(table, right=(1, 2, 3, 4, 5))
     yield f"\nverdict: {comparison.advice}"
@@ -167,45 +171,39 @@ def side_by_side(a: Checkpoint, b: Checkpoint, comparison: Comparison) -> Iterat
         yield f"         {command}"
 
 
-def symmetries(spec: Spec, every: bool) -> Iterator[str]:
-    """The symmetries as a table, those of one family (`ff.0`, `ff.1`, …) in one line."""
+def describe_symmetries(spec: Spec, every: bool) -> Iterator[str]:
+    """Describe symmetries in a table, with one line per family (`ff.0`, `ff.1`, …) unless `every` one is asked for."""
     families: dict[tuple[str, str, str], list[str]] = {}
     for name, symmetry in spec.symmetries.items():
         family, group = name, symmetry.group
         if not every:
             family, group = family_of(name), family_of(symmetry.group)
         families.setdefault((family, group if symmetry.moves else "held", str(symmetry.size)), []).append(name)
-    rows = [("symmetry", "group", "size", "how many", "tensors each", "such as")]
-    for (family, group, n), names in families.items():
+    rows = [("symmetry", "group", "size", "count", "tensors each", "example")]
+    for (family, group, size), names in families.items():
         tensors = [t for t in spec.tensors if names[0] in t.names]
-        rows.append((family, group, n, str(len(names)), str(len(tensors)), tensors[0].key))
+        rows.append((family, group, size, str(len(names)), str(len(tensors)), tensors[0].key))
     yield from columns(rows, right=(2, 3, 4))
-    for name, why in spec.table.reasons.items():
+    for name, reason in spec.table.reasons.items():
         if name in spec.free:
-            yield f"{name} is only permuted: {why}"
+            yield f"{name} is only permuted: {reason}"
 
 
-def held(spec: Spec) -> Iterator[str]:
-    """Why the axes that do not move are held, those of one reason in one line."""
+def describe_held_axes(spec: Spec) -> Iterator[str]:
+    """Describe in a table why axes are held, with one line per reason."""
     reasons: dict[str, list[str]] = {}
     for key, axes in spec.pins.items():
-        for why in axes:
-            if why is not None:
-                reasons.setdefault(family_of(why), []).append(key)
+        for reason in axes:
+            if reason is not None:
+                reasons.setdefault(family_of(reason), []).append(key)
     if not reasons:
         return
-    rows = [("held because of", "axes", "such as")]
-    rows += [(why, str(len(keys)), keys[0]) for why, keys in reasons.items()]
+    rows = [("held because of", "axes", "example")]
+    rows += [(reason, str(len(keys)), keys[0]) for reason, keys in reasons.items()]
     yield ""
     yield from columns(rows, right=(1,))
 
 
-def size(checkpoint: Checkpoint) -> str:
-    """How many tensors, how large: `147 tensors, 1.0 GB`."""
-    return f"{len(checkpoint.parts)} tensors, {amount(sum(part.nbytes for part in checkpoint.parts.values()))}"
-
-
-def amount(total: int) -> str:
-    """Bytes: `1.0 GB`."""
-    unit, scale = ("GB", 1e9) if total >= 1e9 else ("MB", 1e6) if total >= 1e6 else ("kB", 1e3)
-    return f"{total / scale:.1f} {unit}"
+def describe_size(checkpoint: Checkpoint) -> str:
+    """Return the number and size of the tensors of a model: `147 tensors, 1.0 GB`."""
+    return f"{len(checkpoint.parts)} tensors, {byte_size(sum(part.nbytes for part in checkpoint.parts.values()))}"

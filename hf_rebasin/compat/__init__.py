@@ -1,1 +1,1 @@
-"""The interfaces of the two rebasin packages, on our own solvers."""
+"""The interfaces of the two rebasin packages, implemented with our own solvers."""

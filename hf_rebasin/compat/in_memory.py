@@ -1,74 +1,73 @@
-"""Modules as they stand in memory, with all their parameters and buffers: merged into a copy, or written in place."""
+"""Merge or overwrite torch modules in memory, with all their parameters and buffers, stored or not."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..alignment.correspondence import lined_up
+from ..alignment.correspondence import match_keys
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.model_classes import copied
-from ..errors import OptionError, some
-from ..merging.merge import methods_with
-
-Device: TypeAlias = torch.device | str | None
+from ..checkpoints.model_classes import copy_module
+from ..errors import OptionError, listed
+from ..merging.parameters import resolve_method
 
 
 def refuse_unless_alike(models: Sequence[nn.Module]) -> None:
-    """Raise OptionError unless there are two modules or more, MismatchError unless all have the tensors of one."""
-    other = [type(model).__name__ for model in models if not isinstance(model, nn.Module)]
-    if other or len(models) < 2:
-        what = f"{some(other)} among them" if other else "nothing to bring together"
-        raise OptionError(f"got {len(models)} models, {what}; give two torch modules or more")
+    """Raise OptionError unless `models` are two or more modules, MismatchError unless their tensors match."""
+    wrong = [type(model).__name__ for model in models if not isinstance(model, nn.Module)]
+    if wrong or len(models) < 2:
+        detail = f" (not modules: {listed(wrong)})" if wrong else ""
+        raise OptionError(f"got {len(models)} models{detail}; give two or more torch modules")
     first, *others = map(Checkpoint.open, models)
     for checkpoint in others:
-        lined_up(first, checkpoint)
+        match_keys(first, checkpoint)
 
 
 @torch.no_grad()
-def merged(models: Sequence[nn.Module], method: str, **knobs: Any) -> nn.Module:
-    """A copy of the first module with its parameters and buffers merged in float64; none of the modules changes.
+def merge_modules(models: Sequence[nn.Module], method: str, **parameters: Any) -> nn.Module:
+    """Return a copy of the first module with the parameters and buffers of all merged into it, in float64.
 
-    `merge` gives a checkpoint, with what a file holds. Here buffers that are not stored count too, and whole numbers
-    are the first module's without a question. What is equal in all stays as it is, be it infinite, as in masks.
+    `merge` makes a checkpoint, of the tensors that a file holds. This also merges buffers that are not stored, and
+    takes integers from the first module without asking. A tensor that is equal in all modules is not touched, even if
+    it is infinite, as in attention masks.
     """
-    out = copied(models[0])
-    found = dict(_in_common(out, *models))
-    merges = methods_with(method, knobs, len(models), found)
-    for name, (place, *tensors) in found.items():
-        wide = torch.promote_types(place.dtype, torch.float64)
-        values = [tensor.to(place.device, wide) for tensor in tensors]
-        if (place.is_floating_point() or place.is_complex()) and not _all_equal(values):
-            place.copy_(merges[name](values))
+    out = copy_module(models[0])
+    shared = dict(_shared_tensors(out, *models))
+    merges = resolve_method(method, parameters).functions_by_key(len(models), shared)
+    for name, (target, *tensors) in shared.items():
+        wide = torch.promote_types(target.dtype, torch.float64)
+        values = [tensor.to(target.device, wide) for tensor in tensors]
+        if (target.is_floating_point() or target.is_complex()) and not _all_equal(values):
+            target.copy_(merges[name](values))
     return out
 
 
 @torch.no_grad()
 def overwrite(target: nn.Module, source: nn.Module) -> None:
-    """Write a module's parameters and buffers into another's own tensors, so whoever holds those sees the change."""
-    for _, (place, tensor) in _in_common(target, source):
-        value = tensor.to(place.device, place.dtype)
-        if not _all_equal([place, value]):  # an expanded buffer cannot be written, and need not be
-            place.copy_(value)
+    """Write the parameters and buffers of `source` into the tensors of `target`; references to these stay valid."""
+    for _, (old, tensor) in _shared_tensors(target, source):
+        new = tensor.to(old.device, old.dtype)
+        if not _all_equal([old, new]):  # an expanded buffer cannot be written to; it is equal, so it need not be
+            old.copy_(new)
 
 
-def _in_common(*modules: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
-    """The parameters and buffers by name: of caches that are not stored, those that all have in one shape.
+def _shared_tensors(*modules: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
+    """Yield each parameter and buffer that all modules have in one shape, by name; a tied tensor under each name.
 
-    A tied tensor comes once for each of its names.
+    Only caches that are not stored may be missing or differ in shape; they are left out.
     """
     first, *others = (
         dict(chain(m.named_parameters(remove_duplicate=False), m.named_buffers(remove_duplicate=False)))
         for m in modules
     )
     for name, tensor in first.items():
-        same = [other[name] for other in others if name in other and other[name].shape == tensor.shape]
-        if len(same) == len(others):
-            yield name, [tensor, *same]
+        matches = [other[name] for other in others if name in other and other[name].shape == tensor.shape]
+        if len(matches) == len(others):
+            yield name, [tensor, *matches]
 
 
 def _all_equal(tensors: Sequence[Tensor]) -> bool:

@@ -1,10 +1,10 @@
-"""Data as a description: which rows of which dataset, made into batches by the model's own tokenizer or processor.
+"""Data by description: which rows of which dataset, made into batches by the model's own tokenizer or processor.
 
     dataset: stanfordnlp/imdb@main
     split: test
     samples: 512
 
-Whatever is wrong with it is said when it is opened, before a model computes anything.
+All errors in a description are reported when data is opened, before a model computes anything.
 """
 
 from __future__ import annotations
@@ -19,42 +19,42 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..errors import CheckpointError, MismatchError, OptionError, some
+from ..errors import CheckpointError, MismatchError, OptionError, listed
 from .dataset import Files, Rows, open_rows
-from .images import images_for, refuse_size
-from .labels import classes_of
-from .tokens import Blocks, Single, Targets, shift_of, tokens_of
+from .images import prepare_images, refuse_wrong_size
+from .labels import make_label_reader
+from .tokens import PackedTexts, TargetTexts, TextRows, find_decoder_shift, load_tokenizer
 
 
 class DataSettings(BaseModel):
-    """Which data, and how much of it.
+    """Which data to use, and how much of it.
 
     Args:
         dataset: an id on the Hub, `id@revision`, a folder (of files, or of images, `imagefolder`), a file, a pattern
             such as `data/*.jsonl`, or with `files` one of `csv`, `json`, `parquet`, `text`, `imagefolder`, `arrow`,
             `webdataset`.
-        name: the configuration, where a dataset has several.
-        files: the files in it: a pattern, several, or `{split: patterns}`.
-        revision: a branch, a tag or a commit on the Hub.
-        split: such as `train`, `validation`, `test`.
-        column: of texts or images; by default the only sensible one.
-        labels: the column of labels; by default `label`, `labels` or `fine_label` where there is one and the model has
-            use for it. `false` leaves labels out.
-        samples: how many rows at most; of language models, which take text in blocks, how many blocks.
-        batch_size: rows or blocks at a time.
-        max_length: tokens of a text or block; by default what tokenizer and model take, 512 at most.
-        seed: of the order of rows and of masked tokens.
-        shuffle: how many rows are held to draw the next one from; 0 takes rows as they come.
-        streaming: read what is needed, when it is; otherwise everything is downloaded and kept first.
+        name: configuration of the dataset, if it has several.
+        files: files of the dataset: a pattern, several, or `{split: patterns}`.
+        revision: branch, tag or commit on the Hub.
+        split: name of a split, such as `train`, `validation`, `test`.
+        column: column of texts or images; by default the only one that makes sense.
+        labels: column of labels; by default `label`, `labels` or `fine_label`, if there is one and the model uses
+            labels. `false` leaves labels out.
+        samples: maximal number of rows, or, for language models, which take text in blocks, of blocks.
+        batch_size: rows or blocks per batch.
+        max_length: maximal tokens of a text or block; by default what tokenizer and model take, 512 at most.
+        seed: seed of the order of rows and of masked tokens.
+        shuffle: size of the buffer of rows that the next one is drawn from; 0 takes rows in their order.
+        streaming: whether rows are read when they are needed; otherwise everything is downloaded and kept first.
 
-    Example: in a recipe, or wherever YAML says data.
+    Example: in a recipe, or wherever data is described in YAML.
 
         dataset: dair-ai/emotion       # 20,000 short texts with one of six labels each
         name: split
         revision: main
         split: validation
         column: text
-        labels: label                  # matched with the model's own by their names
+        labels: label                  # matched with the model's labels by name
         samples: 256                   # 256 = 16 * 16: sixteen batches
         batch_size: 16
         max_length: 64
@@ -87,7 +87,7 @@ class DataSettings(BaseModel):
 
 
 class _Preparation(Protocol):
-    """How rows become a model's inputs: first what a batch is made of, then the batch."""
+    """Makes rows into inputs of a model: first into the units of a batch, then into the batch."""
 
     @property
     def column(self) -> str: ...
@@ -96,12 +96,12 @@ class _Preparation(Protocol):
     @property
     def labelled(self) -> bool: ...
     def units(self, rows: Any) -> Iterator[Any]: ...
-    def batch(self, units: Any, number: int) -> dict[str, Tensor]: ...
+    def make_batch(self, units: Any, number: int) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True, eq=False)
 class Batches:
-    """Inputs of a model's forward pass, on the CPU; every `iter` gives the same ones, from the first.
+    """Inputs of a model's forward pass, on the CPU; every `iter` gives the same batches, from the first.
 
     Example:
         >>> settings = DataSettings(dataset="corpus.txt", batch_size=4, max_length=128)
@@ -118,51 +118,52 @@ class Batches:
 
     @property
     def labelled(self) -> bool:
-        """Whether batches have `labels`, so that a model gives a loss."""
+        """Whether batches have `labels`, so that a model returns a loss."""
         return self.preparation.labelled
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return self.share(0, 1)
+        return self.iter_shard(0, 1)
 
-    def share(self, rank: int, world: int) -> Iterator[dict[str, Tensor]]:
-        """The batches number `rank`, `rank + world`, … of those that `iter` gives.
+    def iter_shard(self, rank: int, world: int) -> Iterator[dict[str, Tensor]]:
+        """Iterate over the batches numbered `rank`, `rank + world`, … of those that `iter` gives.
 
-        Rows of the others are read, but neither tokenised nor decoded. Only where blocks are packed, which begin where
-        the last ends, are all texts tokenised.
+        Rows of the other batches are read, but neither tokenised nor decoded. Only if texts are packed into blocks,
+        each of which starts where the last one ends, are all of them tokenised.
         """
         units = islice(self.preparation.units(self.rows), self.settings.samples)
         for number in count():
-            together = list(islice(units, self.settings.batch_size))
-            if not together:
+            chunk = list(islice(units, self.settings.batch_size))
+            if not chunk:
                 return
             if number % world == rank:
-                yield self.preparation.batch(together, number)
+                yield self.preparation.make_batch(chunk, number)
 
     def describe(self) -> str:
-        """One line for reports."""
-        said = self.settings
-        parts = [said.dataset + (f" at {self.rows.commit}" if self.rows.commit else "")]
-        files = said.files.get(said.split, "") if isinstance(said.files, Mapping) else said.files
-        parts += [f"files {files if isinstance(files, str) else some(files)}"] if files else []
-        parts += [f"configuration {said.name}"] if said.name else []
-        parts += [f"split {said.split}", f"column {self.preparation.column}"]
-        parts += [f"shuffled by {said.shuffle} with seed {said.seed}"] if said.shuffle else []
+        """Describe the data in one line, for reports."""
+        settings = self.settings
+        parts = [settings.dataset + (f" at {self.rows.commit}" if self.rows.commit else "")]
+        files = settings.files
+        files = files.get(settings.split, "") if isinstance(files, Mapping) else files
+        parts += [f"files {files if isinstance(files, str) else listed(files)}"] if files else []
+        parts += [f"configuration {settings.name}"] if settings.name else []
+        parts += [f"split {settings.split}", f"column {self.preparation.column}"]
+        parts += [f"shuffled by {settings.shuffle} with seed {settings.seed}"] if settings.shuffle else []
         labelled = "labelled" if self.labelled else "without labels"
-        return f"{', '.join(parts)}: at most {said.samples} {self.preparation.unit}, {labelled}"
+        return f"{', '.join(parts)}: at most {settings.samples} {self.preparation.unit}, {labelled}"
 
 
 def open_data(settings: DataSettings, checkpoint: Checkpoint, *, token: str | None = None) -> Batches:
-    """Open data for a model, and make the first batch of it.
+    """Open data for a model, and check it by making the first batch.
 
     Args:
-        settings: which data.
-        checkpoint: of the model, with its tokenizer or image processor in its folder.
-        token: for the Hub.
+        settings: which data to open.
+        checkpoint: checkpoint of the model, with its tokenizer or image processor in its folder.
+        token: access token for the Hub.
 
     Raises:
         OptionError: no such dataset, revision, configuration, split or column; rows that cannot be read, or none.
-        CheckpointError: a model without a tokenizer or image processor, or of no known class.
-        MismatchError: data and model do not fit: tokens, labels, channels or sizes of images.
+        CheckpointError: a model without a tokenizer or image processor, or of an unknown class.
+        MismatchError: data that does not fit the model: tokens, labels, channels or sizes of images.
 
     Example: 1024 = 64 * 16 rows by default.
 
@@ -170,7 +171,7 @@ def open_data(settings: DataSettings, checkpoint: Checkpoint, *, token: str | No
         >>> len(list(batches))
         64
     """
-    kind = _kind(checkpoint)
+    kind = _input_kind(checkpoint)
     rows = open_rows(
         settings.dataset,
         name=settings.name,
@@ -182,70 +183,75 @@ def open_data(settings: DataSettings, checkpoint: Checkpoint, *, token: str | No
         seed=settings.seed,
         token=token,
     )
-    column = rows.column(settings.column, kind)
-    prepare = _images if kind == "image" else _texts
+    column = rows.choose_column(settings.column, kind)
+    prepare = _prepare_images if kind == "image" else _prepare_texts
     batches = Batches(settings, rows, prepare(settings, checkpoint, rows, column))
     first = next(iter(batches), None)
     if first is None:
-        raise OptionError(f"column {column!r} of {settings.dataset} has no text but empty ones")
+        raise OptionError(f"column {column!r} of {settings.dataset} has only empty texts")
     if "pixel_values" in first:
-        refuse_size(checkpoint, first["pixel_values"])
+        refuse_wrong_size(checkpoint, first["pixel_values"])
     return batches
 
 
-def _kind(checkpoint: Checkpoint) -> Literal["text", "image"]:
-    """What a model takes."""
+def _input_kind(checkpoint: Checkpoint) -> Literal["text", "image"]:
+    """Tell which kind of input a model takes."""
     if checkpoint.config is None or checkpoint.owner is None:
         raise CheckpointError(
-            f"{checkpoint.name} has no class that transformers knows, so what it takes is not known; give batches"
+            f"{checkpoint.name} has no class that transformers knows, so its inputs are not known; give batches"
         )
-    takes = signature(checkpoint.owner.forward).parameters
-    text, image = "input_ids" in takes, "pixel_values" in takes
+    parameters = signature(checkpoint.owner.forward).parameters
+    text, image = "input_ids" in parameters, "pixel_values" in parameters
     if text == image:
         both = "text and images together" if text else "neither text nor images"
         raise MismatchError(f"{checkpoint.owner.__name__} takes {both}; give batches")
     return "text" if text else "image"
 
 
-def _images(settings: DataSettings, checkpoint: Checkpoint, rows: Rows, column: str) -> _Preparation:
-    labels = _labels(settings, checkpoint, rows, column, checkpoint.owner.__name__.endswith("ForImageClassification"))
-    classes = None if labels is None else classes_of(checkpoint.config, rows, labels)
-    return images_for(checkpoint, rows, column, classes)
+def _prepare_images(settings: DataSettings, checkpoint: Checkpoint, rows: Rows, column: str) -> _Preparation:
+    classifies = checkpoint.owner.__name__.endswith("ForImageClassification")
+    labels = _choose_labels(settings, checkpoint, rows, column, classifies)
+    reader = None if labels is None else make_label_reader(checkpoint.config, rows, labels)
+    return prepare_images(checkpoint, rows, column, reader)
 
 
-def _texts(settings: DataSettings, checkpoint: Checkpoint, rows: Rows, column: str) -> _Preparation:
+def _prepare_texts(settings: DataSettings, checkpoint: Checkpoint, rows: Rows, column: str) -> _Preparation:
     owner = checkpoint.owner.__name__
     masked = owner.endswith("ForMaskedLM")
     if masked or owner.endswith(("ForCausalLM", "LMHeadModel")):
         if settings.labels:
             raise OptionError(f"{owner} predicts its own text and takes no column of labels; leave out labels")
         labelled = settings.labels is not False
-        tokens = tokens_of(checkpoint, settings.max_length, "mask" if masked and labelled else "")
-        return Blocks(tokens, column, labelled, masked, settings.seed)
-    several = settings.batch_size > 1
+        tokenizer = load_tokenizer(checkpoint, settings.max_length, "mask" if masked and labelled else "")
+        return PackedTexts(tokenizer=tokenizer, column=column, labelled=labelled, masked=masked, seed=settings.seed)
+    padded = settings.batch_size > 1
     classifies, translates = owner.endswith("ForSequenceClassification"), owner.endswith("ForConditionalGeneration")
-    labels = _labels(settings, checkpoint, rows, column, classifies or translates)
+    labels = _choose_labels(settings, checkpoint, rows, column, classifies or translates)
     if translates and settings.labels is None and labels and rows.kinds[labels] != "text":
-        labels = None  # classes, which are nothing to say
-    tokens = tokens_of(checkpoint, settings.max_length, "pad" if several else "")
-    if classifies and several and getattr(checkpoint.config, "pad_token_id", None) is None:
+        labels = None  # classes, which cannot be generated
+    tokenizer = load_tokenizer(checkpoint, settings.max_length, "pad" if padded else "")
+    if classifies and padded and getattr(checkpoint.config, "pad_token_id", None) is None:
         raise CheckpointError(
             f"{checkpoint.name} does not say which token fills up rows (pad_token_id in config.json), so {owner} "
             "cannot tell where a text ends; name one, or take one row at a time (batch_size: 1)"
         )
     if labels is None:
-        return Single(tokens, column, shift=shift_of(checkpoint))
+        return TextRows(tokenizer=tokenizer, column=column, shift=find_decoder_shift(checkpoint))
     if classifies:
-        return Single(tokens, column, classes_of(checkpoint.config, rows, labels))
-    return Single(tokens, column, Targets(tokens, rows.column(labels, "text")))
+        reader = make_label_reader(checkpoint.config, rows, labels)
+        return TextRows(tokenizer=tokenizer, column=column, labels=reader)
+    targets = TargetTexts(tokenizer, rows.choose_column(labels, "text"))
+    return TextRows(tokenizer=tokenizer, column=column, labels=targets)
 
 
-def _labels(settings: DataSettings, checkpoint: Checkpoint, rows: Rows, column: str, useful: bool) -> str | None:
-    """The column of labels, if there are any."""
+def _choose_labels(
+    settings: DataSettings, checkpoint: Checkpoint, rows: Rows, column: str, useful: bool
+) -> str | None:
+    """Choose the column of labels, if there is one."""
     if settings.labels:
         if not useful:
             raise OptionError(f"{checkpoint.owner.__name__} has no use for labels ({settings.labels}); leave them out")
         rows.refuse_missing(settings.labels)
         return settings.labels
-    found = rows.label_column() if useful and settings.labels is None else None
-    return None if found == column else found
+    labels = rows.find_label_column() if useful and settings.labels is None else None
+    return None if labels == column else labels

@@ -1,6 +1,6 @@
-"""Rows of a dataset: where they are, which split, which column; streamed, and the same each time they are read.
+"""Rows of a dataset: finding them, and choosing split and columns; they are streamed, and the same in every pass.
 
-Images stay bytes until somebody asks for them, so passing over a row costs next to nothing.
+Images are decoded only on demand, so skipping a row costs next to nothing.
 """
 
 from __future__ import annotations
@@ -13,31 +13,31 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ..errors import OptionError, nearest, some
+from ..errors import OptionError, listed, nearest
 
-Row: TypeAlias = dict[str, Any]
+DatasetRow: TypeAlias = dict[str, Any]
 Files: TypeAlias = str | tuple[str, ...] | Mapping[str, str | tuple[str, ...]]
 
-READERS = ("arrow", "csv", "imagefolder", "json", "parquet", "text", "webdataset")
-LABELS = ("label", "labels", "fine_label")
-CONTENTS = {
+FILE_READERS = ("arrow", "csv", "imagefolder", "json", "parquet", "text", "webdataset")
+LABEL_COLUMNS = ("label", "labels", "fine_label")
+CONTENT_COLUMNS = {
     "text": ("text", "sentence", "content", "document", "review", "sms", "tweet"),
     "image": ("image", "img", "picture", "pixel_values", "jpg", "png"),
 }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Rows:
-    """What a dataset holds in one split; every `iter` begins anew.
+    """The rows of one split of a dataset; every `iter` starts from the first.
 
     Args:
-        name: what messages call it.
-        stream: of `datasets`, with images left undecoded.
-        kinds: `{column: "text", "image", or what else it holds}`.
-        features: `{column: its type in datasets}`; empty where files do not say.
-        repository: its id on the Hub; None for local files.
-        commit: of the repository; None for local files, and offline where the cache does not say.
-        tokens: `{repository: token}` for images that lie there one by one.
+        name: name of the dataset in messages.
+        stream: dataset of `datasets`, with images not decoded.
+        kinds: `{column: "text", "image", or another type}`.
+        features: `{column: its feature in datasets}`; empty if the files do not declare any.
+        repository: id on the Hub; None for local files.
+        commit: commit of the repository; None for local files, and if offline the cache does not tell.
+        tokens: `{repository: token}` for images that are separate files there.
     """
 
     name: str
@@ -48,53 +48,55 @@ class Rows:
     commit: str | None = None
     tokens: Mapping[str, str] = field(default_factory=dict, repr=False)
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[DatasetRow]:
         return iter(self.stream)
 
-    def column(self, named: str | None, kind: str) -> str:
-        """The column of texts or images: the one that is named, else the only sensible one.
+    def choose_column(self, column: str | None, kind: str) -> str:
+        """Return the column of texts or images: the given one, or else the only one that makes sense.
 
         Raises:
-            OptionError: no such column, one of something else, or several that it could be.
+            OptionError: no such column, one of another kind, or several candidates.
         """
-        if named is not None:
-            self.refuse_missing(named)
-            if self.kinds[named] != kind:
+        if column is not None:
+            self.refuse_missing(column)
+            if self.kinds[column] != kind:
                 raise OptionError(
-                    f"column {named!r} of {self.name} holds {self.kinds[named]}, and the model takes {kind}"
+                    f"column {column!r} of {self.name} holds {self.kinds[column]}, and the model takes {kind}"
                 )
-            return named
-        possible = [column for column, held in self.kinds.items() if held == kind and column not in LABELS]
-        usual = [column for column in possible if column.lower() in CONTENTS[kind]]
+            return column
+        possible = [name for name, held in self.kinds.items() if held == kind and name not in LABEL_COLUMNS]
+        usual = [name for name in possible if name.lower() in CONTENT_COLUMNS[kind]]
         if len(usual or possible) != 1:
-            held = ", ".join(f"{column} ({what})" for column, what in self.kinds.items())
-            which = f"several columns of {kind}" if possible else f"no column of {kind}, which the model takes"
-            raise OptionError(f"{self.name} has {which}; say which is meant (column) of {held}")
+            columns = ", ".join(f"{name} ({held})" for name, held in self.kinds.items())
+            problem = f"several columns of {kind}" if possible else f"no column of {kind}, which the model takes"
+            raise OptionError(f"{self.name} has {problem}; say which is meant (column) of {columns}")
         return (usual or possible)[0]
 
-    def label_column(self) -> str | None:
-        """The column with a usual name for labels, if there is one.
+    def find_label_column(self) -> str | None:
+        """Return the column with a usual name for labels, if there is one.
 
         Raises:
             OptionError: there are several.
         """
-        found = [column for column in LABELS if column in self.kinds]
-        if len(found) > 1:
-            raise OptionError(f"{self.name} has several columns of labels; say which is meant (labels): {some(found)}")
-        return found[0] if found else None
+        columns = [column for column in LABEL_COLUMNS if column in self.kinds]
+        if len(columns) > 1:
+            raise OptionError(
+                f"{self.name} has several columns of labels; say which is meant (labels): {listed(columns)}"
+            )
+        return columns[0] if columns else None
 
     def refuse_missing(self, column: str) -> None:
-        """Raise OptionError for a column that there is not."""
+        """Raise OptionError for a column that does not exist."""
         if column not in self.kinds:
             raise OptionError(f"{self.name} has no column {column!r}{nearest(column, self.kinds)}")
 
-    def image(self, value: Any) -> Any:
-        """A PIL image of what a column of images holds."""
+    def decode_image(self, value: Any) -> Any:
+        """Decode a value of a column of images to a PIL image."""
         import datasets
 
         try:
             return datasets.Image().decode_example(value, token_per_repo_id=dict(self.tokens))
-        except Exception as error:  # whatever the code reading it stumbles on
+        except Exception as error:  # decoders raise errors of any type
             path = value.get("path") if isinstance(value, dict) else None
             raise OptionError(f"an image of {self.name} ({path or 'no name'}) cannot be read: {error}") from error
 
@@ -111,17 +113,19 @@ def open_rows(
     seed: int = 0,
     token: str | None = None,
 ) -> Rows:
-    """Open a dataset and read its first rows; the arguments are those of `hf_rebasin.data.batches.DataSettings`.
+    """Open a dataset and read its first rows.
+
+    The arguments are the fields of `hf_rebasin.data.batches.DataSettings`, and a token for the Hub.
 
     Raises:
         OptionError: no such dataset, revision, configuration or split; files that cannot be read, or without rows.
     """
-    place = _place(dataset, files, revision, token)
-    found = _saved(dataset, name, place) or _splits(dataset, name, place, streaming, token)
-    if split not in found:
-        raise OptionError(f"{dataset} has no split {split!r}{nearest(split, found)}")
-    stream = found[split]
-    if hasattr(stream, "to_iterable_dataset"):  # it is not streamed already
+    source = _locate(dataset, files, revision, token)
+    splits = _load_saved(dataset, name, source) or _load_splits(dataset, name, source, streaming, token)
+    if split not in splits:
+        raise OptionError(f"{dataset} has no split {split!r}{nearest(split, splits)}")
+    stream = splits[split]
+    if hasattr(stream, "to_iterable_dataset"):  # it is not a stream already
         stream = stream.to_iterable_dataset()
     if stream.features is not None:
         stream = stream.decode(False)
@@ -129,20 +133,26 @@ def open_rows(
         stream = stream.shuffle(seed=seed, buffer_size=shuffle)
     try:
         first = list(islice(iter(stream), 16))
-    except Exception as error:  # a broken file raises whatever the code reading it stumbles on
-        raise OptionError(f"{dataset} cannot be read: {_line(error)}") from error
+    except Exception as error:  # broken files raise errors of any type
+        raise OptionError(f"{dataset} cannot be read: {_one_line(error)}") from error
     if not first:
         raise OptionError(f"split {split!r} of {dataset} has no rows")
     features = dict(stream.features or {})
-    kinds = {column: _kind(features.get(column), [row.get(column) for row in first]) for column in first[0]}
-    tokens = {place.repository: token} if place.repository and token else {}
-    commit = place.commit or _in_the_cache(dataset, name, place)
-    return Rows(dataset, stream, kinds, features, place.repository, commit, tokens)
+    kinds = {column: _column_kind(features.get(column), [row.get(column) for row in first]) for column in first[0]}
+    return Rows(
+        name=dataset,
+        stream=stream,
+        kinds=kinds,
+        features=features,
+        repository=source.repository,
+        commit=source.commit or _find_cached_commit(dataset, name, source),
+        tokens={source.repository: token} if source.repository and token else {},
+    )
 
 
-@dataclass(frozen=True)
-class _Place:
-    """What `load_dataset` is told."""
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """Arguments of `datasets.load_dataset`, and where on the Hub the rows are from."""
 
     path: str
     files: Any = None
@@ -151,52 +161,60 @@ class _Place:
     commit: str | None = None
 
 
-def _place(dataset: str, files: Files | None, revision: str | None, token: str | None) -> _Place:
+def _locate(dataset: str, files: Files | None, revision: str | None, token: str | None) -> _Source:
     local = Path(dataset).expanduser()
     globbed = glob.has_magic(dataset) and not local.exists()
     if local.exists() or globbed:
         if revision is not None:
-            raise OptionError(f"{dataset} is here and has no revision {revision!r}; only what is on the Hub has")
+            raise OptionError(
+                f"{dataset} is a local path and has no revision {revision!r}; only datasets on the Hub have one"
+            )
         if local.is_dir():
-            return _Place(str(local.absolute()), _patterns(files))
+            return _Source(path=str(local.absolute()), files=_data_files(files))
         if files is not None:
-            raise OptionError(f"{dataset} names files already; say them there or in files, not in both")
-        return _Place(*_file_or_glob(dataset, local, globbed))
-    if "/" not in dataset and dataset in READERS:
+            raise OptionError(f"{dataset} names files already; give them there or in files, not in both")
+        folder, pattern = _split_pattern(dataset, local, globbed)
+        return _Source(path=folder, files=pattern)
+    if "/" not in dataset and dataset in FILE_READERS:
         if files is None:
             raise OptionError(f"{dataset} reads files; say which (files)")
-        return _Place(dataset, _patterns(files))
-    repository, at, said = dataset.rpartition("@")
+        return _Source(path=dataset, files=_data_files(files))
+    before, at, after = dataset.rpartition("@")
     if at and revision is not None:
-        raise OptionError(f"{dataset} has a revision, and {revision!r} is said, too; say one of them")
-    repository = repository if at else dataset
-    wanted = said if at else revision
-    return _Place(repository, _patterns(files), repository, wanted, _commit(repository, wanted, token))
+        raise OptionError(f"{dataset} has a revision, and {revision!r} is given, too; give only one of them")
+    repository, revision = (before, after) if at else (dataset, revision)
+    return _Source(
+        path=repository,
+        files=_data_files(files),
+        repository=repository,
+        revision=revision,
+        commit=_find_commit(repository, revision, token),
+    )
 
 
-def _file_or_glob(dataset: str, local: Path, globbed: bool) -> tuple[str, str]:
-    """The folder it is in, and the pattern from there."""
+def _split_pattern(dataset: str, local: Path, globbed: bool) -> tuple[str, str]:
+    """Split a file or pattern into its folder and the pattern within it."""
     if not globbed:
         return str(local.absolute().parent), glob.escape(local.name)
     parts = local.parts
     fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
     folder = Path(*parts[:fixed])
-    if not any(Path(found).is_file() for found in glob.iglob(str(local), recursive=True)):
+    if not any(Path(path).is_file() for path in glob.iglob(str(local), recursive=True)):
         raise OptionError(f"{dataset} matches no file")
     return str(folder.absolute()), str(Path(*parts[fixed:]))
 
 
-def _patterns(files: Files | None) -> Any:
-    """What `datasets` calls data_files; of a folder, all that is in it."""
+def _data_files(files: Files | None) -> Any:
+    """Return the `data_files` argument of `datasets`; a folder stands for everything in it."""
     if isinstance(files, Mapping):
-        return {split: _patterns(those) for split, those in files.items()}
+        return {split: _data_files(patterns) for split, patterns in files.items()}
     if isinstance(files, str):
         return str(Path(files) / "**") if Path(files).is_dir() else files
-    return None if files is None else [_patterns(one) for one in files]
+    return None if files is None else [_data_files(pattern) for pattern in files]
 
 
-def _commit(repository: str, revision: str | None, token: str | None) -> str | None:
-    """The commit of a repository on the Hub; None where the Hub is not asked, because this is offline."""
+def _find_commit(repository: str, revision: str | None, token: str | None) -> str | None:
+    """Ask the Hub for the commit of a repository; None when offline."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import OfflineModeIsEnabled, RevisionNotFoundError
 
@@ -206,9 +224,9 @@ def _commit(repository: str, revision: str | None, token: str | None) -> str | N
         return None
     except RevisionNotFoundError as error:
         raise OptionError(f"the dataset {repository} has no revision {revision!r} on the Hub") from error
-    except Exception as error:  # of the Hub, of a connection, of a name that cannot be one
-        beside = Path(repository).parent
-        known = [*READERS, *(str(beside / path.name) for path in (beside.iterdir() if beside.is_dir() else ()))]
+    except Exception as error:  # from the Hub, the connection, or an impossible name
+        parent = Path(repository).parent
+        known = [*FILE_READERS, *(str(parent / path.name) for path in (parent.iterdir() if parent.is_dir() else ()))]
         close = nearest(repository, known)
         raise OptionError(
             f"{repository!r} is neither a file or folder here nor a dataset on the Hub that can be read "
@@ -216,70 +234,74 @@ def _commit(repository: str, revision: str | None, token: str | None) -> str | N
         ) from error
 
 
-def _in_the_cache(dataset: str, name: str | None, place: _Place) -> str | None:
-    """Offline, the commit that the rows are of: `datasets` takes what it loaded last, whatever is asked for."""
-    if place.repository is None:
+def _find_cached_commit(dataset: str, name: str | None, source: _Source) -> str | None:
+    """Find the commit that rows are of when offline: `datasets` takes what it loaded last, whatever is asked for."""
+    if source.repository is None:
         return None
     import datasets
     from huggingface_hub import resolve_revision
     from huggingface_hub.errors import RevisionResolutionError
 
-    hashed = datasets.load_dataset_builder(place.path, name, data_files=place.files).hash or ""
+    hashed = datasets.load_dataset_builder(source.path, name, data_files=source.files).hash or ""
     commit = hashed if re.fullmatch("[0-9a-f]{40}", hashed) else None
-    if place.revision is None:
+    if source.revision is None:
         return commit
     try:
         wanted = resolve_revision(
-            place.repository, repo_type="dataset", revision=place.revision, local_files_only=True
+            source.repository, repo_type="dataset", revision=source.revision, local_files_only=True
         ).resolved
-    except RevisionResolutionError:  # a branch or tag that nobody asked the Hub for
+    except RevisionResolutionError:  # a branch or tag that was never resolved online
         return commit
     if wanted != commit:
         raise OptionError(
-            f"{dataset} at {place.revision} ({wanted}) is not in the cache of datasets, which has "
+            f"{dataset} at {source.revision} ({wanted}) is not in the cache of datasets, which has "
             f"{commit or 'a version of it that it does not name'}, and this is offline (HF_HUB_OFFLINE is set)"
         )
     return commit
 
 
-def _saved(dataset: str, name: str | None, place: _Place) -> Mapping[str, Any] | None:
-    """The splits of what `save_to_disk` of `datasets` wrote; None where a folder is something else."""
-    if not any((Path(place.path) / file).is_file() for file in ("dataset_dict.json", "state.json")):
+def _load_saved(dataset: str, name: str | None, source: _Source) -> Mapping[str, Any] | None:
+    """Load the splits that `save_to_disk` of `datasets` wrote; None if the path is not such a folder."""
+    if not any((Path(source.path) / file).is_file() for file in ("dataset_dict.json", "state.json")):
         return None
-    if name is not None or place.files is not None:
+    if name is not None or source.files is not None:
         raise OptionError(f"{dataset} was written by save_to_disk and has no configurations or files to choose from")
     import datasets
 
-    saved = datasets.load_from_disk(place.path)
+    saved = datasets.load_from_disk(source.path)
     return dict(saved) if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
 
 
-def _splits(dataset: str, name: str | None, place: _Place, streaming: bool, token: str | None) -> Mapping[str, Any]:
+def _load_splits(
+    dataset: str, name: str | None, source: _Source, streaming: bool, token: str | None
+) -> Mapping[str, Any]:
     import datasets
 
-    said: dict[str, Any] = {"data_files": place.files, "revision": place.commit, "token": token}
+    options: dict[str, Any] = {"data_files": source.files, "revision": source.commit, "token": token}
     try:
-        return dict(datasets.load_dataset(place.path, name, streaming=streaming, **said))
-    except Exception as error:  # of datasets, of the Hub, of a connection, of a file
+        return dict(datasets.load_dataset(source.path, name, streaming=streaming, **options))
+    except Exception as error:  # from datasets, the Hub, the connection, or a file
         if isinstance(error, ValueError):
-            known = datasets.get_dataset_config_names(place.path, **said)
+            known = datasets.get_dataset_config_names(source.path, **options)
             if name is not None and name not in known:
                 raise OptionError(f"{dataset} has no configuration {name!r} (name){nearest(name, known)}") from error
             if name is None and len(known) > 1:
-                raise OptionError(f"{dataset} has several configurations; say which (name): {some(known)}") from error
-        raise OptionError(f"{dataset} cannot be opened: {_line(error)}") from error
+                raise OptionError(
+                    f"{dataset} has several configurations; say which (name): {listed(known)}"
+                ) from error
+        raise OptionError(f"{dataset} cannot be opened: {_one_line(error)}") from error
 
 
-def _line(error: BaseException) -> str:
-    """An error of somebody else's, and what it was caused by, cut to a line."""
+def _one_line(error: BaseException) -> str:
+    """Format the root cause of an error as one short line."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}{'…' * (len(text) > 200)}"
 
 
-def _kind(feature: Any, values: Sequence[Any]) -> str:
-    """What a column holds, by its type in `datasets`, else by its first values."""
+def _column_kind(feature: Any, values: Sequence[Any]) -> str:
+    """Tell the kind of a column by its feature in `datasets`, or else by its first values."""
     kind = type(feature).__name__
     if kind == "Image":
         return "image"
@@ -287,5 +309,5 @@ def _kind(feature: Any, values: Sequence[Any]) -> str:
         return "text" if "string" in feature.dtype else str(feature.dtype)
     if feature is not None:
         return kind
-    found = sorted({type(value).__name__ for value in values if value is not None})
-    return "text" if found == ["str"] else " or ".join(found) or "nothing"
+    types = sorted({type(value).__name__ for value in values if value is not None})
+    return "text" if types == ["str"] else " or ".join(types) or "nothing"

@@ -1,4 +1,4 @@
-"""Images as a model takes them."""
+"""Images of rows as inputs of a model."""
 
 from __future__ import annotations
 
@@ -10,56 +10,56 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.model_classes import without_weights
-from ..errors import CheckpointError, MismatchError, some
-from .dataset import Row, Rows
+from ..checkpoints.model_classes import build_without_weights
+from ..errors import CheckpointError, MismatchError, listed
+from .dataset import DatasetRow, Rows
 
-GREY = ("1", "L", "I", "F", "I;16")
+GREYSCALE_MODES = ("1", "L", "I", "F", "I;16")
 
 
-@dataclass(frozen=True)
-class Images:
-    """One image a row.
+@dataclass(frozen=True, kw_only=True)
+class ImageRows:
+    """Batches of one image per row.
 
     Args:
-        rows: which decode them.
-        column: of the rows.
-        processor: the model's own.
-        channels: that the model takes; None where it does not say.
-        labels: of rows.
+        rows: rows that the images are from.
+        column: column of the images.
+        processor: image processor of the model.
+        channels: number of channels that the model takes; None if its configuration does not say.
+        labels: function that reads the labels of rows; None for batches without labels.
     """
 
     rows: Rows = field(repr=False)
     column: str
     processor: Any = field(repr=False)
     channels: int | None
-    labels: Callable[[Sequence[Row]], Tensor] | None = None
+    labels: Callable[[Sequence[DatasetRow]], Tensor] | None = None
     unit = "rows"
 
     @property
     def labelled(self) -> bool:
         return self.labels is not None
 
-    def units(self, rows: Iterable[Row]) -> Iterator[Row]:
+    def units(self, rows: Iterable[DatasetRow]) -> Iterator[DatasetRow]:
         return iter(rows)
 
-    def batch(self, rows: Sequence[Row], _number: int) -> dict[str, Tensor]:
-        """`pixel_values` (rows, channels, height, width), and `labels`."""
-        images = [self._fitting(self.rows.image(row[self.column])) for row in rows]
+    def make_batch(self, rows: Sequence[DatasetRow], _number: int) -> dict[str, Tensor]:
+        """Make `pixel_values` (rows, channels, height, width), and `labels`."""
+        images = [self._with_channels(self.rows.decode_image(row[self.column])) for row in rows]
         try:
             pixels = self.processor(images, return_tensors="pt")["pixel_values"]
         except (ValueError, TypeError, RuntimeError) as error:
             kinds = sorted({f"{image.width}x{image.height} {image.mode}" for image in images})
             raise MismatchError(
-                f"the image processor of the model cannot make a batch of images of {some(kinds)}: {error}"
+                f"the image processor of the model cannot make a batch of images of {listed(kinds)}: {error}"
             ) from error
         return {"pixel_values": pixels} | ({"labels": self.labels(rows)} if self.labels else {})
 
-    def _fitting(self, image: Any) -> Any:
-        """With the model's channels, where nothing is lost by it."""
+    def _with_channels(self, image: Any) -> Any:
+        """Convert an image to the model's number of channels, where nothing is lost by it."""
         if self.channels == 3:
             return image.convert("RGB")
-        if self.channels == 1 and image.mode in GREY:
+        if self.channels == 1 and image.mode in GREYSCALE_MODES:
             return image.convert("L") if image.mode == "1" else image
         if self.channels not in (None, len(image.getbands())):
             raise MismatchError(
@@ -69,13 +69,13 @@ class Images:
         return image
 
 
-def images_for(
-    checkpoint: Checkpoint, rows: Rows, column: str, labels: Callable[[Sequence[Row]], Tensor] | None
-) -> Images:
-    """How images are made ready for a model, by the image processor in its folder.
+def prepare_images(
+    checkpoint: Checkpoint, rows: Rows, column: str, labels: Callable[[Sequence[DatasetRow]], Tensor] | None
+) -> ImageRows:
+    """Prepare batches of images with the image processor in a model's folder.
 
     Raises:
-        CheckpointError: no image processor.
+        CheckpointError: no image processor, or one that cannot be loaded.
     """
     from transformers import AutoImageProcessor
 
@@ -86,28 +86,29 @@ def images_for(
         )
     try:
         processor = AutoImageProcessor.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    except Exception as error:  # a broken file raises whatever the code reading it stumbles on
+    except Exception as error:  # broken files raise errors of any type
         raise CheckpointError(f"the image processor of {checkpoint.name} cannot be loaded: {error}") from error
-    return Images(rows, column, processor, getattr(_seeing(checkpoint), "num_channels", None), labels)
+    channels = getattr(_vision_config(checkpoint), "num_channels", None)
+    return ImageRows(rows=rows, column=column, processor=processor, channels=channels, labels=labels)
 
 
-def _seeing(checkpoint: Checkpoint) -> Any:
-    """The part of a configuration that is about images."""
+def _vision_config(checkpoint: Checkpoint) -> Any:
+    """Return the part of a configuration that describes images."""
     return getattr(checkpoint.config, "vision_config", checkpoint.config)
 
 
-def refuse_size(checkpoint: Checkpoint, pixels: Tensor) -> None:
+def refuse_wrong_size(checkpoint: Checkpoint, pixels: Tensor) -> None:
     """Raise MismatchError for images of a size that the model does not take.
 
-    Some say a size and take any, so where it is another the model is asked, without its weights.
+    Some models configure a size and take any, so where sizes differ, the model is run without its weights.
     """
-    size = getattr(_seeing(checkpoint), "image_size", None)
+    size = getattr(_vision_config(checkpoint), "image_size", None)
     sides = (size, size) if isinstance(size, int) else size
     if sides is None or tuple(sides) == tuple(pixels.shape[-2:]):
         return
     try:
         with torch.no_grad():
-            without_weights(checkpoint.config, len(checkpoint.parts))(pixel_values=pixels.to("meta"))
+            build_without_weights(checkpoint.config, len(checkpoint.parts))(pixel_values=pixels.to("meta"))
     except (ValueError, RuntimeError) as error:
         raise MismatchError(
             f"the image processor of {checkpoint.name} makes images of {tuple(pixels.shape[-2:])}, and the model "

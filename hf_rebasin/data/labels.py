@@ -1,4 +1,4 @@
-"""Labels of rows as the numbers a model means by them: by their strings, where dataset and model both have names."""
+"""Labels of rows as a model's numbers of classes, matched by name where both dataset and model name their labels."""
 
 from __future__ import annotations
 
@@ -9,43 +9,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import MismatchError, OptionError, some
-from .dataset import Row, Rows
+from ..errors import MismatchError, OptionError, listed
+from .dataset import DatasetRow, Rows
 
 
 @dataclass(frozen=True)
-class Classes:
-    """The labels of a column, as a model counts them.
+class ClassLabels:
+    """A reader of labels that returns the model's numbers of classes.
 
     Args:
-        column: of the rows.
+        column: column of the labels.
         known: `{the model's name of a label: its number}`.
-        order: the model's number for each number of the dataset; empty where they are the same.
+        order: the model's number for each number of the dataset; empty if both are the same.
     """
 
     column: str
     known: Mapping[str, int] = field(repr=False)
     order: Sequence[int] = ()
 
-    def __call__(self, rows: Sequence[Row]) -> Tensor:
-        """(rows,) numbers of classes."""
+    def __call__(self, rows: Sequence[DatasetRow]) -> Tensor:
+        """Return the classes of rows, (rows,)."""
         return torch.tensor([self._number(row.get(self.column)) for row in rows])
 
-    def _number(self, said: Any) -> int:
-        if isinstance(said, str):
-            number = _matched([said], self.known)[said]
-            if number is None and said.isdecimal():
-                return self._number(int(said))
+    def _number(self, label: Any) -> int:
+        if isinstance(label, str):
+            number = _match_names([label], self.known)[label]
+            if number is None and label.isdecimal():
+                return self._number(int(label))
             if number is None:
-                raise MismatchError(f"{self._where} {said!r}, and the model's labels are {some(self.known)}")
+                raise MismatchError(f"{self._where} {label!r}, and the model's labels are {listed(self.known)}")
             return number
         count = len(self.order) or len(self.known)
-        if not isinstance(said, int) or not 0 <= said < count:
+        if not isinstance(label, int) or not 0 <= label < count:
             raise MismatchError(
-                f"{self._where} {said!r}, and the labels that the model knows are 0 to {count - 1}; if they are not "
-                "meant, say so (labels: false)"
+                f"{self._where} {label!r}, and the labels that the model knows are 0 to {count - 1}; leave labels "
+                "out if this column is not meant (labels: false)"
             )
-        return self.order[said] if self.order else int(said)
+        return self.order[label] if self.order else int(label)
 
     @property
     def _where(self) -> str:
@@ -53,58 +53,58 @@ class Classes:
 
 
 @dataclass(frozen=True)
-class Amounts:
-    """The numbers of a column that a model with one output is to give."""
+class RegressionTargets:
+    """A reader of the numbers that a model with one output is to predict."""
 
     column: str
 
-    def __call__(self, rows: Sequence[Row]) -> Tensor:
-        """(rows,) numbers."""
-        said = [row.get(self.column) for row in rows]
-        wrong = [one for one in said if not isinstance(one, int | float)]
+    def __call__(self, rows: Sequence[DatasetRow]) -> Tensor:
+        """Return the targets of rows, (rows,)."""
+        values = [row.get(self.column) for row in rows]
+        wrong = [value for value in values if not isinstance(value, int | float)]
         if wrong:
             raise MismatchError(f"column {self.column!r} has {wrong[0]!r}, and the model's one output is a number")
-        return torch.tensor(said, dtype=torch.float32)
+        return torch.tensor(values, dtype=torch.float32)
 
 
-def classes_of(config: Any, rows: Rows, column: str) -> Classes | Amounts:
-    """How the labels of a column are read for a model.
+def make_label_reader(config: Any, rows: Rows, column: str) -> ClassLabels | RegressionTargets:
+    """Make a reader of the labels in a column for a model.
 
     Raises:
-        OptionError: a model of several labels at once.
+        OptionError: a model that predicts several numbers or labels per row.
         MismatchError: labels that are not the model's.
     """
     if getattr(config, "problem_type", None) == "regression" or config.num_labels == 1:
         if config.num_labels == 1:
-            return Amounts(column)
-        raise OptionError(f"the model gives {config.num_labels} numbers a row; go without labels (labels: false)")
+            return RegressionTargets(column)
+        raise OptionError(f"the model gives {config.num_labels} numbers per row; leave labels out (labels: false)")
     if config.problem_type == "multi_label_classification":
-        raise OptionError("the model gives several labels a row; go without labels (labels: false)")
+        raise OptionError("the model gives several labels per row; leave labels out (labels: false)")
     known = {str(label): int(number) for number, label in config.id2label.items()}
     names = getattr(rows.features.get(column), "names", None)
-    return Classes(column, known, () if names is None else _order(rows.name, column, names, known))
+    return ClassLabels(column, known, () if names is None else _match_order(rows.name, column, names, known))
 
 
-def _order(name: str, column: str, names: Sequence[str], known: Mapping[str, int]) -> Sequence[int]:
-    numbers = _matched(names, known)
-    without = [label for label, number in numbers.items() if number is None]
-    if not without:
+def _match_order(name: str, column: str, names: Sequence[str], known: Mapping[str, int]) -> Sequence[int]:
+    numbers = _match_names(names, known)
+    unmatched = [label for label, number in numbers.items() if number is None]
+    if not unmatched:
         return [number for number in numbers.values() if number is not None]
-    if len(without) < len(names):
+    if len(unmatched) < len(names):
         raise MismatchError(
-            f"of the labels of {name} ({column}), {some(map(repr, without))} are not the model's, which are "
-            f"{some(map(repr, known))}; go without labels (labels: false), or take other data"
+            f"of the labels of {name} ({column}), {listed(map(repr, unmatched))} are not the model's, which are "
+            f"{listed(map(repr, known))}; leave labels out (labels: false), or use other data"
         )
     if len(names) != len(known):
         raise MismatchError(
-            f"{name} has {len(names)} labels ({column}: {some(names)}) and the model {len(known)} ({some(known)}), "
-            "and no two are called alike; go without labels (labels: false), or take other data"
+            f"{name} has {len(names)} labels ({column}: {listed(names)}) and the model {len(known)} "
+            f"({listed(known)}), and no names match; leave labels out (labels: false), or use other data"
         )
     return ()
 
 
-def _matched(names: Iterable[str], known: Mapping[str, int]) -> dict[str, int | None]:
-    """The model's numbers of labels, in capitals or not where that is no matter."""
+def _match_names(names: Iterable[str], known: Mapping[str, int]) -> dict[str, int | None]:
+    """Look up the model's numbers of labels, ignoring case if no two of the model's names differ by case only."""
     folded = {label.casefold(): number for label, number in known.items()}
     folded = folded if len(folded) == len(known) else {}
     return {name: known.get(name, folded.get(name.casefold())) for name in names}

@@ -1,4 +1,4 @@
-"""scikit-learn's digits: what the demo trains and measures on, and leaves as a dataset."""
+"""scikit-learn's digits: the data that the demo trains and measures on, and leaves behind as a dataset."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ..errors import OptionError
 
-Batch = dict[str, Tensor]
-GREY = 15  # of 16 shades, in images
+DigitBatch = dict[str, Tensor]
+GREY_PER_SHADE = 15  # grey levels in image files for each of the 16 shades
 
 
 @cache
-def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """((images, labels) to train on, the same to test on): 1297 and 500 images of 8 × 8 pixels in [-1, 1]."""
+def load_splits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Load ((images, labels) for training, the same for testing): 1297 and 500 images of 8 × 8 pixels in [-1, 1]."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -29,28 +29,28 @@ def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return (x[train], y[train]), (x[test], y[test])
 
 
-def training_batches(generator: torch.Generator) -> Iterator[Batch]:
-    """Endless batches of 64 with a little noise on the pixels."""
-    x, y = digits()[0]
+def make_training_batches(generator: torch.Generator) -> Iterator[DigitBatch]:
+    """Iterate endlessly over random batches of 64, with a little noise on the pixels."""
+    x, y = load_splits()[0]
     while True:
         i = torch.randint(len(x), (64,), generator=generator)
         yield {"pixel_values": x[i] + 0.1 * torch.randn(x[i].shape, generator=generator), "labels": y[i]}
 
 
-def statistics_batches() -> Iterator[Batch]:
-    """The training images without noise, for BatchNorm statistics."""
-    for x in digits()[0][0].split(128):
+def make_statistics_batches() -> Iterator[DigitBatch]:
+    """Iterate over the training images without noise, for BatchNorm statistics."""
+    for x in load_splits()[0][0].split(128):
         yield {"pixel_values": x}
 
 
-def evaluation_batches() -> list[Batch]:
-    """The test images with their labels."""
-    x, y = digits()[1]
+def make_evaluation_batches() -> list[DigitBatch]:
+    """Return the test images with their labels, as one batch."""
+    x, y = load_splits()[1]
     return [{"pixel_values": x, "labels": y}]
 
 
 def write_digits(folder: Path) -> None:
-    """The images as a dataset with two splits, for whoever goes on from here."""
+    """Write the images as a dataset with two splits, for further experiments."""
     import datasets
     from PIL import Image
 
@@ -58,8 +58,10 @@ def write_digits(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
-    for split, (x, y) in zip(("train", "test"), digits(), strict=True):
-        images = [Image.fromarray(image[0].numpy().astype("uint8")) for image in ((x + 1) * 8 * GREY).round()]
+    for split, (x, y) in zip(("train", "test"), load_splits(), strict=True):
+        images = [
+            Image.fromarray(image[0].numpy().astype("uint8")) for image in ((x + 1) * 8 * GREY_PER_SHADE).round()
+        ]
         rows = datasets.Dataset.from_dict({"image": images, "label": y.tolist()}, features=features)
         rows.to_parquet(folder / f"{split}.parquet")
     if not bars:
@@ -67,8 +69,10 @@ def write_digits(folder: Path) -> None:
 
 
 def write_processor(folder: Path) -> None:
-    """How images become what the models were trained on: 0 … 240 to -1 … 1."""
+    """Write an image processor that maps images to what the models were trained on: 0 … 240 to -1 … 1."""
     from transformers import ViTImageProcessor
 
-    processor = ViTImageProcessor(do_resize=False, rescale_factor=1 / (16 * GREY), image_mean=[0.5], image_std=[0.5])
+    processor = ViTImageProcessor(
+        do_resize=False, rescale_factor=1 / (16 * GREY_PER_SHADE), image_mean=[0.5], image_std=[0.5]
+    )
     processor.save_pretrained(folder)

@@ -1,10 +1,9 @@
-"""Are two models of one base, trained apart, or different things, and is aligning them worth it?"""
+"""Comparison of two models: fine-tunes of one base, trained apart, or different architectures."""
 
 from __future__ import annotations
 
 import enum
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,14 +14,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..alignment.compatibility import (
-    labels,
-    paired,
+    match_labels,
+    make_compatible,
     refuse_other_architecture,
     refuse_other_settings,
     same_tokenizer,
-    vocabularies,
+    match_vocabularies,
 )
-from ..alignment.correspondence import equal, lined_state, lined_up, untied_like
+from ..alignment.correspondence import match_keys, tensors_equal, untie_like
 from ..checkpoints.checkpoint import Checkpoint, Source
 from ..checkpoints.folder import tokenizer_folder
 from ..checkpoints.lazy import Lazy
@@ -30,17 +29,17 @@ from ..errors import CheckpointError, MismatchError, SpecError
 from ..modules.functional import Device
 from ..solving.problem import Problem
 from ..solving.similarity import weight_similarity
-from ..symmetries.detection import spec_of
+from ..symmetries.detection import detect_spec
 from ..symmetries.spec import Spec, Unit
-from ..symmetries.table import ROTATING
-from ..text import family_of, spread
+from ..symmetries.table import canonical_view
+from ..text import family_of, layer_of, spread
 
 SAME = "the same"
-UNITS = 4  # of every family of symmetries, spread over the depth; the others are like them
+UNITS_PER_FAMILY = 4  # units compared in every family, spread over the depth; the others are like them
 
 
 class Verdict(enum.Enum):
-    """What to make of two models; the value says what to do. `Comparison.advice` adds the numbers it rests on."""
+    """The verdict on two models; its value says what to do, and `Comparison.advice` adds the numbers behind it."""
 
     EQUAL = "equal: nothing to align, nothing to merge"
     SAME_BASE = "same base, do not align: merge them as they are"
@@ -51,12 +50,12 @@ class Verdict(enum.Enum):
 
 @dataclass(frozen=True)
 class Nearness:
-    """How near the tensors of one part of two models are, as vectors.
+    """The distance and the cosine between some tensors of two models, taken as one vector each.
 
     Args:
         distance: ‖A − B‖ / ‖A‖.
         cosine: ⟨A, B⟩ / (‖A‖ ‖B‖).
-        elements: how many numbers there are.
+        elements: number of elements.
     """
 
     distance: float
@@ -64,16 +63,16 @@ class Nearness:
     elements: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Standing:
-    """How the units of one symmetry stand to each other, everything else left as it is.
+    """How similar the units of one symmetry are to those in the same place of the other model, all else unmoved.
 
     Args:
-        units: how many there are, in all contexts.
-        own: how many are no more alike to any other than to the one in the same place.
-        chance: how many that would be if their order meant nothing.
-        ratio: Σᵢ Sᵢᵢ / Σᵢ maxⱼ Sᵢⱼ, the identity against what no alternative can exceed; 1 is the most. NaN where no
-            units are alike at all.
+        units: number of units, in all contexts.
+        own: number of units that resemble no other unit more than the one in the same place.
+        chance: expected value of `own` if the order of the units were random.
+        ratio: Σᵢ Sᵢᵢ / Σᵢ maxⱼ Sᵢⱼ, the similarity under the identity over an upper bound; at most 1. NaN if no two
+            units are similar at all.
     """
 
     units: int
@@ -82,19 +81,19 @@ class Standing:
     ratio: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """Two models side by side.
 
     Args:
-        findings: `{what: what was found}` for architecture, settings, labels, tokenizer, tensors and symmetries.
-        difference: the first thing that forbids a merge; None if nothing does.
-        whole: nearness of all matrices (what is trained from zeros and ones is near in any two models).
-        parts: the same for all tensors, by layer, in the order of the file.
-        standings: by symmetry; of large families some.
-        rotated: whether its stream has a larger group than the permutations.
-        equal: whether all tensors are the same.
-        backbone_only: whether they have other heads, which are left out.
+        findings: `{aspect: finding}` for architecture, settings, labels, tokenizer, tensors and symmetries.
+        difference: first difference that forbids a merge; None if there is none.
+        whole: nearness of all matrices (vectors that start from zeros or ones are near in any two models).
+        parts: nearness of all tensors, by layer, in the order of the file.
+        standings: standing of the units, by symmetry; in large families only some.
+        rotated: whether the residual stream has a larger group than the permutations.
+        equal: whether all tensors are equal.
+        backbone_only: whether the two have different heads, which are left out.
     """
 
     findings: Mapping[str, str]
@@ -108,27 +107,27 @@ class Comparison:
 
     @property
     def units(self) -> int:
-        """How many units were looked at."""
+        """The number of units that were compared."""
         return sum(standing.units for standing in self.standings.values())
 
     @property
     def own(self) -> int:
-        """How many of them are no more alike to any other than to the one in the same place."""
+        """The number of units that resemble no other unit more than the one in the same place."""
         return sum(standing.own for standing in self.standings.values())
 
     @property
     def chance(self) -> float:
-        """How many that would be if their order meant nothing."""
+        """The expected value of `own` if the order of the units were random."""
         return sum(standing.chance for standing in self.standings.values())
 
     @property
     def at_home(self) -> float | None:
-        """The share of units that are best where they are, beyond what chance gives; None if there are no units."""
+        """The share of units that are best left in place, beyond what chance gives; None if there are no units."""
         return (self.own - self.chance) / (self.units - self.chance) if self.units > self.chance else None
 
     @property
     def verdict(self) -> Verdict:
-        """By the units; where no symmetries are known, by the cosine of all matrices."""
+        """The verdict by the units, or by the cosine of all matrices if no symmetries are known."""
         if self.difference is not None or self.whole is None:
             return Verdict.DIFFERENT
         if self.equal:
@@ -136,174 +135,180 @@ class Comparison:
         share = self.whole.cosine if self.at_home is None else self.at_home
         if share >= 0.5:
             return Verdict.SAME_BASE
-        luck = 3 * math.sqrt(self.chance) / max(self.units, 1)  # three standard deviations
-        return Verdict.TRAINED_APART if share <= max(0.1, luck) else Verdict.BETWEEN
+        noise = 3 * math.sqrt(self.chance) / max(self.units, 1)  # three standard deviations
+        return Verdict.TRAINED_APART if share <= max(0.1, noise) else Verdict.BETWEEN
 
     @property
     def advice(self) -> str:
-        """The verdict in a sentence, with the numbers it rests on and what to do."""
+        """The verdict in a sentence, with the numbers behind it and what to do."""
         if self.difference is not None or self.whole is None:
             return f"different architecture: {self.difference}"
         if self.at_home is None:
             why = f"no symmetries are known, and the cosine of their matrices is {self.whole.cosine:.2f}"
         else:
             why = f"{self.own} of {self.units} units are most alike to the one in the same place"
-        said = f"{self.verdict.value}; {why}, relative distance {self.whole.distance:.2g}"
+        text = f"{self.verdict.value}; {why}, relative distance {self.whole.distance:.2g}"
         if self.verdict in (Verdict.TRAINED_APART, Verdict.BETWEEN) and self.rotated:
-            said += (
+            text += (
                 ". By weight_matching, which also rotates its residual stream; measure the merge before it is trusted"
             )
         elif self.verdict is Verdict.TRAINED_APART:
-            said += ". By weight_matching, which permutes units"
-        return said
+            text += ". By weight_matching, which permutes units"
+        return text
 
 
-def compared(fixed: Checkpoint, moving: Checkpoint, *, device: Device = None, progress: bool = False) -> Comparison:
-    """Compare two checkpoints; tensors are read one after the other."""
+def compare_checkpoints(
+    fixed: Checkpoint, moving: Checkpoint, *, device: Device = None, progress: bool = False
+) -> Comparison:
+    """Compare two open checkpoints, reading their tensors one after the other."""
     findings: dict[str, str] = {}
-    difference = _meaning(fixed, moving, findings)
+    difference = _compare_descriptions(fixed, moving, findings)
     if difference is not None:
-        return Comparison(findings, difference)
-    with suppress(MismatchError):  # is among the findings
-        moving = paired(fixed, moving)  # token and label rows in the order of the fixed model
+        return Comparison(findings=findings, difference=difference)
+    with suppress(MismatchError):  # already among the findings
+        moving = make_compatible(fixed, moving)  # token and label rows in the order of the fixed model
     backbone_only = False
-    fixed = untied_like(fixed, [moving])
+    fixed = untie_like(fixed, [moving])
     try:
-        theirs = lined_up(fixed, moving)
+        moving_parts = match_keys(fixed, moving)
         findings["tensors"] = "the same keys and shapes"
     except MismatchError as error:
         try:
-            theirs, backbone_only = lined_up(fixed, moving, backbone_only=True), True
-            findings["tensors"] = f"other heads, which are left out here (--backbone-only): {_differs(error)}"
+            moving_parts, backbone_only = match_keys(fixed, moving, backbone_only=True), True
+            findings["tensors"] = f"other heads, which are left out here (--backbone-only): {_reason(error)}"
         except MismatchError:
             findings["tensors"] = "different"
-            return Comparison(findings, _differs(error))
-    mine = {key: fixed.parts[key] for key in theirs if fixed.parts[key].dtype.is_floating_point}
-    others_equal = all(equal(fixed.parts[key], part) for key, part in theirs.items() if key not in mine)
-    sums = {
-        key: _sums(one, theirs[key])
-        for key, one in tqdm(
-            mine.items(), desc="comparing", unit="tensor", leave=False, disable=None if progress else True
+            return Comparison(findings=findings, difference=_reason(error))
+    fixed_parts = {key: fixed.parts[key] for key in moving_parts if fixed.parts[key].dtype.is_floating_point}
+    integers_equal = all(
+        tensors_equal(fixed.parts[key], part) for key, part in moving_parts.items() if key not in fixed_parts
+    )
+    products = {
+        key: _products(part, moving_parts[key])
+        for key, part in tqdm(
+            fixed_parts.items(), desc="comparing", unit="tensor", leave=False, disable=None if progress else True
         )
     }
-    for key, total in sums.items():
-        if not total.isfinite().all():
-            fixed.refuse_values(mine[key])
-            moving.refuse_values(theirs[key])
-    matrices = [key for key in mine if len(mine[key].shape) > 1] or list(mine)
+    for key, product in products.items():
+        if not product.isfinite().all():
+            fixed.refuse_values(fixed_parts[key])
+            moving.refuse_values(moving_parts[key])
+    matrices = [key for key in fixed_parts if len(fixed_parts[key].shape) > 1] or list(fixed_parts)
     layers: dict[str, list[str]] = {}
-    for key in mine:
-        layers.setdefault(_layer(key), []).append(key)
+    for key in fixed_parts:
+        layers.setdefault(_part_of(key), []).append(key)
     standings: dict[str, Standing] = {}
     rotated = False
     try:
-        spec = spec_of(fixed)
-        rotated = any(symmetry.kind in ROTATING for symmetry in spec.symmetries.values())
+        spec = detect_spec(fixed)
+        rotated = any(symmetry.rotates for symmetry in spec.symmetries.values())
         findings["symmetries"] = str(spec) + (", inferred from its forward pass" if spec.pins else "")
-        standings = dict(_standings(spec, fixed, theirs, device, progress))
+        standings = dict(_measure_standings(spec, fixed, moving_parts, device, progress))
     except (MismatchError, SpecError, CheckpointError) as error:
         findings["symmetries"] = f"not known: {error}"
     return Comparison(
-        findings,
-        whole=_nearness(sums, matrices),
-        parts={layer: _nearness(sums, keys) for layer, keys in layers.items()},
+        findings=findings,
+        whole=_nearness(products, matrices),
+        parts={layer: _nearness(products, keys) for layer, keys in layers.items()},
         standings=standings,
         rotated=rotated,
-        equal=others_equal
+        equal=integers_equal
         and not backbone_only
         and findings.get("labels", SAME) == SAME
-        and all(near.distance == 0 for near in (_nearness(sums, [key]) for key in mine)),
+        and all(_nearness(products, [key]).distance == 0 for key in fixed_parts),
         backbone_only=backbone_only,
     )
 
 
-def _meaning(fixed: Checkpoint, moving: Checkpoint, findings: dict[str, str]) -> str | None:
-    """Find what two models say they are; the first difference that forbids a merge, if there is one."""
-    if not fixed.said or not moving.said:
+def _compare_descriptions(fixed: Checkpoint, moving: Checkpoint, findings: dict[str, str]) -> str | None:
+    """Compare configurations, labels and tokenizers; return the first difference that forbids a merge, if any."""
+    if not fixed.raw_config or not moving.raw_config:
         findings["architecture"] = "not said by both, so the tensors alone are compared"
         return None
     try:
         refuse_other_architecture(fixed, moving)
-        findings["architecture"] = " ".join(fixed.said.get("architectures") or [fixed.said.get("model_type", "")])
+        findings["architecture"] = " ".join(fixed.raw_config.get("architectures") or [fixed.raw_config.get("model_type", "")])
         refuse_other_settings(fixed, moving)
         findings["settings"] = "the same, but for what does not change the function"
     except MismatchError as error:
         findings["settings" if "architecture" in findings else "architecture"] = "different"
         return str(error).partition(". If ")[0]
-    findings["labels"] = _found(lambda: labels(fixed, moving), SAME)
-    findings["tokenizer"] = _tokenizers(fixed, moving)
+    findings["labels"] = _describe_order(lambda: match_labels(fixed, moving), SAME)
+    findings["tokenizer"] = _compare_tokenizers(fixed, moving)
     return None
 
 
-def _found(compare: Callable[[], list[int] | None], same: str) -> str:
+def _describe_order(find_order: Callable[[], list[int] | None], same: str) -> str:
     try:
-        order = compare()
+        order = find_order()
     except MismatchError as error:
         return f"different: {error}"
     return same if order is None else f"{same}, in another order: its rows are matched by string"
 
 
-def _tokenizers(fixed: Checkpoint, moving: Checkpoint) -> str:
-    with_one = [c for c in (fixed, moving) if tokenizer_folder(c.folder) is not None]
-    if len(with_one) < 2:
-        return "none with either" if not with_one else f"only with {with_one[0].name}, so not compared"
+def _compare_tokenizers(fixed: Checkpoint, moving: Checkpoint) -> str:
+    have = [checkpoint for checkpoint in (fixed, moving) if tokenizer_folder(checkpoint.folder) is not None]
+    if len(have) < 2:
+        return "neither has one" if not have else f"only {have[0].name} has one, so not compared"
     if same_tokenizer(fixed, moving):
         return "the same, byte by byte"
-    return _found(lambda: vocabularies(fixed, moving), "the same strings")
+    return _describe_order(lambda: match_vocabularies(fixed, moving), "the same strings")
 
 
-def _differs(error: MismatchError) -> str:
+def _reason(error: MismatchError) -> str:
+    """The difference that an error names, without what to do about it."""
     return str(error).partition("; ")[2].partition(". Where only")[0]
 
 
-def _layer(key: str) -> str:
-    """The first parts of a key, up to its number if it has one: `encoder.layer.3`, `pooler`."""
-    numbered = re.match(r".*?\.\d+(?=\.)|\d+(?=\.)", key)
-    return numbered[0] if numbered else key.rpartition(".")[0] or key
+def _part_of(key: str) -> str:
+    """The layer of a tensor, such as `encoder.layer.3`, or its module if no layer is numbered, such as `pooler`."""
+    layer = layer_of(key)
+    return f"{layer[0]}{layer[1]}" if layer else key.rpartition(".")[0] or key
 
 
-def _sums(one: Lazy, other: Lazy) -> Tensor:
+def _products(fixed: Lazy, moving: Lazy) -> Tensor:
     """(‖A‖², ‖B‖², ‖A − B‖², ⟨A, B⟩, number of elements)"""
     total = torch.zeros(5, dtype=torch.float64)
-    for a, b in zip(one.chunks(), other.chunks(), strict=True):
+    for a, b in zip(fixed.chunks(), moving.chunks(), strict=True):
         x, y = a.double().cpu(), b.double().cpu()
         total += torch.stack([x.dot(x), y.dot(y), (x - y).square().sum(), x.dot(y), torch.tensor(float(len(x)))])
     return total
 
 
-def _nearness(sums: Mapping[str, Tensor], keys: list[str]) -> Nearness:
-    a, b, d, ab, n = sum((sums[key] for key in keys), torch.zeros(5, dtype=torch.float64)).tolist()
+def _nearness(products: Mapping[str, Tensor], keys: list[str]) -> Nearness:
+    a, b, d, ab, n = sum((products[key] for key in keys), torch.zeros(5, dtype=torch.float64)).tolist()
     lengths = math.sqrt(a) * math.sqrt(b)
     cosine = ab / lengths if lengths else float(a == b)
     return Nearness(math.sqrt(d) / math.sqrt(a) if a else (math.inf if d else 0.0), cosine, int(n))
 
 
-def _standings(
+def _measure_standings(
     spec: Spec, fixed: Checkpoint, theirs: Mapping[str, Lazy], device: Device, progress: bool
 ) -> Iterator[tuple[str, Standing]]:
-    prefix = spec.table.prefix
-    there = lined_state(fixed, theirs, prefix)
+    view = canonical_view(fixed, spec.table)
+    there = view.select(theirs)
     matched = spec.within(there).restricted()
-    problem = Problem(matched, fixed.state(prefix), there, torch.Generator(), device)
+    problem = Problem(matched, view.state, there, torch.Generator(), device)
     for unit in tqdm(
-        _some_units(matched), desc="symmetries", unit="unit", leave=False, disable=None if progress else True
+        _sample_units(matched), desc="symmetries", unit="unit", leave=False, disable=None if progress else True
     ):
         similarity, _ = weight_similarity(problem, unit, {})
         for name in unit.names:
-            if name in spec.free and (along := _along(spec, name, similarity)) is not None:
+            if name in spec.free and (along := _similarity_along(spec, name, similarity)) is not None:
                 best = along.amax(-1)
                 at_home = along.diagonal(dim1=-2, dim2=-1)
                 n = along.shape[-1]
-                own = int(((at_home >= best) & (best > 0)).sum())  # a dead unit is like any other
-                yield name, Standing(best.numel(), own, best.numel() / n, _ratio(at_home, best))
+                own = int(((at_home >= best) & (best > 0)).sum())  # dead units resemble all others equally
+                ratio = _ratio(at_home, best)
+                yield name, Standing(units=best.numel(), own=own, chance=best.numel() / n, ratio=ratio)
 
 
 def _ratio(at_home: Tensor, best: Tensor) -> float:
     return at_home.sum().item() / best.sum().item() if best.sum() > 0 else math.nan
 
 
-def _along(spec: Spec, name: str, similarity: Mapping[tuple[str, ...], Tensor]) -> Tensor | None:
-    """The similarity along one symmetry, (*contexts, n, n), all others at the identity."""
+def _similarity_along(spec: Spec, name: str, similarity: Mapping[tuple[str, ...], Tensor]) -> Tensor | None:
+    """The similarity along one symmetry, of shape (*contexts, n, n), with all others at the identity."""
     contexts = spec.symmetries[name].contexts
     total: Tensor | None = None
     for names, tensor in similarity.items():
@@ -316,34 +321,34 @@ def _along(spec: Spec, name: str, similarity: Mapping[tuple[str, ...], Tensor]) 
     return total
 
 
-def _some_units(spec: Spec) -> list[Unit]:
-    """Some units of every family, first and last among them."""
+def _sample_units(spec: Spec) -> list[Unit]:
+    """Some units of every family, the first and the last among them."""
     families: dict[str, list[Unit]] = {}
     for unit in spec.units:
         families.setdefault(family_of(unit.outer), []).append(unit)
-    return [unit for units in families.values() for unit in spread(units, UNITS)]
+    return [unit for units in families.values() for unit in spread(units, UNITS_PER_FAMILY)]
 
 
 def compare(fixed: Source, moving: Source, *, device: Device = None, progress: bool = False) -> Comparison:
-    """Look at two models side by side: are they of one base, trained apart, or different things?
+    """Compare two models: are they fine-tunes of one base, trained apart, or of different architectures?
 
-    Every tensor is read once, and for some symmetries of every family it is counted how many units are most alike to
-    the unit in the same place. In fine-tunes of one base nearly all are, and aligning could only harm; in models that
-    were trained apart as few as chance gives.
+    Every tensor is read once. For some symmetries of every family, the units that are most similar to the unit in the
+    same place are counted. In fine-tunes of one base these are nearly all units, and aligning could only harm; in
+    models that were trained apart they are as few as chance gives.
 
     Args:
-        fixed: a folder, Hub id, module, state dict or checkpoint.
-        moving: the other.
-        device: where similarities are computed, such as `accelerator.device`.
+        fixed: the first model: a folder, Hub id, module, state dict or checkpoint.
+        moving: the second model.
+        device: device to compute similarities on, such as `accelerator.device`.
         progress: show progress bars (on a terminal).
 
     Returns:
-        A `Comparison`: `.verdict`, `.advice` (the verdict in a sentence), and the numbers it rests on.
+        A `Comparison`: `.verdict`, `.advice` (the verdict in a sentence), and the numbers behind it.
 
     Raises:
-        CheckpointError: one of them cannot be read, is quantised, or has NaN or Inf in it.
+        CheckpointError: a model that cannot be read, is quantised, or contains NaN or Inf.
 
-    Example: a model, and the same model moved. The function is the same, and still none of it is in its place.
+    Example: a model and the same model in other coordinates compute the same, yet hardly a unit is in its place.
 
         >>> g = Alignment.random(spec_for(model), torch.Generator().manual_seed(0))
         >>> compare(model, g.apply(model)).verdict
@@ -354,4 +359,4 @@ def compare(fixed: Source, moving: Source, *, device: Device = None, progress: b
     a, b = Checkpoint.open(fixed), Checkpoint.open(moving)
     for checkpoint in (a, b):
         checkpoint.refuse_quantised()
-    return compared(a, b, device=device, progress=progress)
+    return compare_checkpoints(a, b, device=device, progress=progress)

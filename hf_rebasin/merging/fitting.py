@@ -1,4 +1,4 @@
-"""Merges whose layers are fitted to data: modules made of checkpoints, changed, and read back."""
+"""Fit the layers of a merge to data: make modules of checkpoints, change them, and read them back."""
 
 from __future__ import annotations
 
@@ -8,82 +8,88 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoints.canonical import CanonicalView
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.lazy import Here, Lazy
-from ..checkpoints.precision import all_finite, rounded
-from ..errors import CheckpointError, OptionError, some
+from ..checkpoints.lazy import InMemory, Lazy
+from ..checkpoints.precision import all_finite, compute_dtype, rounded
+from ..errors import CheckpointError, OptionError, listed
 from ..modules.forward import refuse_read_once
-from ..modules.layerwise import Change, NormStatistics, Step, change_in_order
-from ..symmetries.table import table_for
+from ..modules.layerwise import Change, LayerStep, NormStatistics, change_in_order
+from ..symmetries.table import canonical_view
 
 
-def shares_of(weights: Sequence[float] | None, count: int) -> list[float]:
-    """The share of each of `count` models; OptionError unless there is one weight for each, and a sum to divide by."""
-    given = [1.0] * count if weights is None else list(weights)
-    if len(given) != count or not sum(given) > 0:
-        raise OptionError(f"got {len(given)} weights for {count} models; give one for each, with a sum above 0")
-    return [weight / sum(given) for weight in given]
+def normalise_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    """Return the share of each of `count` models; OptionError unless each has a weight and the sum is above 0."""
+    weights = [1.0] * count if weights is None else list(weights)
+    if len(weights) != count or not sum(weights) > 0:
+        raise OptionError(f"got {len(weights)} weights for {count} models; give one for each, with a sum above 0")
+    return [weight / sum(weights) for weight in weights]
 
 
-def computing(checkpoints: Sequence[Checkpoint], device: Any) -> tuple[list[nn.Module], torch.dtype]:
-    """Modules of their own, all in float32 or in the widest dtype of all their tensors; and that dtype.
+def load_modules(checkpoints: Sequence[Checkpoint], device: Any) -> tuple[list[nn.Module], torch.dtype]:
+    """Make modules of checkpoints, all in one dtype: float32, or wider if any of their tensors is.
+
+    Returns:
+        The modules and the dtype.
 
     Raises:
-        CheckpointError: no class is known that could be run.
+        CheckpointError: a checkpoint without a known model class.
     """
-    wide = max((checkpoint.wide for checkpoint in checkpoints), key=lambda kind: kind.itemsize)
+    wide = compute_dtype(*(checkpoint.compute_dtype for checkpoint in checkpoints))
     return [checkpoint.model(wide).to(device).eval() for checkpoint in checkpoints], wide
 
 
-def with_changes(
+def change_layers(
     merged: Checkpoint,
     models: Sequence[Checkpoint],
     data: Iterable[Any],
-    change: Callable[[Step], Change | None],
+    change: Callable[[LayerStep], Change | None],
     *,
     device: Any = None,
     progress: str = "",
 ) -> Checkpoint:
-    """A merge whose linear maps were changed in order, with BatchNorm statistics of the data; see `change_in_order`.
+    """Change the linear maps of a merge in order, and recompute its BatchNorm statistics; see `change_in_order`.
 
     Args:
-        merged: the merge; it stays as it is.
-        models: what was merged.
-        data: as `batches` there.
-        change: what is done to linear maps; None leaves them as they are.
-        device: where it is computed.
-        progress: as there.
+        merged: the merge, which is not modified.
+        models: models that were merged.
+        data: `batches` of `change_in_order`.
+        change: returns the change of the linear maps of a step; None leaves them as they are.
+        device: device of the computation.
+        progress: label of the progress bar.
     """
     refuse_read_once(data)
-    modules, dtype = computing([merged, *models], device)
+    modules, dtype = load_modules([merged, *models], device)
 
-    def made(step: Step) -> Change | None:
+    def change_or_recompute(step: LayerStep) -> Change | None:
         return change(step) if step.norm is None else NormStatistics(step.norm, step.name)
 
-    change_in_order(modules, data, made, device=device, dtype=dtype, progress=progress)
-    return with_values(merged, modules[0])
+    change_in_order(modules, data, change_or_recompute, device=device, dtype=dtype, progress=progress)
+    return with_module_values(merged, modules[0])
 
 
-def with_values(merged: Checkpoint, module: nn.Module) -> Checkpoint:
-    """A checkpoint with the values of a module, rounded to its dtypes.
+def with_module_values(merged: Checkpoint, module: nn.Module) -> Checkpoint:
+    """Return a checkpoint with the values of a module, rounded to the dtypes of the checkpoint.
 
     Raises:
-        CheckpointError: a value that does not fit its dtype, or has no place.
+        CheckpointError: a value that does not fit its dtype, or a tensor that the checkpoint does not have.
     """
-    table = table_for(merged.config)
-    prefix = merged.base_prefix if table is None else table.prefix or merged.base_prefix
-    names, values = merged.canonical(prefix), Checkpoint.open(module)
+    view = canonical_view(merged)
+    prefix = merged.base_prefix if view.prefix is None else view.prefix
+    names, values = view.keys, CanonicalView(Checkpoint.open(module), prefix)
     parts: dict[str, Lazy] = {}
-    for name, tensor in values.state(prefix).items():
+    for name, tensor in values.state.items():
         key = names.get(name)
-        if key is None and name in values.canonical_ties(prefix).values():  # stored under its other name
+        if key is None and name in values.ties.values():  # stored under its other name
             continue
         if key is None:
-            raise CheckpointError(f"{merged.name}: {name} of the module is none of its tensors, {some(names)}")
-        kind = merged.parts[key].dtype
-        if kind.is_floating_point:
-            value = rounded(tensor.detach().cpu(), kind).clone(memory_format=torch.contiguous_format)
+            raise CheckpointError(
+                f"{merged.name}: {name} of the module is not one of its tensors, which are {listed(names)}"
+            )
+        dtype = merged.parts[key].dtype
+        if dtype.is_floating_point:
+            value = rounded(tensor.detach().cpu(), dtype).clone(memory_format=torch.contiguous_format)
             if not all_finite(value):
-                raise CheckpointError(f"{key} has values that do not fit {kind}; merge into a wider dtype")
-            parts[key] = Here.of(value, own=True)
+                raise CheckpointError(f"{key} has values that do not fit {dtype}; merge into a wider dtype")
+            parts[key] = InMemory.of(value, own=True)
     return merged.with_parts(parts)

@@ -1,10 +1,10 @@
-"""Knobs that are others for other tensors: gradients over the layers, and filters by the tensor's name.
+"""Parameters of merge methods, which may vary by tensor: gradients over the layers, and filters by the tensor's name.
 
-    t: [0, 0.5, 1]                                  a gradient: 0 in the first layer, 0.5 halfway, 1 in the last one
-    t: [{filter: mlp, value: 0.3}, {value: [0, 1]}]  the first entry whose filter is in the name counts; "*" is in all
-    weights: [1, [0, 1]]                            where there is one number per model, each may be such a value
+    t: [0, 0.5, 1]                                   a gradient: 0 in the first layer, 0.5 halfway, 1 in the last one
+    t: [{filter: mlp, value: 0.3}, {value: [0, 1]}]  the first entry whose filter occurs in the name; "*" always does
+    weights: [1, [0, 1]]                             one value per model, each of which may be a gradient or filtered
 
-So mergekit writes them. A merge method does not know: it is called with the numbers of the tensor at hand.
+This is mergekit's notation. Merge methods never see it: they are called with the numbers for the tensor at hand.
 """
 
 from __future__ import annotations
@@ -13,60 +13,66 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, get_args
 
-from ..errors import OptionError, nearest, shown, some
-from ..registry import fitting, read_knobs
+import torch
+from torch import Tensor
 
-# By name, what is computed before the first layer. What else has no layer, such as last norms and heads, comes after.
-BEFORE = re.compile(
+from .. import registry
+from ..errors import OptionError, listed, nearest, quoted
+from ..registry import MergeMethod, checked_keywords, coerce_value
+from ..text import layer_of
+
+# Names of tensors that are used before the first layer. All others without a layer (last norms, heads) come after it.
+BEFORE_LAYERS = re.compile(
     r"embed(?!_out)|(^|\.)(wte|wpe|shared|cls_token|project_in|pre_layrnorm|stem|conv_stem|conv1|bn1)(\.|$)"
 )
 
 
 @dataclass(frozen=True)
-class Place:
-    """A tensor by its name, and how far on it is: 0 is the first layer, 1 the last one."""
+class TensorPosition:
+    """A tensor's name, and its depth in the model: 0 is the first layer, 1 the last one."""
 
     name: str
     depth: float
 
 
 class Varying(ABC):
-    """A value that hangs on the tensor."""
+    """A value that depends on the tensor."""
 
     @abstractmethod
-    def at(self, place: Place) -> Any:
-        """The value for one tensor; LookupError where none is said."""
+    def at(self, position: TensorPosition) -> Any:
+        """Return the value for one tensor; LookupError if there is none."""
 
     def filters(self) -> Iterator[str]:
-        """What names are asked for."""
+        """Yield the parts of names that are asked for."""
         yield from ()
 
 
 @dataclass(frozen=True)
 class Gradient(Varying):
-    """Numbers at even distances over the layers, with straight lines between them."""
+    """Numbers evenly spaced over the layers, with linear interpolation between them."""
 
     numbers: tuple[float, ...]
 
-    def at(self, place: Place) -> float:
-        whole = place.depth * (len(self.numbers) - 1)
-        i = min(int(whole), len(self.numbers) - 2)
-        (a, b), rest = self.numbers[i : i + 2], whole - i
-        return a + rest * (b - a) if rest < 0.5 else b - (1 - rest) * (b - a)  # a and b themselves at the ends
+    def at(self, position: TensorPosition) -> float:
+        x = position.depth * (len(self.numbers) - 1)
+        i = min(int(x), len(self.numbers) - 2)
+        (a, b), rest = self.numbers[i : i + 2], x - i
+        return a + rest * (b - a) if rest < 0.5 else b - (1 - rest) * (b - a)  # exactly a and b at the ends
 
 
 @dataclass(frozen=True)
 class Filtered(Varying):
-    """(filter, value): the first one counts whose filter is a part of the name; None is a part of all."""
+    """Pairs (filter, value), of which the first one counts whose filter occurs in the name; None matches all names."""
 
     entries: tuple[tuple[str | None, Any], ...]
 
-    def at(self, place: Place) -> Any:
+    def at(self, position: TensorPosition) -> Any:
         for part, value in self.entries:
-            if part is None or part in place.name:
-                return value_at(value, place)
+            if part is None or part in position.name:
+                return value_at(value, position)
         raise LookupError
 
     def filters(self) -> Iterator[str]:
@@ -79,128 +85,186 @@ class PerModel(Varying):
 
     values: tuple[Any, ...]
 
-    def at(self, place: Place) -> list[Any]:
-        return [value_at(value, place) for value in self.values]
+    def at(self, position: TensorPosition) -> list[Any]:
+        return [value_at(value, position) for value in self.values]
 
     def filters(self) -> Iterator[str]:
         for value in self.values:
             yield from value.filters() if isinstance(value, Varying) else ()
 
 
-def value_at(value: Any, place: Place) -> Any:
-    return value.at(place) if isinstance(value, Varying) else value
+def value_at(value: Any, position: TensorPosition) -> Any:
+    """Return the value for one tensor, whether it varies or not."""
+    return value.at(position) if isinstance(value, Varying) else value
 
 
-def reading(kind: Any, said: Any) -> Any:
-    """A value of a type, or a `Varying` of such values.
+def read_parameter(kind: Any, raw: Any) -> Any:
+    """Convert a raw value to a type, or to a `Varying` of values of that type.
 
     Raises:
-        ValueError: it is neither; says what is wrong.
+        ValueError: the value is neither; the message says what is wrong.
 
-    Example: `reading(float, [0, 1])` is a gradient; `reading(Sequence[float], [0, 1])` are the numbers of two models,
-    and `reading(Sequence[float], [0, [0, 1]])` those of two models of which the second has a gradient.
+    Example: `read_parameter(float, [0, 1])` is a gradient; `read_parameter(Sequence[float], [0, 1])` has a number for
+    each of two models, and in `read_parameter(Sequence[float], [0, [0, 1]])` the second model has a gradient.
     """
-    kinds = (kind, *get_args(kind))  # of `float | None` also float
-    per_model = any(get_args(one) in ((float,), (float, ...)) for one in kinds)
-    if not isinstance(said, list | tuple) or not (per_model or _nested(said) or float in kinds):
-        return fitting(kind, said)
+    kinds = (kind, *get_args(kind))  # for `float | None` also float
+    per_model = any(get_args(member) in ((float,), (float, ...)) for member in kinds)
+    if not isinstance(raw, list | tuple) or not (per_model or _is_nested(raw) or float in kinds):
+        return coerce_value(kind, raw)
     if per_model:
-        if any(isinstance(one, Mapping) for one in said):
+        if any(isinstance(item, Mapping) for item in raw):
             raise ValueError(
                 "entries with filters belong to one model; give every model a number or a list of its own"
             )
-        values = tuple(reading(float, one) for one in said) if _nested(said) else ()
-        return PerModel(values) if values else fitting(kind, said)
-    return Filtered(tuple(_entries(kind, said))) if _nested(said) else _gradient(said)
+        values = tuple(read_parameter(float, item) for item in raw) if _is_nested(raw) else ()
+        return PerModel(values) if values else coerce_value(kind, raw)
+    return Filtered(tuple(_read_entries(kind, raw))) if _is_nested(raw) else _read_gradient(raw)
 
 
-def varies(thing: Callable[..., Any], given: Mapping[str, Any]) -> list[str]:
-    """The knobs of a merge method that are given others for other tensors."""
-    values, _ = read_knobs(thing, given, reading)
-    return [knob for knob, value in values.items() if isinstance(value, Varying)]
+def _is_nested(raw: Sequence[Any]) -> bool:
+    return any(isinstance(item, list | tuple | Mapping) for item in raw)
 
 
-def _nested(said: Sequence[Any]) -> bool:
-    return any(isinstance(one, list | tuple | Mapping) for one in said)
-
-
-def _gradient(said: Sequence[Any]) -> Gradient:
-    if len(said) < 2:
-        raise ValueError(f"{shown(said)} does not fit: a gradient over the layers takes 2 numbers or more")
-    for number in said:
+def _read_gradient(raw: Sequence[Any]) -> Gradient:
+    if len(raw) < 2:
+        raise ValueError(f"{quoted(raw)} does not fit: a gradient over the layers takes 2 numbers or more")
+    for number in raw:
         if isinstance(number, bool) or not isinstance(number, int | float):
-            raise ValueError(f"{shown(said)} does not fit: {shown(number)} in a gradient over the layers is no number")
-    return Gradient(tuple(fitting(float, number) for number in said))
+            raise ValueError(
+                f"{quoted(raw)} does not fit: {quoted(number)} in a gradient over the layers is not a number"
+            )
+    return Gradient(tuple(coerce_value(float, number) for number in raw))
 
 
-def _entries(kind: Any, said: Sequence[Any]) -> Iterator[tuple[str | None, Any]]:
-    for i, entry in enumerate(said):
+def _read_entries(kind: Any, raw: Sequence[Any]) -> Iterator[tuple[str | None, Any]]:
+    for i, entry in enumerate(raw):
         if not isinstance(entry, Mapping) or "value" not in entry:
-            raise ValueError(f"{shown(entry)} does not fit: every entry says {{filter: part of a name, value: …}}")
+            raise ValueError(f"{quoted(entry)} does not fit: write entries as {{filter: part of a name, value: …}}")
         if unknown := [key for key in entry if key not in ("filter", "value")]:
             raise ValueError(f"{unknown[0]}: no such key of an entry{nearest(str(unknown[0]), ('filter', 'value'))}")
         part, value = entry.get("filter"), entry["value"]
         if part is not None and (not isinstance(part, str) or not part):
-            raise ValueError(f"filter {shown(part)} does not fit: give a part of the names of tensors")
+            raise ValueError(f"filter {quoted(part)} does not fit: give a part of tensor names")
         part = None if part == "*" else part
-        if part is None and i + 1 < len(said):
-            raise ValueError(
-                f"entries after the one for all tensors (number {i + 1}) are never looked at; put it last"
-            )
-        if isinstance(value, list | tuple) and _nested(value):
-            raise ValueError(f"{shown(value)} does not fit: the value of an entry is a number or a gradient")
-        yield part, reading(kind, value)
+        if part is None and i + 1 < len(raw):
+            raise ValueError(f"entries after the one for all tensors (number {i + 1}) are never used; put it last")
+        if isinstance(value, list | tuple) and _is_nested(value):
+            raise ValueError(f"{quoted(value)} does not fit: the value of an entry is a number or a gradient")
+        yield part, read_parameter(kind, value)
 
 
-def places(names: Collection[str]) -> dict[str, Place]:
-    """How far on every tensor is: layers that are numbered apart, such as those of two towers, are counted apart.
+def tensor_positions(names: Collection[str]) -> dict[str, TensorPosition]:
+    """Return the position of every tensor; each stack of layers (such as two towers) is counted on its own.
 
-    The first number in a name is that of the layer: of a ResNet the stage, of an expert the layer it is in. A layer
-    alone is the last one. What has no number is before the first layer if it is called so, and else after the last.
+    The first number in a name is the layer's; in a ResNet it is the stage, and for an expert the layer that contains
+    it. A layer that is alone in its stack counts as the last one. A tensor without a number comes before the first
+    layer if `BEFORE_LAYERS` matches its name, and otherwise after the last one.
     """
-    found = {name: re.match(r"(.*?)(?:(?<=\.)|^)(\d+)\.", name) for name in names}
+    layers = {name: layer_of(name) for name in names}
     stacks: dict[str, set[int]] = {}
-    for match in filter(None, found.values()):
-        stacks.setdefault(match[1], set()).add(int(match[2]))
+    for stack, number in filter(None, layers.values()):
+        stacks.setdefault(stack, set()).add(number)
     order = {stack: sorted(numbers) for stack, numbers in stacks.items()}
 
-    def depth(name: str, match: re.Match[str] | None) -> float:
-        if match is None:
-            return 0.0 if BEFORE.search(name) else 1.0
-        numbers = order[match[1]]
-        return numbers.index(int(match[2])) / (len(numbers) - 1) if len(numbers) > 1 else 1.0
+    def depth(name: str, layer: tuple[str, int] | None) -> float:
+        if layer is None:
+            return 0.0 if BEFORE_LAYERS.search(name) else 1.0
+        stack, number = layer
+        numbers = order[stack]
+        return numbers.index(number) / (len(numbers) - 1) if len(numbers) > 1 else 1.0
 
-    return {name: Place(name, depth(name, match)) for name, match in found.items()}
+    return {name: TensorPosition(name, depth(name, layer)) for name, layer in layers.items()}
 
 
-def resolved(knobs: Mapping[str, Any], names: Collection[str]) -> dict[str, dict[str, Any]]:
-    """The knobs of every tensor.
+def values_by_key(parameters: Mapping[str, Any], names: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Return the parameters of every tensor, as plain numbers.
 
     Raises:
-        OptionError: a filter that is in no name, or a tensor that no entry is for.
+        OptionError: a filter that occurs in no name, or a tensor that no entry matches.
     """
-    for knob, value in knobs.items():
+    for parameter, value in parameters.items():
         for part in value.filters() if isinstance(value, Varying) else ():
             if not any(part in name for name in names):
-                raise OptionError(
-                    f"{knob}: no tensor has {shown(part)} in its name{nearest(part, _parts(part, names))}"
-                )
-    found: dict[str, dict[str, Any]] = {}
-    left: dict[str, list[str]] = {}
-    for name, place in places(names).items():
-        found[name] = {}
-        for knob, value in knobs.items():
+                suggestion = nearest(part, _components_like(part, names))
+                raise OptionError(f"{parameter}: no tensor has {quoted(part)} in its name{suggestion}")
+    values: dict[str, dict[str, Any]] = {}
+    unmatched: dict[str, list[str]] = {}
+    for name, position in tensor_positions(names).items():
+        values[name] = {}
+        for parameter, value in parameters.items():
             try:
-                found[name][knob] = value_at(value, place)
+                values[name][parameter] = value_at(value, position)
             except LookupError:
-                left.setdefault(knob, []).append(name)
-    for knob, missed in left.items():
-        raise OptionError(f"{knob}: no entry is for {some(missed)}; end with one for all others, {{value: …}}")
-    return found
+                unmatched.setdefault(parameter, []).append(name)
+    for parameter, keys in unmatched.items():
+        raise OptionError(f"{parameter}: no entry is for {listed(keys)}; end with one for all others, {{value: …}}")
+    return values
 
 
-def _parts(like: str, names: Collection[str]) -> set[str]:
-    """Parts of names of as many components as something has, without what is but a number."""
-    length, parts = like.strip(".").count(".") + 1, [name.split(".") for name in names]
-    found = {".".join(p[i : i + length]) for p in parts for i in range(len(p) - length + 1)}
-    return {part for part in found if not part.isdigit()}
+def _components_like(like: str, names: Collection[str]) -> set[str]:
+    """Return the parts of names that have as many components as `like`, except mere numbers."""
+    length, components = like.strip(".").count(".") + 1, [name.split(".") for name in names]
+    parts = {".".join(c[i : i + length]) for c in components for i in range(len(c) - length + 1)}
+    return {part for part in parts if not part.isdigit()}
+
+
+@dataclass(frozen=True)
+class ResolvedMethod:
+    """A merge method with its parameters, looked up and converted once.
+
+    Args:
+        method: the plug-in.
+        values: `{parameter: value}`, each of the parameter's type or a `Varying` of such values.
+    """
+
+    method: MergeMethod
+    values: Mapping[str, Any]
+
+    @property
+    def varying(self) -> list[str]:
+        """The parameters that vary by tensor."""
+        return [parameter for parameter, value in self.values.items() if isinstance(value, Varying)]
+
+    @property
+    def finish(self) -> Callable[..., Any] | None:
+        """The second phase `(merge, models, data) -> checkpoint`, on the whole merge; most methods have none."""
+        return None if self.method.finish is None else partial(self.method.finish, **self.values)
+
+    def refuse_unfit(self, models: int) -> None:
+        """Raise OptionError if the method cannot merge so many models, as far as its constant parameters show."""
+        fixed = {parameter: value for parameter, value in self.values.items() if parameter not in self.varying}
+        self.method.merge([torch.zeros(())] * models, **fixed)
+
+    def functions_by_key(self, models: int, keys: Collection[str]) -> dict[str, Callable[..., Tensor]]:
+        """Return a merge function for every key, each tried on scalars; OptionError names the key where one fails."""
+        self.refuse_unfit(models)
+        functions: dict[str, Callable[..., Tensor]] = {}
+        tried: dict[str, Callable[..., Tensor]] = {}
+        for key, values in values_by_key(self.values, keys).items():
+            if (text := repr(values)) not in tried:
+                tried[text] = partial(self.method.merge, **values)
+                try:
+                    tried[text]([torch.zeros(())] * models)
+                except OptionError as error:
+                    raise OptionError(f"{key}: {error}" if self.varying else str(error)) from error
+            functions[key] = tried[text]
+        return functions
+
+
+def resolve_method(name: str, parameters: Mapping[str, Any]) -> ResolvedMethod:
+    """Look up a merge method and convert its parameters.
+
+    Raises:
+        UnknownNameError: there is no such method.
+        OptionError: an unknown parameter, a value that does not fit, or one that varies by tensor although the method
+            fits whole models.
+    """
+    method = registry.merge_method(name)
+    values = checked_keywords(f"merge method {name!r}", method.merge, parameters, read_parameter)
+    resolved = ResolvedMethod(method, values)
+    if resolved.varying and method.finish is not None:
+        raise OptionError(
+            f"merge method {name!r} fits whole models, with one number for all tensors; {listed(resolved.varying)} "
+            "cannot vary"
+        )
+    return resolved

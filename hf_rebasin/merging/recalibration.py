@@ -1,13 +1,13 @@
-"""Statistics of a merged model: an average of two models has none of its own.
+"""Recompute the statistics of a merged model, for which averages of the models' statistics are wrong.
 
-BatchNorm statistics are recomputed from data. REPAIR goes further: an average of two units varies less than either, so
-every unit is given back the mean and the deviation that the merged models have on average (Jordan et al. 2022, arXiv
-2211.08403), in the weights themselves.
+BatchNorm statistics are recomputed from data. REPAIR goes further: the average of two units varies less than either
+of them, so every unit is rescaled to the mean and standard deviation that the merged models have on average, in the
+weights themselves (Jordan et al. 2022, arXiv 2211.08403).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,41 +19,42 @@ from tqdm import tqdm
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import OptionError
-from ..modules.distributed import numbers_of_all, shared_out, sum_of_all
-from ..modules.forward import Inputs, evaluating, run
-from ..modules.functional import Device, there
-from ..modules.hooks import Calls
-from ..modules.layerwise import Change, NormStatistics, Step, change_in_order, keeps_statistics, refuse_nan
-from .fitting import shares_of, with_changes
+from ..modules.distributed import all_reduce_numbers, all_reduce_sum, shard_batches
+from ..modules.forward import Inputs, evaluation_mode, run_module
+from ..modules.functional import Device, move_batch
+from ..modules.hooks import LayerCalls, forward_hooks
+from ..modules.layerwise import Change, LayerStep, NormStatistics, change_in_order, keeps_statistics, refuse_nan
+from .fitting import change_layers, normalise_weights
 
 
 def recalibrate(
     model: nn.Module, batches: Iterable[Inputs], *, exact: bool = False, device: Device = None, progress: bool = False
 ) -> int:
-    """Recompute running mean and variance of every BatchNorm layer, in place, from all samples of all batches.
+    """Recompute the running mean and variance of every BatchNorm layer, in place, from all samples of all batches.
 
-    In one pass each layer reads what batches look like that are normalised by their own statistics, as in training; so
-    batches should not be small. `exact` makes one pass for every layer, after those of the layers before it: the
-    statistics are then those of one big batch in training mode, however it was cut. An InstanceNorm that keeps
-    statistics gets the mean of those of all instances. Momentum and `num_batches_tracked`, which belong to training,
-    stay as they are, and so do layers that no pass calls.
+    There is one pass, in which layers normalise by the statistics of each batch, as in training, so batches should not
+    be small. With `exact` there is one pass per layer, in order: the result then equals the statistics of one big
+    batch in training mode, however the data are split into batches. An InstanceNorm that keeps statistics gets the
+    mean over all instances. Momentum and `num_batches_tracked`, which belong to training, do not change, and neither
+    do layers that no pass calls.
 
     Args:
-        model: any module; its mode is restored.
+        model: any module; its training or evaluation mode is restored.
         batches: inputs of its forward pass: tensors, positional arguments, or mappings of keyword arguments; with
-            `exact` they are read again and again. Under `accelerate launch` every process takes its share.
-        exact: one pass per layer.
-        device: where batches are brought, and where the model is; by default nothing is moved.
+            `exact` they are read once per layer. Under `accelerate launch` every process takes its share.
+        exact: make one pass per layer.
+        device: device of the model, to which batches are moved; by default they stay where they are.
         progress: show a progress bar (on a terminal).
 
     Returns:
-        The number of layers that keep statistics; with none, no batch is read.
+        The number of layers that keep statistics; if there are none, no batch is read.
 
     Raises:
-        OptionError: there are such layers and no batches; with `exact`, batches that can be read once.
-        CheckpointError: NaN or Inf in what a layer reads; names it. Whatever fails, the statistics stay as they were.
+        OptionError: no batches, although there are such layers; with `exact`, batches that can be read only once.
+        CheckpointError: NaN or Inf in the input of a layer, which the message names. After any failure the statistics
+            are as before.
 
-    Example: of two batches, one of zeros and one of tens, the mean is 5 and not what the last one leaves.
+    Example: for two batches, one of zeros and one of tens, the mean is 5, whichever comes last.
 
         >>> norm = torch.nn.BatchNorm1d(1).eval()
         >>> recalibrate(norm, [torch.zeros(4, 1), torch.full((4, 1), 10.0)])
@@ -64,96 +65,94 @@ def recalibrate(
     norms = {name: part for name, part in model.named_modules() if keeps_statistics(part)}
     if not norms:
         return 0
-    with evaluating(model), _unless_it_fails(norms.values()):
+    with evaluation_mode(model), _restored_on_failure(norms.values()):
         if exact:
-            _in_order(model, batches, device, progress)
+            _recalibrate_layer_by_layer(model, batches, device, progress)
         else:
-            _in_one_pass(
-                model, [NormStatistics(norm, name) for name, norm in norms.items()], batches, device, progress
-            )
+            statistics = [NormStatistics(norm, name) for name, norm in norms.items()]
+            _recalibrate_in_one_pass(model, statistics, batches, device, progress)
     return len(norms)
 
 
 def has_statistics(checkpoint: Checkpoint) -> bool:
-    """Whether a model has running statistics, by its keys."""
+    """Tell by its keys whether a model has running statistics."""
     return any(key.endswith("running_mean") for key in checkpoint.parts)
 
 
-def _in_order(model: nn.Module, batches: Iterable[Inputs], device: Device, progress: bool) -> None:
-    """Layers after a norm read what it gives in training on all samples; its variance is unbiased only then."""
-    made: list[NormStatistics] = []
+def _recalibrate_layer_by_layer(model: nn.Module, batches: Iterable[Inputs], device: Device, progress: bool) -> None:
+    """Let later layers read inputs normalised by the biased variance, as in training; then store the unbiased one."""
+    recomputed: list[NormStatistics] = []
 
-    def change(step: Step) -> Change | None:
+    def change(step: LayerStep) -> Change | None:
         if step.norm is None:
             return None
-        made.append(NormStatistics(step.norm, step.name, correction=0))
-        return made[-1]
+        recomputed.append(NormStatistics(step.norm, step.name, correction=0))
+        return recomputed[-1]
 
     change_in_order([model], batches, change, device=device, progress="recalibrating" if progress else "")
-    for one in made:
-        one.correction = 1
-        one.write()
+    for statistics in recomputed:
+        statistics.correction = 1
+        statistics.write()
 
 
-def _in_one_pass(
-    model: nn.Module, found: Sequence[NormStatistics], batches: Iterable[Inputs], device: Device, progress: bool
+def _recalibrate_in_one_pass(
+    model: nn.Module, norms: Sequence[NormStatistics], batches: Iterable[Inputs], device: Device, progress: bool
 ) -> None:
-    """Every layer normalises by the batch, and what it reads is added up."""
-    came = 0
-    with _by_the_batch(found):
-        for batch in tqdm(shared_out(batches), desc="recalibrating", unit="batch", disable=None if progress else True):
-            run(model, there(batch, device))
-            came += 1
-    (total,) = numbers_of_all([came], found[0].sums[0].device)
+    """Sum the inputs of every layer in one pass, in which all layers normalise by the batch."""
+    count = 0
+    with _normalising_by_batch(model, norms):
+        for batch in tqdm(
+            shard_batches(batches), desc="recalibrating", unit="batch", disable=None if progress else True
+        ):
+            run_module(model, move_batch(batch, device))
+            count += 1
+    (total,) = all_reduce_numbers([count], norms[0].sums[0].device)
     if not total:
-        raise OptionError("no batch came, so there is nothing to take statistics of; is the iterator used up?")
-    for one in found:
-        one.sums = [sum_of_all(total) for total in one.sums]
-        refuse_nan(one.sums, [one.name])
-        one.write()
+        raise OptionError("there are no batches to take statistics of; is the iterator used up?")
+    for norm in norms:
+        norm.sums = [all_reduce_sum(total) for total in norm.sums]
+        refuse_nan(norm.sums, [norm.name])
+        norm.write()
 
 
 @contextmanager
-def _by_the_batch(found: Sequence[NormStatistics]) -> Iterator[None]:
-    """Layers normalise by what they read, as in training; only that dropout is off and no process waits for another.
+def _normalising_by_batch(model: nn.Module, norms: Sequence[NormStatistics]) -> Iterator[None]:
+    """Let layers normalise by their inputs, as in training, but without dropout and without waiting for processes.
 
-    A BatchNorm finds the statistics of the batch where it looks for its own. An InstanceNorm is in training mode, with
-    a momentum of 0 so that it keeps what it has.
+    The running statistics of a BatchNorm are set to those of each batch before it is called. An InstanceNorm is put
+    into training mode, with a momentum of 0 so that it keeps its statistics.
     """
 
-    def hook(one: NormStatistics) -> Any:
-        def called(norm: Any, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-            read = inputs[0] if inputs else next(iter(named.values()))
-            one.see(read)
-            if not norm.training:
-                x = read.detach().double().movedim(1, -1).reshape(-1, norm.num_features)
-                norm.running_mean.copy_(x.mean(0))
-                norm.running_var.copy_(x.var(0, correction=0))
+    by_name = {statistics.name: statistics for statistics in norms}
 
-        return called
+    def normalise_by(name: str, x: Tensor) -> None:
+        by_name[name].add_input(x)
+        norm: Any = by_name[name].norm
+        if not norm.training:
+            x = x.detach().double().movedim(1, -1).reshape(-1, norm.num_features)
+            norm.running_mean.copy_(x.mean(0))
+            norm.running_var.copy_(x.var(0, correction=0))
 
-    handles = [one.norm.register_forward_pre_hook(hook(one), with_kwargs=True) for one in found]
-    momenta = {one.norm: one.norm.momentum for one in found if isinstance(one.norm, _InstanceNorm)}
+    momenta = {s.norm: s.norm.momentum for s in norms if isinstance(s.norm, _InstanceNorm)}
     for norm in momenta:
         norm.train().momentum = 0.0
     try:
-        yield
+        with forward_hooks(model, by_name, before=normalise_by):
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
         for norm, momentum in momenta.items():
             norm.momentum = momentum
 
 
 @contextmanager
-def _unless_it_fails(norms: Iterable[nn.Module]) -> Iterator[None]:
-    """If something fails the statistics are restored."""
+def _restored_on_failure(norms: Iterable[nn.Module]) -> Iterator[None]:
+    """Restore the statistics if anything fails."""
     before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     try:
         yield
     except BaseException:
-        for buffer, kept in before:
-            buffer.copy_(kept)
+        for buffer, value in before:
+            buffer.copy_(value)
         raise
 
 
@@ -166,65 +165,67 @@ def repair(
     device: Device = None,
     progress: bool = False,
 ) -> Checkpoint:
-    """Give every unit of a merge the mean and the deviation that the merged models have on average (REPAIR).
+    """Give every unit of a merge the mean and standard deviation that the merged models have on average (REPAIR).
 
-    For a unit of a linear map or a convolution with mean μ and deviation σ over the data, in the merge with all layers
-    before it repaired: w ← w · σ_α / σ and b ← μ_α + (b − μ) · σ_α / σ, with σ_α = Σ αᵢ σᵢ and μ_α = Σ αᵢ μᵢ over the
-    models. A layer without a bias keeps its mean times σ_α / σ. BatchNorm statistics are those of the data. What comes
-    out are ordinary weights. What is tied or called in no pass stays as it is merged; the log says which.
+    Let μ and σ be the mean and standard deviation over the data of a unit of a linear map or convolution, in the merge
+    with all earlier layers repaired. Then w ← w · σ_α / σ and b ← μ_α + (b − μ) · σ_α / σ, with σ_α = Σ αᵢ σᵢ and
+    μ_α = Σ αᵢ μᵢ over the models. Without a bias, the mean of a unit becomes μ · σ_α / σ. BatchNorm statistics are
+    recomputed on the data. The result has ordinary weights. Layers that are tied, or that no pass calls, stay as they
+    were merged; the log names them.
 
     Args:
-        merged: the merge; it stays as it is.
-        models: what was merged, in one system of coordinates (moved already).
+        merged: the merge, which is not modified.
+        models: models that were merged, in the same coordinates (moved already).
         data: unlabelled batches that can be read again and again. Under `accelerate launch` every process takes its
             share. Positions that an `attention_mask` leaves out do not count.
         weights: α of the models; by default equal.
-        device: where it is computed.
+        device: device of the computation.
         progress: show a progress bar (on a terminal).
 
     Returns:
-        The repaired merge, with the keys and dtypes it had.
+        The repaired merge, with the same keys and dtypes.
 
     Raises:
-        OptionError: no data, or such as can be read once; weights that are not one per model with a sum.
-        CheckpointError: no class is known that could be run, or NaN in what a layer gives; names it.
+        OptionError: no data, or data that can be read only once; weights that are not one per model, or whose sum is
+            not above 0.
+        CheckpointError: a model without a known class, or NaN in the output of a layer, which the message names.
 
-    Example: two units with deviation 1 that know nothing of each other have an average with deviation √½, and so on
-    from layer to layer. Times √2 it is 1 again.
+    Example: the average of two independent units with standard deviation 1 has √½, and less in every further layer.
+    Scaled by √2 it is 1 again.
 
         >>> repaired = repair(merge([a, moved]), [Checkpoint.open(a), Checkpoint.open(moved)], batches)
     """
-    rescale = partial(_Rescaling, shares=shares_of(weights, len(models)))
-    return with_changes(merged, models, data, rescale, device=device, progress="repairing" if progress else "")
+    rescale = partial(_Rescaling, shares=normalise_weights(weights, len(models)))
+    return change_layers(merged, models, data, rescale, device=device, progress="repairing" if progress else "")
 
 
 class _Rescaling(Change):
-    """Means and deviations of what the layers of a step give, in the merge and in what was merged; a `Change`."""
+    """Rescale layers by the means and deviations of their outputs, in the merge and in the merged models."""
 
-    def __init__(self, step: Step, shares: Sequence[float]):
+    def __init__(self, step: LayerStep, shares: Sequence[float]):
         self.layers, self.shares = step.layers, shares
-        kind: dict[str, Any] = {"dtype": torch.float64, "device": self.layers[0].module.weight.device}
+        options: dict[str, Any] = {"dtype": torch.float64, "device": self.layers[0].module.weight.device}
         shapes = [(1 + len(shares), 3, layer.groups, layer.matrix.shape[2]) for layer in self.layers]
-        self.sums = [torch.zeros(shape, **kind) for shape in shapes]  # of every model Σ1, Σy, Σy²
+        self.sums = [torch.zeros(shape, **options) for shape in shapes]  # Σ1, Σy, Σy² of every model
 
-    def add(self, calls: Sequence[Calls], mask: Tensor | None) -> None:
+    def add(self, calls: Sequence[LayerCalls], mask: Tensor | None) -> None:
         for total, layer in zip(self.sums, self.layers, strict=True):
             for i, model in enumerate(calls):
-                for _, said in model[layer.name]:
-                    y = layer.answers(said, mask).double()
+                for _, output in model[layer.name]:
+                    y = layer.output_samples(output, mask).double()
                     total[i] += torch.stack([torch.full_like(total[i, 0], y.shape[1]), y.sum(1), y.square().sum(1)])
 
     def write(self) -> Sequence[str]:
-        heard = [(layer, total) for layer, total in zip(self.layers, self.sums, strict=True) if total[:, 0].all()]
-        for layer, total in heard:
+        called = [(layer, total) for layer, total in zip(self.layers, self.sums, strict=True) if total[:, 0].all()]
+        for layer, total in called:
             count, sums, squares = total.unbind(1)
             means = sums / count
             deviations = (squares / count - means.square()).clamp_min(0).sqrt()
             shares = torch.tensor(self.shares, dtype=means.dtype, device=means.device)[:, None, None]
             mean, deviation = (shares * means[1:]).sum(0), (shares * deviations[1:]).sum(0)
-            alive = deviations[0] > 1e-6 * means[0].abs()  # what never changes has no deviation to be scaled
+            alive = deviations[0] > 1e-6 * means[0].abs()  # the deviation of a constant unit is rounding error
             scale = torch.where(alive, deviation / deviations[0], 1.0)
             bias = layer.bias
-            moved = None if bias is None else mean + (bias.double() - means[0]) * scale
-            layer.write(layer.matrix.double() * scale[:, None], moved)
-        return [layer.name for layer, _ in heard]
+            shifted = None if bias is None else mean + (bias.double() - means[0]) * scale
+            layer.write(layer.matrix.double() * scale[:, None], shifted)
+        return [layer.name for layer, _ in called]

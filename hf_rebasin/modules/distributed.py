@@ -1,4 +1,4 @@
-"""Several processes, as `accelerate launch` starts them: each takes a share of the batches, all come to the same."""
+"""Several processes, as `accelerate launch` starts them: each takes its share of the batches, all get one result."""
 
 from __future__ import annotations
 
@@ -13,90 +13,91 @@ from ..errors import OptionError
 
 
 @runtime_checkable
-class Shared(Protocol):
-    """Batches that can leave out those of other processes before they are made."""
+class ShardedBatches(Protocol):
+    """Batches that can skip those of other processes before they are made."""
 
-    def share(self, rank: int, world: int) -> Iterator[Any]:
-        """The batches number `rank`, `rank + world`, …"""
+    def iter_shard(self, rank: int, world: int) -> Iterator[Any]:
+        """Iterate over the batches numbered `rank`, `rank + world`, …"""
 
 
-def shared_out(data: Iterable[Any]) -> Iterator[Any]:
-    """The batches of this process: what accelerate has prepared is shared out already."""
-    if not _several() or type(data).__module__.startswith("accelerate."):
+def shard_batches(data: Iterable[Any]) -> Iterator[Any]:
+    """Iterate over the batches of this process; a DataLoader that accelerate has prepared is sharded already."""
+    if not _is_distributed() or type(data).__module__.startswith("accelerate."):
         return iter(data)
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return data.share(rank, world) if isinstance(data, Shared) else islice(data, rank, None, world)
+    return data.iter_shard(rank, world) if isinstance(data, ShardedBatches) else islice(data, rank, None, world)
 
 
-def endless(data: Iterable[Any]) -> Iterator[Any]:
-    """The same, round after round; OptionError where there is none."""
+def cycle_batches(data: Iterable[Any]) -> Iterator[Any]:
+    """Iterate over the batches of this process, epoch after epoch; OptionError where there are none."""
     while True:
-        came = False
-        for batch in shared_out(data):
-            came = True
+        empty = True
+        for batch in shard_batches(data):
+            empty = False
             yield batch
-        if not came:
+        if empty:
             raise OptionError("the data gave no batch to this process")
 
 
-def mean_of_all(value: Tensor) -> Tensor:
-    """The mean over all processes."""
-    return _reduced(value, "mean")
+def all_reduce_mean(value: Tensor) -> Tensor:
+    """Return the mean of a tensor over all processes."""
+    return _all_reduce(value, "mean")
 
 
-def sum_of_all(value: Tensor) -> Tensor:
-    """The sum over all processes."""
-    return _reduced(value, "sum")
+def all_reduce_sum(value: Tensor) -> Tensor:
+    """Return the sum of a tensor over all processes."""
+    return _all_reduce(value, "sum")
 
 
-def numbers_of_all(values: Sequence[float], device: Any = None) -> list[float]:
-    """Plain numbers, summed over all processes in float64; `device` is one that these can talk from."""
-    if not _several():
+def all_reduce_numbers(values: Sequence[float], device: Any = None) -> list[float]:
+    """Sum plain numbers over all processes in float64; `device` is one that the processes can communicate from."""
+    if not _is_distributed():
         return list(values)
-    total: list[float] = sum_of_all(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
+    total: list[float] = all_reduce_sum(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
     return total
 
 
-def averaged(latents: Iterable[Tensor]) -> None:
-    """Gradients become their mean over all processes; what one of them has none of counts as 0 there."""
-    for latent in latents:
-        if _several():
-            latent.grad = mean_of_all(torch.zeros_like(latent) if latent.grad is None else latent.grad)
+def all_reduce_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replace gradients by their mean over all processes; a missing gradient counts as 0."""
+    for parameter in parameters:
+        if _is_distributed():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = all_reduce_mean(gradient)
 
 
-def count() -> int:
-    """How many processes there are."""
-    return torch.distributed.get_world_size() if _several() else 1
+def world_size() -> int:
+    """Return the number of processes."""
+    return torch.distributed.get_world_size() if _is_distributed() else 1
 
 
-def is_first() -> bool:
-    """Whether this is the process that writes and speaks."""
-    return not _several() or torch.distributed.get_rank() == 0
+def is_main_process() -> bool:
+    """Whether this is the process that writes files and prints."""
+    return not _is_distributed() or torch.distributed.get_rank() == 0
 
 
-def wait() -> None:
-    """Until all processes are here."""
-    if _several():
+def wait_for_everyone() -> None:
+    """Block until all processes have come here."""
+    if _is_distributed():
         torch.distributed.barrier()
 
 
-def _several() -> bool:
+def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _reduced(value: Tensor, how: str) -> Tensor:
-    """By torch, which knows of processes that accelerate was not told of: its own reduce would leave them apart."""
-    if not _several():
+def _all_reduce(value: Tensor, reduction: str) -> Tensor:
+    """Reduce by torch, as accelerate's own reduce would skip processes that accelerate was not told of."""
+    if not _is_distributed():
         return value
     out = value.detach().clone(memory_format=torch.contiguous_format)
     torch.distributed.all_reduce(out)
-    return out / torch.distributed.get_world_size() if how == "mean" else out
+    return out / torch.distributed.get_world_size() if reduction == "mean" else out
 
 
-def that_of_the_first(value: Any) -> Any:
-    """What the first process has, in all of them."""
-    if not _several():
+def broadcast_object(value: Any) -> Any:
+    """Return the main process's value in all processes."""
+    if not _is_distributed():
         return value
-    held = [value]
-    torch.distributed.broadcast_object_list(held)
-    return held[0]
+    objects = [value]
+    torch.distributed.broadcast_object_list(objects)
+    return objects[0]

@@ -1,9 +1,9 @@
-"""How far a model between others is from saying what these say, without labels.
+"""How far the outputs of a model between others (the ends) are from theirs, without labels.
 
-For a sample, or a token, or a pixel, KL(Σ wᵢ pᵢ ‖ p̄): pᵢ is the softmax of the outputs of model i over classes, p̄ that
-of the model between them, whose BatchNorm layers go by the batch; wᵢ are the shares, 1 − λ and λ of two. Classes are
-the last axis, of images the one after the first. Where there is one number only, the model has no head, or its
-`problem_type` says that its outputs are no classes, the mean square of Σ wᵢ yᵢ − ȳ.
+For a sample, a token or a pixel it is KL(Σ wᵢ pᵢ ‖ p̄): pᵢ is the softmax over classes of the outputs of end i, p̄ that
+of the model between them, whose BatchNorm layers normalise by the batch; wᵢ are the shares of the ends, 1 − λ and λ
+for two. Classes are the last axis, or, in images, the second one. Where there is only one number, the model has no
+head, or its `problem_type` says that its outputs are not classes, it is the mean square of Σ wᵢ yᵢ − ȳ.
 """
 
 from __future__ import annotations
@@ -16,83 +16,94 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.precision import compute_dtype
 from ..errors import OptionError
-from .forward import answers, evaluating, has_no_head, mask_in, no_classes, run
-from .functional import Computing, by_batch_statistics
+from .forward import attended_outputs, attention_mask_of, evaluation_mode, has_no_classes, has_no_head, run_module
+from .functional import FunctionalCall, use_batch_statistics
 
-State: TypeAlias = "Mapping[str, Tensor]"
-Said: TypeAlias = "list[list[Tensor]]"  # of every end
+StateDict: TypeAlias = "Mapping[str, Tensor]"
+EndOutputs: TypeAlias = "list[list[Tensor]]"  # the `comparable_outputs` of every end
 
 
 class Divergence:
-    """What models say, and how far what is between them is from it; all by one module with other tensors in it.
+    """The outputs of several models, and the divergence of models between them, all computed by one module.
 
     Args:
-        module: in evaluation mode, on the device; its BatchNorm layers are told to go by the batch.
-        names: `{canonical key: its own key}`.
-        ends: the models, by canonical keys.
-        device: where batches are brought.
+        module: module in evaluation mode, on the device; its BatchNorm layers are set to normalise by the batch.
+        names: `{canonical key: key of the module}`.
+        ends: models to compare with, as state dicts with canonical keys.
+        device: device that batches are moved to.
     """
 
-    def __init__(self, module: nn.Module, names: Mapping[str, str], ends: Sequence[State], device: Any = None):
-        by_batch_statistics(module)
-        self.module, self.ends, self.computing = module, ends, Computing(module, names, run, device)
-        self.classes = not no_classes(module)  # a forward pass with labels in it may say otherwise
+    def __init__(self, module: nn.Module, names: Mapping[str, str], ends: Sequence[StateDict], device: Any = None):
+        use_batch_statistics(module)
+        self.module, self.ends, self.call = module, ends, FunctionalCall(module, names, run_module, device)
+        self.classes = not has_no_classes(module)  # before a forward pass with labels sets `problem_type`
 
-    def said(self, batch: Any) -> Said:
-        """What the ends say to a batch, each with its own BatchNorm statistics."""
-        with evaluating(self.module):
-            return [numbers_in(self.computing(state, batch), batch) for state in self.ends]
+    def outputs_of_ends(self, batch: Any) -> EndOutputs:
+        """Compute the outputs of the ends for a batch, each with its own BatchNorm statistics."""
+        with evaluation_mode(self.module):
+            return [comparable_outputs(self.call(state, batch), batch) for state in self.ends]
 
-    def of(self, state: State, shares: Sequence[float], batch: Any, said: Said | None = None) -> Tensor:
-        """One number for every sample, with gradients to `state`; `shares` of the ends, `said` is what `said` gave.
+    def per_sample(
+        self, state: StateDict, shares: Sequence[float], batch: Any, of_ends: EndOutputs | None = None
+    ) -> Tensor:
+        """Compute one number for every sample, with gradients to `state`.
+
+        Args:
+            state: model between the ends, by canonical keys.
+            shares: shares of the ends in the mixture.
+            batch: inputs of the forward pass.
+            of_ends: what `outputs_of_ends` gave for the batch; computed by default.
 
         Raises:
-            OptionError: the model says nothing that could be compared.
+            OptionError: the model returns no numbers that could be compared.
         """
-        said = self.said(batch) if said is None else said
-        return apart(said, self.computing(state, batch), shares, batch, self.classes)
+        of_ends = self.outputs_of_ends(batch) if of_ends is None else of_ends
+        return divergence_per_sample(of_ends, self.call(state, batch), shares, batch, self.classes)
 
 
-def apart(said: Said, answer: Any, shares: Sequence[float], batch: Any, classes: bool = True) -> Tensor:
-    """One number for every sample: how far an answer is from what was said.
+def divergence_per_sample(
+    of_ends: EndOutputs, outputs: Any, shares: Sequence[float], batch: Any, classes: bool = True
+) -> Tensor:
+    """Compute how far a model's outputs are from those of the ends: one number for every sample.
 
     Args:
-        said: `numbers_in` what every end answered.
-        answer: what a model in between gave for the same batch.
-        shares: of the ends.
-        batch: what they read.
-        classes: False where outputs are no scores of classes of which one is right.
+        of_ends: `comparable_outputs` of every end.
+        outputs: what a model in between returned for the same batch.
+        shares: shares of the ends in the mixture.
+        batch: the batch that all of them read.
+        classes: False where outputs are not scores of classes of which one is right.
 
     Raises:
-        OptionError: there are no numbers in the answer.
+        OptionError: outputs without numbers.
     """
-    found = numbers_in(answer, batch)
-    if not found:
+    tensors = comparable_outputs(outputs, batch)
+    if not tensors:
         raise OptionError(
-            f"what the model says, a {type(answer).__name__}, has no numbers in it that could be compared; where "
-            "labels or a loss can be given, give these"
+            f"the model returns a {type(outputs).__name__} without any numbers that could be compared; if there are "
+            "labels or a loss, give these"
         )
-    of_each = _apart if classes and not has_no_head(answer) else _squared
-    each = zip(zip(*said, strict=True), found, strict=True)
-    return torch.cat([of_each(of_ends, y, shares).flatten() for of_ends, y in each])
+    measure = _kl_divergence if classes and not has_no_head(outputs) else _squared_error
+    pairs = zip(zip(*of_ends, strict=True), tensors, strict=True)
+    return torch.cat([measure(ends, y, shares).flatten() for ends, y in pairs])
 
 
-def numbers_in(answer: Any, batch: Any) -> list[Tensor]:
-    """(…, classes), in float32 or wider."""
-    found = answers(answer, mask_in(batch))
-    wide = [y.to(torch.promote_types(y.dtype, torch.float32)) for y in found]
+def comparable_outputs(outputs: Any, batch: Any) -> list[Tensor]:
+    """Return the outputs that count as (…, classes), in float32 or wider."""
+    tensors = attended_outputs(outputs, attention_mask_of(batch))
+    wide = [y.to(compute_dtype(y.dtype)) for y in tensors]
     return [y.movedim(1, -1) if y.dim() > 3 else y if y.dim() > 1 else y[:, None] for y in wide]
 
 
-def _apart(ends: Sequence[Tensor], y: Tensor, shares: Sequence[float]) -> Tensor:
+def _kl_divergence(ends: Sequence[Tensor], y: Tensor, shares: Sequence[float]) -> Tensor:
     if y.shape[-1] == 1:
-        return _squared(ends, y, shares)
+        return _squared_error(ends, y, shares)
     weighted = [x.log_softmax(-1) + math.log(w) for x, w in zip(ends, shares, strict=True) if w]
     logs = functools.reduce(torch.logaddexp, weighted)
     p = logs.exp()
     return torch.where(p == 0, 0, p * (logs - y.log_softmax(-1))).sum(-1)  # 0 · log 0 is 0; NaN stays
 
 
-def _squared(ends: Sequence[Tensor], y: Tensor, shares: Sequence[float]) -> Tensor:
+def _squared_error(ends: Sequence[Tensor], y: Tensor, shares: Sequence[float]) -> Tensor:
     return (torch.stack([w * x for x, w in zip(ends, shares, strict=True)]).sum(0) - y).square().mean(-1)

@@ -1,4 +1,4 @@
-"""What layers read and give while a module computes, and once more of what was heard before."""
+"""Forward hooks that last for a `with` block, and the inputs and outputs of layers that they record."""
 
 from __future__ import annotations
 
@@ -10,96 +10,126 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .distributed import shared_out
-from .forward import mask_in, run
-from .functional import there
+from .distributed import shard_batches
+from .forward import attention_mask_of, run_module
+from .functional import move_batch
 
-Calls: TypeAlias = Mapping[str, list[tuple[Tensor, Tensor]]]  # by layers: what they read and gave, call after call
-Heard: TypeAlias = tuple[list[Calls], Tensor | None]
-KEPT = 256 << 20  # bytes of what was heard that are kept for further passes
+LayerCalls: TypeAlias = Mapping[str, list[tuple[Tensor, Tensor]]]  # {layer: its (input, output), call after call}
+BatchCalls: TypeAlias = tuple[list[LayerCalls], Tensor | None]  # of every model, and the attention mask
+CACHE_BYTES = 256 << 20  # of recorded tensors that are kept for further passes
 
 
-@dataclass
-class Hearing:
-    """What layers read and gave in several models, batch by batch, with the masks of the batches.
+@dataclass(kw_only=True)
+class RecordedCalls:
+    """Inputs and outputs of layers in several models, batch by batch, with the attention masks of the batches.
 
     Args:
-        models: that compute.
-        names: of the layers, the same in all of them.
-        calls: after so many of theirs a forward pass ends.
+        models: models to run.
+        layers: names of the layers, the same in all models.
+        calls: number of calls of these layers after which a forward pass ends.
         batches: inputs, which can be read again; each process takes its share.
-        device: where they are brought.
-        dtype: what their floating-point numbers are brought to; by default they stay.
-        kept: whether there will be further passes, in which all that these layers read and gave is the same. Where it
-            is little it is kept, and the models need not compute it again.
+        device: device that batches are moved to.
+        dtype: dtype that their floating-point tensors are cast to; by default they keep their own.
+        cached: whether there will be further passes in which these inputs and outputs are the same. They are then kept
+            if they take little memory, so that the models need not run again.
     """
 
     models: Sequence[nn.Module]
-    names: Sequence[str]
+    layers: Sequence[str]
     calls: int
     batches: Iterable[Any]
     device: Any = None
     dtype: torch.dtype | None = None
-    kept: bool = False
-    memory: list[Heard] | None = field(default=None, repr=False)
+    cached: bool = False
+    cache: list[BatchCalls] | None = field(default=None, repr=False)
 
-    def __iter__(self) -> Iterator[Heard]:
-        if self.memory is not None:
-            yield from self.memory
+    def __iter__(self) -> Iterator[BatchCalls]:
+        if self.cache is not None:
+            yield from self.cache
             return
-        memory: list[Heard] = []
-        room = KEPT if self.kept else 0
-        for batch in shared_out(self.batches):
-            batch = there(batch, self.device, self.dtype)
-            one = [heard(model, self.names, batch, self.calls) for model in self.models], mask_in(batch)
-            room -= sum(x.nbytes + y.nbytes for calls in one[0] for pairs in calls.values() for x, y in pairs)
+        cache: list[BatchCalls] = []
+        room = CACHE_BYTES if self.cached else 0
+        for batch in shard_batches(self.batches):
+            batch = move_batch(batch, self.device, self.dtype)
+            recorded = [record_calls(model, self.layers, batch, self.calls) for model in self.models]
+            entry = recorded, attention_mask_of(batch)
+            room -= sum(x.nbytes + y.nbytes for calls in recorded for pairs in calls.values() for x, y in pairs)
             if room >= 0:
-                memory.append(one)
+                cache.append(entry)
             else:
-                memory.clear()
-            yield one
-        if room >= 0 and self.kept:
-            self.memory = memory
+                cache.clear()
+            yield entry
+        if room >= 0 and self.cached:
+            self.cache = cache
 
 
-class _Reached(Exception):
-    """All that was to be heard has been heard."""
+class _AllRecorded(Exception):
+    """Ends a forward pass when all calls are recorded."""
 
 
-def heard(module: nn.Module, names: Sequence[str], batch: Any, calls: int) -> Calls:
-    """What layers read and gave in a forward pass, which ends after so many calls of them."""
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
+def record_calls(module: nn.Module, layers: Sequence[str], batch: Any, calls: int) -> LayerCalls:
+    """Record inputs and outputs of layers in a forward pass, which ends after so many calls of them."""
+    recorded: dict[str, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
     left = calls
 
-    def hear(name: str, x: Tensor, y: Tensor) -> None:
+    def record(layer: str, x: Tensor, y: Tensor) -> None:
         nonlocal left
         left -= 1
-        # the last is done with at once; before that, what follows may change it in place
-        found[name].append((x.clone(), y.clone()) if left else (x, y))
+        # what follows may write to these tensors; nothing follows the last call
+        recorded[layer].append((x.clone(), y.clone()) if left else (x, y))
         if not left:
-            raise _Reached
+            raise _AllRecorded
 
     try:
-        with listening(module, names, hear):
-            run(module, batch)
-    except _Reached:
+        with forward_hooks(module, layers, after=record):
+            run_module(module, batch)
+    except _AllRecorded:
         pass
-    return found
+    return recorded
 
 
 @contextmanager
-def listening(module: nn.Module, names: Iterable[str], hear: Callable[[str, Any, Any], Any]) -> Iterator[None]:
-    """`hear(name, input, output)` at every call of some layers, while it lasts."""
+def forward_hooks(
+    module: nn.Module,
+    names: Iterable[str],
+    *,
+    before: Callable[[str, Any], Any] | None = None,
+    after: Callable[[str, Any, Any], Any] | None = None,
+) -> Iterator[None]:
+    """Call functions at every call of some submodules, for the duration of a `with` block.
 
-    def hook(name: str) -> Any:
-        def called(_: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> None:
-            hear(name, inputs[0] if inputs else next(iter(named.values()), None), output)
+    Args:
+        module: module that is run in the block.
+        names: names of its submodules, in the order in which hooks are registered.
+        before: called with (name, first input); what it returns does not count.
+        after: called with (name, first input, output); what it returns replaces the output, unless it is None.
+    """
 
-        return called
+    def pre_hook(name: str, function: Callable[[str, Any], Any]) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            function(name, _first_input(args, kwargs))
 
-    handles = [module.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True) for name in names]
+        return hook
+
+    def post_hook(name: str, function: Callable[[str, Any, Any], Any]) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+            return function(name, _first_input(args, kwargs), output)
+
+        return hook
+
+    handles = []
     try:
+        for name in names:
+            part = module.get_submodule(name)
+            if before is not None:
+                handles.append(part.register_forward_pre_hook(pre_hook(name, before), with_kwargs=True))
+            if after is not None:
+                handles.append(part.register_forward_hook(post_hook(name, after), with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()), None)

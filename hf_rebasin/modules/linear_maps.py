@@ -1,4 +1,4 @@
-"""Linear maps of a module: linear layers, transformers' Conv1D and convolutions are one thing, y = x W + b.
+"""Linear maps of a module: linear layers, transformers' Conv1D and convolutions, all of them as y = x W + b.
 
 The samples x of a convolution are the patches of its input, group by group.
 """
@@ -15,12 +15,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
-PIECE = 1 << 22  # numbers: so many are unfolded at a time of what a convolution reads
+CHUNK_ELEMENTS = 1 << 22  # elements that are unfolded at a time from the input of a convolution
 
 
 @dataclass(frozen=True)
 class Affine:
-    """A linear map of a module."""
+    """A linear map of a module.
+
+    Args:
+        name: name of the layer in the module.
+        module: the layer itself.
+    """
 
     name: str
     module: Any
@@ -43,7 +48,7 @@ class Affine:
 
     @property
     def bias(self) -> Tensor | None:
-        """(groups, out)"""
+        """Its bias, (groups, out); None if it has none."""
         bias = self.module.bias
         return None if bias is None else bias.detach().reshape(self.groups, -1)
 
@@ -54,10 +59,10 @@ class Affine:
         if bias is not None:
             self.module.bias.detach().copy_(bias.reshape(-1))
 
-    def samples(self, x: Tensor, mask: Tensor | None = None) -> Iterator[Tensor]:
-        """What it reads, (groups, many, in), piece by piece: patches are many times what they are cut from."""
+    def input_samples(self, x: Tensor, mask: Tensor | None = None) -> Iterator[Tensor]:
+        """Iterate over the samples of an input, (groups, samples, in), in chunks, as patches take much memory."""
         if not self.is_convolution:
-            yield _looked_at(x, mask)[None]
+            yield _attended(x, mask)[None]
             return
         x = self._padded(x)
         places = prod(
@@ -66,25 +71,27 @@ class Affine:
                 x.shape[2:], self.module.kernel_size, self.module.dilation, self.module.stride, strict=True
             )
         )
-        images = max(1, PIECE // max(1, places * x.shape[1] * prod(self.module.kernel_size)))
+        images = max(1, CHUNK_ELEMENTS // max(1, places * x.shape[1] * prod(self.module.kernel_size)))
         yield from map(self._patches, x.split(images))
 
-    def answers(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What it gives, (groups, many, out)."""
+    def output_samples(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the samples of an output, (groups, samples, out)."""
         if not self.is_convolution:
-            return _looked_at(y, mask)[None]
+            return _attended(y, mask)[None]
         return self._batched(y).unflatten(1, (self.groups, -1)).movedim(1, 0).movedim(2, -1).flatten(1, -2)
 
     def explains(self, x: Tensor, y: Tensor) -> bool:
-        """Whether it gave what a linear map gives: classes derived from one, and hooks, may do what they like."""
+        """Whether y is what this linear map makes of x; hooks and subclasses may compute something else."""
         if self.is_convolution:
             x, y = self._batched(x)[:1], self._batched(y)[:1]
         elif not x.is_floating_point() or x.shape[-1] != self.matrix.shape[1]:
             return False
-        read, given = torch.cat(list(self.samples(x)), 1).double(), self.answers(y).double()
-        said = read @ self.matrix.double()
-        said = said if self.bias is None else said + self.bias.double()[:, None]
-        return said.shape == given.shape and not (said - given).norm() > 0.05 * given.norm()  # NaN is refused later
+        inputs, outputs = torch.cat(list(self.input_samples(x)), 1).double(), self.output_samples(y).double()
+        expected = inputs @ self.matrix.double()
+        expected = expected if self.bias is None else expected + self.bias.double()[:, None]
+        if expected.shape != outputs.shape:
+            return False
+        return not (expected - outputs).norm() > 0.05 * outputs.norm()  # NaN passes: it is refused later
 
     def _batched(self, x: Tensor) -> Tensor:
         return x if x.dim() == len(self.module.kernel_size) + 2 else x[None]
@@ -105,17 +112,17 @@ class Affine:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """transformers' linear layer, whose weight is stored (in, out)."""
+    """Whether a module is transformers' linear layer Conv1D, whose weight is stored as (in, out)."""
     return type(module).__name__ == "Conv1D"
 
 
 def is_matrix(module: nn.Module) -> bool:
-    """Whether it is one that is no convolution."""
+    """Whether a module is a linear map that is not a convolution."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def _looked_at(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(many, n), without the positions that a mask leaves out; these may have been laid end to end."""
+def _attended(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the rows of x, (samples, n), that a mask keeps; their positions may be flattened already."""
     flat = x.reshape(-1, x.shape[-1])
     if mask is None or (x.shape[:-1] != mask.shape and x.shape[:-1] != (mask.numel(),)):
         return flat
@@ -123,7 +130,7 @@ def _looked_at(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def is_affine(module: nn.Module) -> bool:
-    """Whether it is one of these; a transposed convolution is none."""
+    """Whether a module is one of the linear maps here; transposed convolutions are not."""
     if isinstance(module, _ConvNd):
         return not module.transposed
     return is_matrix(module)

@@ -1,4 +1,4 @@
-"""What was published: folders with their records, and alignments, from this machine or from the Hub."""
+"""Published artefacts, read from this machine or from the Hub: folders with their records, and alignments."""
 
 from __future__ import annotations
 
@@ -7,81 +7,81 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..alignment.alignment import Alignment
-from ..checkpoints.folder import ADAPTER, PROVENANCE, is_weights
-from ..checkpoints.hub import bars, fetch, fetch_matching, named, names_of, resolved
-from ..checkpoints.hub_errors import speaking
+from ..checkpoints.folder import ADAPTER_FILES, PROVENANCE, is_weights
+from ..checkpoints.hub import fetch, fetch_matching, list_files, progress_bars, resolve_revision, split_revision
+from ..checkpoints.hub_errors import translated_errors
 from ..checkpoints.provenance import Provenance
-from ..errors import CheckpointError, some
+from ..errors import CheckpointError, listed
 
-ALIGNMENTS = "alignment*.safetensors"
+ALIGNMENT_PATTERN = "alignment*.safetensors"
 
 
-def folder_of(source: str, *, progress: bool = False) -> Path:
-    """A folder as it is; of a repository of the Hub its record, all that it names, and what may be loaded besides.
+def fetch_artefacts(source: str, *, progress: bool = False) -> Path:
+    """Return a local folder, or fetch a repository's record, the files it names and other files that may be loaded.
 
     Raises:
-        CheckpointError: there is neither.
-        HubError: the Hub refuses, or cannot be reached.
+        CheckpointError: there is neither such a folder nor such a repository.
+        HubError: the Hub refuses or cannot be reached.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
-    with _read(source, progress) as (repository, commit):
-        place = fetch(repository, commit, [PROVENANCE])
-        if (place / PROVENANCE).is_file():
-            loose = {name for name in names_of(repository, commit, place) if _may_be_loaded(name)}
-            fetch(repository, commit, sorted(loose.union(Provenance.load(place).outputs)))
-    return place
+    with _open_repository(source, progress) as (repository, commit):
+        folder = fetch(repository, commit, [PROVENANCE])
+        if (folder / PROVENANCE).is_file():
+            loadable = {name for name in list_files(repository, commit, folder) if _may_be_loaded(name)}
+            fetch(repository, commit, sorted(loadable.union(Provenance.load(folder).outputs)))
+    return folder
 
 
 def _may_be_loaded(name: str) -> bool:
-    """Whether somebody's code may read weights from it, written by us or not."""
-    return "/" not in name and (is_weights(name) or name in ADAPTER or name.endswith((".safetensors", ".bin")))
+    """Whether code that loads the model may read weights from a file, whoever wrote it."""
+    return "/" not in name and (is_weights(name) or name in ADAPTER_FILES or name.endswith((".safetensors", ".bin")))
 
 
-def alignment_of(source: str, name: str | None = None) -> Alignment:
-    """An alignment: a file, or the one in a folder or a repository of the Hub.
+def load_alignment(source: str, name: str | None = None) -> Alignment:
+    """Load an alignment from a file, a folder or a repository on the Hub.
 
     Args:
-        source: a file, a folder, or an id on the Hub (`org/name@revision`).
-        name: of the file in there, where there are several.
+        source: file, folder, or id on the Hub (`org/name@revision`).
+        name: name of the file within `source`, where there are several.
 
     Raises:
-        CheckpointError: there is none, or there are several and no name says which.
+        CheckpointError: there is none, or there are several and no name selects one.
     """
-    place = Path(source).expanduser()
-    if place.suffix == ".safetensors" or place.is_file():
-        return Alignment.load(place)
+    path = Path(source).expanduser()
+    if path.suffix == ".safetensors" or path.is_file():
+        return Alignment.load(path)
     try:
-        folder = place if place.is_dir() else _alignments(source, name)
+        folder = path if path.is_dir() else _fetch_alignments(source, name)
     except CheckpointError as error:
         raise CheckpointError(f"{source} cannot be read as an alignment: {error}") from error
-    found = sorted(file.name for file in folder.glob(ALIGNMENTS))
+    names = sorted(file.name for file in folder.glob(ALIGNMENT_PATTERN))
     if name is not None and (folder / name).is_file():
         return Alignment.load(folder / name)
-    if len(found) == 1 and name is None:
-        return Alignment.load(folder / found[0])
-    which = f"has {some(found)}; say which (--file)" if found else f"has no {name or ALIGNMENTS}"
-    raise CheckpointError(f"{source} {which}")
+    if len(names) == 1 and name is None:
+        return Alignment.load(folder / names[0])
+    problem = f"has {listed(names)}; say which (--file)" if names else f"has no {name or ALIGNMENT_PATTERN}"
+    raise CheckpointError(f"{source} {problem}")
 
 
 def artefact_name(source: str) -> str:
-    """What it is called where nobody knows the folders of this machine."""
+    """Name of an artefact without local folders: its file name, or its id on the Hub."""
     return Path(source).name if Path(source).expanduser().exists() else source
 
 
-def _alignments(source: str, name: str | None) -> Path:
-    """The folder of a repository, with this file of it, or with all its alignments."""
-    with _read(source, progress=False) as (repository, commit):
+def _fetch_alignments(source: str, name: str | None) -> Path:
+    """Fetch one file, or all alignments, of a repository and return the folder they are in."""
+    with _open_repository(source, progress=False) as (repository, commit):
         if name:
             return fetch(repository, commit, [name])
-        return fetch_matching(repository, commit, [ALIGNMENTS])
+        return fetch_matching(repository, commit, [ALIGNMENT_PATTERN])
 
 
 @contextmanager
-def _read(source: str, progress: bool) -> Iterator[tuple[str, str]]:
-    """(repository, commit); inside, the Hub speaks plainly, and shows its bars or none."""
-    repository, revision = named(source)
-    commit = resolved(repository, revision)
-    with speaking(f"read {source}"), bars(progress):
+def _open_repository(source: str, progress: bool) -> Iterator[tuple[str, str]]:
+    """Yield (repository, commit); inside the block errors are translated, and progress bars shown or hidden."""
+    repository, revision = split_revision(source)
+    commit = resolve_revision(repository, revision)
+    with translated_errors(f"read {source}"), progress_bars(progress):
         yield repository, commit

@@ -1,4 +1,4 @@
-"""Models made anew from what is recorded of them: one function per verb, of its settings and of what it reads."""
+"""Rebuilding models from their records: one function per verb, given its settings and inputs."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from ..evaluation.interpolation import between
 from ..merging.recalibration import recalibrate, repair
 from ..modules.functional import Device
 from ..recipes.recipe import Recipe
-from ..recipes.runner import opened, recalibrated, run
+from ..recipes.runner import open_models, recalibrate_checkpoint, run_merge
 from ..solving.align import align
 from .record import alignment_files
 
 
-@dataclass(frozen=True)
-class Making:
-    """What making a model again has to go by.
+@dataclass(frozen=True, kw_only=True)
+class RebuildContext:
+    """Settings and inputs for rebuilding a model.
 
     Args:
-        settings: of the verb, as they were recorded.
-        models: what it reads.
-        alignments: that are stored; None to look for them anew.
-        data: instead of the dataset that is recorded, where that is not on the Hub.
-        device: where it is computed.
-        progress: show progress bars.
+        settings: recorded settings of the verb.
+        models: models that it reads.
+        alignments: stored alignments; None to solve for them anew.
+        data: place of the data, instead of a recorded dataset that is not on the Hub.
+        device: device to compute on.
+        progress: whether to show progress bars.
     """
 
     settings: Mapping[str, Any]
@@ -43,24 +43,26 @@ class Making:
     device: Device = None
     progress: bool = False
 
-    def described(self, key: str) -> dict[str, Any] | None:
-        """What is said of data, with the place where they are now."""
-        said = self.settings.get(key)
-        if said is None or self.data is None or said.get("revision") is not None:
-            return None if said is None else dict(said)
-        return {**said, "dataset": self.data, "files": None}
+    def data_settings(self, key: str) -> dict[str, Any] | None:
+        """Return recorded data settings, with the place where the data are now."""
+        recorded = self.settings.get(key)
+        if recorded is None or self.data is None or recorded.get("revision") is not None:
+            return None if recorded is None else dict(recorded)
+        return {**recorded, "dataset": self.data, "files": None}
 
-    def batches(self, key: str = "data") -> Batches | None:
-        said = self.described(key)
-        return None if said is None else open_data(DataSettings.model_validate(said), self.models[0])
+    def open_batches(self, key: str = "data") -> Batches | None:
+        """Open recorded data; None where there are none."""
+        settings = self.data_settings(key)
+        return None if settings is None else open_data(DataSettings.model_validate(settings), self.models[0])
 
-    def moving_by(self) -> Alignment:
+    def stored_alignment(self) -> Alignment:
+        """Return the first stored alignment; raise CheckpointError where there is none."""
         if not self.alignments:
             raise CheckpointError("the alignment that moved it is not stored beside it")
         return self.alignments[0]
 
 
-def made_again(
+def rebuild_model(
     provenance: Provenance,
     models: Sequence[Checkpoint],
     folder: Path,
@@ -71,98 +73,107 @@ def made_again(
     device: Device = None,
     progress: bool = False,
 ) -> None:
-    """Write what a record says into another folder.
+    """Rebuild a model from its record and write it into another folder.
 
     Args:
-        provenance: the record.
+        provenance: record of the model.
         models: its inputs, in order.
-        folder: where its alignments are.
-        out: where it goes.
-        resolve: look for the alignments anew, and write them, too.
-        data: where the data are, if they are not on the Hub.
-        device: where it is computed.
-        progress: show progress bars.
+        folder: folder with its stored alignments.
+        out: folder to write.
+        resolve: whether to solve for the alignments anew, and write them, too.
+        data: place of the data, if they are not on the Hub.
+        device: device to compute on.
+        progress: whether to show progress bars.
 
     Raises:
-        CheckpointError: nothing is known of the verb, its settings are none, or an alignment is missing.
+        CheckpointError: the verb is unknown, its settings are invalid, or an alignment is missing.
     """
-    if provenance.verb not in MAKERS:
-        raise CheckpointError(f"nothing is known here of {provenance.verb!r}, so it cannot be made again")
+    if provenance.verb not in REBUILDERS:
+        raise CheckpointError(f"{PROVENANCE} names an unknown verb, {provenance.verb!r}, so it cannot be rebuilt")
     number = sum(name.startswith("alignment") for name in provenance.outputs)
     stored = [Alignment.load(folder / name) for name in alignment_files(number)]
-    making = Making(provenance.recipe, models, None if resolve else stored, data, device, progress)
+    context = RebuildContext(
+        settings=provenance.recipe,
+        models=models,
+        alignments=None if resolve else stored,
+        data=data,
+        device=device,
+        progress=progress,
+    )
     try:
-        checkpoint, alignments = MAKERS[provenance.verb](making)
+        checkpoint, alignments = REBUILDERS[provenance.verb](context)
     except RebasinError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError) as error:  # a record that somebody wrote by hand
-        raise CheckpointError(f"{PROVENANCE} says what cannot be done again: {error!r}") from error
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # a record that was edited by hand
+        raise CheckpointError(f"{PROVENANCE} has settings that cannot be used: {error!r}") from error
     checkpoint.save(out, max_shard_size=provenance.shard, progress=progress)
     for name, alignment in zip(alignment_files(len(alignments)), alignments, strict=True):
         alignment.save(out / name)
 
 
-Made = tuple[Checkpoint, Sequence[Alignment]]
+Rebuilt = tuple[Checkpoint, Sequence[Alignment]]
 
 
-def _merge(making: Making) -> Made:
-    said = dict(making.settings)
+def _rebuild_merge(context: RebuildContext) -> Rebuilt:
+    content = dict(context.settings)
     places = [
-        {"model": one.name.rpartition("@")[0] or one.name, "revision": one.commit}
-        if one.commit
-        else {"model": str(one.folder)}
-        for one in making.models
+        {"model": model.name.rpartition("@")[0] or model.name, "revision": model.commit}
+        if model.commit
+        else {"model": str(model.folder)}
+        for model in context.models
     ]
-    said["models"] = [
+    content["models"] = [
         {**place, "parameters": entry.get("parameters", {})}
-        for place, entry in zip(places, said["models"], strict=True)
+        for place, entry in zip(places, content["models"], strict=True)
     ]
-    if "data" in said:
-        said["data"] = making.described("data")
-    if "base_model" in said:
-        said["base_model"] = places[0]["model"]
-    recipe = Recipe.from_dict(said, name="the recipe of the record")
-    models = opened(recipe, measuring=False, progress=making.progress)
-    found = run(recipe, found=models, alignments=making.alignments, device=making.device, progress=making.progress)
-    return found.checkpoint, [solution.alignment for solution in found.solutions]
+    if "data" in content:
+        content["data"] = context.data_settings("data")
+    if "base_model" in content:
+        content["base_model"] = places[0]["model"]
+    recipe = Recipe.from_dict(content, name="the recipe of the record")
+    opened = open_models(recipe, with_evaluation=False, progress=context.progress)
+    alignments, device = context.alignments, context.device
+    merged = run_merge(recipe, opened=opened, alignments=alignments, device=device, progress=context.progress)
+    return merged.checkpoint, [solution.alignment for solution in merged.solutions]
 
 
-def _align(making: Making) -> Made:
-    fixed, moving = making.models
-    if making.alignments is not None:
-        return making.moving_by().apply(moving), ()
-    settings = {key: value for key, value in making.settings.items() if key != "data"}
-    solution = align(fixed, moving, data=making.batches(), device=making.device, progress=making.progress, **settings)
+def _rebuild_aligned(context: RebuildContext) -> Rebuilt:
+    fixed, moving = context.models
+    if context.alignments is not None:
+        return context.stored_alignment().apply(moving), ()
+    settings = {key: value for key, value in context.settings.items() if key != "data"}
+    data = context.open_batches()
+    solution = align(fixed, moving, data=data, device=context.device, progress=context.progress, **settings)
     return solution.apply(moving), [solution.alignment]
 
 
-def _apply(making: Making) -> Made:
-    (moving,) = making.models
-    return making.moving_by().apply(moving), ()
+def _rebuild_applied(context: RebuildContext) -> Rebuilt:
+    (moving,) = context.models
+    return context.stored_alignment().apply(moving), ()
 
 
-def _recalibrate(making: Making) -> Made:
-    model, *like = making.models
-    data = making.batches()
+def _rebuild_recalibrated(context: RebuildContext) -> Rebuilt:
+    model, *like = context.models
+    data = context.open_batches()
     if data is None:
-        raise CheckpointError("the record does not say on which data the statistics were taken")
+        raise CheckpointError("the record does not say on which data the statistics were computed")
     if like:
-        return repair(model, like, data, device=making.device, progress=making.progress), ()
-    exact = bool(making.settings.get("exact"))
-    return recalibrated(model, data, exact=exact, device=making.device, progress=making.progress), ()
+        return repair(model, like, data, device=context.device, progress=context.progress), ()
+    exact = bool(context.settings.get("exact"))
+    return recalibrate_checkpoint(model, data, exact=exact, device=context.device, progress=context.progress), ()
 
 
-def _interpolate(making: Making) -> Made:
-    data = making.batches("recalibrate")
-    prepare = None if data is None else partial(recalibrate, batches=data, device=making.device)
-    fixed, moving = making.models
-    return between(fixed, moving, float(making.settings["at"]), prepare=prepare, device=making.device), ()
+def _rebuild_interpolated(context: RebuildContext) -> Rebuilt:
+    data = context.open_batches("recalibrate")
+    prepare = None if data is None else partial(recalibrate, batches=data, device=context.device)
+    fixed, moving = context.models
+    return between(fixed, moving, float(context.settings["at"]), prepare=prepare, device=context.device), ()
 
 
-MAKERS: Mapping[str, Callable[[Making], Made]] = {
-    "merge": _merge,
-    "align": _align,
-    "apply": _apply,
-    "recalibrate": _recalibrate,
-    "interpolate": _interpolate,
+REBUILDERS: Mapping[str, Callable[[RebuildContext], Rebuilt]] = {
+    "merge": _rebuild_merge,
+    "align": _rebuild_aligned,
+    "apply": _rebuild_applied,
+    "recalibrate": _rebuild_recalibrated,
+    "interpolate": _rebuild_interpolated,
 }

@@ -1,4 +1,4 @@
-"""What a verb leaves beside the weights: recipe, alignments, `rebasin.json`, and of what was measured the numbers."""
+"""Records that a verb writes beside the weights: recipe, alignments, `rebasin.json`, and measurements in a report."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ import yaml
 
 from ..alignment.alignment import Alignment
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.folder import write_whole
-from ..checkpoints.licences import Said, licence_of
-from ..checkpoints.provenance import Input, Machine, Provenance, hashes
-from ..data.batches import Batches, DataSettings
-from ..modules.distributed import count
+from ..checkpoints.folder import write_atomically
+from ..checkpoints.licences import DeclaredLicence, find_licence
+from ..checkpoints.provenance import InputRecord, Machine, Provenance, hash_files
+from ..data.batches import Batches
+from ..modules.distributed import world_size
 from ..modules.functional import Device
-from ..recipes.assessment import looked_at
+from ..recipes.assessment import describe_data
 from ..recipes.recipe import ModelEntry, Recipe
-from ..recipes.runner import Merged
-from ..reports.charts import png
+from ..recipes.runner import MergeResult
+from ..reports.charts import render_png
 from ..reports.report import Report
-from ..text import without_place
+from ..text import shorten_path
 
 RECIPE, REPORT = "recipe.yaml", "report.json"
 
 
 @dataclass(frozen=True)
-class Record:
-    """What is written beside the weights.
+class MergeRecord:
+    """Records to be written beside the weights of a merged or otherwise derived model.
 
     Args:
-        provenance: how they came about.
-        alignments: that were found, one for every moving model.
-        recipe: of a merge, as it is to be read by people.
+        provenance: record of how it was made.
+        alignments: alignments that were found, one per moving model.
+        recipe: recipe of a merge, for people to read.
     """
 
     provenance: Provenance
@@ -45,137 +45,162 @@ class Record:
     recipe: Recipe | None = None
 
     def write(self, folder: Path) -> None:
-        """Into a folder that has the weights already."""
+        """Write the records into a folder that has the weights already."""
         for name, alignment in zip(alignment_files(len(self.alignments)), self.alignments, strict=True):
             alignment.save(folder / name)
         if self.recipe is not None:
-            write_whole(folder / RECIPE, self._text(self.recipe).encode())
+            write_atomically(folder / RECIPE, self._text(self.recipe).encode())
         self.provenance.save(folder)
 
     def _text(self, recipe: Recipe) -> str:
-        """The recipe with what has to be known to run it again."""
+        """Format the recipe with comments on how to run it again."""
         lines = ["# hf-rebasin merge recipe.yaml -o merged"]
-        for one in self.provenance.inputs:
-            if one.commit is None:
-                lines.append(f"# {one.name} is a folder that is not on the Hub: say where it is.")
-        return "\n".join([*lines, _yaml(recipe)])
+        for model in self.provenance.inputs:
+            if model.commit is None:
+                lines.append(f"# {model.name} is a folder that is not on the Hub: say where it is.")
+        return "\n".join([*lines, _recipe_yaml(recipe)])
 
 
-def _yaml(recipe: Recipe) -> str:
-    said = recipe.model_dump(mode="json", exclude_defaults=True)
-    if recipe.align is not None:  # what everything random hangs on is said, default or not
-        said["align"] = {"solver": recipe.align.solver, "seed": recipe.align.seed, **said.get("align", {})}
-    if said.get("refit") == {}:
-        said["refit"] = True
-    return yaml.safe_dump(said, sort_keys=False, allow_unicode=True)
+def _recipe_yaml(recipe: Recipe) -> str:
+    content = recipe.model_dump(mode="json", exclude_defaults=True)
+    if recipe.align is not None:  # solver and seed are always written, as everything random depends on them
+        content["align"] = {"solver": recipe.align.solver, "seed": recipe.align.seed, **content.get("align", {})}
+    if content.get("refit") == {}:
+        content["refit"] = True
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def alignment_files(number: int) -> list[str]:
-    """`alignment.safetensors`, or one for every moving model where there are several."""
+    """Names of the alignment files for a number of moving models: `alignment.safetensors` if there is only one."""
     return ["alignment.safetensors"] if number == 1 else [f"alignment-{i + 1}.safetensors" for i in range(number)]
 
 
-def recorded(
+def make_provenance(
     verb: str,
     settings: Mapping[str, Any],
-    inputs: Sequence[Input],
+    inputs: Sequence[InputRecord],
     data: Mapping[str, Batches | None] | None = None,
     *,
     notes: Iterable[str] = (),
     max_shard_size: str = "5GB",
     device: Device = None,
 ) -> Provenance:
-    """How something comes about that is about to be written.
+    """Make the provenance of a model that is about to be written.
 
     Args:
-        verb: what is done.
-        settings: how.
-        inputs: what is read, the fixed model first.
-        data: `{what for: data}`.
-        notes: what else is to be said of the result.
-        max_shard_size: of a file of weights.
-        device: where it is computed.
+        verb: command that is run.
+        settings: its settings.
+        inputs: models that are read, the fixed model first.
+        data: `{purpose: data}`.
+        notes: remarks on the result.
+        max_shard_size: maximum size of a weight file.
+        device: device to compute on.
     """
-    machine = Machine("cpu" if device is None else torch.device(device).type, torch.get_num_threads(), count())
-    looked = {what: _settled(batches).describe() for what, batches in (data or {}).items() if batches is not None}
-    return Provenance(verb, settings, tuple(inputs), looked, machine=machine, notes=tuple(notes), shard=max_shard_size)
+    machine = Machine("cpu" if device is None else torch.device(device).type, torch.get_num_threads(), world_size())
+    described = {
+        purpose: _pin_data(batches).describe() for purpose, batches in (data or {}).items() if batches is not None
+    }
+    return Provenance(
+        verb=verb,
+        recipe=settings,
+        inputs=tuple(inputs),
+        data=described,
+        machine=machine,
+        notes=tuple(notes),
+        shard=max_shard_size,
+    )
 
 
-def inputs_of(models: Sequence[Checkpoint]) -> list[Input]:
-    """Models as a record has them; all their files are hashed."""
-    return [reading() for reading in begun(models)]
+def record_inputs(models: Sequence[Checkpoint]) -> list[InputRecord]:
+    """Record models as inputs, with the hashes of all their files."""
+    return [wait() for wait in start_hashing(models)]
 
 
-def begun(models: Sequence[Checkpoint]) -> list[Callable[[], Input]]:
-    """The same, model by model, while other things are done: each is hashed in a thread, and calling it waits.
+def start_hashing(models: Sequence[Checkpoint]) -> list[Callable[[], InputRecord]]:
+    """Start hashing models in background threads, and return one function per model that waits for its record.
 
     Raises:
-        CheckpointError: the record of a model cannot be read, which is said before anything is computed.
+        CheckpointError: the existing record of a model cannot be read; raised before anything is computed.
     """
-    records = [Provenance.beside(model) for model in models]
+    records = [Provenance.find(model) for model in models]
 
-    def begin(name: str, model: Checkpoint, record: Provenance | None) -> Callable[[], Input]:
-        future: Future[Input] = Future()
+    def start(name: str, model: Checkpoint, record: Provenance | None) -> Callable[[], InputRecord]:
+        future: Future[InputRecord] = Future()
 
         def work() -> None:
             try:
-                future.set_result(_input(name, model, record))
+                future.set_result(_make_input_record(name, model, record))
             except BaseException as error:
                 future.set_exception(error)
 
-        Thread(target=work, name=f"sha256 {name}", daemon=True).start()  # an interrupt does not wait for it
+        Thread(target=work, name=f"sha256 {name}", daemon=True).start()  # not waited for on an interrupt
         return future.result
 
-    return [begin(*one) for one in zip(names_of(models), models, records, strict=True)]
+    return [start(*arguments) for arguments in zip(public_names(models), models, records, strict=True)]
 
 
-def licences_of(models: Sequence[Checkpoint]) -> dict[str, Said]:
-    """What the models say, by their names, as a record will have it unless a file was changed since it was made."""
+def find_licences(models: Sequence[Checkpoint]) -> dict[str, DeclaredLicence]:
+    """Find the licences of models by name, as `record_inputs` does if no file was changed since its record."""
     return {
-        name: _licence(model, Provenance.beside(model)) for name, model in zip(names_of(models), models, strict=True)
+        name: _find_licence(model, Provenance.find(model))
+        for name, model in zip(public_names(models), models, strict=True)
     }
 
 
-def _licence(model: Checkpoint, record: Provenance | None) -> Said:
-    return licence_of(model, None if record is None else record.licences)
+def _find_licence(model: Checkpoint, record: Provenance | None) -> DeclaredLicence:
+    return find_licence(model, None if record is None else record.licences)
 
 
-def _input(name: str, model: Checkpoint, record: Provenance | None) -> Input:
+def _make_input_record(name: str, model: Checkpoint, record: Provenance | None) -> InputRecord:
     if model.folder is None:
-        return Input(name, model.commit)
-    files = hashes(model.folder)
+        return InputRecord(name=name, commit=model.commit)
+    files = hash_files(model.folder)
     if record is not None and any(record.outputs.get(file) != digest for file, digest in files.items()):
-        record = None  # it is of what was there before
-    made = () if record is None else record.inputs
-    made_of = tuple(place for one in made for place in (one.made_of or (one.place,)))
-    return Input(name, model.commit, _licence(model, record), files, made_of)
+        record = None  # the files were changed since
+    inputs = () if record is None else record.inputs
+    made_of = tuple(place for entry in inputs for place in (entry.made_of or (entry.place,)))
+    licence = _find_licence(model, record)
+    return InputRecord(name=name, commit=model.commit, licence=licence, files=files, made_of=made_of)
 
 
-def record_of(
-    recipe: Recipe, merged: Merged, inputs: Sequence[Input], *, max_shard_size: str = "5GB", device: Device = None
-) -> Record:
-    """The record of a merge."""
+def record_merge(
+    recipe: Recipe,
+    merged: MergeResult,
+    inputs: Sequence[InputRecord],
+    *,
+    max_shard_size: str = "5GB",
+    device: Device = None,
+) -> MergeRecord:
+    """Make the records of a merge.
+
+    Args:
+        recipe: recipe that was run.
+        merged: its result.
+        inputs: records of the models that were read.
+        max_shard_size: maximum size of a weight file.
+        device: device it was computed on.
+    """
     opened = merged.opened
-    whole = settled(recipe, merged)
-    said = whole.model_dump(mode="json", exclude_none=True)
-    said |= {key: False for key in ("align", "recalibrate") if key not in said}  # what is left out has a default
-    provenance = recorded(
+    pinned = pin_revisions(recipe, merged)
+    content = pinned.model_dump(mode="json", exclude_none=True)
+    content |= {key: False for key in ("align", "recalibrate") if key not in content}  # absent keys have defaults
+    provenance = make_provenance(
         "merge",
-        said,
+        content,
         inputs,
         {"looked at while merging": opened.data, "measured on": opened.evaluation},
         notes=dict.fromkeys(note for solution in merged.solutions for note in solution.notes),
         max_shard_size=max_shard_size,
         device=device,
     )
-    return Record(provenance, [solution.alignment for solution in merged.solutions], whole)
+    return MergeRecord(provenance, [solution.alignment for solution in merged.solutions], pinned)
 
 
-def settled(recipe: Recipe, merged: Merged) -> Recipe:
-    """A recipe as it was run: branches are commits, and folders are known by their names."""
+def pin_revisions(recipe: Recipe, merged: MergeResult) -> Recipe:
+    """Return a recipe as it was run, with commits instead of branches and names instead of local folders."""
     opened, entries = merged.opened, recipe.in_order()
-    names = names_of(opened.models)
-    knobs = recipe.method_knobs() if "weights" in recipe.parameters else dict(recipe.parameters)
+    names = public_names(opened.models)
+    parameters = recipe.method_parameters() if "weights" in recipe.parameters else dict(recipe.parameters)
     models = tuple(
         ModelEntry(model=name, revision=model.commit, parameters=entry.parameters)
         for name, model, entry in zip(names, opened.models, entries, strict=True)
@@ -185,58 +210,60 @@ def settled(recipe: Recipe, merged: Merged) -> Recipe:
             "models": models,
             "publish": None,
             "base_model": None if recipe.base_model is None else names[0],
-            "parameters": knobs,
-            "data": None if opened.data is None else _settled(opened.data).settings,
-            "evaluate": None if opened.evaluation is None else _settled(opened.evaluation).settings,
+            "parameters": parameters,
+            "data": None if opened.data is None else _pin_data(opened.data).settings,
+            "evaluate": None if opened.evaluation is None else _pin_data(opened.evaluation).settings,
         }
     )
 
 
-def names_of(models: Sequence[Checkpoint]) -> list[str]:
-    """What models are called where nobody knows the folders of this machine; no two alike."""
-    found: list[str] = []
+def public_names(models: Sequence[Checkpoint]) -> list[str]:
+    """Return unique names of models without local folders: ids on the Hub, or last components of paths."""
+    names: list[str] = []
     for model in models:
-        name = model.name.rpartition("@")[0] or model.name if model.commit else _bare(model.name)
-        alike = sum(other == name or other.startswith(f"{name} (") for other in found)
-        found.append(f"{name} ({alike + 1})" if alike and model.commit is None else name)
-    return found
+        name = model.name.rpartition("@")[0] or model.name if model.commit else _bare_name(model.name)
+        duplicates = sum(other == name or other.startswith(f"{name} (") for other in names)
+        names.append(f"{name} ({duplicates + 1})" if duplicates and model.commit is None else name)
+    return names
 
 
-def _bare(place: str) -> str:
-    return Path(without_place(place)).name or place
+def _bare_name(place: str) -> str:
+    return Path(shorten_path(place)).name or place
 
 
-def settings_of(batches: Batches) -> dict[str, Any]:
-    """How data are described in a record."""
-    return _settled(batches).settings.model_dump(mode="json", exclude_none=True)
+def pinned_settings(batches: Batches) -> dict[str, Any]:
+    """Return the settings of data for a record, with a commit and without local folders."""
+    return _pin_data(batches).settings.model_dump(mode="json", exclude_none=True)
 
 
-def _settled(batches: Batches) -> Batches:
-    """Data by the commit on the Hub, or by the name of the folder."""
-    said, rows = batches.settings, batches.rows
+def _pin_data(batches: Batches) -> Batches:
+    """Return data with settings that name a commit on the Hub, or a local folder by its name."""
+    settings, rows = batches.settings, batches.rows
     if rows.repository is not None:
         update: dict[str, Any] = {"dataset": rows.repository, "revision": rows.commit}
     else:
-        update = {"dataset": _bare(said.dataset), "files": _bare_files(said)}
-    return replace(batches, settings=said.model_copy(update=update))
+        update = {"dataset": _bare_name(settings.dataset), "files": _bare_files(settings.files)}
+    return replace(batches, settings=settings.model_copy(update=update))
 
 
-def _bare_files(said: DataSettings) -> Any:
-    def bare(files: Any) -> Any:
-        if isinstance(files, Mapping):
-            return {split: bare(those) for split, those in files.items()}
-        return files if files is None else _bare(files) if isinstance(files, str) else [_bare(one) for one in files]
+def _bare_files(files: Any) -> Any:
+    if isinstance(files, Mapping):
+        return {split: _bare_files(entry) for split, entry in files.items()}
+    if files is None:
+        return None
+    return _bare_name(files) if isinstance(files, str) else [_bare_name(file) for file in files]
 
-    return bare(said.files)
 
-
-def add_report(folder: Path, report: Report, recipe: Recipe, merged: Merged) -> None:
-    """The numbers and curves of a merge go into its folder, without what is different in every run and place."""
-    models = merged.models
-    names = {model.name: name for model, name in zip(models, names_of(models), strict=True) if model.commit is None}
-    recipe_text, looked = _yaml(settled(recipe, merged)), looked_at(merged.opened, _settled)
-    shown = replace(report.renamed(names).timeless(), recipe=recipe_text, data=looked)
-    for name, pair in shown.images("report").items():
-        write_whole(folder / name, png(pair.lines, f"{pair.fixed} and {pair.moving}"))
-    write_whole(folder / REPORT, shown.to_json().encode())
+def add_report(folder: Path, report: Report, recipe: Recipe, merged: MergeResult) -> None:
+    """Write the numbers and curves of a merge into its folder, without anything that varies by run or machine."""
+    names = {
+        model.name: name
+        for model, name in zip(merged.models, public_names(merged.models), strict=True)
+        if model.commit is None
+    }
+    recipe_text, data_text = _recipe_yaml(pin_revisions(recipe, merged)), describe_data(merged.opened, _pin_data)
+    published = replace(report.renamed(names).timeless(), recipe=recipe_text, data=data_text)
+    for name, pair in published.images("report").items():
+        write_atomically(folder / name, render_png(pair.lines, f"{pair.fixed} and {pair.moving}"))
+    write_atomically(folder / REPORT, published.to_json().encode())
     Provenance.load(folder).save(folder)

@@ -1,4 +1,4 @@
-"""Is a folder what was written, and does what is said of it make it again, bit by bit?"""
+"""Verification: whether a folder is as it was written, and whether its record reproduces it bit by bit."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ from typing import Literal
 import torch
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.folder import ADAPTER, is_made, is_weights
+from ..checkpoints.folder import ADAPTER_FILES, is_record_file, is_weights
 from ..checkpoints.lazy import Lazy
-from ..checkpoints.provenance import Input, Provenance, hashes, versions
-from ..errors import CheckpointError, some
-from ..modules.distributed import count
+from ..checkpoints.provenance import InputRecord, Provenance, hash_files, package_versions
+from ..errors import CheckpointError, listed
+from ..modules.distributed import world_size
 from ..modules.functional import Device
-from .artefacts import folder_of
-from .rebuild import made_again
+from .artefacts import fetch_artefacts
+from .rebuild import rebuild_model
 
-# What is read before the weights, or with them, or instead of the alignment that was written.
-READ_FIRST = (*ADAPTER, "pytorch_model*.bin", "alignment*.safetensors")
+# Files that may be loaded before or with the weights, or instead of the recorded alignment.
+LOADED_INSTEAD = (*ADAPTER_FILES, "pytorch_model*.bin", "alignment*.safetensors")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that was looked at.
+    """Result of one check.
 
     Args:
-        kind: what was asked of it.
-        what: which file, model or tensor it is.
-        holds: whether it is as it should be.
-        said: what was seen.
+        kind: property that was checked.
+        what: name of the file, model or tensor.
+        holds: whether it has the property.
+        detail: the difference, where it has not.
     """
 
-    kind: Literal["as it was written", "as it was read", "the same, made again"]
+    kind: Literal["as written", "as read", "the same when rebuilt"]
     what: str
     holds: bool
-    said: str = ""
+    detail: str = ""
 
     def __str__(self) -> str:
-        return f"{self.what} {self.said or 'is ' + self.kind}"
+        return f"{self.what} {self.detail or 'is ' + self.kind}"
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What looking at a folder came to."""
+    """Result of verifying a folder."""
 
     name: str
     findings: tuple[Finding, ...]
@@ -69,138 +69,151 @@ def verify(
     device: Device = None,
     progress: bool = False,
 ) -> Verification:
-    """Recompute the hashes of a folder or repository, and make it again if asked to.
+    """Recompute the hashes of a folder or repository, and optionally rebuild it.
 
     Args:
-        source: a folder, or an id on the Hub (`org/name@revision`).
-        rebuild: make it again from its recipe, with the stored alignments, and compare all files bit by bit.
-        resolve: look for the alignments anew, too.
-        models: folders of inputs that are not on the Hub; they are told by their sha256.
-        data: where the data are, if they are not on the Hub.
-        device: where it is computed, if it was not made on a CPU.
-        progress: show progress bars.
+        source: folder, or id on the Hub (`org/name@revision`).
+        rebuild: whether to rebuild it from its record, with the stored alignments, and compare all files bit by bit.
+        resolve: whether to rebuild it with alignments that are solved anew.
+        models: folders of inputs that are not on the Hub; they are identified by their sha256.
+        data: place of the data, if they are not on the Hub.
+        device: device to rebuild it on, if it was not made on a CPU.
+        progress: whether to show progress bars.
 
     Raises:
-        CheckpointError: there is no record, or an input is not there.
-        HubError: what is on the Hub cannot be read.
+        CheckpointError: there is no record, or an input is missing.
+        HubError: an input or the repository cannot be read from the Hub.
 
     Example:
-        >>> found = verify("me/merged", rebuild=True)
-        >>> found.holds, [finding.what for finding in found.findings if not finding.holds]
+        >>> verification = verify("me/merged", rebuild=True)
+        >>> verification.holds, [finding.what for finding in verification.findings if not finding.holds]
         (True, [])
     """
-    folder = folder_of(source, progress=progress)
+    folder = fetch_artefacts(source, progress=progress)
     provenance = Provenance.load(folder)
-    there, notes = hashes(folder, written=True), []
-    findings = list(compared(folder, provenance, there))
+    hashes, notes = hash_files(folder, written=True), []
+    findings = list(compare_files(folder, provenance, hashes))
     if rebuild or resolve:
-        here = dict(versions())
+        here = dict(package_versions())
         differ = [f"{n} {v} (here {here.get(n)})" for n, v in provenance.versions.items() if here.get(n) != v]
         if differ:
-            notes.append(f"it was made with {some(differ, 9)}; other versions may round differently")
-        made_on = provenance.machine
-        if made_on.device == "cpu":
+            notes.append(f"it was made with {listed(differ, 9)}; other versions may round differently")
+        machine = provenance.machine
+        if machine.device == "cpu":
             device = None
-        elif (mine := "cpu" if device is None else torch.device(device).type) != made_on.device:
-            notes.append(f"it was made on {made_on.device}, and is made again on {mine}, which may round differently")
-        if made_on.processes != count():
-            notes.append(
-                f"it was made by {made_on.processes} processes; sums of other numbers may be rounded differently"
+        elif (here_on := "cpu" if device is None else torch.device(device).type) != machine.device:
+            notes.append(f"it was made on {machine.device} and is rebuilt on {here_on}, which may round differently")
+        if machine.processes != world_size():
+            notes.append(f"it was made by {machine.processes} processes; another number may round sums differently")
+        inputs = [_find_input(record, models) for record in provenance.inputs]
+        findings += [_check_input(record, files) for record, (_, files) in zip(provenance.inputs, inputs, strict=True)]
+        checkpoints = [checkpoint for checkpoint, _ in inputs]
+        with tempfile.TemporaryDirectory(prefix="hf-rebasin-") as scratch, _thread_count(machine.threads):
+            rebuilt = Path(scratch) / "again"
+            rebuild_model(
+                provenance,
+                checkpoints,
+                folder,
+                rebuilt,
+                resolve=resolve,
+                data=data,
+                device=device,
+                progress=progress,
             )
-        found = [_input(one, models) for one in provenance.inputs]
-        findings += [_unchanged(one, files) for one, (_, files) in zip(provenance.inputs, found, strict=True)]
-        places = [place for place, _ in found]
-        with tempfile.TemporaryDirectory(prefix="hf-rebasin-") as scratch, _threads(provenance.machine.threads):
-            again = Path(scratch) / "again"
-            made_again(provenance, places, folder, again, resolve=resolve, data=data, device=device, progress=progress)
-            findings += _same(folder, again, provenance.outputs, there)
+            findings += _compare_rebuilt(folder, rebuilt, provenance.outputs, hashes)
     return Verification(source, tuple(findings), tuple(notes))
 
 
-def compared(folder: Path, provenance: Provenance, there: Mapping[str, str]) -> Iterator[Finding]:
-    """Whether the files of a folder (`there`, with their sha256) are those that were written, and whether there are
-    weights besides."""
+def compare_files(folder: Path, provenance: Provenance, hashes: Mapping[str, str]) -> Iterator[Finding]:
+    """Compare the files of a folder with its record, and report weights that are not in the record."""
     for name, digest in sorted(provenance.outputs.items()):
-        found = there.get(name)
-        if found is None:
-            yield Finding("as it was written", name, False, "is missing")
+        current = hashes.get(name)
+        if current is None:
+            yield Finding(kind="as written", what=name, holds=False, detail="is missing")
         else:
-            said = "" if found == digest else f"was changed: its sha256 is {found}, not {digest}"
-            yield Finding("as it was written", name, found == digest, said)
+            detail = "" if current == digest else f"was changed: its sha256 is {current}, not {digest}"
+            yield Finding(kind="as written", what=name, holds=current == digest, detail=detail)
     for file in sorted(folder.iterdir()):
         name = file.name
-        if name not in provenance.outputs and (is_weights(name) or any(fnmatch(name, one) for one in READ_FIRST)):
-            said = "was not written with the rest, and may be loaded instead of it"
-            yield Finding("as it was written", name, False, said)
+        loadable = is_weights(name) or any(fnmatch(name, pattern) for pattern in LOADED_INSTEAD)
+        if name not in provenance.outputs and loadable:
+            detail = "was not written with the rest, and may be loaded instead of it"
+            yield Finding(kind="as written", what=name, holds=False, detail=detail)
 
 
-def _input(one: Input, models: Sequence[str]) -> tuple[Checkpoint, dict[str, str]]:
-    """The model that was read, and its files with their sha256: at its commit, or among folders that were named the
-    one with the same weights."""
-    if one.commit is not None:
-        checkpoint = Checkpoint.open(one.name, revision=one.commit)
-        return checkpoint, {} if checkpoint.folder is None else hashes(checkpoint.folder)
-    mine = _weights(one.files)
-    for place in models:
-        files = hashes(Path(place))
-        if _weights(files) == mine:
-            return Checkpoint.open(place), files
-    tried = f"none of {some(models)} is it" if models else "say where it is (--model FOLDER)"
+def _find_input(record: InputRecord, models: Sequence[str]) -> tuple[Checkpoint, dict[str, str]]:
+    """Open an input and hash its files: at its commit on the Hub, else the folder in `models` with its weights."""
+    if record.commit is not None:
+        checkpoint = Checkpoint.open(record.name, revision=record.commit)
+        return checkpoint, {} if checkpoint.folder is None else hash_files(checkpoint.folder)
+    wanted = _weight_hashes(record.files)
+    for folder in models:
+        files = hash_files(Path(folder))
+        if _weight_hashes(files) == wanted:
+            return Checkpoint.open(folder), files
+    problem = f"none of {listed(models)} is it" if models else "say where it is (--model FOLDER)"
     raise CheckpointError(
-        f"{one.name} is not on the Hub, and {tried}; its weights have {some(map(' '.join, mine.items()), 1)}"
+        f"{record.name} is not on the Hub, and {problem}; its weights have {listed(map(' '.join, wanted.items()), 1)}"
     )
 
 
-def _weights(files: Mapping[str, str]) -> dict[str, str]:
+def _weight_hashes(files: Mapping[str, str]) -> dict[str, str]:
     return {name: digest for name, digest in files.items() if name.endswith((".safetensors", ".bin"))}
 
 
-def _unchanged(one: Input, there: Mapping[str, str]) -> Finding:
-    other = sorted(name for name in one.files.keys() | there.keys() if one.files.get(name) != there.get(name))
-    said = f"has other files than it had: {some(other)}" if other else ""
-    return Finding("as it was read", one.place, not other, said)
+def _check_input(record: InputRecord, files: Mapping[str, str]) -> Finding:
+    names = record.files.keys() | files.keys()
+    changed = sorted(name for name in names if record.files.get(name) != files.get(name))
+    detail = f"has files that differ from those that were read: {listed(changed)}" if changed else ""
+    return Finding(kind="as read", what=record.place, holds=not changed, detail=detail)
 
 
-def _same(folder: Path, again: Path, written: Mapping[str, str], there: Mapping[str, str]) -> Iterator[Finding]:
-    """Whether what was made again is what was written, and where the weights are not, in which tensors."""
-    anew = hashes(again, written=True)
-    for name, digest in sorted(anew.items()):
+def _compare_rebuilt(
+    folder: Path, rebuilt: Path, written: Mapping[str, str], hashes: Mapping[str, str]
+) -> Iterator[Finding]:
+    """Compare a rebuilt folder with what was written, and where the weights differ, with the tensors of `folder`."""
+    rebuilt_hashes = hash_files(rebuilt, written=True)
+    for name, digest in sorted(rebuilt_hashes.items()):
         if name in written:
             same = digest == written[name]
-            yield Finding("the same, made again", name, same, "" if same else "is another, made again")
-    for name in sorted(written.keys() - anew.keys()):
-        if not is_made(name):  # the recipe, the report and stored alignments are what it is made again of, or after
-            yield Finding("the same, made again", name, False, "does not come out when it is made again")
-    here = {name: digest for name, digest in there.items() if is_weights(name) and name in written}
-    if here == {name: digest for name, digest in anew.items() if is_weights(name)}:
+            yield _rebuilt_finding(name, "" if same else "differs when rebuilt")
+    for name in sorted(written.keys() - rebuilt_hashes.keys()):
+        if not is_record_file(name):  # recipe, report and stored alignments are not always written by a rebuild
+            yield _rebuilt_finding(name, "is missing from the rebuilt model")
+    current = {name: digest for name, digest in hashes.items() if is_weights(name) and name in written}
+    if current == {name: digest for name, digest in rebuilt_hashes.items() if is_weights(name)}:
         return
     try:
-        a, b = Checkpoint.open(folder), Checkpoint.open(again)
+        a, b = Checkpoint.open(folder), Checkpoint.open(rebuilt)
     except CheckpointError as error:
-        yield Finding("the same, made again", "the folder", False, f"cannot be read: {error}")
+        yield _rebuilt_finding("the folder", f"cannot be read: {error}")
         return
     for key in sorted(a.parts.keys() | b.parts.keys()):
-        if said := _difference(a.parts.get(key), b.parts.get(key)):
-            yield Finding("the same, made again", key, False, said)
+        if difference := _describe_difference(a.parts.get(key), b.parts.get(key)):
+            yield _rebuilt_finding(key, difference)
 
 
-def _difference(one: Lazy | None, other: Lazy | None) -> str:
-    """In what two tensors differ; empty if they do not."""
-    if one is None or other is None or (one.shape, one.dtype) != (other.shape, other.dtype):
+def _rebuilt_finding(what: str, detail: str) -> Finding:
+    return Finding(kind="the same when rebuilt", what=what, holds=not detail, detail=detail)
+
+
+def _describe_difference(stored: Lazy | None, rebuilt: Lazy | None) -> str:
+    """Describe in what two tensors differ; empty if they do not."""
+    if stored is None or rebuilt is None or (stored.shape, stored.dtype) != (rebuilt.shape, rebuilt.dtype):
         return "is not in both, or has another shape or dtype"
-    a, b = (part.read().reshape(-1) for part in (one, other))
+    a, b = (part.read().reshape(-1) for part in (stored, rebuilt))
     if torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
         return ""
-    away = (a.double() - b.double()).abs().max().item()
+    largest = (a.double() - b.double()).abs().max().item()
     number = int((a.view(torch.uint8) != b.view(torch.uint8)).reshape(len(a), -1).any(1).sum())
-    return f"differs from what is made again in {number} of {len(a)} values, by {away:.3g} at most"
+    return f"differs from the rebuilt tensor in {number} of {len(a)} values, by {largest:.3g} at most"
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """How sums are rounded hangs on how many threads take part in them."""
+def _thread_count(count: int) -> Iterator[None]:
+    """Set the number of torch threads inside the block: how sums are rounded depends on it."""
     if not 1 <= count <= 1024:
-        raise CheckpointError(f"the record says that {count} threads took part, which cannot be")
+        raise CheckpointError(f"the record says that {count} threads took part, which is impossible")
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -1,5 +1,6 @@
-"""Recipes: a merge as a YAML file, in mergekit's words plus `align`, `data`, `refit`, `recalibrate`,
-`evaluate` and `publish`.
+"""Recipes: merges described in YAML, in mergekit's keys and a few more.
+
+The further keys are `align`, `data`, `refit`, `recalibrate`, `evaluate` and `publish`.
 
     models:
       - model: me/bert-seed-0
@@ -9,7 +10,7 @@
     align: {solver: weight_matching, seed: 0}
     dtype: bfloat16
 
-Everything that is wrong with a recipe is said at once, before anything is downloaded.
+All mistakes in a recipe are reported at once, before anything is downloaded.
 """
 
 from __future__ import annotations
@@ -25,30 +26,30 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .. import registry
 from ..alignment.limits import Groups, Limits
 from ..data.batches import DataSettings
-from ..errors import OptionError, RecipeError, UnknownNameError, nearest, shown
-from ..merging.parameters import Varying, reading
-from ..registry import knobs_of, read_knobs
-from .mergekit import Dtype, not_here, translated
-from .yaml_reader import LONGEST, read_yaml
+from ..errors import OptionError, RecipeError, UnknownNameError, nearest, quoted
+from ..merging.parameters import ResolvedMethod, Varying, read_parameter, resolve_method
+from ..registry import keywords_of, read_keywords
+from .mergekit import Dtype, describe_missing_method, translate
+from .yaml_reader import MAX_BYTES, read_yaml
 
 
-class _Strict(BaseModel):
+class _StrictModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class ModelParameters(_Strict):
-    """What a recipe may say about one model; a weight may be another one for other tensors."""
+class ModelParameters(_StrictModel):
+    """Parameters of one model of a recipe; a weight may vary by tensor."""
 
     weight: Any = None
 
     @field_validator("weight")
     @classmethod
-    def _numbers(cls, said: Any) -> Any:
-        value = reading(float | None, said)
-        return said if isinstance(value, Varying) else value  # a recipe is written as it was said
+    def _check_weight(cls, raw: Any) -> Any:
+        value = read_parameter(float | None, raw)
+        return raw if isinstance(value, Varying) else value  # so that a recipe is written as it was read
 
 
-class ModelEntry(_Strict):
+class ModelEntry(_StrictModel):
     """One model of a recipe; a plain string is short for `{model: string}`, and `id@revision` for both."""
 
     model: str
@@ -57,7 +58,7 @@ class ModelEntry(_Strict):
 
 
 class AlignSettings(BaseModel):
-    """How the models are aligned before they are merged; further keys are knobs of the solver."""
+    """How the models are aligned before they are merged; further keys are options of the solver."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -68,33 +69,35 @@ class AlignSettings(BaseModel):
     hold: tuple[str, ...] = ()
 
     def limits(self) -> Limits:
+        """Return the limits of what the solver may move."""
         return Limits(self.groups, self.keep_tied, self.hold)
 
-    def knobs(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
+        """Return the options of the solver."""
         return dict(self.model_extra or {})
 
 
-class RefitSettings(_Strict):
-    """How the layers of a merge are fitted to what the merged models say; see `hf_rebasin.merging.methods.refit`."""
+class RefitSettings(_StrictModel):
+    """How the layers of a merge are fitted to the outputs of the merged models; see `hf_rebasin.refit`."""
 
     ridge: float = Field(default=1e-3, gt=0)
 
 
 class EvaluateSettings(DataSettings):
-    """What a merge is measured on: data, and how many points of the line between two models (0: none)."""
+    """Data that a merge is measured on, and the number of points on the line between two models (0: no line)."""
 
     points: int = Field(default=25, ge=0)
     metrics: tuple[str, ...] | None = None
 
     @field_validator("points")
     @classmethod
-    def _two_ends(cls, points: int) -> int:
+    def _check_points(cls, points: int) -> int:
         if points == 1:
             raise ValueError("a line has two ends; give 2 or more points, or 0 for no line")
         return points
 
 
-class PublishSettings(_Strict):
+class PublishSettings(_StrictModel):
     """Where a merge is published; see `hf_rebasin.publish`."""
 
     to: str
@@ -105,24 +108,25 @@ class PublishSettings(_Strict):
     message: str | None = None
 
 
-class Recipe(_Strict):
-    """A merge, said completely.
+class Recipe(_StrictModel):
+    """A complete description of a merge.
 
     Args:
         models: folders or Hub ids; the first gives keys, shapes, dtypes, configuration and tokenizer.
-        merge_method: a file of `hf_rebasin/merging/methods/`.
-        base_model: which of the models stays fixed and comes first; by default the first.
-        parameters: of the merge method, such as `t`; numbers may vary by tensor (`hf_rebasin.merging.parameters`).
+        merge_method: name of a file of `hf_rebasin/merging/methods/`.
+        base_model: the model that stays fixed and comes first; by default the first one.
+        parameters: parameters of the merge method, such as `t`; numbers may vary by tensor, see
+            `hf_rebasin.merging.parameters`.
         align: how the other models are brought to the first one's coordinates; `false` leaves them as they are.
-        assume: what is taken for the same without looking: `config`, `labels`, `vocabulary`.
-        backbone_only: keep the first model's head; the others may have another, or none.
-        dtype: of the result, by default that of the first model.
-        data: what is looked at while merging, by solvers, `refit` and `recalibrate`. Solvers that descend a loss take
-            labels where there are any.
-        refit: fit the layers of the merge to what the merged models say; `true`, or `{ridge: …}`.
-        recalibrate: `statistics` (of BatchNorm layers; with data the default), `repair`, or `false`.
-        evaluate: what the merge is measured on, `{split: test}` or whatever else is different from `data`.
-        publish: the repository that the merge goes to, `org/name`, or `{to: …, license: …}`.
+        assume: aspects that are taken as equal without checking: `config`, `labels`, `vocabulary`.
+        backbone_only: keep the first model's head; the other models may have another head, or none.
+        dtype: dtype of the result; by default the first model's.
+        data: data that solvers, `refit` and `recalibrate` use while merging. Solvers that minimise a loss use labels
+            if there are any.
+        refit: fit the layers of the merge to the outputs of the merged models; `true`, or `{ridge: …}`.
+        recalibrate: `statistics` (of BatchNorm layers; the default with data), `repair`, or `false`.
+        evaluate: data that the merge is measured on: `{split: test}`, or whatever else differs from `data`.
+        publish: repository that the merge is published to, `org/name`, or `{to: …, license: …}`.
 
     Example:
         >>> recipe = Recipe.from_dict({"models": ["a", "b"], "merge_method": "lerp", "parameters": {"t": 0.3}})
@@ -150,106 +154,110 @@ class Recipe(_Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _evaluate_like_data(cls, said: Any) -> Any:
-        """What `evaluate` does not say is as in `data`, but that there are no labels: a loss needs them."""
-        data, evaluate = (said.get(key) for key in ("data", "evaluate"))
+    def _complete_evaluate(cls, raw: Any) -> Any:
+        """Complete `evaluate` by the keys of `data`, except `labels: false`, as a loss needs labels."""
+        data, evaluate = (raw.get(key) for key in ("data", "evaluate"))
         data = {"dataset": data} if isinstance(data, str) else data
         if isinstance(data, Mapping) and isinstance(evaluate, Mapping) and "dataset" not in evaluate:
-            alike = {name: value for name, value in data.items() if (name, value) != ("labels", False)}
-            return {**said, "evaluate": {**alike, **evaluate}}
-        return said
+            defaults = {name: value for name, value in data.items() if (name, value) != ("labels", False)}
+            return {**raw, "evaluate": {**defaults, **evaluate}}
+        return raw
 
     @field_validator("data", "evaluate", mode="before")
     @classmethod
-    def _short_data(cls, said: Any) -> Any:
-        return {"dataset": said} if isinstance(said, str) else said
+    def _expand_data(cls, raw: Any) -> Any:
+        return {"dataset": raw} if isinstance(raw, str) else raw
 
     @field_validator("publish", mode="before")
     @classmethod
-    def _short_publish(cls, said: Any) -> Any:
-        return {"to": said} if isinstance(said, str) else said
+    def _expand_publish(cls, raw: Any) -> Any:
+        return {"to": raw} if isinstance(raw, str) else raw
 
     @field_validator("refit", mode="before")
     @classmethod
-    def _refit_or_not(cls, said: Any) -> Any:
-        return {True: {}, False: None}[said] if isinstance(said, bool) else said
+    def _expand_refit(cls, raw: Any) -> Any:
+        return {True: {}, False: None}[raw] if isinstance(raw, bool) else raw
 
     @field_validator("recalibrate", mode="before")
     @classmethod
-    def _recalibrate_or_not(cls, said: Any) -> Any:
-        return {True: "statistics", False: None}[said] if isinstance(said, bool) else said
+    def _expand_recalibrate(cls, raw: Any) -> Any:
+        return {True: "statistics", False: None}[raw] if isinstance(raw, bool) else raw
 
     @field_validator("models", mode="before")
     @classmethod
-    def _short_entries(cls, models: Any) -> Any:
-        def entry(said: Any) -> Any:
-            said = {"model": said} if isinstance(said, str) else said
-            if isinstance(said, dict) and isinstance(said.get("model"), str) and not Path(said["model"]).exists():
-                model, at, revision = said["model"].rpartition("@")
-                if at and "revision" not in said:
-                    return said | {"model": model, "revision": revision}
-            return said
+    def _expand_models(cls, models: Any) -> Any:
+        def expand(entry: Any) -> Any:
+            entry = {"model": entry} if isinstance(entry, str) else entry
+            if isinstance(entry, dict) and isinstance(entry.get("model"), str) and not Path(entry["model"]).exists():
+                model, at, revision = entry["model"].rpartition("@")
+                if at and "revision" not in entry:
+                    return entry | {"model": model, "revision": revision}
+            return entry
 
-        return [entry(said) for said in models] if isinstance(models, list | tuple) else models
+        return [expand(entry) for entry in models] if isinstance(models, list | tuple) else models
 
     @field_validator("align", mode="before")
     @classmethod
-    def _switch(cls, align: Any) -> Any:
+    def _expand_align(cls, align: Any) -> Any:
         return {True: {}, False: None}.get(align, align) if isinstance(align, bool) else align
 
     @staticmethod
     def from_file(path: str | os.PathLike[str]) -> Recipe:
-        """Read a YAML recipe; all its mistakes raise one RecipeError."""
+        """Read a YAML recipe; a single RecipeError lists all its mistakes."""
         try:
             with open(path, "rb") as file:
-                said = read_yaml(file.read(LONGEST + 1), str(path))
+                raw = read_yaml(file.read(MAX_BYTES + 1), str(path))
         except OSError as error:
             raise RecipeError(f"{path} cannot be read as YAML: {error}") from error
         except OptionError as error:
             raise RecipeError(str(error)) from error
-        return Recipe.from_dict(said, name=str(path))
+        return Recipe.from_dict(raw, name=str(path))
 
     @staticmethod
-    def from_dict(said: Any, name: str = "the recipe") -> Recipe:
-        """Check a recipe; all its mistakes raise one RecipeError."""
-        if not isinstance(said, Mapping):
-            raise RecipeError(f"{name} is no mapping of keys to values")
-        said, mistakes = translated(said)
+    def from_dict(raw: Any, name: str = "the recipe") -> Recipe:
+        """Check a recipe; a single RecipeError lists all its mistakes."""
+        if not isinstance(raw, Mapping):
+            raise RecipeError(f"{name} is not a mapping of keys to values")
+        raw, mistakes = translate(raw)
         try:
-            recipe = Recipe.model_validate(said)
+            recipe = Recipe.model_validate(raw)
         except ValidationError as error:
             recipe = None
-            found = _mistakes_in(error)
-            mistakes += [one for one in found if not mistakes or one != "models: field required"]  # but slices of some
-        mistakes += [*_unknown_names(said), *_without_data(said)]
+            invalid = _mistakes_in(error)  # slices, which are refused already, stand in the place of models
+            mistakes += [mistake for mistake in invalid if not mistakes or mistake != "models: field required"]
+        mistakes += [*_unknown_names(raw), *_missing_data(raw)]
         if mistakes or recipe is None:
             lines = "".join(f"\n  {mistake}" for mistake in mistakes)
             raise RecipeError(f"{name} has {len(mistakes)} mistake{'s' * (len(mistakes) > 1)}:{lines}")
         return recipe
 
     def in_order(self) -> tuple[ModelEntry, ...]:
-        """The models, the fixed one first."""
+        """Return the models, the fixed one first."""
         return tuple(self.models[i] for i in self._order())
 
     def _order(self) -> list[int]:
-        def said(entry: ModelEntry) -> tuple[str, str]:
+        def names(entry: ModelEntry) -> tuple[str, str]:
             return entry.model, f"{entry.model}@{entry.revision}"
 
-        return sorted(range(len(self.models)), key=lambda i: self.base_model not in (None, *said(self.models[i])))
+        return sorted(range(len(self.models)), key=lambda i: self.base_model not in (None, *names(self.models[i])))
 
     @property
     def fits(self) -> bool:
         """Whether layers are fitted to data."""
-        return self.refit is not None or finishes(self.merge_method)
+        return self.refit is not None or registry.merge_method(self.merge_method).finish is not None
 
-    def method_knobs(self) -> dict[str, Any]:
-        """The parameters of the merge method; weights that are said per model become its `weights`."""
+    def resolved_method(self) -> ResolvedMethod:
+        """Return the merge method with its parameters."""
+        return resolve_method(self.merge_method, self.method_parameters())
+
+    def method_parameters(self) -> dict[str, Any]:
+        """Return the parameters of the merge method; weights of single models become its `weights`."""
         weights = [entry.parameters.weight for entry in self.in_order()]
         if all(weight is None for weight in weights):
-            knobs = dict(self.parameters)
-            if len(knobs.get("weights") or ()) == len(self.models):  # they are said in the order of the models
-                knobs["weights"] = [knobs["weights"][i] for i in self._order()]
-            return knobs
+            parameters = dict(self.parameters)
+            if len(parameters.get("weights") or ()) == len(self.models):  # listed in the order of the recipe
+                parameters["weights"] = [parameters["weights"][i] for i in self._order()]
+            return parameters
         return {"weights": [1.0 if weight is None else weight for weight in weights], **self.parameters}
 
 
@@ -264,10 +272,10 @@ _MODELS: dict[str, type[BaseModel]] = {
 }
 
 
-def publishing(**said: Any) -> PublishSettings:
-    """Settings with these values; OptionError lists what is wrong with them."""
+def make_publish_settings(**values: Any) -> PublishSettings:
+    """Make settings of values; OptionError lists everything that is wrong with them."""
     try:
-        return PublishSettings(**said)
+        return PublishSettings(**values)
     except ValidationError as error:
         raise OptionError(f"publish: {'; '.join(_mistakes_in(error))}") from error
 
@@ -279,93 +287,93 @@ def _mistakes_in(error: ValidationError) -> list[str]:
 def _mistake(loc: tuple[int | str, ...], kind: str, message: str) -> str:
     path = ".".join(map(str, loc))
     if kind == "extra_forbidden":
-        words = [str(part) for part in loc[:-1] if isinstance(part, str)]
-        known = _MODELS[words[-1] if words else ""].model_fields
+        parents = [str(part) for part in loc[:-1] if isinstance(part, str)]
+        known = _MODELS[parents[-1] if parents else ""].model_fields
         return f"{path}: no such key{nearest(str(loc[-1]), known)}"
     message = message.removeprefix("Value error, ")
     return f"{path}: {message[0].lower()}{message[1:]}"
 
 
-def _unfitting(solver: Callable[..., Any], knobs: Mapping[str, Any]) -> Iterator[str]:
-    """Knobs whose values do not go together, or name what there is not."""
+def _option_conflicts(solver: Callable[..., Any], options: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a message if options of a solver contradict each other, or name something unknown."""
     try:
-        solver(**knobs)
+        solver(**options)
     except (OptionError, UnknownNameError) as error:
         yield f"align: {error}"
 
 
-def finishes(method: str) -> bool:
-    """Whether a merge method goes on with the whole merge, looking at data; not if there is no such method."""
+def fits_whole_models(method: str) -> bool:
+    """Tell whether a merge method fits the whole merge to data; False if there is no such method."""
     with suppress(UnknownNameError):
-        return hasattr(registry.find("merge_methods", method), "finish")
+        return registry.merge_method(method).finish is not None
     return False
 
 
-def _without_data(said: Mapping[str, Any]) -> Iterator[str]:
-    """What needs data where there are none, or whole models where there are backbones."""
-    needing = {
-        "refit": bool(said.get("refit")),
-        "merge_method": finishes(str(said.get("merge_method", "linear"))),
-        "recalibrate": said.get("recalibrate") == "repair",
+def _missing_data(raw: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a message for every key that needs data if there are none, or whole models if there are backbones."""
+    needs_data = {
+        "refit": bool(raw.get("refit")),
+        "merge_method": fits_whole_models(str(raw.get("merge_method", "linear"))),
+        "recalibrate": raw.get("recalibrate") == "repair",
     }
-    for key in (key for key, needed in needing.items() if needed and said.get("backbone_only")):
-        yield f"{key}: it computes with whole models, so backbone_only cannot go with it"
+    for key in (key for key, needed in needs_data.items() if needed and raw.get("backbone_only")):
+        yield f"{key}: it runs whole models, so it cannot be combined with backbone_only"
     with suppress(UnknownNameError):
-        for place, name, _ in solvers_in(said.get("align")):
-            needing[place] = getattr(registry.find("solvers", name).Solver, "NEEDS_DATA", False)
-    for key in (key for key, needed in needing.items() if needed and not said.get("data")):
-        yield f"{key}: it looks at data, and there are none; say which (data)"
+        for path, name, _ in solvers_in(raw.get("align")):
+            needs_data[path] = registry.solver(name).data == "required"
+    for key in (key for key, needed in needs_data.items() if needed and not raw.get("data")):
+        yield f"{key}: it needs data, and there are none; name them (data)"
 
 
 def solvers_in(align: Any) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """Where in a recipe a solver is named, which, and its knobs: that of `align`, and where it starts from, if one."""
-    place = "align"
+    """Yield (path in the recipe, solver, options) of the solver of `align`, and of those that it starts from."""
+    path = "align"
     while isinstance(align, Mapping):
-        yield f"{place}.solver", str(align.get("solver", "weight_matching")), align
-        place, align = f"{place}.start", align.get("start")
+        yield f"{path}.solver", str(align.get("solver", "weight_matching")), align
+        path, align = f"{path}.start", align.get("start")
     if isinstance(align, str) and align != "identity":
-        yield place, align, {}
+        yield path, align, {}
 
 
-def _unknown_names(said: Mapping[str, Any]) -> Iterator[str]:
-    """What the types cannot say: methods, solvers and their parameters, and a base that is one of the models."""
-    method = said.get("merge_method", "linear")
-    parameters = said.get("parameters") or {}
+def _unknown_names(raw: Mapping[str, Any]) -> Iterator[str]:
+    """Yield mistakes that types do not catch, in methods, solvers, parameters, options and the base model."""
+    method = raw.get("merge_method", "linear")
+    parameters = raw.get("parameters") or {}
     try:
-        merge = registry.find("merge_methods", str(method)).merge
-        knobs = knobs_of(merge)
-        values, wrong = read_knobs(merge, parameters if isinstance(parameters, Mapping) else {}, reading)
-        for knob, message in wrong.items():
-            yield f"parameters.{knob}: {message}"
-        models = said.get("models")
+        merge = registry.merge_method(str(method)).merge
+        known = keywords_of(merge)
+        values, mistakes = read_keywords(merge, parameters if isinstance(parameters, Mapping) else {}, read_parameter)
+        for parameter, message in mistakes.items():
+            yield f"parameters.{parameter}: {message}"
+        models = raw.get("models")
         entries = [m for m in models if isinstance(m, Mapping)] if isinstance(models, list | tuple) else []
         weighted = [m for m in entries if isinstance(m.get("parameters"), Mapping) and "weight" in m["parameters"]]
-        if weighted and "weights" not in knobs:
-            yield f"models: {method} takes no weight per model; its parameters are {', '.join(knobs)}"
+        if weighted and "weights" not in known:
+            yield f"models: {method} takes no weight per model; its parameters are {', '.join(known)}"
         if weighted and isinstance(parameters, Mapping) and "weights" in parameters:
-            yield "parameters.weights: weights are said twice, here and with the models"
-        varying = [f"parameters.{knob}" for knob, value in values.items() if isinstance(value, Varying)]
+            yield "parameters.weights: weights are given twice, here and with the models"
+        varying = [f"parameters.{parameter}" for parameter, value in values.items() if isinstance(value, Varying)]
         varying += ["models.parameters.weight"] * any(isinstance(m["parameters"]["weight"], list) for m in weighted)
-        if varying and (said.get("refit") or finishes(str(method)) or said.get("recalibrate") == "repair"):
-            yield f"{varying[0]}: what is fitted to data takes one number for all tensors; give that, or fit nothing"
+        if varying and (raw.get("refit") or fits_whole_models(str(method)) or raw.get("recalibrate") == "repair"):
+            yield f"{varying[0]}: fits to data take one number for all tensors; give one number, or fit nothing"
     except UnknownNameError as error:
-        yield f"merge_method: {not_here(str(method)) or error}"
-    align = said.get("align")
+        yield f"merge_method: {describe_missing_method(str(method)) or error}"
+    align = raw.get("align")
     if isinstance(align, Mapping):
         try:
-            solver = registry.find("solvers", str(align.get("solver", "weight_matching"))).Solver
+            solver = registry.solver(str(align.get("solver", "weight_matching")))
             own = AlignSettings.model_fields
-            knobs_given, wrong = read_knobs(solver, {k: v for k, v in align.items() if k not in own})
-            for knob, message in wrong.items():
-                yield f"align.{knob}: {message}"
-            if not wrong:
-                yield from _unfitting(solver, knobs_given)
+            options, mistakes = read_keywords(solver, {k: v for k, v in align.items() if k not in own})
+            for option, message in mistakes.items():
+                yield f"align.{option}: {message}"
+            if not mistakes:
+                yield from _option_conflicts(solver, options)
         except UnknownNameError as error:
             yield f"align.solver: {error}"
-    base, models = said.get("base_model"), said.get("models")
+    base, models = raw.get("base_model"), raw.get("models")
     if base is not None and isinstance(models, list):
-        said_names = [m.get("model") if isinstance(m, Mapping) else m for m in models]
-        names = [name for name in said_names if isinstance(name, str)]
+        named = [m.get("model") if isinstance(m, Mapping) else m for m in models]
+        names = [name for name in named if isinstance(name, str)]
         pinned = [f"{m['model']}@{m['revision']}" for m in models if isinstance(m, Mapping) and "revision" in m]
         if base not in (*names, *pinned) and base not in [name.rpartition("@")[0] for name in names]:
-            yield f"base_model: {shown(base)} is not one of the models{nearest(str(base), names)}"
+            yield f"base_model: {quoted(base)} is not one of the models{nearest(str(base), names)}"

@@ -1,4 +1,4 @@
-"""A recipe, run: models and data are opened, models aligned, merged, fitted and recalibrated."""
+"""Run a recipe: open its models and data, then align, merge, fit and recalibrate."""
 
 from __future__ import annotations
 
@@ -10,78 +10,85 @@ import torch
 
 from .. import registry
 from ..alignment.alignment import Alignment
-from ..alignment.compatibility import paired
-from ..alignment.correspondence import lined_state, lined_up, untied_like
+from ..alignment.compatibility import make_compatible
+from ..alignment.correspondence import match_keys, untie_like
 from ..checkpoints import hub
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.lazy import Tensors
 from ..data.batches import Batches, open_data
 from ..errors import MismatchError, OptionError
-from ..merging.fitting import computing, with_values
-from ..merging.merge import averaged, combine, finish_with, methods_with
+from ..merging.fitting import load_modules, with_module_values
+from ..merging.merge import averaged_keys, combine
 from ..merging.methods import refit
-from ..merging.parameters import varies
 from ..merging.recalibration import has_statistics, recalibrate, repair
 from ..modules.functional import Device
-from ..solving.align import solved
-from ..solving.gradient_descent import OF_WEIGHTS
-from ..solving.solution import Clock, Solution, Solver, solver_with
-from ..symmetries.detection import spec_of
+from ..registry import SolverClass
+from ..solving.align import align_checkpoints
+from ..solving.gradient_descent import WEIGHT_COSTS
+from ..solving.solution import Clock, Solution, make_solver
+from ..symmetries.detection import detect_spec
+from ..symmetries.table import canonical_view
 from .recipe import Recipe, solvers_in
 
 
-@dataclass(frozen=True)
-class Opened:
-    """What a recipe names.
+@dataclass(frozen=True, kw_only=True)
+class OpenedRecipe:
+    """The models and data of a recipe, opened.
 
     Args:
-        models: as they are, the fixed one first.
-        lined: the others with their rows in the order of the first.
-        data: what is looked at while merging.
-        evaluation: what the merge is measured on.
+        models: the models as they are, the fixed one first.
+        matched: the other models, with labels and vocabulary in the order of the first one's.
+        data: data that are used while merging.
+        evaluation: data that the merge is measured on.
     """
 
     models: tuple[Checkpoint, ...]
-    lined: tuple[Checkpoint, ...]
+    matched: tuple[Checkpoint, ...]
     data: Batches | None = None
     evaluation: Batches | None = None
 
 
-@dataclass(frozen=True)
-class Merged:
-    """What a recipe gave.
+@dataclass(frozen=True, kw_only=True)
+class MergeResult:
+    """Result of running a recipe.
 
     Args:
-        checkpoint: the merge; what is elementwise in it is computed when it is saved.
-        opened: what went into it.
-        solutions: one per model that was aligned.
-        moved: all models but the first in its coordinates.
-        seconds: where the time went.
+        checkpoint: the merge; if its method is elementwise, it is computed when it is saved.
+        opened: the models and data that went into it.
+        solutions: one solution per model that was aligned.
+        moved: all models but the first, in the coordinates of the first.
+        seconds: `{phase: seconds}`.
     """
 
     checkpoint: Checkpoint
-    opened: Opened
+    opened: OpenedRecipe
     solutions: tuple[Solution, ...] = ()
     moved: tuple[Checkpoint, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def models(self) -> tuple[Checkpoint, ...]:
+        """The models as they are, the fixed one first."""
         return self.opened.models
 
 
-def opened(recipe: Recipe, *, values: bool = True, measuring: bool = True, progress: bool = False) -> Opened:
-    """Open all that a recipe names; what does not fit is said here, before anything is computed.
+def open_models(
+    recipe: Recipe, *, values: bool = True, with_evaluation: bool = True, progress: bool = False
+) -> OpenedRecipe:
+    """Open the models and data of a recipe, and refuse what does not fit before anything is computed.
 
     Args:
-        recipe: names it.
-        values: False is for planning: weights that are on the Hub alone stay there.
-        measuring: False where the merge is all that is wanted: what it is measured on is not opened.
+        recipe: the recipe.
+        values: download weights; False, for planning, leaves them on the Hub.
+        with_evaluation: open the data that the merge is measured on; False if only the merge is wanted.
         progress: show the progress bars of downloads.
+
+    Raises:
+        RebasinError: models, parameters or data that do not fit each other.
     """
-    entries = recipe.in_order()
-    methods_with(recipe.merge_method, recipe.method_knobs(), len(entries))
-    with hub.once():
+    entries, method = recipe.in_order(), recipe.resolved_method()
+    method.refuse_unfit(len(entries))
+    with hub.pin_commits():
         models = [
             Checkpoint.open(entry.model, revision=entry.revision, values=values, progress=progress)
             for entry in entries
@@ -89,84 +96,86 @@ def opened(recipe: Recipe, *, values: bool = True, measuring: bool = True, progr
     for checkpoint in models:
         checkpoint.refuse_quantised()
     first, *others = models
-    lined = [paired(first, other, recipe.assume, backbone_only=recipe.backbone_only) for other in others]
-    first = untied_like(first, lined)
+    matched = [make_compatible(first, other, recipe.assume, backbone_only=recipe.backbone_only) for other in others]
+    first = untie_like(first, matched)
     keys: Collection[str] = first.parts
-    for other in lined:
-        keys = lined_up(first, other, backbone_only=recipe.backbone_only)
-    methods_with(recipe.merge_method, recipe.method_knobs(), len(entries), averaged(first, keys))
+    for other in matched:
+        keys = match_keys(first, other, backbone_only=recipe.backbone_only)
+    method.functions_by_key(len(entries), averaged_keys(first, keys))
     data = None if recipe.data is None else open_data(recipe.data, first)
-    evaluation = None if recipe.evaluate is None or not measuring else open_data(recipe.evaluate, first)
+    evaluation = None if recipe.evaluate is None or not with_evaluation else open_data(recipe.evaluate, first)
     if evaluation is not None and not evaluation.labelled:
-        raise OptionError(f"evaluate: {evaluation.describe()}; a loss needs labels, so say which column (labels)")
-    if data is not None and recipe.evaluate is None and not _looks(recipe, first):
-        raise OptionError("there are data, and nothing of this merge looks at them; leave out data, or add evaluate")
-    return Opened((first, *others), tuple(lined), data, evaluation)
+        raise OptionError(f"evaluate: {evaluation.describe()}; a loss needs labels, so name their column (labels)")
+    if data is not None and recipe.evaluate is None and not _uses_data(recipe, first):
+        raise OptionError("nothing in this merge uses the data; leave out data, or add evaluate")
+    return OpenedRecipe(models=(first, *others), matched=tuple(matched), data=data, evaluation=evaluation)
 
 
-def looking(recipe: Recipe) -> list[type[Solver]]:
-    """The solvers that look at data where there are any: the one a recipe names, and those it starts from."""
-    said = solvers_in(None if recipe.align is None else recipe.align.model_dump())
-    found = [(registry.find("solvers", name).Solver, knobs.get("cost")) for _, name, knobs in said]
-    return [kind for kind, cost in found if getattr(kind, "TAKES_DATA", False) and cost not in OF_WEIGHTS]
+def solvers_with_data(recipe: Recipe) -> list[SolverClass]:
+    """Return the solvers of a recipe that use data if there are any: its solver, and those that it starts from."""
+    named = solvers_in(None if recipe.align is None else recipe.align.model_dump())
+    solvers = [(registry.solver(name), options.get("cost")) for _, name, options in named]
+    return [solver for solver, cost in solvers if solver.data != "none" and cost not in WEIGHT_COSTS]
 
 
-def _looks(recipe: Recipe, first: Checkpoint) -> bool:
-    """Whether anything on the way to the merge looks at data."""
+def _uses_data(recipe: Recipe, first: Checkpoint) -> bool:
+    """Tell whether anything that a recipe does before it evaluates uses data."""
     return (
-        bool(looking(recipe))
+        bool(solvers_with_data(recipe))
         or recipe.fits
         or recipe.recalibrate == "repair"
         or (recipe.recalibrate is not None and has_statistics(first))
     )
 
 
-def run(
+def run_merge(
     recipe: Recipe,
     *,
-    found: Opened | None = None,
+    opened: OpenedRecipe | None = None,
     alignments: Sequence[Alignment] | None = None,
     device: Device = None,
     progress: bool = False,
-) -> Merged:
+) -> MergeResult:
     """Align all models of a recipe to the first (or to its `base_model`), and merge them.
 
     Args:
-        recipe: says how.
-        found: what it names, if that is open already.
-        alignments: that are known already, one for every model but the first.
-        device: where it is computed.
+        recipe: the recipe.
+        opened: its models and data, if they are open already.
+        alignments: known alignments, one for every model but the first; by default they are searched for.
+        device: device of the computation.
         progress: show progress bars.
     """
-    found, clock = opened(recipe, progress=progress) if found is None else found, Clock()
-    first, moved = found.models[0], found.lined
+    opened, clock = open_models(recipe, progress=progress) if opened is None else opened, Clock()
+    first, moved = opened.models[0], opened.matched
     solutions: tuple[Solution, ...] = ()
     if recipe.align is not None:
         if alignments is None:
             with clock("aligning"):
-                solutions = tuple(_solutions(recipe, found, device, progress))
+                solutions = tuple(_align_models(recipe, opened, device, progress))
             alignments = [solution.alignment for solution in solutions]
         if len(alignments) != len(moved):
-            raise MismatchError(f"{len(alignments)} alignments for {len(moved)} models that are to be moved")
-        onto = partial(_moved_onto, first) if recipe.backbone_only else Alignment.apply
-        moved = tuple(onto(alignment, other) for alignment, other in zip(alignments, moved, strict=True))
-    checkpoint = merged(recipe, [first, *moved], found.data, clock, device=device, progress=progress)
-    return Merged(checkpoint, found, solutions, moved, clock.seconds)
+            raise MismatchError(f"got {len(alignments)} alignments for {len(moved)} models that are to be moved")
+        move = partial(_move_backbone, first) if recipe.backbone_only else Alignment.apply
+        moved = tuple(move(alignment, other) for alignment, other in zip(alignments, moved, strict=True))
+    checkpoint = merge_models(recipe, [first, *moved], opened.data, clock, device=device, progress=progress)
+    return MergeResult(checkpoint=checkpoint, opened=opened, solutions=solutions, moved=moved, seconds=clock.seconds)
 
 
-def _solutions(recipe: Recipe, found: Opened, device: Device, progress: bool) -> list[Solution]:
+def _align_models(recipe: Recipe, opened: OpenedRecipe, device: Device, progress: bool) -> list[Solution]:
     assert recipe.align is not None
-    for checkpoint in found.models:
+    for checkpoint in opened.models:
         checkpoint.refuse_broken()
-    first = found.models[0]
-    solver, spec = solver_with(recipe.align.solver, recipe.align.knobs()), spec_of(first)
-    solve = partial(solved, solver, spec, first, limits=recipe.align.limits(), seed=recipe.align.seed, device=device)
-    data = found.data if looking(recipe) else None
+    first = opened.models[0]
+    solver, spec = make_solver(recipe.align.solver, recipe.align.options()), detect_spec(first)
+    solve = partial(
+        align_checkpoints, solver, spec, first, limits=recipe.align.limits(), seed=recipe.align.seed, device=device
+    )
+    data = opened.data if solvers_with_data(recipe) else None
     solve = partial(solve, backbone_only=recipe.backbone_only, data=data, progress=progress)
-    return [solve(moving=other) for other in found.lined]
+    return [solve(moving=other) for other in opened.matched]
 
 
-def merged(
+def merge_models(
     recipe: Recipe,
     models: Sequence[Checkpoint],
     data: Batches | None,
@@ -175,84 +184,84 @@ def merged(
     device: Device = None,
     progress: bool = False,
 ) -> Checkpoint:
-    """Merge models as a recipe says, with all that comes after it.
+    """Merge models as a recipe says, then fit and recalibrate the merge.
 
     Args:
-        recipe: says how.
-        models: in one system of coordinates.
-        data: what is looked at.
-        clock: gets the seconds.
-        device: where it is computed.
+        recipe: the recipe.
+        models: the models, in the same coordinates.
+        data: data for fitting and recalibrating; without them neither is done.
+        clock: clock that records the time of each phase.
+        device: device of the computation.
         progress: show progress bars.
     """
-    knobs = recipe.method_knobs()
+    method = recipe.resolved_method()
     dtype = None if recipe.dtype is None else getattr(torch, recipe.dtype)
-    out = combine(models, recipe.merge_method, knobs, dtype=dtype, backbone_only=recipe.backbone_only)
+    merged = combine(models, method, dtype=dtype, backbone_only=recipe.backbone_only)
     if data is None:
-        return out
-    shares = shares_in(recipe, len(models))
-    for (doing, _), finish in _finishing(recipe, shares):
-        with clock(doing):
-            out = finish(out, models, data, device=device, progress=progress)
+        return merged
+    shares = model_shares(recipe, len(models))
+    for (phase, _), finish in _finishing_steps(recipe, shares):
+        with clock(phase):
+            merged = finish(merged, models, data, device=device, progress=progress)
     with clock("recalibrating"):
         if recipe.recalibrate == "repair":
-            out = repair(out, models, data, weights=shares, device=device, progress=progress)
+            merged = repair(merged, models, data, weights=shares, device=device, progress=progress)
         elif recipe.recalibrate == "statistics":
-            out = recalibrated(out, data, device=device, progress=progress)
-    return out
+            merged = recalibrate_checkpoint(merged, data, device=device, progress=progress)
+    return merged
 
 
-def _finishing(
+def _finishing_steps(
     recipe: Recipe, shares: list[float] | None
 ) -> Iterator[tuple[tuple[str, str], Callable[..., Checkpoint]]]:
-    """What is done to the whole merge, and the words for it: while it lasts, and after it."""
+    """Yield what is done to the whole merge: the words for it (while it runs, and afterwards) and the function."""
     if recipe.refit is not None:
-        yield refit.WORDS, partial(refit.finish, weights=shares, ridge=recipe.refit.ridge)
-        if recipe.merge_method == "refit":  # said twice
+        yield refit.VERB, partial(refit.finish, weights=shares, ridge=recipe.refit.ridge)
+        if recipe.merge_method == "refit":  # named twice
             return
-    finish = finish_with(recipe.merge_method, recipe.method_knobs())
-    if finish is not None:
-        yield registry.find("merge_methods", recipe.merge_method).WORDS, finish
+    resolved = recipe.resolved_method()
+    if resolved.finish is not None:
+        yield resolved.method.verb, resolved.finish
 
 
-def what_was_done(recipe: Recipe) -> str:
-    """To a merge after its average, in words; empty where that is what it is."""
-    done = [did for (_, did), _ in _finishing(recipe, None)] + ["repaired"] * (recipe.recalibrate == "repair")
-    return " and ".join([", ".join(done[:-1]), done[-1]] if len(done) > 1 else done)
+def describe_finishing(recipe: Recipe) -> str:
+    """Return in words what is done to a merge after averaging: "refitted and repaired"; empty if nothing is."""
+    words = [done for (_, done), _ in _finishing_steps(recipe, None)] + ["repaired"] * (recipe.recalibrate == "repair")
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def shares_in(recipe: Recipe, count: int) -> list[float] | None:
-    """The share of every model in a merge, where its method has weights or one number t; None for equal ones.
+def model_shares(recipe: Recipe, count: int) -> list[float] | None:
+    """Return the share of every model in a merge, if its method has weights or one number t; None for equal shares.
 
-    They are equal, too, where the numbers vary from tensor to tensor: nothing but a control is fitted to these then.
+    Shares are also equal if the numbers vary by tensor: then only the controls are fitted.
     """
-    knobs = recipe.method_knobs()
-    if varies(registry.find("merge_methods", recipe.merge_method).merge, knobs):
+    method = recipe.resolved_method()
+    if method.varying:
         return None
-    if "t" in knobs and count == 2:
-        return [1 - float(knobs["t"]), float(knobs["t"])]
-    return knobs.get("weights")
+    if "t" in method.values and count == 2:
+        return [1 - method.values["t"], method.values["t"]]
+    return method.values.get("weights")
 
 
-def recalibrated(
+def recalibrate_checkpoint(
     checkpoint: Checkpoint, data: Batches, *, exact: bool = False, device: Device = None, progress: bool = False
 ) -> Checkpoint:
-    """The same with BatchNorm statistics of the data; as it is, where there are none."""
+    """Return a checkpoint with BatchNorm statistics of the data; the same checkpoint if it has no such layers."""
     if not has_statistics(checkpoint):
         return checkpoint
-    (module,), _ = computing([checkpoint], device)
+    (module,), _ = load_modules([checkpoint], device)
     recalibrate(module, data, exact=exact, device=device, progress=progress)
-    return with_values(checkpoint, module)
+    return with_module_values(checkpoint, module)
 
 
-def _moved_onto(first: Checkpoint, alignment: Alignment, other: Checkpoint) -> Checkpoint:
-    """The backbone of another model as a part of the first: what its own head reads, if it has one, is no matter."""
+def _move_backbone(first: Checkpoint, alignment: Alignment, other: Checkpoint) -> Checkpoint:
+    """Move the backbone of another model as a part of the first one, whatever the other model's head reads."""
     spec = alignment.spec
-    prefix = spec.table.prefix
-    names, there = first.canonical(prefix), lined_state(first, lined_up(first, other, backbone_only=True), prefix)
-    moved = alignment.on(spec.within(there), there)
+    view = canonical_view(first, spec.table)
+    backbone = view.select(match_keys(first, other, backbone_only=True))
+    moved = alignment.on(spec.within(backbone), backbone)
     return Checkpoint(
-        Tensors({names[n]: part for n, part in moved.parts.items()}),
+        Tensors({view.keys[name]: part for name, part in moved.parts.items()}),
         name=other.name,
         sources=other.sources,
         commit=other.commit,

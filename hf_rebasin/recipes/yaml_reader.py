@@ -1,7 +1,7 @@
-"""YAML as people write it: within bounds, every key once, and what cannot be read is said with its place.
+"""Read YAML within bounds: no key twice, nothing huge, and errors that say where they are.
 
-Anchors and aliases are welcome, but what they stand for is counted as if it were written out: a file of a kilobyte may
-else say a billion things.
+Anchors and aliases are allowed, but counted as if they were written out: otherwise a file of a kilobyte could stand
+for a billion values.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ import yaml
 
 from ..errors import OptionError
 
-LONGEST = 100_000  # bytes: a recipe has a few thousand
-MOST = 10_000  # values
-DEEPEST = 50  # mappings and lists in each other
-DIGITS = 100
+MAX_BYTES = 100_000  # a recipe has a few thousand
+MAX_VALUES = 10_000
+MAX_DEPTH = 50  # nested mappings and lists
+MAX_DIGITS = 100  # of an integer
 
 
 def read_yaml(text: str | bytes, name: str = "the text") -> Any:
-    """What a YAML document says.
+    """Read a YAML document.
 
     Args:
         text: the document; bytes in UTF-8, or in UTF-16 with a byte order mark.
-        name: what messages call it.
+        name: name of the document in messages.
 
     Raises:
-        OptionError: it is no YAML, says a key twice, or is longer, deeper or more than any recipe.
+        OptionError: invalid YAML, a repeated key, or a document that is longer, deeper or larger than any recipe.
 
     Example:
         >>> read_yaml("{weights: &w [1, 2], others: [*w, *w]}")
         {'weights': [1, 2], 'others': [[1, 2], [1, 2]]}
     """
-    if len(text) > LONGEST:
-        raise OptionError(f"{name} is too long to be a recipe: {len(text)} characters of at most {LONGEST}")
+    if len(text) > MAX_BYTES:
+        raise OptionError(f"{name} is too long to be a recipe: {len(text)} characters of at most {MAX_BYTES}")
     try:
         loader = _Loader(text)
         loader.name = name
@@ -44,16 +44,16 @@ def read_yaml(text: str | bytes, name: str = "the text") -> Any:
         _refuse_large(node, name)
         return loader.construct_document(node)
     except RecursionError as error:
-        raise OptionError(f"{name} is nested deeper than {DEEPEST} mappings and lists") from error
+        raise OptionError(f"{name} is nested deeper than {MAX_DEPTH} mappings and lists") from error
     except yaml.YAMLError as error:
         raise OptionError(f"{name} cannot be read as YAML: {error}") from error
 
 
 class _Loader(yaml.SafeLoader):
-    """One that says where, whatever is wrong with a value."""
+    """A loader that refuses repeated keys, and whose errors all say where they are."""
 
     def fetch_flow_collection_start(self, TokenClass: Any) -> None:
-        if self.flow_level > DEEPEST:  # said here, as looking for the ends of many takes long
+        if self.flow_level > MAX_DEPTH:  # here already, as scanning for the ends of many collections is slow
             raise RecursionError
         super().fetch_flow_collection_start(TokenClass)
 
@@ -62,22 +62,22 @@ class _Loader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except yaml.YAMLError:
             raise
-        except Exception as error:  # of whatever makes a date of 2001-99-99
-            said = f"this is no {node.tag.rpartition(':')[2]} ({error})"
-            raise yaml.constructor.ConstructorError(None, None, said, node.start_mark) from error
+        except Exception as error:  # constructors raise anything, such as ValueError for the date 2001-99-99
+            message = f"this is not a valid {node.tag.rpartition(':')[2]} ({error})"
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark) from error
 
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 if (key.tag, key.value) in seen:
-                    said = f"{key.value!r} is said twice"
-                    raise yaml.constructor.ConstructorError(None, None, said, key.start_mark)
+                    message = f"the key {key.value!r} occurs twice"
+                    raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
                 seen.add((key.tag, key.value))
         return super().construct_mapping(node, deep)  # type: ignore[arg-type]
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        if len(node.value) > DIGITS:
+        if len(node.value) > MAX_DIGITS:
             raise ValueError(f"{len(node.value)} digits")
         return int(super().construct_yaml_int(node))
 
@@ -86,25 +86,28 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def _refuse_large(node: yaml.Node, name: str) -> None:
-    """Raise OptionError for more values than a recipe has, or deeper ones, with all aliases written out."""
-    known: dict[int, tuple[int, int]] = {}  # by node: an alias is the very node that it stands for
+    """Raise OptionError if a document has more values or levels than any recipe, with all aliases written out."""
+    known: dict[int, tuple[int, int]] = {}  # by the id of a node, as an alias is the very node that it stands for
 
     def extent(node: yaml.Node, above: int) -> tuple[int, int]:
-        """(values, depth)"""
-        if above > DEEPEST:
+        """Return the number of values in a node, and its depth."""
+        if above > MAX_DEPTH:
             raise OptionError(
-                f"{name} is nested deeper than {DEEPEST} mappings and lists, or holds itself by an alias"
+                f"{name} is nested deeper than {MAX_DEPTH} mappings and lists, or contains itself by an alias"
             )
         if id(node) not in known:
-            inside = node.value if isinstance(node, yaml.CollectionNode) else ()
-            pairs = [(one,) if isinstance(one, yaml.Node) else one for one in inside]
-            found = [extent(one, above + 1) for pair in pairs for one in pair]
-            known[id(node)] = 1 + sum(count for count, _ in found), 1 + max((depth for _, depth in found), default=0)
+            items = node.value if isinstance(node, yaml.CollectionNode) else ()
+            pairs = [(item,) if isinstance(item, yaml.Node) else item for item in items]
+            extents = [extent(child, above + 1) for pair in pairs for child in pair]
+            known[id(node)] = (
+                1 + sum(count for count, _ in extents),
+                1 + max((depth for _, depth in extents), default=0),
+            )
         count, depth = known[id(node)]
-        if count > MOST or above + depth > DEEPEST + 1:
+        if count > MAX_VALUES or above + depth > MAX_DEPTH + 1:
             raise OptionError(
-                f"{name} says more than a recipe can: {count} values in {depth} levels, with all aliases written out, "
-                f"of at most {MOST} and {DEEPEST}"
+                f"{name} is larger than a recipe can be: {count} values in {depth} levels, with all aliases written "
+                f"out, of at most {MAX_VALUES} and {MAX_DEPTH}"
             )
         return count, depth
 

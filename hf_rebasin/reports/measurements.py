@@ -1,125 +1,94 @@
-"""What was measured of models, as numbers: on the lines between them, of merges in rows, of what was moved."""
+"""The numbers of a report: curves between two models, rows of merged models, and what aligning moved."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BeforeValidator
 
-from ..errors import OptionError, some
-from ..evaluation.barrier import halfway, highest, mean_over, rises
+from ..evaluation.barrier import Curve
 
 
-def _finite_or_nan(said: object) -> object:
-    return math.nan if said is None else said
+def _nan_for_null(value: object) -> object:
+    return math.nan if value is None else value
 
 
-# What JSON has no number for (NaN, ±∞) is null there, and NaN when it is read again; what is not known is left out.
-Number: TypeAlias = Annotated[float, BeforeValidator(_finite_or_nan)]
-Known: TypeAlias = Annotated[float | None, BeforeValidator(_finite_or_nan)]
+# JSON has no NaN and no infinity: they are written as null, and null is read as NaN. Unknown numbers are left out.
+Number: TypeAlias = Annotated[float, BeforeValidator(_nan_for_null)]
+OptionalNumber: TypeAlias = Annotated[float | None, BeforeValidator(_nan_for_null)]
 Consumed: TypeAlias = Literal["nothing", "unlabelled inputs", "labels"]
 CONSUMED: tuple[Consumed, ...] = ("nothing", "unlabelled inputs", "labels")  # from little to much
 
 
 @dataclass(frozen=True)
-class Line:
-    """Loss and metrics on points of the line from the fixed model to the moving one, both ends included.
+class Line(Curve):
+    """A curve from the fixed model to the moving one as a report shows it, with a name and a role.
 
     Args:
-        name: as it is shown, such as "aligned average".
-        role: "plain", "aligned", "refit", "control" or another word; says how it is drawn.
+        name: name to show, such as "aligned average".
+        role: "plain", "aligned", "refit", "control" or another word; decides how the curve is drawn.
         at: λ of the points, ascending from 0 to 1.
-        loss: mean loss there.
-        metrics: `{name: values there}`.
+        loss: mean loss at every point.
+        metrics: `{name: values at the same points}`.
 
     Raises:
-        OptionError: the points do not go from 0 to 1, or there are not as many values as points.
+        OptionError: the points do not ascend from 0 to 1, or there are not as many values as points.
 
     Example:
         >>> line = Line("plain average", "plain", at=(0, 0.5, 1), loss=(0.1, 1.2, 0.3))
         >>> line.barrier, line.area, line.middle
-        (1.0, 0.5, 1.2)
+        (1.0, 0.5, {'loss': 1.2})
     """
 
     name: str
     role: str
+    _: KW_ONLY
     at: tuple[float, ...]
     loss: tuple[Number, ...]
     metrics: Mapping[str, tuple[Number, ...]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        if len(self.at) < 2 or (self.at[0], self.at[-1]) != (0, 1) or list(self.at) != sorted(set(self.at)):
-            raise OptionError(f"{self.name}: λ has to go up from 0 to 1, and is {some(map(str, self.at), 9)}")
-        for what, values in {"loss": self.loss, **self.metrics}.items():
-            if len(values) != len(self.at):
-                raise OptionError(f"{self.name}: {what} has {len(values)} values on {len(self.at)} points")
-
-    @property
-    def rises(self) -> tuple[float, ...]:
-        """How far the loss is above the straight line between its ends, the chord."""
-        return rises(self.at, self.loss)
-
-    @property
-    def barrier(self) -> float:
-        """The highest rise, 0 at least; not finite where one of the losses is not. As `evaluate.Curve.barrier`."""
-        return highest(self.rises)
-
-    @property
-    def area(self) -> float:
-        """The mean rise over λ, by trapezia."""
-        return mean_over(self.at, self.rises)
-
-    @property
-    def halfway(self) -> int:
-        """The point nearest to λ = ½."""
-        return halfway(self.at)
-
-    @property
-    def middle(self) -> float:
-        """The loss halfway."""
-        return self.loss[self.halfway]
-
 
 @dataclass(frozen=True)
-class Row:
-    """One model that was measured: an end, or a merge of the two.
+class TableRow:
+    """One measured model: one of the two ends, or a merge of them.
 
     Args:
-        name: as it is shown, such as "aligned average".
-        consumed: what was used to make it, beside the two models.
-        control: it is what a result has to beat: made without aligning, such as the plain average.
-        loss: on held-out data; None where there are none.
+        name: name to show, such as "aligned average".
+        consumed: what was used to make it, besides the two models.
+        control: whether it is a baseline that results have to beat: made without aligning, like the plain average.
+        loss: mean loss on held-out data; None if there are none.
         metrics: `{name: value}`; an accuracy is a fraction of 1.
-        excess: loss above the mean of the ends' losses; `with_excess` fills it in.
-        ratio: excess ÷ that of the plain average; `with_excess` fills it in.
-        barrier: of the line this merge lies on.
-        seconds: it took to make.
-        note: what else is to be said of it.
+        excess: loss above the mean of the ends' losses; filled in by `with_excess`.
+        ratio: excess ÷ the plain average's excess; filled in by `with_excess`.
+        barrier: barrier of the line that this merge lies on.
+        seconds: time it took to make.
+        note: remark on this model.
     """
 
     name: str
     consumed: Consumed = "nothing"
+    _: KW_ONLY
     control: bool = False
-    loss: Known = None
+    loss: OptionalNumber = None
     metrics: Mapping[str, Number] = field(default_factory=dict)
-    excess: Known = None
-    ratio: Known = None
-    barrier: Known = None
-    seconds: Known = None
+    excess: OptionalNumber = None
+    ratio: OptionalNumber = None
+    barrier: OptionalNumber = None
+    seconds: OptionalNumber = None
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """How alike two models are along the depth, before and after aligning, in the symmetries of one family.
+    """How alike two models are along their depth, before and after aligning, in one family of symmetries.
 
     Args:
-        family: of symmetries, such as `ff.*`.
+        family: family of symmetries, such as `ff.*`.
         points: (name, before, after), by depth.
-        measure: what the numbers are.
+        measure: name of the measure.
     """
 
     family: str
@@ -127,16 +96,16 @@ class Likeness:
     measure: str = "cosine of the weights"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Moved:
-    """The symmetries of one family, and how many of them were moved.
+    """How many symmetries of one family were moved.
 
     Args:
-        family: such as `ff.*`.
-        group: under which they move, such as `permutation`.
-        count: how many there are.
-        size: of each.
-        moved: how many are not the identity.
+        family: family of symmetries, such as `ff.*`.
+        group: group that they move under, such as `permutation`.
+        count: number of symmetries.
+        size: size of each.
+        moved: number of those that are not the identity.
     """
 
     family: str
@@ -146,55 +115,61 @@ class Moved:
     moved: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Exactness:
-    """How exactly the moved model is the model it was. What is None was not looked at.
+    """How exactly the moved model computes what it did before; None for what was not checked.
 
     Args:
         difference: max |Δ output| on the same inputs.
-        before: the moving model's own loss.
-        after: the moved model's.
-        dtype: in which both were computed.
-        keys: whether the moved model has the same keys, and so on.
+        before: loss of the moving model by itself.
+        after: loss of the moved model by itself.
+        dtype: dtype that both were computed in.
+        keys: whether the keys of the written model are the first model's.
+        shapes: whether the shapes are.
+        dtypes: whether the dtypes are.
     """
 
-    difference: Known = None
-    before: Known = None
-    after: Known = None
+    difference: OptionalNumber = None
+    before: OptionalNumber = None
+    after: OptionalNumber = None
     dtype: str = ""
     keys: bool | None = None
     shapes: bool | None = None
     dtypes: bool | None = None
 
 
-def plain_of(rows: Sequence[Row]) -> Row | None:
-    """The plain average: the first control that was made of the two models alone."""
+def find_plain_average(rows: Sequence[TableRow]) -> TableRow | None:
+    """Find the row of the plain average: the first control made of the two models alone."""
     return next((row for row in rows if row.control and row.consumed == "nothing"), None)
 
 
-def with_excess(ends: Sequence[Row], rows: Sequence[Row]) -> tuple[Row, ...]:
-    """The rows with their excess over the mean of the ends, and what share of the plain average's excess that is.
+def with_excess(ends: Sequence[TableRow], rows: Sequence[TableRow]) -> tuple[TableRow, ...]:
+    """The rows with `excess` and `ratio` filled in.
 
-    Where the plain average has no excess, it has no share to give, and the ratio is None.
+    The ratio is None where the plain average has no excess.
+
+    Args:
+        ends: rows of the two models; the excess is taken over the mean of their losses.
+        rows: merged models and controls, the plain average among them.
     """
     losses = [end.loss for end in ends if end.loss is not None]
     if not losses:
         return tuple(rows)
     mean = sum(losses) / len(losses)
     filled = [row if row.loss is None else replace(row, excess=row.loss - mean) for row in rows]
-    plain = plain_of(filled)
+    plain = find_plain_average(filled)
     if plain is None or plain.excess is None or not plain.excess > 0:
         return tuple(filled)
     whole = plain.excess
     return tuple(row if row.excess is None else replace(row, ratio=row.excess / whole) for row in filled)
 
 
-def least(rows: Iterable[Row | None]) -> Row | None:
-    """The row with the least finite excess, the first of equals."""
+def least_excess_row(rows: Iterable[TableRow | None]) -> TableRow | None:
+    """The row with the least finite excess; the first of equals."""
     finite = [row for row in rows if row is not None and row.excess is not None and math.isfinite(row.excess)]
-    return min(finite, key=excess_of, default=None)
+    return min(finite, key=excess_or_nan, default=None)
 
 
-def excess_of(row: Row) -> float:
-    """Its excess; NaN where that is not known."""
+def excess_or_nan(row: TableRow) -> float:
+    """The excess of a row; NaN if it is unknown."""
     return math.nan if row.excess is None else row.excess

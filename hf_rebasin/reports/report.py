@@ -1,4 +1,4 @@
-"""The report of a merge: one HTML page that needs nothing else, the same numbers as JSON, and plots as PNG.
+"""The report of a merge: one self-contained HTML page, the same numbers as JSON, and plots as PNG.
 
 from hf_rebasin.report import Line, Pair, Report, Row, with_excess
 
@@ -14,22 +14,24 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from ..checkpoints.folder import write_whole
+from ..checkpoints.folder import write_atomically
 from ..errors import OptionError
-from ..text import without_place, without_places
-from .charts import png
-from .measurements import Exactness, Likeness, Line, Moved, Row, with_excess
-from .page import render, summary, view
+from ..text import shorten_path, shorten_paths
+from .charts import render_png
+from .measurements import Exactness, Likeness, Line, Moved, with_excess
+from .measurements import TableRow as Row
+from .page import make_summary, make_view, render_page
 from .pairs import Pair, verdict_over
-from .verdict import Verdict, verdict_on
+from .verdict import MergeVerdict as Verdict
+from .verdict import verdict_on
 
-__all__ = [
+__all__ = [  # what `hf_rebasin.report` promises
     "Exactness",
     "Likeness",
     "Line",
@@ -43,27 +45,27 @@ __all__ = [
     "with_excess",
 ]
 
-Said = TypeVar("Said")
-DERIVED = {"Line": ("barrier", "area", "middle"), "Pair": ("verdict",), "Report": ("verdict",)}  # in the JSON, too
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a merge came to, as it is shown.
+    """The outcome of a merge, or of several, as a page, as JSON and as plots.
 
     Args:
-        title: of the page.
-        pairs: one per moving model, or all pairs of a demo.
+        title: title of the page.
+        pairs: one entry per moving model, or all pairs of a demo.
         recipe: the recipe as YAML.
-        data: what it was measured on, in a line.
+        data: the data it was measured on, in a line.
         versions: `{package: version}`.
-        command: that makes the same again.
+        command: the command that makes the same again.
         created: a date, such as 2026-01-31; reports with the same contents are the same bytes.
-        notes: on all of it.
+        notes: remarks on the whole report.
     """
 
     title: str
     pairs: tuple[Pair, ...] = ()
+    _: KW_ONLY
     recipe: str = ""
     data: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -73,17 +75,17 @@ class Report:
 
     @property
     def verdict(self) -> Verdict:
-        """On all pairs together."""
+        """The verdict on all pairs together."""
         return verdict_over(self.pairs)
 
     def save(self, path: str | os.PathLike[str]) -> list[Path]:
         """Write `x.html`, `x.json`, and `x-PAIR.png` for every pair with lines; a file is complete or absent.
 
         Args:
-            path: of the page; its folder is made.
+            path: path of the page; its folder is created.
 
         Returns:
-            What was written, the page last.
+            The paths of the written files, the page last.
 
         Raises:
             OptionError: the name does not end in `.html`.
@@ -95,40 +97,46 @@ class Report:
         public = self.public()
         images = public.images(page.stem)
         for name, pair in images.items():
-            write_whole(page.with_name(name), png(pair.lines, f"{pair.fixed} and {pair.moving}"))
-        write_whole(page.with_suffix(".json"), public.to_json().encode())
-        write_whole(page, public.html(page.stem).encode())
+            write_atomically(page.with_name(name), render_png(pair.lines, f"{pair.fixed} and {pair.moving}"))
+        write_atomically(page.with_suffix(".json"), public.to_json().encode())
+        write_atomically(page, public.html(page.stem).encode())
         return [*(page.with_name(name) for name in images), page.with_suffix(".json"), page]
 
     def images(self, stem: str) -> dict[str, Pair]:
-        """`{file name: pair}` of the pairs that have lines to plot."""
-        found: dict[str, Pair] = {}
+        """The pairs that have curves to plot, by the file name of the plot."""
+        images: dict[str, Pair] = {}
         for pair in self.pairs:
             parts = [pair.architecture, *(name.rstrip("/").split("/")[-1] for name in (pair.fixed, pair.moving))]
             name = "-".join([stem, *filter(None, map(_slug, parts))])
             if pair.lines:
-                found[f"{name}.png" if f"{name}.png" not in found else f"{name}-{len(found) + 1}.png"] = pair
-        return found
+                images[f"{name}.png" if f"{name}.png" not in images else f"{name}-{len(images) + 1}.png"] = pair
+        return images
 
     def html(self, stem: str = "report") -> str:
-        """The page; `stem` is the name of the files beside it."""
+        """The page as HTML; `stem` is the name of the files beside it, without a suffix."""
         report = self.public()
         names = iter(report.images(stem))
         views = [
-            view(pair, f"pair-{i}", next(names) if pair.lines else "") for i, pair in enumerate(report.pairs, start=1)
+            make_view(pair, f"pair-{i}", next(names) if pair.lines else "")
+            for i, pair in enumerate(report.pairs, start=1)
         ]
-        return render(report=report, views=views, summary=summary(views), stem=stem)
+        return render_page(report=report, views=views, summary=make_summary(views), stem=stem)
 
     def to_json(self) -> str:
-        """The same numbers, keys sorted, barriers and verdicts, too. NaN and infinities are null; None is left out."""
-        return json.dumps(_said(self.public()), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        """The report as JSON with sorted keys, barriers and verdicts included.
+
+        NaN and infinities are null; None is left out.
+        """
+        return (
+            json.dumps(_as_json(self.public()), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        )
 
     @staticmethod
     def from_json(text: str) -> Report:
-        """The report that `to_json` wrote; what was NaN or infinite is NaN.
+        """Read a report that `to_json` wrote; NaN and infinities are read as NaN.
 
         Raises:
-            OptionError: it is not the JSON of a report; says where.
+            OptionError: this is not the JSON of a report; the message says where.
         """
         try:
             return TypeAdapter(Report).validate_python(json.loads(text))
@@ -140,58 +148,69 @@ class Report:
             raise OptionError(f"this is not JSON: {error}") from error
 
     def public(self) -> Report:
-        """Without absolute paths, of which the last two components are left, in names as in texts."""
-        names = {name for pair in self.pairs for name in (pair.fixed, pair.moving) if without_place(name) != name}
-        return _with_texts(self.renamed({name: without_place(name) for name in names}), without_places)
+        """The report with absolute paths, in names and in texts, cut to their last two components."""
+        names = {name for pair in self.pairs for name in (pair.fixed, pair.moving) if shorten_path(name) != name}
+        return _with_texts(self.renamed({name: shorten_path(name) for name in names}), shorten_paths)
 
     def renamed(self, names: Mapping[str, str]) -> Report:
-        """With other names, wherever they stand."""
+        """The report with names replaced, wherever they occur."""
         ordered = sorted(names, key=lambda name: (-len(name), name))
         pattern = re.compile("|".join(map(re.escape, ordered)) or "(?!)")
-        return _with_texts(self, lambda text: pattern.sub(lambda found: names[found[0]], text))
+        return _with_texts(self, lambda text: pattern.sub(lambda match: names[match[0]], text))
 
     def timeless(self) -> Report:
-        """Without date, durations and command: the same whenever the same is made."""
+        """The report without date, durations and command, so that equal merges have equal reports."""
 
-        def row(one: Row) -> Row:
-            return replace(one, seconds=None)
+        def timeless_row(row: Row) -> Row:
+            return replace(row, seconds=None)
 
         pairs = (
-            replace(pair, ends=tuple(map(row, pair.ends)), rows=tuple(map(row, pair.rows)), seconds={})
+            replace(
+                pair, ends=tuple(map(timeless_row, pair.ends)), rows=tuple(map(timeless_row, pair.rows)), seconds={}
+            )
             for pair in self.pairs
         )
         return replace(self, pairs=tuple(pairs), created="", command="")
 
 
-def _with_texts(value: Said, change: Callable[[str], str]) -> Said:
-    """The same with every text in it changed."""
-    found: Any = value
+# What is computed from the fields, and stands in the JSON as well.
+_DERIVED: dict[type, Callable[[Any], dict[str, Any]]] = {
+    Line: lambda line: {"barrier": line.barrier, "area": line.area, "middle": line.middle["loss"]},
+    Pair: lambda pair: {"verdict": pair.verdict},
+    Report: lambda report: {"verdict": report.verdict},
+}
+
+
+def _with_texts(value: Value, change: Callable[[str], str]) -> Value:
+    """The value with every text in it changed, keys of mappings included."""
+    changed: Any = value
     if isinstance(value, str):
-        found = change(value)
+        changed = change(value)
     elif isinstance(value, tuple):
-        found = tuple(_with_texts(part, change) for part in value)
+        changed = tuple(_with_texts(part, change) for part in value)
     elif isinstance(value, Mapping):
-        found = {_with_texts(key, change): _with_texts(part, change) for key, part in value.items()}
+        changed = {_with_texts(key, change): _with_texts(part, change) for key, part in value.items()}
     elif is_dataclass(value) and not isinstance(value, type):
-        found = replace(value, **{f.name: _with_texts(getattr(value, f.name), change) for f in fields(value)})
-    return found
+        changed = replace(value, **{f.name: _with_texts(getattr(value, f.name), change) for f in fields(value)})
+    return changed
 
 
-def _said(value: Any) -> Any:
-    """As JSON has it, with what is derived from it."""
+def _as_json(value: Any) -> Any:
+    """The value as JSON has it, with what is derived from it."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, tuple):
-        return [_said(part) for part in value]
+        return [_as_json(part) for part in value]
     if isinstance(value, Mapping):
-        return {str(key): _said(part) for key, part in value.items()}
-    if is_dataclass(value):
-        names = (*(f.name for f in fields(value)), *DERIVED.get(type(value).__name__, ()))
-        said = {name: getattr(value, name) for name in names}
-        return {name: _said(part) for name, part in said.items() if part is not None}
+        return {str(key): _as_json(part) for key, part in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = {f.name: getattr(value, f.name) for f in fields(value)}
+        if derive := _DERIVED.get(type(value)):
+            parts |= derive(value)
+        return {name: _as_json(part) for name, part in parts.items() if part is not None}
     return value
 
 
-def _slug(said: str) -> str:
-    """Of a name what every file system takes: `vit-seed-0-seed-1`."""
-    return re.sub(r"[^a-z0-9]+", "-", said.lower()).strip("-")[:48].strip("-")
+def _slug(text: str) -> str:
+    """A part of a file name that every file system takes: `vit-seed-0-seed-1`."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:48].strip("-")

@@ -1,1 +1,1 @@
-"""Finding the alignment of two models: the problem, similarities, and one file a solver."""
+"""Finding the alignment of two models: the problem, similarities, and solvers, one file each."""

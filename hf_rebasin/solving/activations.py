@@ -1,11 +1,12 @@
-"""What two models compute on the same inputs: how alike they are along every symmetry, from streamed cross-products.
+"""Similarity of two models along their symmetries, from streamed statistics of their activations on the same inputs.
 
-An activation carries the symmetries of the output axis of the weight that made it, so tables and inferred specs say
-where to look alike: at the outputs of linear maps, convolutions and embeddings for what they write, and at the outputs
-of norms for a stream that norms stand on. Only sums and cross-products are kept, in float64.
+An activation carries the symmetries of the output axis of the weight that produced it, so specs, from tables or
+inferred, tell where to record activations: at the outputs of linear maps, convolutions and embeddings for what these
+write, and at the outputs of norms for a stream that is normalised. Only sums and cross-products are kept, in float64.
 
 Units that are permuted are compared by correlation, as in Git Re-Basin (Ainsworth et al. 2022, arXiv 2209.04836,
-section 3.1); streams that are rotated where sub-layers read them, behind norms without gains (2506.22712).
+section 3.1). Streams that are rotated are compared where sub-layers read them, behind norms without gains (arXiv
+2506.22712).
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import OptionError
-from ..modules.distributed import shared_out, sum_of_all
-from ..modules.forward import answers, mask_in, run
-from ..modules.functional import Computing
+from ..modules.distributed import all_reduce_sum, shard_batches
+from ..modules.forward import attended_outputs, attention_mask_of, run_module
+from ..modules.functional import FunctionalCall
+from ..modules.hooks import forward_hooks
 from ..modules.linear_maps import is_conv1d
-from ..symmetries.spec import Dim, Labelled, Spec, Unit
-from ..symmetries.table import ROTATING
+from ..symmetries.spec import Dim, LabelledTensor, Spec, Unit
 from .problem import label_of
 from .units import Similarity
 
 CHANNELS_FIRST = (_ConvNd, _BatchNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Slot:
-    """A block of a module's output: `places[i, j, …]` along its axis is unit i, j, … of the symmetries of `dims`."""
+    """A block of a module's output: along its axis, `places[i, j, …]` is unit i, j, … of the symmetries of `dims`."""
 
     module: str
     axis: int
@@ -48,38 +49,39 @@ class Slot:
         return {dim.name for dim in self.dims if dim.name}
 
 
-def slots_of(spec: Spec, module: nn.Module, names: Mapping[str, str]) -> list[Slot]:
-    """Where a module's own activations carry symmetries that can move; `names` is `{canonical key: module key}`.
+def find_slots(spec: Spec, module: nn.Module, names: Mapping[str, str]) -> list[Slot]:
+    """Find the outputs of submodules that carry free symmetries; `names` is `{canonical key: module key}`.
 
-    Where a stream is rotated, the outputs of its norms alone: raw, what a few units have much of drowns the rest, and
-    once streams agree, weights tell better than activations which units and heads are alike (docs/log.md). Otherwise
-    the outputs of norms for whatever they stand on, and those of all other layers for what these write.
+    If a stream is rotated, only the outputs of its norms are used: in the raw stream a few large units drown the rest,
+    and once streams agree, weights tell better than activations which units and heads match (docs/log.md). Otherwise
+    the outputs of norms are used for the streams that they normalise, and those of other layers for what these write.
     """
-    found: list[tuple[bool, Slot]] = []
+    candidates: list[tuple[bool, Slot]] = []
     for tensor in spec.tensors:
         name = names.get(tensor.key, "")
         owner, _, attribute = name.rpartition(".")
         if () not in tensor.keys or attribute != "weight" or tensor.names.isdisjoint(spec.free):
             continue
-        part = module.get_submodule(owner)
-        axis = 1 if isinstance(part, CHANNELS_FIRST) or getattr(part, "data_format", "") == "channels_first" else -1
-        slots = _slots(tensor, _written(part, tensor), owner, axis)
-        found += [(len(tensor.shape) == 1, slot) for slot in slots if not slot.names.isdisjoint(spec.free)]
+        submodule = module.get_submodule(owner)
+        channels_first = isinstance(submodule, CHANNELS_FIRST)
+        channels_first |= getattr(submodule, "data_format", "") == "channels_first"
+        slots = _slots_along(tensor, _output_axis(submodule), owner, 1 if channels_first else -1)
+        candidates += [(len(tensor.shape) == 1, slot) for slot in slots if not slot.names.isdisjoint(spec.free)]
     if spec.gauged:
-        return [slot for is_norm, slot in found if is_norm]
-    normed = {name for is_norm, slot in found if is_norm for name in slot.names}
-    return [slot for is_norm, slot in found if is_norm or slot.names.isdisjoint(normed)]
+        return [slot for is_norm, slot in candidates if is_norm]
+    normed = {name for is_norm, slot in candidates if is_norm for name in slot.names}
+    return [slot for is_norm, slot in candidates if is_norm or slot.names.isdisjoint(normed)]
 
 
-def _written(module: nn.Module, tensor: Labelled) -> int:
-    """The axis of a weight that its module's output runs over."""
+def _output_axis(module: nn.Module) -> int:
+    """Return the axis of a module's weight that its output runs over."""
     if isinstance(module, nn.Embedding) or is_conv1d(module):
         return 1
     return 1 if isinstance(module, _ConvNd) and module.transposed else 0
 
 
-def _slots(tensor: Labelled, axis: int, module: str, out: int) -> Iterator[Slot]:
-    """The blocks along one axis, each once."""
+def _slots_along(tensor: LabelledTensor, axis: int, module: str, output_axis: int) -> Iterator[Slot]:
+    """Yield the blocks of a weight along one axis, each once, as slots along an axis of the module's output."""
     stride, size, seen = math.prod(tensor.shape[axis + 1 :]), tensor.shape[axis], set()
     for block in tensor.blocks:
         dims = tuple(dim for dim in block.dims if dim.axis == axis)
@@ -90,12 +92,12 @@ def _slots(tensor: Labelled, axis: int, module: str, out: int) -> Iterator[Slot]
         places = torch.tensor(start)
         for dim in dims:
             places = places[..., None] + torch.arange(dim.size) * (dim.stride // stride)
-        yield Slot(module, out, dims, places)
+        yield Slot(module=module, axis=output_axis, dims=dims, places=places)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Sums:
-    """Over all samples of two models along one slot, in float64: Σw, Σwx, Σwx² of each, and Σ w x yᵀ."""
+    """Weighted sums over samples of two models along one slot, in float64: Σw, Σwx and Σwx² of each, and Σ w x yᵀ."""
 
     count: float
     sums: Tensor  # (2, n)
@@ -104,11 +106,12 @@ class Sums:
 
     @staticmethod
     def zero(n: int, device: Any) -> Sums:
-        kind: dict[str, Any] = {"dtype": torch.float64, "device": device}
-        return Sums(0.0, torch.zeros(2, n, **kind), torch.zeros(2, n, **kind), torch.zeros(n, n, **kind))
+        """Return the sums over no samples."""
+        sums, squares = (torch.zeros(2, n, dtype=torch.float64, device=device) for _ in range(2))
+        return Sums(count=0.0, sums=sums, squares=squares, cross=torch.zeros(n, n, dtype=torch.float64, device=device))
 
     def add(self, x: Tensor, y: Tensor, w: Tensor) -> None:
-        """Samples (many, n) of both, and what each of them counts."""
+        """Add samples (many, n) of both models, with their weights (many,)."""
         both = torch.stack([x, y]).double()
         weighted = both * w.double()[:, None]
         self.count += w.double().sum().item()
@@ -116,43 +119,44 @@ class Sums:
         self.squares += (weighted * both).sum(1)
         self.cross += weighted[0].mT @ both[1]
 
-    def of_all(self) -> Sums:
-        """Over all processes."""
-        count = sum_of_all(torch.tensor(self.count, dtype=torch.float64, device=self.sums.device)).item()
-        return Sums(count, *map(sum_of_all, (self.sums, self.squares, self.cross)))
+    def all_reduce(self) -> Sums:
+        """Return the sums over all processes."""
+        count = all_reduce_sum(torch.tensor(self.count, dtype=torch.float64, device=self.sums.device)).item()
+        sums, squares, cross = map(all_reduce_sum, (self.sums, self.squares, self.cross))
+        return Sums(count=count, sums=sums, squares=squares, cross=cross)
 
     @property
     def covariance(self) -> Tensor:
-        """(n, n), of the units of one with those of the other."""
+        """Covariances (n, n) of the units of the fixed model with those of the moving one."""
         a, b = self.sums / self.count
         return self.cross / self.count - torch.outer(a, b)
 
     @property
     def deviations(self) -> Tensor:
-        """(2, n) standard deviations; 0 where they are no more than rounding."""
+        """Standard deviations (2, n) of the units of both models; 0 where they are within rounding."""
         squares = self.squares / self.count
         variances = squares - (self.sums / self.count).square()
         return torch.where(variances > 1e-10 * squares, variances, 0.0).sqrt()
 
 
 @dataclass(frozen=True)
-class Statistics:
-    """How alike two models are along every symmetry that activations carry."""
+class ActivationStatistics:
+    """Statistics of the activations of two models, which give similarities along the symmetries that they carry."""
 
     spec: Spec
     slots: Sequence[tuple[Slot, Sums]] = field(repr=False)
 
     def similarity(self, unit: Unit) -> Similarity:
-        """The same as of weights, see `hf_rebasin.solving.units`; empty where no activation carries the unit."""
+        """Compute the similarity along a unit, as in `hf_rebasin.solving.units`; empty if no activation carries it."""
         total: Similarity = {}
         for slot, sums in self.slots:
             inside = [i for i, dim in enumerate(slot.dims) if dim.name in unit.names]
             if not inside or not {unit.outer} <= slot.names:
                 continue
             shape = tuple(slot.places.shape)
-            matrix = self._alike(slot, sums).reshape(*shape, *shape)
+            matrix = self._compare(slot, sums).reshape(*shape, *shape)
             beside = [i for i in range(len(shape)) if i not in inside]
-            for i in reversed(beside):  # what no symmetry of the unit moves is compared place by place
+            for i in reversed(beside):  # dimensions outside the unit are compared place by place
                 matrix = matrix.diagonal(dim1=i, dim2=matrix.dim() // 2 + i).sum(-1)
             order = sorted(range(len(inside)), key=lambda k: unit.names.index(slot.dims[inside[k]].name or ""))
             matrix = matrix.permute(*order, *(len(inside) + k for k in order))
@@ -160,9 +164,9 @@ class Statistics:
             total[labels] = total[labels] + matrix if labels in total else matrix
         return {labels: matrix.cpu() for labels, matrix in total.items()}
 
-    def _alike(self, slot: Slot, sums: Sums) -> Tensor:
-        """Correlations of units; of a stream that is rotated, products in units of its size."""
-        if any(self.spec.symmetries[name].kind in ROTATING for name in slot.names):
+    def _compare(self, slot: Slot, sums: Sums) -> Tensor:
+        """Return the correlations of units or, for a stream that is rotated, products scaled by its size."""
+        if any(self.spec.symmetries[name].rotates for name in slot.names):
             size = sums.squares.sum(1).prod().sqrt()
             return sums.cross * (len(sums.cross) / size if size else 0.0)
         a, b = sums.deviations
@@ -170,7 +174,7 @@ class Statistics:
         return torch.where(sizes > 0, sums.covariance / sizes, 0.0)
 
 
-def collect(
+def collect_statistics(
     spec: Spec,
     module: nn.Module,
     names: Mapping[str, str],
@@ -178,90 +182,90 @@ def collect(
     batches: Iterable[Any],
     device: Any = None,
     sensitive: bool = False,
-) -> Statistics:
-    """Run two models, the same module with other tensors in it, over batches; nothing of a batch is kept.
+) -> ActivationStatistics:
+    """Run two models over batches and sum statistics of their activations; no activation is kept.
 
-    Every sample counts the same, or, with `sensitive`, as much as what the models say hangs on it:
-    w = (‖∂f/∂x‖ ‖∂f′/∂x′‖)^½ for activations x of one and x′ of the other, where f = ½ Σ (y − ȳ)² of the outputs y of
-    a model and ȳ their means along the last axis. So tokens that are hardly read do not outvote the one that is.
+    All samples count the same or, with `sensitive`, as much as the outputs of the models depend on them:
+    w = (‖∂f/∂x‖ ‖∂f′/∂x′‖)^½ for activations x of one model and x′ of the other, where f = ½ Σ (y − ȳ)² over the
+    outputs y of a model, and ȳ are their means along the last axis. So a token that is read is not outvoted by many
+    that hardly are.
 
     Args:
-        spec: what may move.
-        module: to compute with; its own tensors are not used.
+        spec: symmetries that may move.
+        module: module to compute with, in which the tensors of both models are put; its own are not used.
         names: `{canonical key: module key}`.
-        states: of the fixed and of the moving model, by canonical keys.
-        batches: inputs of the forward pass; labels among them are no matter. Positions that an `attention_mask` leaves
-            out are not looked at.
-        device: where it is computed.
-        sensitive: whether samples are weighted; takes a backward pass for every forward pass.
+        states: tensors of the fixed and of the moving model, by canonical keys.
+        batches: inputs of the forward pass; labels among them are ignored, and so are positions that an
+            `attention_mask` leaves out.
+        device: device on which the models run.
+        sensitive: whether samples are weighted, which takes a backward pass for every forward pass.
+
+    Returns:
+        The statistics, summed over all processes.
 
     Raises:
-        OptionError: no batches.
+        OptionError: the data gives no batch.
     """
-    slots = slots_of(spec, module, names)
+    slots = find_slots(spec, module, names)
     sums = [Sums.zero(slot.places.numel(), device) for slot in slots]
-    computed = Computing(module, names, run, device)
-    came = False
-    with _listening(module, {slot.module for slot in slots}) as heard, torch.set_grad_enabled(sensitive):
-        for batch in shared_out(batches):
-            came = True
-            mask = mask_in(batch)
-            said: list[dict[str, list[Tensor]]] = []
-            pulls: list[dict[str, list[Tensor]]] = []
+    call = FunctionalCall(module, names, run_module, device)
+    any_batch = False
+    with _record_outputs(module, {slot.module for slot in slots}) as recorded, torch.set_grad_enabled(sensitive):
+        for batch in shard_batches(batches):
+            any_batch = True
+            mask = attention_mask_of(batch)
+            activations: list[dict[str, list[Tensor]]] = []
+            gradients: list[dict[str, list[Tensor]]] = []
             for state in states:
-                heard.clear()
-                outputs = computed(state, batch)
-                pulls.append(_pulls(heard, answers(outputs, mask)) if sensitive else {})
-                said.append({name: [x.detach() for x in xs] for name, xs in heard.items()})
+                recorded.clear()
+                outputs = call(state, batch)
+                gradients.append(_output_gradients(recorded, attended_outputs(outputs, mask)) if sensitive else {})
+                activations.append({name: [x.detach() for x in xs] for name, xs in recorded.items()})
             for slot, total in zip(slots, sums, strict=True):
-                for i, pair in enumerate(zip(*(one.get(slot.module, []) for one in said), strict=True)):
+                calls = zip(*(xs.get(slot.module, []) for xs in activations), strict=True)
+                for i, pair in enumerate(calls):
                     x, y = (_samples(x, slot, mask)[:, slot.places.reshape(-1).to(x.device)] for x in pair)
-                    ws = [_samples(pull[slot.module][i], slot, mask).double().norm(dim=1) for pull in pulls if pull]
+                    ws = [_samples(g[slot.module][i], slot, mask).double().norm(dim=1) for g in gradients if g]
                     total.add(x, y, (ws[0] * ws[1]).sqrt() if ws else x.new_ones(len(x)))
-    if not came:
+    if not any_batch:
         raise OptionError("the data gave no batch to this process")
-    summed = [total.of_all() for total in sums]
-    return Statistics(spec, [(slot, total) for slot, total in zip(slots, summed, strict=True) if total.count])
+    summed = [total.all_reduce() for total in sums]
+    return ActivationStatistics(
+        spec, [(slot, total) for slot, total in zip(slots, summed, strict=True) if total.count]
+    )
 
 
-def _pulls(heard: Mapping[str, list[Tensor]], outputs: Sequence[Tensor]) -> dict[str, list[Tensor]]:
-    """∂f/∂x of all that was heard; 0 where no output hangs on it."""
+def _output_gradients(recorded: Mapping[str, list[Tensor]], outputs: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+    """Return ∂f/∂x for all recorded activations x; 0 where no output depends on them."""
     f = sum(((y - y.mean(-1, keepdim=True)).square().sum() / 2 for y in outputs), torch.zeros(()))
-    flat = [x for xs in heard.values() for x in xs]
-    found = iter(torch.autograd.grad(f, flat, allow_unused=True, materialize_grads=True))
-    return {name: [next(found) for _ in xs] for name, xs in heard.items()}
+    flat = [x for xs in recorded.values() for x in xs]
+    gradients = iter(torch.autograd.grad(f, flat, allow_unused=True, materialize_grads=True))
+    return {name: [next(gradients) for _ in xs] for name, xs in recorded.items()}
 
 
 @contextmanager
-def _listening(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """{name: its outputs, call after call} of submodules, while it lasts; with gradients, these can be asked for."""
-    heard: dict[str, list[Tensor]] = {}
+def _record_outputs(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """Record the outputs of submodules in a `with` block, {name: outputs, call after call}; gradients reach them."""
+    recorded: dict[str, list[Tensor]] = {}
 
-    def hear(name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            one = output[0] if isinstance(output, tuple) else output
-            if not isinstance(one, Tensor):
-                return None
-            heard.setdefault(name, []).append(one)
-            if not torch.is_grad_enabled():
-                return None
-            if not one.requires_grad:
-                one.requires_grad_()
-            passed = one.clone()  # what comes after may write to it
-            return (passed, *output[1:]) if isinstance(output, tuple) else passed
+    def record(name: str, _input: Any, output: Any) -> Any:
+        tensor = output[0] if isinstance(output, tuple) else output
+        if not isinstance(tensor, Tensor):
+            return None
+        recorded.setdefault(name, []).append(tensor)
+        if not torch.is_grad_enabled():
+            return None
+        if not tensor.requires_grad:
+            tensor.requires_grad_()
+        passed = tensor.clone()  # later layers may write to it in place
+        return (passed, *output[1:]) if isinstance(output, tuple) else passed
 
-        return hook
-
-    handles = [module.get_submodule(name).register_forward_hook(hear(name)) for name in sorted(names)]
-    try:
-        yield heard
-    finally:
-        for handle in handles:
-            handle.remove()
+    with forward_hooks(module, sorted(names), after=record):
+        yield recorded
 
 
 def _samples(x: Tensor, slot: Slot, mask: Tensor | None) -> Tensor:
-    """(many, all numbers along the axis of a slot)"""
+    """Return the samples of an output that count, (many, size of the slot's axis)."""
     x = x.movedim(slot.axis, -1)
     if mask is not None and x.shape[:-1] == mask.shape:
         x = x[mask.bool().to(x.device)]

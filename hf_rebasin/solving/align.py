@@ -1,4 +1,4 @@
-"""The thin top: here, and nowhere else, names become objects."""
+"""Alignment of two models, from whatever users give: paths, names, modules, tensors."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..alignment.compatibility import Assumption, paired
-from ..alignment.correspondence import lined_state, lined_up, untied_like
-from ..alignment.limits import Groups, Limits, kept_apart
+from ..alignment.compatibility import Assumption, make_compatible
+from ..alignment.correspondence import match_keys, untie_like
+from ..alignment.limits import Groups, Limits, untying_note
 from ..checkpoints.checkpoint import Checkpoint, Source
 from ..checkpoints.lazy import Tensors
 from ..errors import OptionError
 from ..modules.forward import Inputs, refuse_read_once
 from ..modules.functional import Device
-from ..symmetries.binding import bind_to, untied
-from ..symmetries.detection import spec_of
+from ..symmetries.binding import bind_to, untie_spec
+from ..symmetries.detection import detect_spec
 from ..symmetries.spec import Spec
-from ..symmetries.table import Table
+from ..symmetries.table import Table, canonical_view
 from .problem import Forward, Problem
-from .solution import Solution, Solver, solver_with
+from .solution import Solution, Solver, make_solver
 
 
 def align(
@@ -43,42 +43,47 @@ def align(
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     device: Device = None,
     progress: bool = False,
-    **knobs: Any,
+    **options: Any,
 ) -> Solution:
     """Find the change of coordinates that brings one model closest to another.
 
     Args:
-        fixed: the model that stays: a folder, Hub id, module, state dict or checkpoint.
-        moving: the model that is to be moved; neither is changed.
-        solver: a file of `hf_rebasin/solving/solvers/`, or a solver object.
-        spec: the symmetries; by default those of the table of the fixed model's family, or else those that the forward
-            pass of either of the two shows.
-        inputs: for that forward pass; see `infer_spec`.
-        seed: of everything random in the solver; the same seed gives the same alignment.
-        assume: what to take for the same without looking: "config", "labels", "vocabulary".
-        backbone_only: match base models alone, whatever their heads are.
-        groups: "full" for the largest groups under which the function stays: rotations of the residual stream, of
-            bases inside heads, scales. "permutation" for the permutations in them: no value changes but its place.
-        keep_tied: only permute a stream where rotating it would store a head apart from the embedding it is tied to.
-        hold: names of symmetries, or patterns as `ff.*`, that stay as they are.
-        data: batches that can be read several times, such as a list or a DataLoader, for solvers that descend a loss
+        fixed: model that stays: a folder, Hub id, module, state dict or checkpoint.
+        moving: model to move; neither of the two is changed.
+        solver: name of a file in `hf_rebasin/solving/solvers/`, or a solver object.
+        spec: symmetries of the models; by default those in the table of the fixed model's family, or else those
+            inferred from the forward pass of one of the two.
+        inputs: inputs of that forward pass; see `infer_spec`.
+        seed: seed of all randomness in the solver; the same seed gives the same alignment.
+        assume: what to take as equal without checking: "config", "labels", "vocabulary".
+        backbone_only: whether to match base models only, whatever their heads are.
+        groups: "full" for the largest groups that preserve the function: rotations of the residual stream, bases
+            inside heads, scales. "permutation" for their permutations only, which change the places of values but no
+            value.
+        keep_tied: whether a stream is only permuted where rotating it would store a head apart from the embedding it
+            is tied to.
+        hold: names of symmetries, or patterns such as `ff.*`, that are left as they are.
+        data: batches that can be read several times, such as a list or a DataLoader, for solvers that minimise a loss
             or compare activations. Under `accelerate launch` every process takes its share.
-        loss: gives the loss, one number, for (module, batch); the module is a copy of the fixed one with merged
-            tensors in it. By default what a transformers model says for a batch with labels in it; without labels,
-            how far what it says is from what the two models say (KL, `hf_rebasin.modules.divergence`).
-        device: where similarities and losses are computed, such as `accelerator.device`; by default where the tensors
-            are. What is read from disk goes there block by block.
-        progress: show a progress bar (on a terminal).
-        knobs: of the solver, such as `starts=1`.
+        loss: function that returns the loss, one number, for (module, batch); the module is a copy of the fixed one
+            with merged tensors in it. By default the loss that a transformers model returns for a batch with labels;
+            without labels, the divergence of the module's outputs from those of the two models (KL, see
+            `hf_rebasin.modules.divergence`).
+        device: device on which similarities and losses are computed, such as `accelerator.device`; by default that of
+            the tensors. Tensors on disk are brought there block by block.
+        progress: whether to show a progress bar (on a terminal).
+        options: options of the solver, such as `starts=1`.
 
     Returns:
-        A `Solution`; `solution.apply(moving)` is the moved model, with exactly the same function: bit for bit the same
-        values in other places where there were only permutations, else up to the rounding of their dtype.
+        A `Solution`; `solution.apply(moving)` is the moved model, which computes the same function. Where only
+        permutations were used its values are bit for bit the same, in other places; otherwise they are equal up to
+        the rounding of their dtype.
 
     Raises:
-        MismatchError: the two cannot mean the same; says what differs.
-        CheckpointError: NaN or Inf in one of them.
-        UnknownNameError, OptionError: the solver or a knob.
+        MismatchError: the two models cannot be matched; the message says what differs.
+        CheckpointError: one of them has NaN or Inf in it.
+        UnknownNameError: there is no such solver.
+        OptionError: an option of the solver, the data or the loss does not fit.
 
     Example: a model against itself with its 12 × 64 = 768 query rows, and all else that may move, in another order.
 
@@ -87,31 +92,33 @@ def align(
         >>> solution.status
         <Status.EQUAL: 'the moved model equals the fixed one, tensor by tensor'>
 
-    Two language models, by the loss of the model halfway between them, on batches with labels in them:
+    Two language models, by the loss of the model halfway between them, on batches with labels:
 
         >>> solution = align(fixed, moving, solver="learned", data=loader, device=accelerator.device, progress=True)
         >>> [-value for value in solution.history[:2]]  # with nothing moved, and by weight matching
     """
-    chosen = solver_with(solver, knobs) if isinstance(solver, str) else solver
+    chosen = make_solver(solver, options) if isinstance(solver, str) else solver
     a, b = Checkpoint.open(fixed), Checkpoint.open(moving)
     for checkpoint in (a, b):
         checkpoint.refuse_quantised()
-    b = paired(a, b, assume, backbone_only=backbone_only)
+    b = make_compatible(a, b, assume, backbone_only=backbone_only)
     if isinstance(spec, Table):
         spec = bind_to(spec, a)
     if spec is None:
-        bare = a.template is None and a.config is None  # a state dict, whose symmetries the other may know
-        spec = spec_of(b if bare else a, inputs)
+        bare = (
+            a.template is None and a.config is None
+        )  # a state dict; the other model may have a table or a forward pass
+        spec = detect_spec(b if bare else a, inputs)
     for checkpoint in (a, b):
         checkpoint.refuse_broken()
     limits = Limits(groups, keep_tied, tuple(hold))
-    if data is not None and not getattr(chosen, "TAKES_DATA", False):
-        raise OptionError(f"solver {solver!r} looks at weights alone, and takes no data")
+    if data is not None and getattr(chosen, "data", "none") == "none":
+        raise OptionError(f"solver {solver!r} uses weights alone and takes no data")
     if loss is not None and data is None:
-        raise OptionError("a loss, but no data for it; give data=")
+        raise OptionError("a loss is given, but no data; give data=")
     if data is not None:
         refuse_read_once(data)
-    return solved(
+    return align_checkpoints(
         chosen,
         spec,
         a,
@@ -126,7 +133,7 @@ def align(
     )
 
 
-def solved(
+def align_checkpoints(
     solver: Solver,
     spec: Spec,
     fixed: Checkpoint,
@@ -140,28 +147,35 @@ def solved(
     data: Iterable[Any] | None = None,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
 ) -> Solution:
-    """Align two checkpoints that are known to be sound and to mean the same."""
-    prefix = spec.table.prefix
-    if (apart := untied_like(fixed, [moving])) is not fixed:
-        fixed, spec = apart, untied(spec, [key for key in apart.canonical(prefix) if key in spec.ties])
-    here = fixed.state(prefix)
-    there = lined_state(fixed, lined_up(fixed, moving, prefix, backbone_only=backbone_only), prefix)
-    spec, notes = limits.on(spec, there)
+    """Align two checkpoints that were checked already: sound, compatible and described by the spec."""
+    if (separate := untie_like(fixed, [moving])) is not fixed:
+        keys = canonical_view(separate, spec.table).keys
+        fixed, spec = separate, untie_spec(spec, [key for key in keys if key in spec.ties])
+    view = canonical_view(fixed, spec.table)
+    fixed_state, moving_state = (
+        view.state,
+        view.select(match_keys(fixed, moving, spec.table, backbone_only=backbone_only)),
+    )
+    spec, notes = limits.on(spec, moving_state)
     streams = {norm.stream for norm in spec.gauged}
-    tied = [key for key in spec.untied_by(streams) if spec.ties[key] in there]
-    whole = untied(spec, tied)
-    here, there = (Tensors(s.parts | {key: s.parts[spec.ties[key]] for key in tied}) for s in (here, there))
-    matched = whole.within(there)  # heads that are not merged do not say either which features are alike
+    tied = [key for key in spec.untied_by(streams) if spec.ties[key] in moving_state]
+    untied = untie_spec(spec, tied)
+    fixed_state, moving_state = (
+        Tensors(state.parts | {key: state.parts[spec.ties[key]] for key in tied})
+        for state in (fixed_state, moving_state)
+    )
+    matched = untied.within(moving_state)  # heads without a partner do not tell which features match either
     generator = torch.Generator().manual_seed(seed)
     forward = None
     if data is not None:
-        own = fixed.untied(tied, spec.ties, prefix) if tied else fixed
-        forward = Forward(partial(own.computing, prefix, fixed.wide), data, loss)
-    solution = solver.solve(Problem(matched, here, there, generator, device, progress, forward))
-    found = solution.alignment
-    kinds = {name: symmetry.kind for name, symmetry in found.spec.symmetries.items()}
-    rotated = streams & set(found.moved) if found.gauge else set()
-    if rotated and (said := kept_apart(spec, rotated)):
-        notes.append(said)
-    whole = (whole if rotated else spec).limited(kinds)
-    return replace(solution, alignment=replace(found, spec=whole), notes=(*solution.notes, *notes))
+        own = canonical_view(view.untied(tied, spec.ties), spec.table) if tied else view
+        forward = Forward(module=partial(own.module, fixed.compute_dtype), data=data, loss=loss)
+    problem = Problem(matched, fixed_state, moving_state, generator, device=device, progress=progress, forward=forward)
+    solution = solver.solve(problem)
+    alignment = solution.alignment
+    kinds = {name: symmetry.kind for name, symmetry in alignment.spec.symmetries.items()}
+    rotated = streams & set(alignment.moved) if alignment.gauge else set()
+    if rotated and (note := untying_note(spec, rotated)):
+        notes.append(note)
+    result_spec = (untied if rotated else spec).limited(kinds)
+    return replace(solution, alignment=replace(alignment, spec=result_spec), notes=(*solution.notes, *notes))

@@ -1,9 +1,10 @@
-"""Larger groups than permutations: what lengths and norms leave open is settled first, then the same solver solves.
+"""Groups larger than permutations: both models are brought to a canonical form, where any solver can align them.
 
 Two models that differ by an element of the full groups differ by an isometry once both are in *canonical form*: gains
-are folded into readers, what LayerNorms do not let through is left out, and what writes to a unit is as large as what
-reads it. There ⟨fixed, g · moving⟩ has a largest value and tells how near the two are. What was found is brought back
-to the models as they are, and scales and bases inside heads are fitted to the fixed model by least squares.
+are folded into the readers of a norm, what LayerNorms do not let through is removed, and the weights that write to a
+unit are as large as those that read it. There ⟨fixed, g · moving⟩ is bounded and measures how close the two are. The
+alignment is then carried back to the models as they are, and scales and bases inside heads are fitted to the fixed
+model by least squares.
 """
 
 from __future__ import annotations
@@ -16,119 +17,136 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..alignment.alignment import Alignment, act, group_of
-from ..alignment.gauge import gauges, plain, vectors
+from ..alignment.alignment import Alignment, act, element_class
+from ..alignment.gauge import find_gauges, fold_state, gauge_vectors
 from ..alignment.groups import Element
-from ..checkpoints.lazy import Here, Tensors
+from ..checkpoints.lazy import InMemory, Tensors
 from ..symmetries.patterns import DIAGONAL, READER
 from ..symmetries.spec import Spec
 from .problem import Problem, equal_within
 from .solution import Clock, Solution, Status
 
 STRETCHING = ("scaled", "nonzero", "invertible", "rotary")  # kinds with elements that change lengths
-KEPT = 1 << 28  # numbers; the canonical form of a model with more is computed anew whenever it is looked at
-AT_HOME = 0.5  # of all units in their places: the two are of one base, and only some were moved
+MAX_CACHED_ELEMENTS = 1 << 28  # the canonical form of a larger model is recomputed at every access
+SHARED_BASE = 0.5  # from this share of unmoved units on, two models count as fine-tunes of one base
 
-Solve: TypeAlias = Callable[[Problem], Solution]
+SolveFunction: TypeAlias = Callable[[Problem], Solution]
 
 
-def in_full(problem: Problem, solve: Solve, glance: Solve) -> Solution:
-    """Solve over the full groups, unless a glance over the permutations shows equal models or two of one base.
+def solve_over_full_groups(problem: Problem, solve: SolveFunction, quick_solve: SolveFunction) -> Solution:
+    """Solve over the full groups, unless permutations show that the models are equal or fine-tunes of one base.
 
-    So models that were only permuted come back bit for bit, and of two fine-tunes of one base nothing is rewritten.
-    Where no stream can be rotated and the canonical forms do not become equal either, permutations are found between
-    the models as they are, and only scales and bases are fitted (docs/log.md has what it is worth).
+    So models that were only permuted come back bit for bit, and fine-tunes of one base are not rewritten. Where no
+    stream can be rotated and the canonical forms do not become equal either, permutations are found between the models
+    as they are, and only scales and bases are fitted (docs/log.md tells what this gains).
+
+    Args:
+        problem: problem over the full groups.
+        solve: solves a problem.
+        quick_solve: solves a problem with little effort, to see whether permutations are enough.
     """
     spec, clock = problem.spec, Clock()
     if spec.symmetries == spec.restricted().symmetries:
         return solve(problem)
-    chance = problem.generator.get_state()
+    random_state = problem.generator.get_state()
 
-    def posed(**other: Any) -> Problem:
-        """The problem in other terms, with the same randomness each time."""
-        return replace(problem, generator=torch.Generator().set_state(chance), **other)
+    def restate(**changes: Any) -> Problem:
+        """Return the problem with changes, and with the same randomness every time."""
+        return replace(problem, generator=torch.Generator().set_state(random_state), **changes)
 
     with clock("permutations"):
-        permuted = glance(posed(spec=spec.restricted()))
+        permuted = quick_solve(restate(spec=spec.restricted()))
     if permuted.status in (Status.EQUAL, Status.IDENTITY):
         return permuted
-    if at_home(permuted.alignment) >= AT_HOME:
-        return solve(posed(spec=spec.restricted()))
+    if unmoved_share(permuted.alignment) >= SHARED_BASE:
+        return solve(restate(spec=spec.restricted()))
     with clock("canonical forms"):
-        (fixed, mine), (moving, theirs) = (canonical(spec, state) for state in (problem.fixed, problem.moving))
-    found = (solve if spec.gauged else glance)(posed(fixed=fixed, moving=moving))
-    between = Alignment(spec, mine).inverse().compose(found.alignment).compose(Alignment(spec, theirs))
-    alignment = fit(problem, between.elements, clock)
+        fixed, balance_fixed = make_canonical(spec, problem.fixed)
+        moving, balance_moving = make_canonical(spec, problem.moving)
+    solution = (solve if spec.gauged else quick_solve)(restate(fixed=fixed, moving=moving))
+    between = (
+        Alignment(spec, balance_fixed).inverse().compose(solution.alignment).compose(Alignment(spec, balance_moving))
+    )
+    alignment = fit_alignment(problem, between.elements, clock)
     if equal_within(problem, alignment):
-        found = replace(found, status=Status.EQUAL)
-    elif spec.gauged:  # the identity between canonical forms is none between the models
-        found = replace(found, status=Status.CONVERGED if found.status is Status.IDENTITY else found.status)
+        solution = replace(solution, status=Status.EQUAL)
+    elif spec.gauged:  # the identity between canonical forms is not the identity between the models
+        status = Status.CONVERGED if solution.status is Status.IDENTITY else solution.status
+        solution = replace(solution, status=status)
     else:
-        found = solve(posed(spec=spec.restricted()))
-        alignment = fit(problem, _permuting(spec, found.alignment), clock)
-    return replace(found, alignment=alignment, seconds=clock.seconds | dict(found.seconds))
+        solution = solve(restate(spec=spec.restricted()))
+        alignment = fit_alignment(problem, _embed_permutations(spec, solution.alignment), clock)
+    return replace(solution, alignment=alignment, seconds=clock.seconds | dict(solution.seconds))
 
 
-def _permuting(spec: Spec, alignment: Alignment) -> dict[str, Element]:
-    """Permutations as elements of the larger groups they are in."""
-    return {n: group_of(spec, n).permuting(e.tensors()["order"]) for n, e in alignment.elements.items()}
+def _embed_permutations(spec: Spec, alignment: Alignment) -> dict[str, Element]:
+    """Return permutations as elements of the larger groups that contain them."""
+    return {n: element_class(spec, n).permuting(e.tensors()["order"]) for n, e in alignment.elements.items()}
 
 
-def at_home(alignment: Alignment) -> float:
-    """The share of units that permutations leave in their places."""
+def unmoved_share(alignment: Alignment) -> float:
+    """Return the share of units that permutations leave in their places."""
     orders = [element.tensors()["order"] for element in alignment.elements.values()]
-    still = sum(int((order == torch.arange(order.shape[-1])).sum()) for order in orders)
-    return still / max(sum(order.numel() for order in orders), 1)
+    unmoved = sum(int((order == torch.arange(order.shape[-1])).sum()) for order in orders)
+    return unmoved / max(sum(order.numel() for order in orders), 1)
 
 
-def canonical(spec: Spec, state: Mapping[str, Tensor]) -> tuple[Tensors, dict[str, Element]]:
-    """(the canonical form of a model, the elements that balanced it)"""
-    form = plain(spec, state, centre=True)
+def make_canonical(spec: Spec, state: Mapping[str, Tensor]) -> tuple[Tensors, dict[str, Element]]:
+    """Return the canonical form of a model, and the elements that balance writers and readers in it."""
+    form = fold_state(spec, state, centre=True)
     elements = {}
-    for name, sides in moments(spec, [form]).items():
+    for name, sides in sum_moments(spec, [form]).items():
         if sides.keys() == {"", READER}:
-            elements[name] = group_of(spec, name).balance(sides[""][0], sides[READER][0])
+            elements[name] = element_class(spec, name).balance(sides[""][0], sides[READER][0])
     balanced = act(spec, elements, form)
-    if sum(part.numel for part in balanced.parts.values()) <= KEPT:
-        balanced = Tensors({key: Here.of(tensor.clone(), own=True) for key, tensor in balanced.items()})
+    if sum(part.numel for part in balanced.parts.values()) <= MAX_CACHED_ELEMENTS:
+        balanced = Tensors({key: InMemory.of(tensor.clone(), own=True) for key, tensor in balanced.items()})
     return balanced, elements
 
 
-def fit(problem: Problem, elements: Mapping[str, Element], clock: Clock) -> Alignment:
-    """An alignment of the elements, with scales and bases fitted to the fixed model, in the fixed model's gauge."""
+def fit_alignment(problem: Problem, elements: Mapping[str, Element], clock: Clock) -> Alignment:
+    """Build an alignment in the fixed model's gauge, with scales and bases fitted to the fixed model."""
     spec = problem.spec
     with clock("fit"):
         fixed, moving = (
-            plain(spec, problem.fixed, centre=True),
-            act(spec, elements, plain(spec, problem.moving, centre=True)),
+            fold_state(spec, problem.fixed, centre=True),
+            act(spec, elements, fold_state(spec, problem.moving, centre=True)),
         )
         fitted = dict(elements)
         sides: Any
-        for name, sides in moments(spec, [fixed, moving]).items():
+        for name, sides in sum_moments(spec, [fixed, moving]).items():
             if sides.keys() == {"", READER}:
-                better = group_of(spec, name).fit(sides[""], sides[READER])
-                fitted[name] = better.compose(fitted[name]) if name in fitted else better
+                correction = element_class(spec, name).fit(sides[""], sides[READER])
+                fitted[name] = correction.compose(fitted[name]) if name in fitted else correction
     ordered = {name: fitted[name] for name in spec.symmetries if name in fitted}
-    norms = gauges(spec)
-    return Alignment(spec, ordered, vectors(norms, problem.fixed), vectors(norms, problem.moving))
+    norms = find_gauges(spec)
+    return Alignment(spec, ordered, gauge_vectors(norms, problem.fixed), gauge_vectors(norms, problem.moving))
 
 
-def moments(spec: Spec, states: list[Mapping[str, Tensor]]) -> dict[str, dict[str, tuple[Tensor, ...]]]:
-    """{symmetry: {mark: ⟨x, x⟩ or, of two models, ⟨x, x⟩, ⟨x, y⟩, ⟨y, y⟩}} of all that can be stretched."""
-    found: dict[str, dict[str, tuple[Tensor, ...]]] = {}
+def sum_moments(spec: Spec, states: list[Mapping[str, Tensor]]) -> dict[str, dict[str, tuple[Tensor, ...]]]:
+    """Sum second moments along all symmetries whose groups change lengths.
+
+    Args:
+        spec: spec of the models.
+        states: tensors of one model x, or of two models x and y.
+
+    Returns:
+        `{symmetry: {mark: moments}}`, with moments ⟨x, x⟩, or ⟨x, x⟩, ⟨x, y⟩, ⟨y, y⟩ for two models.
+    """
+    total: dict[str, dict[str, tuple[Tensor, ...]]] = {}
     for tensor in spec.tensors:
         names = {name for name in tensor.names & spec.free if spec.symmetries[name].kind in STRETCHING}
-        wholes = [tensor.gather(state) for state in states] if names else []
+        gathered = [tensor.gather(state) for state in states] if names else []
         for block in tensor.blocks if names else ():
-            for place, dim in enumerate(block.dims):
+            for i, dim in enumerate(block.dims):
                 if dim.name in names and dim.mark != DIAGONAL and all(d.size for d in block.dims):
-                    front = [*dim.contexts, place]
-                    views = [block.view(whole).movedim(front, list(range(len(front)))) for whole in wholes]
+                    front = [*dim.contexts, i]
+                    views = [block.view(whole).movedim(front, list(range(len(front)))) for whole in gathered]
                     rows = [x.reshape(*x.shape[: len(front)], -1) for x in views]
-                    group = group_of(spec, dim.name)
+                    group = element_class(spec, dim.name)
                     pairs = combinations_with_replacement(rows, 2)
                     new = tuple(group.moments(x, y) for x, y in pairs)
-                    sides = found.setdefault(dim.name, {})
+                    sides = total.setdefault(dim.name, {})
                     old = sides.get(dim.mark)
                     sides[dim.mark] = new if old is None else tuple(a + b for a, b in zip(old, new, strict=True))
-    return found
+    return total

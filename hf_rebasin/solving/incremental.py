@@ -1,8 +1,8 @@
 """Incremental learning by re-basin: a new task is learned near the model and a permuted copy of itself.
 
-One episode looks for a permutation π and a small step δ, such that the point halfway between the model and its
-permuted self, moved by δ, has a low cost; then it goes part of that way. Such points hold what the model has learned,
-as both ends compute the same, and δ adds what is new.
+One episode searches for a permutation π and a small step δ such that the point halfway between the model and its
+permuted self, moved by δ, has a low cost; then the model goes part of that way. Such points keep what the model has
+learned, as both ends compute the same function, and δ adds what is new.
 
 Re-basin via implicit Sinkhorn differentiation (Guerrero Peña et al. 2023, arXiv 2212.12042), experiment 3.
 """
@@ -21,24 +21,25 @@ from ..alignment.alignment import Alignment
 from ..alignment.elements.relaxation import Softening
 from ..alignment.relaxed_alignment import RelaxedAlignment
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.model_classes import copied, module_names
+from ..checkpoints.model_classes import copy_module, module_names
+from ..checkpoints.precision import compute_dtype
 from ..errors import CheckpointError, MismatchError, OptionError
 from ..modules.forward import Inputs
-from ..modules.functional import Computing, by_batch_statistics, one_number
+from ..modules.functional import FunctionalCall, require_scalar_loss, use_batch_statistics
 from ..symmetries.binding import bind_to
-from ..symmetries.detection import spec_of
+from ..symmetries.detection import detect_spec
 from ..symmetries.spec import Spec
-from ..symmetries.table import Table
+from ..symmetries.table import Table, canonical_view
 
 
 @dataclass(frozen=True)
 class Episode:
-    """What one episode gave.
+    """Result of one episode.
 
     Args:
-        module: the module that has learned, a copy of the given one in its mode and with its flags.
-        alignment: π, an exact one; `alignment.apply(module)` is a module with the same function.
-        history: the mean cost of every epoch, β‖δ‖² included, at the points that were differentiated.
+        module: module after the episode, a copy of the given one in the same mode and with the same gradient flags.
+        alignment: π as an exact alignment; `alignment.apply(module)` is a module with the same function.
+        history: mean cost of every epoch, including β‖δ‖², at the points where gradients were taken.
     """
 
     module: nn.Module
@@ -68,54 +69,58 @@ def learn(
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> Episode:
-    """One episode of re-basin incremental learning; the given module stays as it is.
+    """Run one episode of re-basin incremental learning; the given module stays as it is.
 
         minimise over π and δ   C(½(θ + π(θ)) + δ) + β‖δ‖²,   then   θ ← (1 − α)θ + α·π(θ) + δ
 
-    While it is looked for, π is made of doubly stochastic matrices S_τ(P), one per symmetry, of latent matrices P that
-    start at I (AdamW); in the last step it is the nearest permutation. δ is found by SGD with weight decay, its
-    gradient clipped number by number. From arXiv 2212.12042 (section 4.3), whose settings are the defaults.
+    During the search, π consists of doubly stochastic matrices S_τ(P), one per symmetry, of latent matrices P that
+    start at I and are trained by AdamW; in the last step it is the nearest permutation. δ is trained by SGD with
+    weight decay and with its gradient clipped elementwise. The method and the defaults are those of arXiv 2212.12042,
+    section 4.3.
 
-    The cost is taken in the mode that the module is in, but for BatchNorm, which uses the statistics of the batch, as
-    none are known in between. In the result running statistics are mixed as weights are; `recalibrate` makes them
-    anew. δ moves parameters that require gradients. To keep what was learned before, put old data into the batches.
+    The cost is computed in the mode that the module is in, except that BatchNorm uses the statistics of the batch, as
+    points in between have no running ones. In the result running statistics are mixed like weights; `recalibrate`
+    recomputes them. δ moves the parameters that require gradients. To keep what was learned before, put old data into
+    the batches.
 
     Args:
-        module: any module whose symmetries a table says, or its forward pass shows. Of every symmetry's group its
-            permutations alone are used.
-        batches: what can be read `epochs` times, such as a list or a DataLoader: the new task, with replay.
-        loss: gives C, one number, for (module, batch).
-        spec: the symmetries; by default those of the table of the module's family, or else of its forward pass.
-        inputs: for that forward pass; see `infer_spec`.
+        module: any module whose symmetries are known from a table or can be inferred from its forward pass. Only the
+            permutations in every symmetry's group are used.
+        batches: batches of the new task, with replay; a list or a DataLoader, say, that can be read `epochs` times.
+        loss: function that returns C, one number, for (module, batch).
+        spec: symmetries of the module; by default those in the table of its family, or else those inferred from its
+            forward pass.
+        inputs: inputs of that forward pass; see `infer_spec`.
         alpha: α, between 0 (only δ) and 1 (all the way to π(θ)).
-        beta: β, what a squared unit of δ costs.
-        epochs: how often all batches are read.
+        beta: β, the weight of ‖δ‖² in the cost.
+        epochs: number of passes over all batches.
         lr: learning rate of P.
-        noise: standard deviation of what is added to P = I at the start.
+        noise: standard deviation of the noise that is added to P = I at the start.
         delta_lr: learning rate of δ; 0 for δ = 0.
         delta_decay: weight decay of δ.
-        delta_clip: the gradient of every number of δ is cut to ± this.
+        delta_clip: greatest absolute value of a gradient of δ; larger ones are clipped elementwise.
         delta_noise: standard deviation of δ at the start.
         temperature: τ of the Sinkhorn operator.
-        iterations: of the same.
-        generator: of both kinds of noise; by default one with seed 0.
-        device: where to compute; by default where the module is. The result is where the module is.
-        progress: show a progress bar (on a terminal).
+        iterations: number of iterations of the Sinkhorn operator.
+        generator: source of both kinds of noise; by default one with seed 0.
+        device: device to compute on; by default the module's. The result is on the module's device.
+        progress: whether to show a progress bar (on a terminal).
 
     Returns:
         An `Episode`: the new module, π, and the cost of every epoch.
 
     Raises:
-        OptionError: an option out of its range, no batches or none the second time, a loss that is not one number.
-        MismatchError, SpecError: nothing says what the symmetries are, or the spec or table is of another model.
-        CheckpointError: NaN or Inf in the module, or one that stores its tensors otherwise than it computes with them.
+        OptionError: an option is out of its range, the batches are empty or can be read only once, or the loss is not
+            one number.
+        MismatchError, SpecError: the symmetries are unknown, or the spec or table belongs to another model.
+        CheckpointError: the module has NaN or Inf in it, or its tensors are stored in another layout than it uses.
 
     Example: what one episode does to a weight. θ = 1 and its permuted self, which has 3 in this place, with δ = 0.1:
     the cost is taken at ½(1 + 3) + 0.1 = 2.1, and the new weight is 0.8 · 1 + 0.2 · 3 + 0.1 = 1.5.
 
-        >>> found = learn(module, DataLoader(new + replay, 100), cross_entropy_of, inputs=images[:1])
-        >>> found.module  # in place of `module`
-        >>> found.history  # falls
+        >>> episode = learn(module, DataLoader(new + replay, 100), cross_entropy_of, inputs=images[:1])
+        >>> episode.module  # in place of `module`
+        >>> episode.history  # falls
     """
     for name, value, low in (
         ("beta", beta, 0.0),
@@ -134,25 +139,31 @@ def learn(
     checkpoint = Checkpoint.open(module)
     checkpoint.refuse_broken()
     if not isinstance(spec, Spec):
-        spec = spec_of(checkpoint, inputs) if spec is None else bind_to(spec, checkpoint)
+        spec = detect_spec(checkpoint, inputs) if spec is None else bind_to(spec, checkpoint)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     softening = Softening(
-        generator, "sinkhorn", temperature, iterations, noise=noise, device=device, dtype=_widest(checkpoint.dtypes)
+        generator=generator,
+        permuting="sinkhorn",
+        temperature=temperature,
+        iterations=iterations,
+        noise=noise,
+        device=device,
+        dtype=compute_dtype(*checkpoint.dtypes),
     )
-    near = _Near(checkpoint, spec.restricted(), loss, softening, delta_noise if delta_lr else None)
+    near = _Neighbourhood(checkpoint, spec.restricted(), loss, softening, delta_noise if delta_lr else None)
     history = []
-    groups = [
+    candidates = [
         torch.optim.AdamW(near.relaxed.permuting, lr=lr) if near.relaxed.permuting else None,
         torch.optim.SGD(near.delta.values(), lr=delta_lr, weight_decay=delta_decay) if near.delta else None,
     ]
-    optimizers = [optimizer for optimizer in groups if optimizer is not None]
+    optimizers = [optimizer for optimizer in candidates if optimizer is not None]
     if not optimizers:
         raise OptionError(
-            f"{checkpoint.name} has nothing that permutes, and no parameter that may learn; give one that requires "
-            "gradients, and delta_lr above 0"
+            f"{checkpoint.name} has nothing that permutes, and no parameter to learn; give a module with "
+            "parameters that require gradients, and delta_lr above 0"
         )
-    quiet = None if progress else True
-    with tqdm(range(epochs), desc="learning near by", unit="epoch", leave=False, disable=quiet) as bar:
+    disable = None if progress else True
+    with tqdm(range(epochs), desc="learning near by", unit="epoch", leave=False, disable=disable) as bar:
         for _ in bar:
             costs = []
             for batch in batches:
@@ -169,17 +180,17 @@ def learn(
                 costs.append(cost.detach())
             if not costs:
                 raise OptionError(
-                    "the batches gave none, or not for another epoch; give what can be read several times, such as a "
-                    "list or a DataLoader"
+                    "the batches are empty, or can be read only once; give batches that can be read several times, "
+                    "such as a list or a DataLoader"
                 )
             history.append(torch.stack(costs).double().mean().item())
             bar.set_postfix(cost=f"{history[-1]:.4g}")
     alignment = near.relaxed.hard()
-    return Episode(near.arrived(alignment, alpha), alignment, tuple(history))
+    return Episode(near.take_step(alignment, alpha), alignment, tuple(history))
 
 
-class _Near:
-    """The points near a model: θ, which is not copied, the relaxed π and δ, and a module to compute with."""
+class _Neighbourhood:
+    """Points near a model: θ, which is not copied, the relaxed π and δ, and a module to compute with."""
 
     def __init__(
         self,
@@ -189,33 +200,33 @@ class _Near:
         softening: Softening,
         delta_noise: float | None,
     ):
-        template, prefix = cast(nn.Module, checkpoint.template), spec.table.prefix
-        if (disk := module_names(template)) is None:
-            raise CheckpointError(f"{checkpoint.name} stores its tensors otherwise than it computes with them")
-        for key, shape in checkpoint.shapes(prefix).items():
+        template, view = cast(nn.Module, checkpoint.template), canonical_view(checkpoint, spec.table)
+        if (module_keys := module_names(template)) is None:
+            raise CheckpointError(f"{checkpoint.name} stores its tensors in another layout than it computes with")
+        for key, shape in view.shapes.items():
             if spec.shapes.get(key) != shape:
-                said = f"is {spec.shapes[key]}" if key in spec.shapes else "is unknown"
-                raise MismatchError(f"{checkpoint.name}: {key!r} is {shape} here, and {said} in the spec (spec=)")
-        self.names = {key: disk[stored] for key, stored in checkpoint.canonical(prefix).items()}
-        self.own, self.device = checkpoint.state(prefix), softening.device
+                in_spec = f"is {spec.shapes[key]}" if key in spec.shapes else "is unknown"
+                raise MismatchError(f"{checkpoint.name}: {key!r} is {shape} here, and {in_spec} in the spec (spec=)")
+        self.names = {key: module_keys[stored] for key, stored in view.keys.items()}
+        self.own, self.device = view.state, softening.device
         self.theta = {key: self.own[key].to(self.device).contiguous() for key in self.names}
-        self.template, self.module = template, copied(template).to(self.device)
-        by_batch_statistics(self.module)
-        self.computed = Computing(self.module, self.names, one_number(loss), self.device)
+        self.template, self.module = template, copy_module(template).to(self.device)
+        use_batch_statistics(self.module)
+        self.call = FunctionalCall(self.module, self.names, require_scalar_loss(loss), self.device)
         self.relaxed = RelaxedAlignment.identity(spec, softening)
         learning = {name for name, p in template.named_parameters(remove_duplicate=False) if p.requires_grad}
         self.delta = {
-            key: self._small(tensor, delta_noise, softening.generator)
+            key: self._initial_delta(tensor, delta_noise, softening.generator)
             for key, tensor in self.theta.items()
             if delta_noise is not None and self.names[key] in learning
         }
 
-    def _small(self, like: Tensor, size: float, generator: torch.Generator) -> Tensor:
-        start = size * torch.randn(like.shape, generator=generator, dtype=torch.float64)
-        return start.to(like.device, _widest([like.dtype])).requires_grad_()
+    def _initial_delta(self, like: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+        start = noise * torch.randn(like.shape, generator=generator, dtype=torch.float64)
+        return start.to(like.device, compute_dtype(like.dtype)).requires_grad_()
 
     def cost(self, batch: Any, beta: float) -> Tensor:
-        """C(½(θ + π(θ)) + δ) + β‖δ‖² of one batch."""
+        """Return C(½(θ + π(θ)) + δ) + β‖δ‖² for one batch."""
         between, moved = {}, self.relaxed.apply(self.theta)
         for key, value in self.theta.items():
             if moved[key] is not value and value.is_floating_point():
@@ -223,29 +234,24 @@ class _Near:
             if key in self.delta:
                 value = (value + self.delta[key]).to(value.dtype)
             between[key] = value
-        cost: Tensor = self.computed(between, batch)
+        cost: Tensor = self.call(between, batch)
         if not cost.requires_grad:
             raise OptionError("the loss has no gradient; it has to be computed with the module it is given")
         return cost + beta * sum(delta.square().sum() for delta in self.delta.values()) if beta else cost
 
     @torch.no_grad()
-    def arrived(self, alignment: Alignment, alpha: float) -> nn.Module:
-        """The module at (1 − α)θ + α·π(θ) + δ, computed in float64 and rounded once; whole numbers nearest."""
-        out = self.module if self.device is None else copied(self.template)
-        places = dict(out.named_parameters(remove_duplicate=False)) | dict(out.named_buffers(remove_duplicate=False))
-        for part, given in zip(out.modules(), self.template.modules(), strict=True):
-            part.training = given.training
+    def take_step(self, alignment: Alignment, alpha: float) -> nn.Module:
+        """Return the module at (1 − α)θ + α·π(θ) + δ, computed in float64; integers are those of the nearer end."""
+        out = self.module if self.device is None else copy_module(self.template)
+        targets = dict(out.named_parameters(remove_duplicate=False)) | dict(out.named_buffers(remove_duplicate=False))
+        for part, original in zip(out.modules(), self.template.modules(), strict=True):
+            part.training = original.training
         moved = alignment.on(alignment.spec, self.own)
         for key, name in self.names.items():
-            own, there, place = self.own[key], moved[key], places[name]
+            own, other, target = self.own[key], moved[key], targets[name]
             if own.is_floating_point():
-                own = torch.lerp(own.double(), there.double(), alpha)
+                own = torch.lerp(own.double(), other.double(), alpha)
             elif alpha >= 0.5:
-                own = there
-            place.copy_(own + self.delta[key].to(own) if key in self.delta else own)
+                own = other
+            target.copy_(own + self.delta[key].to(own) if key in self.delta else own)
         return out
-
-
-def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """The widest of some types and float32."""
-    return max((torch.float32, *dtypes), key=lambda kind: kind.itemsize)

@@ -1,4 +1,4 @@
-"""Alignment as a problem, and the number that its solvers maximise: Σ ⟨fixed, g · moving⟩."""
+"""Alignment as an optimisation problem, and the objective that solvers maximise: Σ ⟨fixed, g · moving⟩."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..alignment.alignment import Alignment, act_on, identity_of
+from .. import registry
+from ..alignment.alignment import Alignment, act_on_tensor, identity_element
 from ..alignment.groups import Element
+from ..checkpoints.precision import compute_dtype
 from ..modules.functional import Device
 from ..symmetries.patterns import DIAGONAL
-from ..symmetries.spec import Block, Dim, Labelled, Spec
-from ..symmetries.table import ROTATING, SIGNED
+from ..symmetries.spec import Block, Dim, LabelledTensor, Spec
 
-PIECE = 1 << 24  # elements of a tensor that are widened at a time
+WIDENED_ELEMENTS = 1 << 24  # elements of a tensor that are widened at once
 
 
 @dataclass(frozen=True)
 class Forward:
-    """What a cost on data needs.
+    """Forward pass, data and loss of a cost on data.
 
     Args:
-        module: makes (a module to compute with, `{canonical key: its own key}`).
-        data: batches, any number of times.
-        loss: gives one number for (module, batch); None for what the module says is its loss, or, of batches without
-            labels, how far it is from what the two models say.
+        module: makes (a module to compute with, `{canonical key: module key}`).
+        data: batches, which can be read any number of times.
+        loss: gives one number for (module, batch). None stands for the loss that the module itself returns or, where
+            batches have no labels, for the divergence of its outputs from those of the two models.
     """
 
     module: Callable[[], tuple[nn.Module, Mapping[str, str]]]
@@ -39,16 +40,16 @@ class Forward:
 
 @dataclass(frozen=True)
 class Problem:
-    """Move one model onto another.
+    """The task of moving one model onto another.
 
     Args:
-        spec: what may move.
-        fixed: the model that stays, `{canonical key: tensor}`.
-        moving: the model that moves.
-        generator: all randomness of a solver comes from here.
-        device: where similarities are computed; by default where the tensors are.
-        progress: show a progress bar (on a terminal).
-        forward: the module, data and loss of costs on data.
+        spec: symmetries that may move.
+        fixed: tensors of the model that stays, `{canonical key: tensor}`.
+        moving: tensors of the model that moves.
+        generator: source of all randomness in a solver.
+        device: device on which similarities are computed; by default that of the tensors.
+        progress: whether to show a progress bar (on a terminal).
+        forward: module, data and loss, for costs on data.
     """
 
     spec: Spec
@@ -59,123 +60,131 @@ class Problem:
     progress: bool = False
     forward: Forward | None = None
 
-    def tensors(self, tensor: Labelled) -> tuple[Tensor, Tensor]:
-        """The two of one labelled tensor, in their own dtypes, on the device."""
+    def tensors(self, tensor: LabelledTensor) -> tuple[Tensor, Tensor]:
+        """Gather a labelled tensor of the fixed and of the moving model, in their own dtypes, on the device."""
         fixed, moving = tensor.gather(self.fixed), tensor.gather(self.moving)
-        place = fixed.device if self.device is None else self.device
-        return fixed.to(place), moving.to(place)
+        device = fixed.device if self.device is None else self.device
+        return fixed.to(device), moving.to(device)
 
     @cached_property
     def constant(self) -> dict[str, Tensor]:
-        """{symmetry: ⟨fixed, moving⟩ along it} over the blocks that no other symmetry touches."""
+        """{symmetry: ⟨fixed, moving⟩ along it}, over blocks that no other symmetry touches."""
         total: dict[str, Tensor] = {}
         for tensor in matched_tensors(self.spec):
-            dims = {block: place for block in tensor.blocks if (place := lone(self.spec, block)) is not None}
+            dims = {block: dim for block in tensor.blocks if (dim := sole_free_dim(self.spec, block)) is not None}
             fixed, moving = self.tensors(tensor) if dims else (None, None)
-            for block, place in dims.items():
+            for block, dim in dims.items():
                 a, b = block.view(cast(Tensor, fixed)), block.view(cast(Tensor, moving))
-                product = product_of(a, b, [place]).mul_(weight_of(self.spec, block))
-                label = label_of(self.spec, block.dims[place])
+                product = inner_products(a, b, [dim]).mul_(weight_of(self.spec, block))
+                label = label_of(self.spec, block.dims[dim])
                 total[label] = total[label].add_(product) if label in total else product
         return total
 
 
-def objective(problem: Problem, elements: Mapping[str, Element], tensors: Sequence[Labelled] | None = None) -> float:
-    """Σ ⟨fixed, g · moving⟩ over the matched tensors, each once, summed in float64."""
+def objective(
+    problem: Problem, elements: Mapping[str, Element], tensors: Sequence[LabelledTensor] | None = None
+) -> float:
+    """Return Σ ⟨fixed, g · moving⟩ over the matched tensors, or over `tensors`, summed in float64."""
     moving = {name: element for name, element in elements.items() if not element.is_identity()}
     total = 0.0
     for label, similarity in problem.constant.items() if tensors is None else ():
         name = label.removesuffix(DIAGONAL)
-        element = elements.get(name) or identity_of(problem.spec, name)
+        element = elements.get(name) or identity_element(problem.spec, name)
         total += element.contract(similarity, name != label).item()
     for tensor in matched_tensors(problem.spec) if tensors is None else tensors:
-        if tensors is None and all(lone(problem.spec, block) is not None for block in tensor.blocks):
+        if tensors is None and all(sole_free_dim(problem.spec, block) is not None for block in tensor.blocks):
             continue
         a, b = problem.tensors(tensor)
         if not tensor.names.isdisjoint(moving):
-            b = act_on(problem.spec, moving, tensor, b)
-        total += _weighted(problem.spec, tensor, a, b, every=tensors is not None)
+            b = act_on_tensor(problem.spec, moving, tensor, b)
+        total += _weighted_product(problem.spec, tensor, a, b, every=tensors is not None)
     return total
 
 
-def lone(spec: Spec, block: Block) -> int | None:
-    """The place of the one dimension of a block that can move, if it is one and the block is not empty."""
-    places = [i for i, dim in enumerate(block.dims) if dim.name in spec.free]
-    whole = all(dim.size for dim in block.dims)
-    return places[0] if len(places) == 1 and whole and not block.dims[places[0]].contexts else None
+def sole_free_dim(spec: Spec, block: Block) -> int | None:
+    """Return the index of the only dimension of a block that can move; None if there is not exactly one.
+
+    Blocks that are empty, or whose free dimension is nested in others, have none either.
+    """
+    free = [i for i, dim in enumerate(block.dims) if dim.name in spec.free]
+    filled = all(dim.size for dim in block.dims)
+    return free[0] if len(free) == 1 and filled and not block.dims[free[0]].contexts else None
 
 
 def label_of(spec: Spec, dim: Dim) -> str:
-    """A dimension's symmetry; what signs do not reach is told apart where there are signs."""
+    """Return the label of a dimension: its symmetry, marked `~` where signs exist and do not reach it."""
     name = dim.name or ""
-    return name + DIAGONAL if dim.mark == DIAGONAL and spec.symmetries[name].kind in SIGNED else name
+    return name + DIAGONAL if dim.mark == DIAGONAL and registry.group(spec.symmetries[name].kind).signed else name
 
 
 def weight_of(spec: Spec, block: Block) -> float:
-    """What a block counts in the objective: 1; where a stream is rotated, 1 / (the size of all but the stream).
+    """Return the weight of a block in the objective: 1 or, where a stream is rotated, 1 / (size without the stream).
 
     So a matrix with many rows does not outvote one with few, and all blocks of a head or a feed-forward layer count
-    the same, as in 2506.22712.
+    the same, as in arXiv 2506.22712.
     """
     if not spec.gauged:
         return 1.0
-    kinds = {name: spec.symmetries[name].kind for name in block.names if name}
-    return 1 / max(math.prod(d.size for d in block.dims if kinds.get(d.name or "") not in ROTATING), 1)
+    streams = {name for name in block.names if name and spec.symmetries[name].rotates}
+    return 1 / max(math.prod(dim.size for dim in block.dims if dim.name not in streams), 1)
 
 
-def _weighted(spec: Spec, tensor: Labelled, a: Tensor, b: Tensor, every: bool) -> float:
-    """Σ of weight · ⟨a, b⟩ over blocks, over every one or those that are not in `Problem.constant`."""
+def _weighted_product(spec: Spec, tensor: LabelledTensor, a: Tensor, b: Tensor, every: bool) -> float:
+    """Return Σ weight · ⟨a, b⟩, over every block or over those that are not in `Problem.constant`."""
     if every and not spec.gauged:
         return _dot(a, b)
-    blocks = [block for block in tensor.blocks if every or lone(spec, block) is None]
+    blocks = [block for block in tensor.blocks if every or sole_free_dim(spec, block) is None]
     return sum(weight_of(spec, block) * _dot(block.view(a), block.view(b)) for block in blocks)
 
 
-def matched_tensors(spec: Spec) -> list[Labelled]:
-    """The tensors that say which features are alike: all that a moving symmetry touches but gains and statistics."""
+def matched_tensors(spec: Spec) -> list[LabelledTensor]:
+    """Return the tensors that tell which features match: all with a free symmetry, except gains and statistics."""
     return [tensor for tensor in spec.tensors if not tensor.names.isdisjoint(spec.free) and not tensor.measures]
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
-    """⟨a, b⟩ in float64, in pieces, so that no float64 copy of a large tensor is made."""
+    """Return ⟨a, b⟩ in float64, chunk by chunk, so that no float64 copy of a large tensor is made."""
     pairs = zip(a.reshape(-1).split(1 << 20), b.reshape(-1).split(1 << 20), strict=True)
     return sum(torch.dot(x.double(), y.double()).item() for x, y in pairs)
 
 
-def bound(problem: Problem) -> float:
-    """½(‖fixed‖² + ‖moving‖²): what the objective reaches when the two become equal, and never exceeds."""
+def objective_bound(problem: Problem) -> float:
+    """Return ½(‖fixed‖² + ‖moving‖²), which the objective never exceeds and reaches only if the two become equal."""
     spec = problem.spec
-    return 0.5 * sum(_weighted(spec, t, x, x, every=True) for t in matched_tensors(spec) for x in problem.tensors(t))
+    return 0.5 * sum(
+        _weighted_product(spec, t, x, x, every=True) for t in matched_tensors(spec) for x in problem.tensors(t)
+    )
 
 
-def all_equal(problem: Problem, elements: Mapping[str, Element]) -> bool:
+def all_tensors_equal(problem: Problem, elements: Mapping[str, Element]) -> bool:
+    """Tell whether every tensor of the moved model equals the fixed one's exactly."""
     pairs = ((tensor, *problem.tensors(tensor)) for tensor in problem.spec.tensors)
-    return all(torch.equal(a, act_on(problem.spec, elements, tensor, b)) for tensor, a, b in pairs)
+    return all(torch.equal(a, act_on_tensor(problem.spec, elements, tensor, b)) for tensor, a, b in pairs)
 
 
 def equal_within(problem: Problem, alignment: Alignment, share: float = 1e-5) -> bool:
-    """Whether every tensor of the moved model is that of the fixed one, up to a share of its norm."""
+    """Tell whether every tensor of the moved model equals the fixed one's up to a share of its norm."""
     moved = alignment.on(problem.spec, problem.moving)
     pairs = ((problem.fixed[key].double(), moved[key].double()) for key in problem.spec.shapes if key in moved)
     return all((a - b).norm() <= share * a.norm() for a, b in pairs if a.numel())
 
 
-def product_of(a: Tensor, b: Tensor, places: list[int]) -> Tensor:
-    """a (p..., rest) and b (p'..., rest) to (p..., p'...), contracted over the rest.
+def inner_products(a: Tensor, b: Tensor, dims: list[int]) -> Tensor:
+    """Contract a (p..., rest) and b (p'..., rest) over all dimensions but `dims`, to (p..., p'...).
 
-    Products are taken in float32 (of float64 in float64), of as much of the rest at a time as makes some large but not
-    huge matrices, and summed in float64.
+    Products are taken in float32 (in float64 for float64), over chunks of the rest that make large but not huge
+    matrices, and are summed in float64.
     """
-    front = list(range(len(places)))
-    sizes = [a.shape[i] for i in places]
+    front = list(range(len(dims)))
+    sizes = [a.shape[i] for i in dims]
     n = math.prod(sizes)
-    x, y = (t.movedim(places, front).reshape(n, -1) for t in (a, b))
-    # vectors are short, count as much as matrices, and what they leave open is known from much smaller numbers
-    kind = torch.float64 if x.shape[1] <= 64 else torch.promote_types(a.dtype, torch.float32)
-    step = max(PIECE // n, 1)
+    x, y = (t.movedim(dims, front).reshape(n, -1) for t in (a, b))
+    # vectors are cheap and count as much as matrices; what they leave undecided depends on much smaller numbers
+    dtype = torch.float64 if x.shape[1] <= 64 else compute_dtype(a.dtype)
+    step = max(WIDENED_ELEMENTS // n, 1)
     total: Tensor | None = None
-    for at in range(0, x.shape[1], step):
-        product = torch.mm(x[:, at : at + step].to(kind), y[:, at : at + step].to(kind).T)
+    for start in range(0, x.shape[1], step):
+        product = torch.mm(x[:, start : start + step].to(dtype), y[:, start : start + step].to(dtype).T)
         total = product.double() if total is None else total.add_(product)
     assert total is not None
     return total.reshape(*sizes, *sizes).cpu()

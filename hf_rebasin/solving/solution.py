@@ -1,4 +1,4 @@
-"""What a solver is, and what it returns."""
+"""The solver protocol, and the solution that a solver returns."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from torch import Tensor
 from .. import registry
 from ..alignment.alignment import Alignment, Module
 from ..checkpoints.checkpoint import Checkpoint
-from ..registry import knobs_for
+from ..registry import checked_keywords
+from ..text import html_overview, overview
 from .problem import Problem
 
 
 class Status(enum.Enum):
-    """How an alignment ended; the value says what to make of it."""
+    """How a solver ended; the value says how to read the result."""
 
     CONVERGED = "converged: no symmetry can be improved by itself"
     EQUAL = "the moved model equals the fixed one, tensor by tensor"
@@ -30,20 +31,21 @@ class Status(enum.Enum):
     SWEEP_LIMIT = "stopped at the sweep limit before it converged: raise max_sweeps"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Solution:
-    """What a solver found.
+    """Alignment found by a solver, with its objective and how the search went.
 
     Args:
         alignment: one element per symmetry.
-        objective: Σ ⟨fixed, g · moving⟩ over all tensors that a symmetry touches, but gains and running statistics;
-            over larger groups than permutations, of the canonical forms of the two, blocks weighted by `weight_of`. Of
-            a descent, the same where its cost is "l2", of models whose gains are folded away, else minus its cost.
-        history: the objective at the start and after every sweep, of the start that won. Of a descent, at the
-            identity, where it started, and the best so far at every measurement.
-        status: how it ended; its value says what to make of it.
-        seconds: where the time went.
-        notes: what was left out of the groups and why, and what else a user should know.
+        objective: Σ ⟨fixed, g · moving⟩ over all tensors that carry a symmetry, except gains and running statistics.
+            Over groups larger than permutations it is taken between the canonical forms of the two models, with
+            blocks weighted by `weight_of`. Gradient descent gives the same for its cost "l2", between models whose
+            gains are folded away, and minus the cost otherwise.
+        history: objective at the start and after every sweep, for the start that won. For gradient descent, the
+            objective at the identity, at the start, and the best so far at every check.
+        status: how the solver ended; its value says how to read the result.
+        seconds: seconds spent, by activity.
+        notes: what was left out of the groups and why, and anything else a user should know.
     """
 
     alignment: Alignment
@@ -52,6 +54,21 @@ class Solution:
     status: Status
     seconds: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return overview(f"Solution({self.status.value})", self._facts(), widest=100)
+
+    def _repr_html_(self) -> str:
+        return html_overview(f"Solution: {self.status.value}", ("", ""), self._facts())
+
+    def _facts(self) -> list[tuple[str, str]]:
+        start = f"{self.history[0]:.5g} → " if self.history else ""
+        return [
+            ("objective", f"{start}{self.objective:.5g}"),
+            ("seconds", f"{sum(self.seconds.values()):.1f}"),
+            ("alignment", str(self.alignment)),
+            *(("note", note) for note in self.notes),
+        ]
 
     @overload
     def apply(self, moving: str | os.PathLike[str] | Checkpoint) -> Checkpoint: ...
@@ -63,32 +80,32 @@ class Solution:
     def apply(self, moving: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
 
     def apply(self, moving: Any) -> Any:
-        """The moving model in the coordinates of the fixed one; see `Alignment.apply`."""
+        """Return the moving model in the coordinates of the fixed one; see `Alignment.apply`."""
         return self.alignment.apply(moving)
 
 
 class Solver(Protocol):
-    """A frozen dataclass of knobs that solves a problem."""
+    """Any object that solves a problem; those of the package are frozen dataclasses of options."""
 
     def solve(self, problem: Problem) -> Solution: ...
 
 
-def solver_with(name: str, knobs: Mapping[str, Any]) -> Solver:
-    """A solver with its knobs; unknown or unfitting ones raise OptionError."""
-    kind = registry.find("solvers", name).Solver
-    return cast(Solver, kind(**knobs_for(f"solver {name!r}", kind, knobs)))
+def make_solver(name: str, options: Mapping[str, Any]) -> Solver:
+    """Create a solver by name; options that are unknown or do not fit raise OptionError."""
+    solver_class = registry.solver(name)
+    return cast(Solver, solver_class(**checked_keywords(f"solver {name!r}", solver_class, options)))
 
 
 class Clock:
-    """Adds up seconds by what they were spent on."""
+    """Stopwatch that adds up seconds by activity."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def __call__(self, what: str) -> Iterator[None]:
+    def __call__(self, activity: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
+            self.seconds[activity] = self.seconds.get(activity, 0.0) + time.perf_counter() - start

@@ -1,1 +1,1 @@
-"""Symmetries of models: the language of tables, one table a family, and inference from the forward pass."""
+"""Symmetries of models: the pattern language, one table per family, and inference from the forward pass."""

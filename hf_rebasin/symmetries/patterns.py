@@ -1,18 +1,18 @@
-"""The language of axis patterns: text in, tuples out. Knows no tensor.
+"""The pattern language of tables: how the axes of tensors are labelled with symmetries.
 
     table   := { key : pattern }
-    key     := part ("." part)*      {a,b} is expanded textually first
+    key     := part ("." part)*      {a,b} is expanded first, as text
     part    := literal | "*" (digits: a scope) | "<name>" (digits: an axis over keys)
     pattern := "" | axis ("," axis)*
     axis    := term ("+" term)*      "+" lays blocks end to end
     term    := leaf | "(" prod ("+" prod)* ")"
     prod    := term+                 a composite axis, outer first: index = a * |b| + b; binds tighter than "+"
-    leaf    := "_" | integer | name mark?   held | held, of this size | a symmetry, the same one everywhere it is said
+    leaf    := "_" | integer | name mark?   held | held, of this size | a symmetry, the same wherever it is named
     name    := word ("." (word | integer | "*"))*
     mark    := "'" reader (acted on by the inverse transpose) | "~" diagonal (only the permutation part acts)
 
-`"(head.* qk.*), residual'"` is a matrix whose rows run over heads and, inside a head, over query-key units, and whose
-columns read the residual stream. A name with n stars takes the first n stars of its key.
+`"(head.* qk.*), residual'"` is a matrix whose rows run over heads and, within a head, over query-key units, and whose
+columns read the residual stream. A name with n stars takes the digits of the first n stars of its key.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _LEAF = re.compile(rf"(?P<name>{NAME})(?P<mark>['~]?){_END}|(?P<size>\d+){_END}|
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
 READER, DIAGONAL = "'", "~"
-# No table needs more; but patterns also come from files that others wrote, and a short one can say a billion blocks.
-DEEPEST, MOST_BLOCKS = 50, 1000
+# No table needs more, but patterns also come from untrusted files, and a short one can stand for a billion blocks.
+MAX_DEPTH, MAX_BLOCKS = 50, 1000
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Sum:
-    """Blocks laid end to end."""
+    """Blocks placed end to end."""
 
     terms: tuple[Node, ...]
 
@@ -73,6 +73,7 @@ Node: TypeAlias = Leaf | Product | Sum
 
 
 def children(node: Node) -> tuple[Node, ...]:
+    """The direct parts of a node; none for a leaf."""
     if isinstance(node, Leaf):
         return ()
     return node.items if isinstance(node, Product) else node.terms
@@ -87,56 +88,59 @@ def leaves(node: Node) -> Iterator[Leaf]:
 
 
 def map_leaves(node: Node, change: Callable[[Leaf], Leaf]) -> Node:
+    """Return a node with `change` applied to its leaves."""
     if isinstance(node, Leaf):
         return change(node)
     return type(node)(tuple(map_leaves(c, change) for c in children(node)))
 
 
 def unmarked(node: Node) -> Node:
-    """The same axis without reader and diagonal marks."""
+    """Return an axis without its reader and diagonal marks."""
     return map_leaves(node, lambda leaf: Leaf(leaf.name, "", leaf.size))
 
 
-def scoped(node: Node, stars: tuple[str, ...]) -> Node:
-    """`ff.*` under the stars ("3",) is `ff.3`."""
-    return map_leaves(node, lambda leaf: Leaf(scope(leaf.name, stars), leaf.mark) if leaf.name else leaf)
+def fill_axis_stars(node: Node, stars: tuple[str, ...]) -> Node:
+    """Fill the stars of all names of an axis: `ff.*` with the stars ("3",) becomes `ff.3`."""
+    return map_leaves(node, lambda leaf: Leaf(fill_stars(leaf.name, stars), leaf.mark) if leaf.name else leaf)
 
 
-def scope(name: str, stars: tuple[str, ...]) -> str:
-    """A name takes the first stars of its key: `scope("mid.*.*", ("3", "5", "0"))` is `mid.3.5`.
+def fill_stars(name: str, stars: tuple[str, ...]) -> str:
+    """Fill the stars of a name with those of its key: `fill_stars("mid.*.*", ("3", "5", "0"))` is `mid.3.5`.
 
-    Raises ValueError where the key has fewer stars than the name.
+    Raises:
+        ValueError: the key has fewer stars than the name.
     """
-    wanted = name.count("*")
-    if wanted > len(stars):
-        raise ValueError(f"axis {name!r} has {wanted} stars, its key only {len(stars)}")
-    for star in stars[:wanted]:
+    count = name.count("*")
+    if count > len(stars):
+        raise ValueError(f"axis {name!r} has {count} stars, but its key only {len(stars)}")
+    for star in stars[:count]:
         name = name.replace("*", star, 1)
     return name
 
 
-def _tokens(text: str) -> list[tuple[str, Leaf | None, int]]:
-    found: list[tuple[str, Leaf | None, int]] = []
-    at = 0
-    while at < len(text):
-        if text[at].isspace():
-            at += 1
-        elif text[at] in "(),+":
-            found.append((text[at], None, at))
-            at += 1
+def _tokenise(text: str) -> list[tuple[str, Leaf | None, int]]:
+    """Return (kind, leaf, position) for every token."""
+    tokens: list[tuple[str, Leaf | None, int]] = []
+    position = 0
+    while position < len(text):
+        if text[position].isspace():
+            position += 1
+        elif text[position] in "(),+":
+            tokens.append((text[position], None, position))
+            position += 1
         else:
-            match = _LEAF.match(text, at)
+            match = _LEAF.match(text, position)
             if match is None:
-                raise PatternError("not a name, an integer, '_' or one of ( ) , +", text, at)
+                raise PatternError("not a name, an integer, '_' or one of ( ) , +", text, position)
             size = int(match["size"]) if match["size"] else None
-            found.append(("leaf", Leaf(match["name"], match["mark"] or "", size), at))
-            at = match.end()
-    return [*found, ("end", None, len(text))]
+            tokens.append(("leaf", Leaf(match["name"], match["mark"] or "", size), position))
+            position = match.end()
+    return [*tokens, ("end", None, len(text))]
 
 
 class _Parser:
     def __init__(self, text: str):
-        self.text, self.tokens, self.i, self.depth = text, _tokens(text), 0, 0
+        self.text, self.tokens, self.i, self.depth = text, _tokenise(text), 0, 0
 
     @property
     def kind(self) -> str:
@@ -152,8 +156,8 @@ class _Parser:
             return leaf
         if kind != "(":
             raise self.fail(f"expected an axis, got {'the end' if kind == 'end' else repr(kind)}")
-        if self.depth == DEEPEST:
-            raise self.fail(f"more than {DEEPEST} parentheses in each other")
+        if self.depth == MAX_DEPTH:
+            raise self.fail(f"more than {MAX_DEPTH} nested parentheses")
         self.i, self.depth = self.i + 1, self.depth + 1
         node = self.sum_of(self.product)
         if self.kind != ")":
@@ -181,44 +185,47 @@ class _Parser:
             axes.append(self.sum_of(self.term))
         if self.kind != "end":
             raise self.fail("a composite axis needs parentheses, a new axis a comma")
-        if (blocks := math.prod(map(_blocks_of, axes))) > MOST_BLOCKS:
-            raise self.fail(f"{blocks} blocks, more than {MOST_BLOCKS}")
+        if (blocks := math.prod(map(_count_blocks, axes))) > MAX_BLOCKS:
+            raise self.fail(f"{blocks} blocks, more than {MAX_BLOCKS}")
         return tuple(axes)
 
 
-def _blocks_of(node: Node) -> int:
-    """Into how many blocks an axis is cut."""
+def _count_blocks(node: Node) -> int:
+    """Return the number of blocks that an axis is cut into."""
     if isinstance(node, Leaf):
         return 1
-    return (math.prod if isinstance(node, Product) else sum)(map(_blocks_of, children(node)))
+    return (math.prod if isinstance(node, Product) else sum)(map(_count_blocks, children(node)))
 
 
 @cache
-def parse(text: str) -> tuple[Node, ...]:
-    """One node per axis: `parse("r, (h (a + b'))")` is `(Leaf r, Product(h, Sum(a, b')))`; "" is a scalar.
+def parse_pattern(text: str) -> tuple[Node, ...]:
+    """Parse a pattern into one node per axis; "" is a scalar.
 
-    Raises PatternError, which points at the first character that does not fit.
+    `parse_pattern("r, (h (a + b'))")` is `(Leaf r, Product(h, Sum(a, b')))`.
+
+    Raises:
+        PatternError: the text is not a pattern; the error points at the first character that does not fit.
     """
     return _Parser(text).pattern() if text.strip() else ()
 
 
-def show(axes: tuple[Node, ...]) -> str:
-    """The inverse of `parse`."""
+def format_pattern(axes: tuple[Node, ...]) -> str:
+    """Write a pattern as text, the inverse of `parse_pattern`."""
     return ", ".join(map(str, axes))
 
 
-def braces(text: str) -> list[str]:
-    """`braces("a.{b,c}") == ["a.b", "a.c"]`, textually and from left to right."""
-    found = [text] if text.count("{") <= DEEPEST else []
-    while 0 < len(found) <= MOST_BLOCKS and any(map(_BRACES.search, found)):
-        found = [whole for one in found for whole in _expanded(one)]
-    if not 0 < len(found) <= MOST_BLOCKS:
-        raise PatternError(f"more than {DEEPEST} braces, or than {MOST_BLOCKS} keys that they stand for", text, 0)
-    return found
+def expand_braces(text: str) -> list[str]:
+    """Expand braces as text and from left to right: `expand_braces("a.{b,c}") == ["a.b", "a.c"]`."""
+    keys = [text] if text.count("{") <= MAX_DEPTH else []
+    while 0 < len(keys) <= MAX_BLOCKS and any(map(_BRACES.search, keys)):
+        keys = [expanded for key in keys for expanded in _expand_first(key)]
+    if not 0 < len(keys) <= MAX_BLOCKS:
+        raise PatternError(f"more than {MAX_DEPTH} braces, or more than {MAX_BLOCKS} keys from them", text, 0)
+    return keys
 
 
-def _expanded(text: str) -> list[str]:
-    """The same for the first braces."""
+def _expand_first(text: str) -> list[str]:
+    """Expand the first braces."""
     match = _BRACES.search(text)
     if not match:
         return [text]
@@ -226,8 +233,8 @@ def _expanded(text: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Key:
-    """A compiled key: `"*"` or an axis name for each of its wildcards, in order."""
+class KeyPattern:
+    """A compiled key, with `"*"` or an axis name for each of its wildcards, in order."""
 
     text: str
     regex: re.Pattern[str]
@@ -239,26 +246,26 @@ class Key:
         return tuple(w for w in self.wildcards if w != "*")
 
     def match(self, key: str) -> tuple[tuple[str, ...], tuple[int, ...]] | None:
-        """(digits of the stars, index along the key axes), or None."""
+        """Return (digits of the stars, index along the key axes) of a key; None if it does not match."""
         match = self.regex.fullmatch(key)
         if match is None:
             return None
-        caught = list(zip(self.wildcards, match.groups(), strict=True))
-        return tuple(d for w, d in caught if w == "*"), tuple(int(d) for w, d in caught if w != "*")
+        digits = list(zip(self.wildcards, match.groups(), strict=True))
+        return tuple(d for w, d in digits if w == "*"), tuple(int(d) for w, d in digits if w != "*")
 
     def bound(self, stars: tuple[str, ...]) -> str:
-        """The key with its stars filled in: `a.*.<b.*>.c` under ("3",) is `a.3.<b.3>.c`."""
-        text = scope(re.sub(r"<[^<>]*>", "<>", self.text), stars)
+        """Return the key with its stars filled in: `a.*.<b.*>.c` with ("3",) is `a.3.<b.3>.c`."""
+        text = fill_stars(re.sub(r"<[^<>]*>", "<>", self.text), stars)
         for axis in self.axes:
-            text = text.replace("<>", f"<{scope(axis, stars)}>", 1)
+            text = text.replace("<>", f"<{fill_stars(axis, stars)}>", 1)
         return text
 
 
 @cache
-def compile_key(text: str) -> Key:
-    """Compile one key (braces already expanded)."""
-    if beside := re.search(r"[*>][*<]", text):
-        raise PatternError("two wildcards side by side: where the first ends cannot be seen", text, beside.start())
+def compile_key(text: str) -> KeyPattern:
+    """Compile a key whose braces are expanded."""
+    if adjacent := re.search(r"[*>][*<]", text):
+        raise PatternError("two wildcards side by side: where the first ends is ambiguous", text, adjacent.start())
     wildcards, regex = [], ""
     for piece in re.split(r"(\*|<[^<>]*>)", text):
         if piece == "*":
@@ -271,4 +278,4 @@ def compile_key(text: str) -> Key:
             regex += r"(\d+)"
         else:
             regex += re.escape(piece)
-    return Key(text, re.compile(regex), tuple(wildcards))
+    return KeyPattern(text, re.compile(regex), tuple(wildcards))

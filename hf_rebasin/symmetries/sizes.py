@@ -1,4 +1,4 @@
-"""Sizes of symmetries: every axis of every tensor is one equation, a sum of products that equals its length."""
+"""Sizes of symmetries, solved from one equation per axis: a sum of products equals the length of the axis."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ..errors import SpecError
 from .patterns import Leaf, Node, Sum, leaves
 
 # A polynomial with integer coefficients: sorted tuple of unknowns -> coefficient. An unknown is a name, or the place
-# of a "_", which has a size of its own wherever it stands.
+# of a "_", since every "_" has a size of its own.
 Polynomial = dict[tuple[Hashable, ...], int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Equation:
-    """One axis of one tensor: the length `node` must come to."""
+    """One axis of one tensor: the size of `node` must equal `length`."""
 
     key: str
     row: str
@@ -33,16 +33,17 @@ class Equation:
 
 @dataclass
 class Sizes:
-    """The solution: sizes of names, and of every "_" by its place."""
+    """Solved sizes: of names, and of every "_" by its place."""
 
     names: dict[str, int]
     held: dict[Hashable, int]
 
     def length(self, equation: Equation, node: Node, path: tuple[int, ...]) -> int:
-        """How long a part of an axis is, once everything is solved."""
+        """Return the length of a part of an axis, once everything is solved."""
         return self.polynomial(equation, node, path).get((), 0)
 
     def polynomial(self, equation: Equation, node: Node, path: tuple[int, ...] = ()) -> Polynomial:
+        """Return the length of a part of an axis in terms of the sizes that are not solved yet."""
         if isinstance(node, Leaf):
             if node.size is not None:
                 return {(): node.size}
@@ -68,51 +69,53 @@ class Sizes:
 
 
 def solve_sizes(equations: Iterable[Equation], given: Mapping[str, int]) -> Sizes:
-    """Solve whichever equation has exactly one unknown, and that linearly, until all are solved.
+    """Solve equations with exactly one linear unknown, one after the other, until all are solved.
 
-    `"(head qk)"` = 768 with head = 12 given makes qk = 64. The order of the equations does not matter. An axis that
-    does not add up, has no whole solution, or stays open raises SpecError with the numbers and the row.
+    `"(head qk)"` = 768 with head = 12 given makes qk = 64. The order of the equations does not matter.
+
+    Raises:
+        SpecError: an equation is false, has no whole solution or stays open; names the sizes and the row.
     """
     sizes = Sizes(dict(given), {})
-    todo = list(equations)
-    while todo:
+    pending = list(equations)
+    while pending:
         rest = []
-        for equation in todo:
+        for equation in pending:
             polynomial = sizes.polynomial(equation, equation.node)
             unknown = {u for unknowns in polynomial for u in unknowns}
             constant = polynomial.get((), 0)
             if not unknown:
                 if constant != equation.length:
-                    used = {x.name: sizes.names[x.name] for x in leaves(equation.node) if x.name}
-                    where = f" with {', '.join(f'{k} = {v}' for k, v in used.items())}" if used else ""
+                    used = {leaf.name: sizes.names[leaf.name] for leaf in leaves(equation.node) if leaf.name}
+                    given_sizes = f" with {', '.join(f'{k} = {v}' for k, v in used.items())}" if used else ""
                     raise SpecError(
-                        f"{equation.key} axis {equation.axis}: '{equation.node}' comes to {constant}{where}, but the "
-                        f"tensor has {equation.length} there; row {equation.row!r}"
+                        f"{equation.key} axis {equation.axis}: '{equation.node}' is {constant}{given_sizes}, but "
+                        f"the tensor has {equation.length} there; row {equation.row!r}"
                     )
             elif len(unknown) == 1 and all(len(unknowns) <= 1 for unknowns in polynomial):
                 u = unknown.pop()
-                free, coefficient = equation.length - constant, polynomial[(u,)]
-                if free < 0 or coefficient == 0 or free % coefficient:
+                remainder, coefficient = equation.length - constant, polynomial[(u,)]
+                if remainder < 0 or coefficient == 0 or remainder % coefficient:
                     raise SpecError(
                         f"{equation.describe()} has no whole solution for {u if isinstance(u, str) else '_'}: "
-                        f"{equation.length} - {constant} = {free} is no multiple of {coefficient}; row "
-                        f"{equation.row!r}"
+                        f"{equation.length} - {constant} = {remainder} is not a multiple of {coefficient}; "
+                        f"row {equation.row!r}"
                     )
                 if isinstance(u, str):
-                    sizes.names[u] = free // coefficient
+                    sizes.names[u] = remainder // coefficient
                 else:
-                    sizes.held[u] = free // coefficient
+                    sizes.held[u] = remainder // coefficient
             else:
                 rest.append(equation)
-        if len(rest) == len(todo):
+        if len(rest) == len(pending):
             lines = []
             for equation in rest[:4]:
                 polynomial = sizes.polynomial(equation, equation.node)
-                open_ = sorted({u if isinstance(u, str) else "_" for unknowns in polynomial for u in unknowns})
-                lines.append(f"{equation.describe()} leaves {', '.join(open_)} open; row {equation.row!r}")
+                open_names = sorted({u if isinstance(u, str) else "_" for unknowns in polynomial for u in unknowns})
+                lines.append(f"{equation.describe()} leaves {', '.join(open_names)} open; row {equation.row!r}")
             raise SpecError(
-                "sizes cannot be solved; give one in sizes(config), or write an integer for a '_':\n  "
+                "sizes cannot be solved; give one in sizes(config), or write an integer instead of a '_':\n  "
                 + "\n  ".join(lines)
             )
-        todo = rest
+        pending = rest
     return sizes

@@ -1,7 +1,7 @@
-"""Specs: a model as a bag of tensors, cut into blocks whose dimensions are labelled by symmetries.
+"""Specs: the tensors of a model, cut into blocks whose dimensions are labelled with symmetries.
 
-Everything below the tables works on blocks alone, so there is no code per architecture. `binding` makes specs
-from tables.
+All code that consumes specs works on blocks alone, so there is none per architecture. `binding` makes specs from
+tables.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from .. import registry
 from ..errors import MismatchError, SpecError, nearest
+from ..text import family_of, html_overview, overview
 from .patterns import DIAGONAL, Node, leaves
-from .table import KINDS, ROTATING, SCALING, Table
+from .table import Table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +27,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Symmetry:
-    """One way a model may move: a group acting on `size` things, separately for every index of its contexts."""
+    """One way a model may move: a group acting on `size` items, separately for every index of its contexts."""
 
     name: str
     kind: str
@@ -34,19 +36,33 @@ class Symmetry:
 
     @property
     def moves(self) -> bool:
-        """Whether its group has more than the identity."""
-        return self.kind != "held" and (self.size > 1 or self.kind in SCALING)
+        """Whether its group has elements besides the identity."""
+        return self.kind != "held" and (self.size > 1 or registry.group(self.kind).moves_one)
+
+    @property
+    def rotates(self) -> bool:
+        """Whether norms stand between it and its readers, so that moving it needs a gauge."""
+        return registry.group(self.kind).rotates
 
     @property
     def group(self) -> str:
-        """The group as a table writes it: `"permutation in kv.0"`."""
+        """The group as written in a table: `"permutation in kv.0"`."""
         return f"{self.kind} in {' '.join(self.contexts)}" if self.contexts else self.kind
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Dim:
-    """One dimension of a block: its symmetry (None: held), its place in the tensor, and where in the block its
-    contexts are."""
+    """One dimension of a block.
+
+    Args:
+        name: the symmetry that moves it; None if it is held.
+        mark: its reader or diagonal mark.
+        size: its length.
+        stride: its stride in the tensor.
+        axis: the axis of the tensor that it is a part of.
+        leaf: the number of its leaf among all leaves of the row.
+        contexts: the dimensions of the block that are its contexts.
+    """
 
     name: str | None
     mark: str
@@ -57,7 +73,7 @@ class Dim:
     contexts: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Block:
     """A strided view of a contiguous tensor, one dimension per leaf of its pattern."""
 
@@ -66,6 +82,7 @@ class Block:
 
     @property
     def names(self) -> tuple[str | None, ...]:
+        """The symmetries of its dimensions."""
         return tuple(d.name for d in self.dims)
 
     def view(self, tensor: Tensor) -> Tensor:
@@ -75,12 +92,12 @@ class Block:
         )
 
 
-@dataclass(frozen=True)
-class Labelled:
-    """One row applied to one tensor; to several where the row has an axis over keys, stacked with those axes first."""
+@dataclass(frozen=True, kw_only=True)
+class LabelledTensor:
+    """One row of a table applied to a tensor, or to several stacked along leading key axes, as for experts."""
 
-    row: str  # as the table writes it
-    bound: str  # its key with this tensor's digits for the stars
+    row: str  # as written in the table
+    bound: str  # the key of the row, with digits for its stars
     keys: Mapping[tuple[int, ...], str]
     shape: Shape
     axes: tuple[Node, ...]
@@ -93,20 +110,20 @@ class Labelled:
 
     @cached_property
     def names(self) -> frozenset[str]:
-        """The symmetries it has an axis for."""
+        """The symmetries that label its axes."""
         return frozenset(leaf.name for axis in self.axes for leaf in leaves(axis) if leaf.name)
 
     @property
     def measures(self) -> bool:
-        """Whether it says how much rather than what: one diagonal axis, as of a norm's gain or a running statistic.
+        """Whether it measures magnitudes, with a single diagonal axis: a norm's gain or a running statistic.
 
-        Such vectors move with the others, but they do not tell features apart, and the size of BatchNorm statistics
-        would drown the weights that do.
+        Such vectors move with the other tensors but do not help to match features, and the magnitude of BatchNorm
+        statistics would drown out the weights that do.
         """
         return len(self.axes) == 1 and all(leaf.mark == DIAGONAL for leaf in leaves(self.axes[0]))
 
     def gather(self, state: Mapping[str, Tensor]) -> Tensor:
-        """The tensor, contiguous; keys that are an axis are stacked."""
+        """Return the tensor from a state, contiguous and stacked along its key axes."""
         first = state[self.key]
         if () in self.keys:
             return first.contiguous()
@@ -116,9 +133,9 @@ class Labelled:
         return stacked
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Norm:
-    """A norm and the linear maps that read it, by canonical keys."""
+    """A norm of a stream, and the linear maps that read it, by canonical keys."""
 
     gain: str
     bias: str | None
@@ -128,26 +145,33 @@ class Norm:
 
 @dataclass(frozen=True)
 class Unit:
-    """A symmetry with all that is nested in it, outermost first: what one step of a solver decides together."""
+    """A symmetry and all symmetries nested in it, outermost first, which one step of a solver decides together."""
 
     names: tuple[str, ...]
 
     @property
     def outer(self) -> str:
+        """The outermost symmetry."""
         return self.names[0]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Spec:
-    """What may move in a model: its labelled tensors and its symmetries (contexts before what is nested in them).
+    """The symmetries of one model, and the tensors that they act on.
 
-    `table` is bound: its keys and names are literal, so it fits this model and says all that `bind` was told. Where it
-    was inferred, `pins` says for every axis of a tensor that is held which operation pinned it, and `activations`
-    gives the pattern of every module's output that carries a symmetry, by module name.
+    Args:
+        table: the bound table; its keys and names are literal, so that binding it again gives the same spec.
+        tensors: the labelled tensors.
+        symmetries: `{name: symmetry}`, contexts before the symmetries nested in them.
+        norms: the norms and their readers.
+        shapes: `{canonical key: shape}`.
+        ties: `{canonical key of a tied tensor: key of the tensor it shares}`.
+        pins: for an inferred spec, the operation that pinned each held axis, by key; None for axes that are not held.
+        activations: for an inferred spec, `{module: pattern of its output}`, where the output carries a symmetry.
     """
 
     table: Table
-    tensors: tuple[Labelled, ...]
+    tensors: tuple[LabelledTensor, ...]
     symmetries: Mapping[str, Symmetry]
     norms: tuple[Norm, ...]
     shapes: Mapping[str, Shape]
@@ -155,12 +179,27 @@ class Spec:
     pins: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
     activations: Mapping[str, str] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return overview(f"Spec({self})", self._families())
+
+    def _repr_html_(self) -> str:
+        return html_overview(str(self), ("symmetry", "group", "size", "how many"), self._families())
+
+    def _families(self) -> list[tuple[str, str, str, str]]:
+        """Return rows (symmetries, group, size, count), one for all names that differ only in their numbers."""
+        counts: dict[tuple[str, str, str], int] = {}
+        for symmetry in self.symmetries.values():
+            group = family_of(symmetry.group) if symmetry.moves else "held"
+            family = family_of(symmetry.name), group, f"size {symmetry.size}"
+            counts[family] = counts.get(family, 0) + 1
+        return [(*family, f"× {count}") for family, count in counts.items()]
+
     def __str__(self) -> str:
         return f"{len(self.shapes)} tensors, {len(self.symmetries)} symmetries, {len(self.free)} of them can move"
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
-        """The symmetries that can move, grouped with what is nested in them."""
+        """The symmetries that can move, grouped with those nested in them."""
 
         def top(name: str) -> str:
             contexts = self.symmetries[name].contexts
@@ -177,29 +216,29 @@ class Spec:
         return tuple(Unit(tuple(n for n in self.symmetries if n in unit)) for unit in members.values())
 
     def within(self, keys: Container[str]) -> Spec:
-        """The same symmetries, with the tensors alone whose keys are among those given."""
+        """Return the spec with only those tensors whose keys are among `keys`."""
         return replace(self, tensors=tuple(t for t in self.tensors if all(key in keys for key in t.keys.values())))
 
     def limited(self, kinds: Mapping[str, str]) -> Spec:
-        """The same with other kinds of group for some symmetries, by name."""
+        """Return the spec with other kinds of group for some symmetries, by name."""
         symmetries = {n: replace(s, kind=kinds.get(n, s.kind)) for n, s in self.symmetries.items()}
         groups = {name: symmetry.group for name, symmetry in symmetries.items()}
         return replace(self, symmetries=symmetries, table=replace(self.table, groups=groups))
 
     def restricted(self, names: Iterable[str] | None = None) -> Spec:
-        """The same with the permutations alone inside the group of every symmetry, or of those named."""
-        chosen = self.symmetries if names is None else names
-        return self.limited({name: KINDS[self.symmetries[name].kind] for name in chosen})
+        """Return the spec with the groups of all symmetries, or of those named, reduced to their permutations."""
+        names = self.symmetries if names is None else names
+        return self.limited({name: registry.group(self.symmetries[name].kind).permutations for name in names})
 
     @cached_property
     def gauged(self) -> tuple[Norm, ...]:
-        """The norms that stand between a stream that can be rotated and its readers."""
-        return tuple(norm for norm in self.norms if self.symmetries[norm.stream].kind in ROTATING)
+        """The norms between streams that can be rotated and their readers."""
+        return tuple(norm for norm in self.norms if self.symmetries[norm.stream].rotates)
 
     def untied_by(self, streams: Container[str]) -> list[str]:
-        """The tied tensors that read one of these streams behind a norm: rotated, they are no longer what they share.
+        """List the tied tensors that rotating these streams unties: those that read one of them through a norm.
 
-        The gain of the norm goes into the reader, and not into the embedding that it was.
+        The gain of the norm is folded into the reader, but not into the embedding that it shared its tensor with.
         """
         return [
             reader
@@ -215,23 +254,29 @@ class Spec:
         return frozenset(name for name, symmetry in self.symmetries.items() if symmetry.moves)
 
     def refuse_unless_within(self, other: Spec, name: str) -> None:
-        """Raise MismatchError that names the first symmetry of this spec that an alignment's lacks or has otherwise.
+        """Raise MismatchError if a symmetry of this spec is missing or different in the spec of an alignment.
 
-        What is held here and unknown there, or the other way round held there, is no matter: nothing would move it.
-        Nor is the size of what is held in both, such as the rows of another head.
+        What the alignment would not move does not matter: a symmetry that is held here and missing there, or held
+        there, and the size of one that is held in both, such as the rows of another head.
+
+        Args:
+            other: spec of the alignment.
+            name: name of this spec's model, for the message.
         """
         for symmetry in self.symmetries.values():
             theirs = other.symmetries.get(symmetry.name)
-            said = f"symmetry {symmetry.name!r} is {symmetry.group} of size {symmetry.size} in {name}"
+            description = f"symmetry {symmetry.name!r} is {symmetry.group} of size {symmetry.size} in {name}"
             if theirs is None and symmetry.moves:
-                raise MismatchError(f"{said}, and unknown to the alignment{nearest(symmetry.name, other.symmetries)}")
+                raise MismatchError(
+                    f"{description}, and unknown to the alignment{nearest(symmetry.name, other.symmetries)}"
+                )
             if (
                 theirs is not None
                 and theirs != symmetry
                 and (theirs.moves or (symmetry.moves and theirs.size != symmetry.size))
             ):
-                raise MismatchError(f"{said}, {theirs.group} of size {theirs.size} in the alignment")
+                raise MismatchError(f"{description}, but {theirs.group} of size {theirs.size} in the alignment")
 
     def to_json(self) -> str:
-        """The bound table with its shapes and ties as text; `binding.read_spec` binds it again."""
+        """Return the bound table, the shapes and the ties as JSON; `binding.read_spec` binds them again."""
         return json.dumps({"table": asdict(self.table), "shapes": self.shapes, "ties": self.ties})

@@ -1,25 +1,25 @@
-"""Incremental learning on rotated images: ours, four methods that others use, and all tasks at once.
+"""Compare our incremental learning on rotated images with common methods, and with learning all tasks at once.
 
     python scripts/benchmarks/incremental_learning.py [--seeds 3] [--tasks 20] [--out DIR] [--images digits|fashion]
 
-Experiment 3 of Re-basin via implicit Sinkhorn differentiation (Guerrero Peña et al. 2023, arXiv 2212.12042) at the
-size of scikit-learn's digits, or of Fashion-MNIST where Debian's package dataset-fashion-mnist is installed. Task k is
-the same images turned by k · 180° / 19. An MLP with 256 hidden units learns the first task (AdamW, 1e-3); from there
-every method sees one task after the other, in the same batches and for as many epochs, and is tested on all.
+This is experiment 3 of Re-basin via implicit Sinkhorn differentiation (Guerrero Peña et al. 2023, arXiv 2212.12042)
+on scikit-learn's digits, or on Fashion-MNIST where Debian's package dataset-fashion-mnist is installed. Task k is the
+same images rotated by k · 180° / 19. An MLP with 256 hidden units learns the first task (AdamW, 1e-3); from there,
+every method sees one task after the other, in the same batches and for as many epochs, and is tested on all tasks.
 
-    fine-tune  SGD 0.01, as have all but ours
-    EWC        λ 100 · Σ F (θ − θ of the task)² over the tasks before; F from the gradients of batches
-    LwF        α 1, T 0.5: what the model before the task says of the new images is kept
+    fine-tune  SGD 0.01, as in all methods but ours
+    EWC        λ 100 · Σ F (θ − θ of the task)² over the previous tasks; F from the gradients of batches
+    LwF        α 1, T 0.5: the predictions for the new images of the model before the task are kept
     A-GEM      a gradient that would raise the loss on the memory is projected until it does not
-    replay     fine-tune on new batches with the memory's, to tell what of ours is due to the memory
-    ours       `hf_rebasin.solving.incremental.learn` on the batches of `replay`, its settings those of the paper; "π
-               held" is the same with π = identity, so that δ alone is left
-    free δ     the same without weight decay of δ, its gradient clipped at 1, which is almost never reached
+    replay     fine-tune on new batches and the memory's, to show how much of our result is due to the memory
+    ours       `hf_rebasin.solving.incremental.learn` on the batches of `replay`, with the settings of the paper; "π
+               held" has π = identity, so that only δ is learned
+    free δ     ours without weight decay of δ, and its gradient clipped at 1, which is almost never reached
     joint      all tasks at once, AdamW 1e-3, as many epochs: nothing to forget
 
-The memory holds 5 images per class of every task before. Methods that use it get, with every batch of the new task, as
-many images drawn from it. Accuracy is the mean over tasks after the last episode; forgetting the mean over all tasks
-but the last of the best accuracy before the last episode minus that after it. Writes OUT/incremental.md,
+The memory holds 5 images per class of every previous task. With every batch of the new task, methods that use it get
+as many images drawn from it. Accuracy is the mean over tasks after the last episode; forgetting is the best accuracy
+before the last episode minus the accuracy after it, averaged over all tasks but the last. Writes OUT/incremental.md,
 incremental.json with every number, and incremental.png.
 """
 
@@ -72,7 +72,7 @@ class Task:
 
 
 def digits() -> tuple[Any, Any, Any, Any]:
-    """1297 and 500 images, made 28 × 28 pixels large as in the paper, with their labels."""
+    """Return 1297 training and 500 test images with labels, enlarged to the 28 × 28 pixels of the paper."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -82,96 +82,96 @@ def digits() -> tuple[Any, Any, Any, Any]:
     return images[:1297], labels[:1297], images[1297:], labels[1297:]
 
 
-def fashion_folder() -> Path | None:
-    """Where a package has put Fashion-MNIST, in the four compressed files it is published as."""
-    for place in ("*fashion-mnist*", "dataset*/*fashion-mnist*", "*fashion-mnist*/*"):
-        for file in sorted(Path("/usr/share").glob(f"{place}/train-images*.gz")):
+def find_fashion() -> Path | None:
+    """Return the folder in which a package has installed the four files of Fashion-MNIST, or None."""
+    for pattern in ("*fashion-mnist*", "dataset*/*fashion-mnist*", "*fashion-mnist*/*"):
+        for file in sorted(Path("/usr/share").glob(f"{pattern}/train-images*.gz")):
             return file.parent
     return None
 
 
 def fashion() -> tuple[Any, Any, Any, Any]:
-    """The first 3000 and 1000 images of Fashion-MNIST, of 28 × 28 pixels, with their labels."""
-    if (folder := fashion_folder()) is None:
+    """Return the first 3000 training and 1000 test images of Fashion-MNIST, 28 × 28 pixels, with labels."""
+    if (folder := find_fashion()) is None:
         sys.exit("no Fashion-MNIST in /usr/share; install the package dataset-fashion-mnist, or take --images digits")
 
     def read(name: str, skip: int) -> Any:
         (file,) = folder.glob(f"{name}*.gz")
         return np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8, offset=skip)
 
-    found: list[Any] = []
+    arrays: list[Any] = []
     for name, count in (("train", 3000), ("t10k", 1000)):
-        found.append(read(f"{name}-images", 16).reshape(-1, 28, 28)[:count] / 255)
-        found.append(read(f"{name}-labels", 8)[:count].astype(np.int64))
-    return tuple(found)
+        arrays.append(read(f"{name}-images", 16).reshape(-1, 28, 28)[:count] / 255)
+        arrays.append(read(f"{name}-labels", 8)[:count].astype(np.int64))
+    return tuple(arrays)
 
 
 SETS = {"digits": digits, "fashion": fashion}
 
 
-def turned(images: Any, degrees: float) -> Tensor:
-    """Every image rotated about its middle, flat."""
+def rotate(images: Any, degrees: float) -> Tensor:
+    """Return every image rotated about its centre, flattened."""
     x = ndimage.rotate(images, degrees, axes=(1, 2), reshape=False, order=1)
     return torch.tensor(x.reshape(len(x), -1), dtype=torch.float32)
 
 
-def tasks_of(images: str, count: int) -> list[Task]:
+def make_tasks(images: str, count: int) -> list[Task]:
     x, y, x_test, y_test = SETS[images]()
     labels, labels_test = torch.tensor(y), torch.tensor(y_test)
     angles = np.linspace(0, 180, count)
-    return [Task((turned(x, angle), labels), (turned(x_test, angle), labels_test)) for angle in angles]
+    return [Task((rotate(x, angle), labels), (rotate(x_test, angle), labels_test)) for angle in angles]
 
 
-def batches(data: Batch, generator: torch.Generator) -> Iterator[Batch]:
-    """One epoch in a new order."""
-    for some in torch.randperm(len(data[1]), generator=generator).split(BATCH):
-        yield data[0][some], data[1][some]
+def shuffle_batches(data: Batch, generator: torch.Generator) -> Iterator[Batch]:
+    """Yield the batches of an epoch in a new order."""
+    for indices in torch.randperm(len(data[1]), generator=generator).split(BATCH):
+        yield data[0][indices], data[1][indices]
 
 
-def together(*several: Batch) -> Batch:
+def concatenate(*several: Batch) -> Batch:
     return torch.cat([x for x, _ in several]), torch.cat([y for _, y in several])
 
 
 class Memory:
-    """Some images of every class of every task that was seen."""
+    """A few images of every class of every previous task."""
 
     def __init__(self) -> None:
         self.data: Batch | None = None
 
     def keep(self, data: Batch, generator: torch.Generator) -> None:
         order = torch.randperm(len(data[1]), generator=generator)
-        some = torch.cat([order[data[1][order] == c][:PER_CLASS] for c in range(CLASSES)])
-        kept = data[0][some], data[1][some]
-        self.data = kept if self.data is None else together(self.data, kept)
+        indices = torch.cat([order[data[1][order] == c][:PER_CLASS] for c in range(CLASSES)])
+        kept = data[0][indices], data[1][indices]
+        self.data = kept if self.data is None else concatenate(self.data, kept)
 
     def draw(self, count: int, generator: torch.Generator) -> Batch:
         assert self.data is not None
-        some = torch.randint(len(self.data[1]), (count,), generator=generator)
-        return self.data[0][some], self.data[1][some]
+        indices = torch.randint(len(self.data[1]), (count,), generator=generator)
+        return self.data[0][indices], self.data[1][indices]
 
 
 @dataclass(frozen=True)
-class Replayed:
-    """The batches of a task, each with as many images of the memory; in a new order every time they are read."""
+class ReplayedBatches:
+    """The batches of a task, each with as many images of the memory, in a new order in every epoch."""
 
     data: Batch
     memory: Memory
     generator: torch.Generator
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in batches(self.data, self.generator):
-            yield together(batch, self.memory.draw(len(batch[1]), self.generator))
+        for batch in shuffle_batches(self.data, self.generator):
+            yield concatenate(batch, self.memory.draw(len(batch[1]), self.generator))
 
 
 # --- methods ---------------------------------------------------------------------------------------------------------
 
 
-def cost(model: nn.Module, batch: Batch) -> Tensor:
+def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
     return cross_entropy(model(batch[0]), batch[1])
 
 
 class FineTune:
-    """SGD on one task after the other; others say what they add."""
+    """SGD on one task after the other; the other methods derive from it."""
 
     def __init__(self, model: nn.Module, generator: torch.Generator):
         self.model, self.generator, self.memory = model, generator, Memory()
@@ -186,16 +186,16 @@ class FineTune:
                 optimizer.step()
 
     def batches(self, data: Batch) -> Iterator[Batch]:
-        return batches(data, self.generator)
+        return shuffle_batches(data, self.generator)
 
     def cost(self, batch: Batch) -> Tensor:
-        return cost(self.model, batch)
+        return batch_loss(self.model, batch)
 
     def project(self, count: int) -> None:
-        """Change the gradients before a step."""
+        """Change the gradients before an optimizer step."""
 
     def remember(self, data: Batch) -> None:
-        """Called after every task."""
+        """Prepare for the next task; called after every task."""
 
 
 class EWC(FineTune):
@@ -209,16 +209,16 @@ class EWC(FineTune):
         self.pull = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
 
     def cost(self, batch: Batch) -> Tensor:
-        value = cost(self.model, batch)
-        for name, p in self.model.named_parameters():  # Σ F (θ − θₜ)² without what is constant in θ
+        value = batch_loss(self.model, batch)
+        for name, p in self.model.named_parameters():  # Σ F (θ − θₜ)² up to a constant
             value = value + self.STRENGTH * (p * (self.fisher[name] * p - 2 * self.pull[name])).sum()
         return value
 
     def remember(self, data: Batch) -> None:
         names, parameters = zip(*self.model.named_parameters(), strict=True)
-        for batch in batches(data, self.generator):
+        for batch in shuffle_batches(data, self.generator):
             for name, p, g in zip(
-                names, parameters, torch.autograd.grad(cost(self.model, batch), parameters), strict=True
+                names, parameters, torch.autograd.grad(batch_loss(self.model, batch), parameters), strict=True
             ):
                 share = g.square() * len(batch[1]) / len(data[1])
                 self.fisher[name] += share
@@ -232,12 +232,12 @@ class LwF(FineTune):
     before: nn.Module
 
     def cost(self, batch: Batch) -> Tensor:
-        said = self.model(batch[0])
+        logits = self.model(batch[0])
         with torch.no_grad():
-            then = self.before(batch[0])
-        now, then = ((x / self.TEMPERATURE).log_softmax(-1) for x in (said, then))
-        kept = kl_div(now, then, reduction="batchmean", log_target=True)
-        return cross_entropy(said, batch[1]) + self.STRENGTH * kept
+            old_logits = self.before(batch[0])
+        new, old = ((x / self.TEMPERATURE).log_softmax(-1) for x in (logits, old_logits))
+        kept = kl_div(new, old, reduction="batchmean", log_target=True)
+        return cross_entropy(logits, batch[1]) + self.STRENGTH * kept
 
     def remember(self, data: Batch) -> None:
         self.before = copy.deepcopy(self.model)
@@ -249,7 +249,7 @@ class AGEM(FineTune):
     def project(self, count: int) -> None:
         parameters = list(self.model.parameters())
         g = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-        reference = torch.autograd.grad(cost(self.model, self.memory.draw(count, self.generator)), parameters)
+        reference = torch.autograd.grad(batch_loss(self.model, self.memory.draw(count, self.generator)), parameters)
         r = torch.cat([part.flatten() for part in reference])
         if (along := g @ r) < 0:
             g -= along / (r @ r) * r
@@ -262,34 +262,36 @@ class AGEM(FineTune):
 
 class Replay(FineTune):
     def batches(self, data: Batch) -> Iterator[Batch]:
-        return iter(Replayed(data, self.memory, self.generator))
+        return iter(ReplayedBatches(data, self.memory, self.generator))
 
     def remember(self, data: Batch) -> None:
         self.memory.keep(data, self.generator)
 
 
-class Ours(Replay):
-    def learn(self, data: Batch, **knobs: Any) -> None:
-        again = Replayed(data, self.memory, self.generator)
-        found = learn(self.model, again, cost, spec=self.spec(data), epochs=EPOCHS, generator=self.generator, **knobs)
-        self.model = found.module
+class Rebasin(Replay):
+    def learn(self, data: Batch, **options: Any) -> None:
+        replayed = ReplayedBatches(data, self.memory, self.generator)
+        episode = learn(
+            self.model, replayed, batch_loss, spec=self.spec(data), epochs=EPOCHS, generator=self.generator, **options
+        )
+        self.model = episode.module
 
     def spec(self, data: Batch) -> Spec:
         return infer_spec(self.model, data[0][:1])
 
 
-class Free(Ours):
-    def learn(self, data: Batch, **knobs: Any) -> None:
-        super().learn(data, delta_decay=0.0, delta_clip=1.0, **knobs)
+class FreeDelta(Rebasin):
+    def learn(self, data: Batch, **options: Any) -> None:
+        super().learn(data, delta_decay=0.0, delta_clip=1.0, **options)
 
 
-class Held(Ours):
+class HeldPermutations(Rebasin):
     def spec(self, data: Batch) -> Spec:
-        found = super().spec(data)
-        return found.limited(dict.fromkeys(found.symmetries, "held"))
+        spec = super().spec(data)
+        return spec.limited(dict.fromkeys(spec.symmetries, "held"))
 
 
-class FreeHeld(Free, Held):
+class FreeDeltaHeldPermutations(FreeDelta, HeldPermutations):
     pass
 
 
@@ -299,10 +301,10 @@ METHODS: dict[str, tuple[Callable[[nn.Module, torch.Generator], FineTune], str]]
     "LwF": (LwF, "#cc79a7"),
     "A-GEM": (AGEM, "#009e73"),
     "replay": (Replay, "#56b4e9"),
-    "ours": (Ours, "#0072b2"),
-    "ours, π held": (Held, "#999933"),
-    "free δ": (Free, "#d55e00"),
-    "free δ, π held": (FreeHeld, "#000000"),
+    "ours": (Rebasin, "#0072b2"),
+    "ours, π held": (HeldPermutations, "#999933"),
+    "free δ": (FreeDelta, "#d55e00"),
+    "free δ, π held": (FreeDeltaHeldPermutations, "#000000"),
 }
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -310,31 +312,31 @@ METHODS: dict[str, tuple[Callable[[nn.Module, torch.Generator], FineTune], str]]
 Result = dict[str, Any]  # one method from one seed
 
 
-def network(pixels: int) -> nn.Module:
+def make_network(pixels: int) -> nn.Module:
     return nn.Sequential(nn.Linear(pixels, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, CLASSES))
 
 
-def trained(data: Batch, seed: int) -> nn.Module:
-    """A new network that has learned some data: the first task, or all of them."""
+def train_network(data: Batch, seed: int) -> nn.Module:
+    """Return a new network trained on some data: the first task, or all of them."""
     torch.manual_seed(seed)
-    model, generator = network(data[0].shape[1]), torch.Generator().manual_seed(seed)
+    model, generator = make_network(data[0].shape[1]), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(EPOCHS):
-        for batch in batches(data, generator):
+        for batch in shuffle_batches(data, generator):
             optimizer.zero_grad()
-            cost(model, batch).backward()
+            batch_loss(model, batch).backward()
             optimizer.step()
     return model
 
 
 @torch.no_grad()
-def accuracies(model: nn.Module, tasks: Sequence[Task]) -> list[float]:
-    """On the test images of every task."""
-    return [(model(t.test[0]).argmax(-1) == t.test[1]).double().mean().item() for t in tasks]
+def measure_accuracies(model: nn.Module, tasks: Sequence[Task]) -> list[float]:
+    """Return the accuracy on the test images of every task."""
+    return [(model(task.test[0]).argmax(-1) == task.test[1]).double().mean().item() for task in tasks]
 
 
-def forgetting(rows: Sequence[Sequence[float]]) -> float:
-    """Mean over all tasks but the last of max over episodes before the last − after it; rows are episodes."""
+def mean_forgetting(rows: Sequence[Sequence[float]]) -> float:
+    """Return the best accuracy before the last episode − the one after it, averaged over all but the last task."""
     if len(rows) < 2:
         return 0.0
     table = torch.tensor(rows, dtype=torch.float64)
@@ -342,46 +344,47 @@ def forgetting(rows: Sequence[Sequence[float]]) -> float:
 
 
 def measure(method: str, seed: int, tasks: Sequence[Task]) -> Result:
-    """One method after all episodes, from the network that every method of this seed begins with."""
+    """Run a method through all episodes, from the network that every method of this seed starts with."""
     start = time.perf_counter()
     if method == "joint":
-        rows = [accuracies(trained(together(*(task.train for task in tasks)), seed), tasks)]
+        rows = [measure_accuracies(train_network(concatenate(*(task.train for task in tasks)), seed), tasks)]
     else:
         make, _ = METHODS[method]
-        learner = make(trained(tasks[0].train, seed), torch.Generator().manual_seed(1000 + seed))
-        rows = [accuracies(learner.model, tasks)]
+        learner = make(train_network(tasks[0].train, seed), torch.Generator().manual_seed(1000 + seed))
+        rows = [measure_accuracies(learner.model, tasks)]
         for last, task in pairwise(tasks):
             learner.remember(last.train)
             learner.learn(task.train)
-            rows.append(accuracies(learner.model, tasks))
+            rows.append(measure_accuracies(learner.model, tasks))
     return {
         "method": method,
         "seed": seed,
         "accuracy": sum(rows[-1]) / len(tasks),
-        "forgetting": forgetting(rows),
-        "accuracies": rows,  # after every episode, of every task
+        "forgetting": mean_forgetting(rows),
+        "accuracies": rows,  # a row per episode, a column per task
         "seconds": time.perf_counter() - start,
     }
 
 
-# --- showing ---------------------------------------------------------------------------------------------------------
+# --- reporting -------------------------------------------------------------------------------------------------------
 
 
-def spread(values: Sequence[float], scale: float, digits: int) -> str:
-    """Mean ± standard deviation."""
+def format_spread(values: Sequence[float], scale: float, digits: int) -> str:
+    """Return mean ± standard deviation as text."""
     x = scale * torch.tensor(values, dtype=torch.float64)
     return f"{x.mean():.{digits}f} ± {x.std(correction=1) if len(x) > 1 else 0.0:.{digits}f}"
 
 
-def table(results: Sequence[Result]) -> str:
+def format_table(results: Sequence[Result]) -> str:
     rows = [["", "accuracy, %", "forgetting", "paper: accuracy, %", "forgetting", "s"]]
     for method in dict.fromkeys(r["method"] for r in results):
-        of = [r for r in results if r["method"] == method]
+        selected = [r for r in results if r["method"] == method]
         accuracy, ours = (
-            spread([r[what] for r in of], scale, 2) for what, scale in (("accuracy", 100), ("forgetting", 1))
+            format_spread([r[key] for r in selected], scale, 2)
+            for key, scale in (("accuracy", 100), ("forgetting", 1))
         )
         theirs = "{:.2f} ± {:.2f}|{:.2f} ± {:.2f}".format(*PAPER[method]).split("|") if method in PAPER else ["", ""]
-        rows.append([method, accuracy, ours, *theirs, f"{sum(r['seconds'] for r in of) / len(of):.0f}"])
+        rows.append([method, accuracy, ours, *theirs, f"{sum(r['seconds'] for r in selected) / len(selected):.0f}"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])])
     cells = (
@@ -391,7 +394,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def plot(results: Sequence[Result], file: Path) -> None:
-    """The accuracy of some tasks after every episode from their own on, mean over seeds."""
+    """Plot the accuracy of some tasks after their own and every later episode, averaged over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -402,9 +405,9 @@ def plot(results: Sequence[Result], file: Path) -> None:
     figure, axes = pyplot.subplots(1, len(shown), figsize=(3.1 * len(shown), 3), sharey=True, squeeze=False)
     for axis, task in zip(axes[0], shown, strict=True):
         for method, (_, colour) in METHODS.items():
-            of = [r["accuracies"] for r in results if r["method"] == method]
-            if of:
-                mean = 100 * torch.tensor(of).mean(0)[task - 1 :, task - 1]
+            accuracies = [r["accuracies"] for r in results if r["method"] == method]
+            if accuracies:
+                mean = 100 * torch.tensor(accuracies).mean(0)[task - 1 :, task - 1]
                 width = 2.2 if method == "ours" else 1.2
                 axis.plot(range(task, count + 1), mean, color=colour, label=method, linewidth=width)
         axis.set_title(f"task {task}", fontsize=10)
@@ -421,26 +424,26 @@ def plot(results: Sequence[Result], file: Path) -> None:
 
 
 def main() -> None:
-    found = "digits" if fashion_folder() is None else "fashion"
+    default_images = "digits" if find_fashion() is None else "fashion"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=[*METHODS, "joint"], choices=[*METHODS, "joint"])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--tasks", type=int, default=20, help="how many rotations, from 0° to 180°")
-    parser.add_argument("--images", default=found, choices=SETS, help="by default fashion where it is installed")
+    parser.add_argument("--tasks", type=int, default=20, help="number of rotations, from 0° to 180°")
+    parser.add_argument("--images", default=default_images, choices=SETS, help="by default fashion if it is installed")
     parser.add_argument("--out", type=Path, default=Path("incremental"), help="folder of the report")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     start, results = time.perf_counter(), []
-    tasks = tasks_of(arguments.images, arguments.tasks)
+    tasks = make_tasks(arguments.images, arguments.tasks)
     for method in arguments.methods:
         for seed in range(arguments.seeds):
             results.append(measure(method, seed, tasks))
             r = results[-1]
-            said = f"{method}, seed {seed}: accuracy {r['accuracy']:.2%}, forgetting {r['forgetting']:.3f}"
-            print(f"{said}, {r['seconds']:.0f} s", file=sys.stderr, flush=True)
-    print(table(results))
+            scores = f"{method}, seed {seed}: accuracy {r['accuracy']:.2%}, forgetting {r['forgetting']:.3f}"
+            print(f"{scores}, {r['seconds']:.0f} s", file=sys.stderr, flush=True)
+    print(format_table(results))
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "incremental.md").write_text(f"# Incremental learning\n\n{table(results)}\n")
+    (arguments.out / "incremental.md").write_text(f"# Incremental learning\n\n{format_table(results)}\n")
     about = {
         "command": shlex.join(["python", *sys.argv]),
         "images": arguments.images,

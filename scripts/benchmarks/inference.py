@@ -1,9 +1,9 @@
-"""How long it takes to infer the symmetries of large models, without weights.
+"""Measure the time it takes to infer the symmetries of large models, without their weights.
 
     OMP_NUM_THREADS=1 python scripts/benchmarks/inference.py [NAME ...]
 
-Every model is built from its configuration alone, on the meta device; the first run of a process imports what the
-later ones have, so it is not counted. The baseline is the same forward pass on the same shapes with nobody looking.
+Each model is built from its configuration alone, on the meta device. The first run is not counted, as it imports
+modules lazily. The baseline is the same forward pass on the same shapes without tracing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import transformers as hf
 
 from hf_rebasin import infer_spec
-from hf_rebasin.modules.forward import example_inputs, run
+from hf_rebasin.modules.forward import example_inputs, run_module
 
 MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     "bert-base": lambda: hf.BertForMaskedLM(hf.BertConfig()),
@@ -50,7 +50,7 @@ def main() -> None:
         on_meta = {k: (x.float() if x.is_floating_point() else x).to("meta") for k, x in inputs.items()}
         start = time.perf_counter()
         with torch.no_grad():
-            run(model, on_meta)
+            run_module(model, on_meta)
         forward = time.perf_counter() - start
         start = time.perf_counter()
         spec = infer_spec(model)

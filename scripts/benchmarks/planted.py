@@ -1,12 +1,12 @@
-"""Full-size models against a copy of themselves in other coordinates: is the copy brought back exactly, and how fast?
+"""Align full-size models with a copy of themselves in other coordinates: is it recovered exactly, and how fast?
 
     python scripts/benchmarks/planted.py [bert vit gpt2 resnet llama …] [--unrelated] [--groups full]
 
-Weights are random, with gains and biases far from 1 and 0; nothing is downloaded. Every model is made and moved in one
-process and aligned from disk in another, whose peak memory is printed. By default the copy is permuted, and has to
-come back bit for bit (L1 = 0); with --groups full all that its groups allow was done to it, and what comes back is
-compared by ‖θ_A - ĝ θ_B‖ / ‖θ_A‖ ("distance") and by the loss barrier on the line to it. With --unrelated the two
-models are drawn from different seeds: the time a pair takes that has nothing in common.
+Weights are random, with gains and biases far from 1 and 0; nothing is downloaded. Each model is made and moved in one
+process, and aligned from disk in another, whose peak memory is printed. By default the copy is permuted, and has to be
+recovered bit for bit (L1 = 0). With --groups full, random elements of its full groups are applied to it, and the
+result is compared by ‖θ_A - ĝ θ_B‖ / ‖θ_A‖ ("distance") and by the loss barrier on the line to it. With --unrelated,
+the two models are drawn from different seeds, to measure the time for a pair that has nothing in common.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ KINDS = {
 PERMUTED = ("bert", "vit", "gpt2", "resnet", "llama")
 
 
-def make(kind: str, folder: Path, unrelated: bool, groups: str, layers: int | None) -> None:
+def make_models(kind: str, folder: Path, unrelated: bool, groups: str, layers: int | None) -> None:
     import torch
     import transformers
 
@@ -81,11 +81,11 @@ def make(kind: str, folder: Path, unrelated: bool, groups: str, layers: int | No
     if layers is not None:
         options = options | {"n_layer" if kind == "gpt2" else "num_hidden_layers": layers}
     torch.manual_seed(0)
-    model = trained(getattr(transformers, cls)(getattr(transformers, config)(**options)))
+    model = perturb_vectors(getattr(transformers, cls)(getattr(transformers, config)(**options)))
     model.save_pretrained(folder / "fixed")
     if unrelated:
         torch.manual_seed(1)
-        trained(getattr(transformers, cls)(model.config)).save_pretrained(folder / "moving")
+        perturb_vectors(getattr(transformers, cls)(model.config)).save_pretrained(folder / "moving")
     else:
         spec = spec_for(folder / "fixed")
         spec = spec.restricted() if groups == "permutation" else spec
@@ -93,8 +93,8 @@ def make(kind: str, folder: Path, unrelated: bool, groups: str, layers: int | No
         alignment.apply(folder / "fixed").save(folder / "moving")
 
 
-def trained(model):
-    """The model with vectors that are no longer what they are initialised with."""
+def perturb_vectors(model):
+    """Add noise to a model's vectors, as if it had been trained; return the model."""
     import torch
 
     for name, parameter in model.named_parameters():
@@ -104,8 +104,8 @@ def trained(model):
     return model
 
 
-def barrier(a, b) -> float:
-    """Of the loss on random inputs, over five points of the line from a to b."""
+def loss_barrier(a, b) -> float:
+    """Return the barrier of the loss on random inputs, over five points on the line from a to b."""
     import torch
 
     from hf_rebasin.alignment.exactness import example_inputs
@@ -143,11 +143,15 @@ def measure(folder: Path, groups: str) -> None:
         json.dumps(
             {
                 "align s": round(total, 1),
-                **{f"{what} s": round(seconds, 1) for what, seconds in solution.seconds.items()},
+                **{f"{step} s": round(seconds, 1) for step, seconds in solution.seconds.items()},
                 "apply and save s": round(apply, 1),
                 "peak GB": round(peak / 2**20, 2),
                 "L1": l1,
-                **({"distance": (square / size) ** 0.5, "barrier": barrier(fixed, moved)} if groups == "full" else {}),
+                **(
+                    {"distance": (square / size) ** 0.5, "barrier": loss_barrier(fixed, moved)}
+                    if groups == "full"
+                    else {}
+                ),
                 "status": solution.status.name,
                 "sweeps": len(solution.history) - 1,
             }
@@ -159,27 +163,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", default=PERMUTED, help=f"of {', '.join(KINDS)}")
     parser.add_argument("--unrelated", action="store_true")
-    parser.add_argument("--layers", type=int, help="instead of as many as the model has")
+    parser.add_argument("--layers", type=int, help="number of layers, instead of as many as the model has")
     parser.add_argument("--groups", choices=("permutation", "full"), default="permutation")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.make:
-        make(arguments.kinds[0], arguments.make, arguments.unrelated, arguments.groups, arguments.layers)
+        make_models(arguments.kinds[0], arguments.make, arguments.unrelated, arguments.groups, arguments.layers)
         return
     if arguments.measure:
         measure(arguments.measure, arguments.groups)
         return
     for kind in arguments.kinds:
-        # one process each, and none of them under a parent that is large itself: a child's peak begins at its parent's
+        # a process each, with a small parent: a child's peak memory starts at that of its parent
         with tempfile.TemporaryDirectory() as folder:
             layers = [] if arguments.layers is None else ["--layers", str(arguments.layers)]
             flags = ["--groups", arguments.groups, *layers, *(["--unrelated"] if arguments.unrelated else [])]
             subprocess.run([sys.executable, __file__, kind, "--make", folder, *flags], check=True, capture_output=True)
             command = [sys.executable, __file__, "--measure", folder, "--groups", arguments.groups]
-            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        said = json.loads(out.splitlines()[-1])
-        print(f"{kind:7}", "  ".join(f"{k} {v}" for k, v in said.items()), flush=True)
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        result = json.loads(output.splitlines()[-1])
+        print(f"{kind:7}", "  ".join(f"{k} {v}" for k, v in result.items()), flush=True)
 
 
 if __name__ == "__main__":

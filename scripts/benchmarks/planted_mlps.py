@@ -1,11 +1,11 @@
-"""The planted permutations of Sinkhorn re-basin (Peña et al., arXiv 2212.12042, table 1), by weight matching.
+"""Recover the planted permutations of Sinkhorn re-basin (Peña et al., arXiv 2212.12042, table 1) by weight matching.
 
     python scripts/benchmarks/planted_mlps.py [--pairs 50]
 
-tanh MLPs 1-10-…-10-1 with 2, 4 and 8 hidden layers: at initialisation (Rnd), or trained on a polynomial of degree
-3, (x − 3)³ on [2, 4], or of degree 1, x + 3 on [−4, −2] (100 points, noise 0.05). Each is paired with itself in other
-coordinates. A pair is recovered if the L1 distance after alignment is exactly 0. Beside ours, the paper's mean L1 ×
-1000 of weight matching and of its own method.
+The models are tanh MLPs 1-10-…-10-1 with 2, 4 and 8 hidden layers: at initialisation (Rnd), or trained on a polynomial
+of degree 3, (x − 3)³ on [2, 4], or of degree 1, x + 3 on [−4, −2] (100 points, noise 0.05). Each is paired with a
+permuted copy of itself. A pair is recovered if the L1 distance after alignment is exactly 0. Our results are printed
+beside the paper's mean L1 × 1000 of weight matching and of its own method.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TARGETS = {
     "Pol3": (lambda x: (x - 3) ** 3, 2.0, 4.0),
     "Pol1": (lambda x: x + 3, -4.0, -2.0),
 }
-PAPER = {  # weight matching as in the paper, mean L1 × 1000; Sinkhorn re-basin is 0.00 everywhere
+PAPER = {  # mean L1 × 1000 of weight matching in the paper; its own method has 0.00 everywhere
     ("Rnd", 2): 6.05,
     ("Rnd", 4): 4.12,
     ("Rnd", 8): 0.50,
@@ -38,7 +38,7 @@ PAPER = {  # weight matching as in the paper, mean L1 × 1000; Sinkhorn re-basin
 }
 
 
-def table(hidden: int) -> Table:
+def make_table(hidden: int) -> Table:
     rows = {}
     for i in range(hidden + 1):
         out, into = (f"hidden.{i}" if i < hidden else "_"), (f"hidden.{i - 1}'" if i else "_")
@@ -46,8 +46,8 @@ def table(hidden: int) -> Table:
     return Table(rows, {"hidden.*": "permutation"})
 
 
-def networks(task: str, hidden: int, pairs: int) -> list[dict[str, Tensor]]:
-    """`pairs` networks, trained all at once as one batch of matrices; PyTorch's default initialisation."""
+def make_networks(task: str, hidden: int, pairs: int) -> list[dict[str, Tensor]]:
+    """Return `pairs` networks with PyTorch's default initialisation, trained together as one batch of matrices."""
     generator = torch.Generator().manual_seed(hidden)
     sizes = [1, *[WIDTH] * hidden, 1]
     parameters = []
@@ -89,12 +89,12 @@ def main() -> None:
     )
     for hidden in (2, 4, 8):
         for task in TARGETS:
-            states = networks(task, hidden, pairs)
+            states = make_networks(task, hidden, pairs)
             start, distances = time.perf_counter(), []
             for k, state in enumerate(states):
-                g = Alignment.random(spec_for(state, table(hidden)), torch.Generator().manual_seed(1000 + k))
+                g = Alignment.random(spec_for(state, make_table(hidden)), torch.Generator().manual_seed(1000 + k))
                 moved = g.apply(state)
-                back = align(state, moved, spec=table(hidden)).apply(moved)
+                back = align(state, moved, spec=make_table(hidden)).apply(moved)
                 n = sum(t.numel() for t in state.values())
                 distances.append(sum((back[key] - t).abs().sum().item() for key, t in state.items()) / n)
             recovered = sum(d == 0 for d in distances)

@@ -1,11 +1,11 @@
-"""Weight matching of two ResNet-18 by this package and by the package rebasin, in one run.
+"""Compare weight matching of two ResNet-18s by this package and by the rebasin package, in one run.
 
     python scripts/benchmarks/rebasin_package.py [--other-python PYTHON] [--pixels 64] [--classes 1000] [--threads 1]
 
-PYTHON is an interpreter that has torch and rebasin; without one, only this package is measured. There are two pairs of
-random weights: "unrelated" are drawn from two seeds, "planted" is a model and itself with all channels in another
-order. A line is one process: the seconds from two modules to the second one moved, the peak memory, what moving
-changed in the outputs, and the distance between the two models, parameters and statistics, before and after.
+PYTHON is an interpreter with torch and rebasin; without it, only this package is measured. There are two pairs with
+random weights: "unrelated" is drawn from two seeds, "planted" is a model and a copy with all channels permuted.
+Each line is a process: the seconds it takes to align and permute the second module, the peak memory, the change of its
+outputs, and the distance between the two models (parameters and statistics) before and after.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class ResNet18(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
-def network(seed: int, classes: int) -> ResNet18:
-    """Random weights, and BatchNorm layers of which every channel is different, as after training."""
+def make_network(seed: int, classes: int) -> ResNet18:
+    """Return a model with random weights, its BatchNorm channels all different, as after training."""
     torch.manual_seed(seed)
     model = ResNet18(classes).eval()
     for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
@@ -77,34 +77,34 @@ def network(seed: int, classes: int) -> ResNet18:
     return model
 
 
-def make(folder: Path, arguments: argparse.Namespace) -> None:
-    """Write the pairs, as state dicts that both packages read."""
+def write_pairs(folder: Path, arguments: argparse.Namespace) -> None:
+    """Write the pairs of models, as state dicts that both packages can read."""
     from hf_rebasin import Alignment, spec_for
 
-    a = network(0, arguments.classes)
-    spec = spec_for(a, inputs=images(arguments))
+    a = make_network(0, arguments.classes)
+    spec = spec_for(a, inputs=make_images(arguments))
     torch.save(a.state_dict(), folder / "fixed.pt")
-    torch.save(network(1, arguments.classes).state_dict(), folder / "unrelated.pt")
+    torch.save(make_network(1, arguments.classes).state_dict(), folder / "unrelated.pt")
     order = Alignment.random(spec, torch.Generator().manual_seed(7))
     torch.save(order.apply(a).state_dict(), folder / "planted.pt")
 
 
-def images(arguments: argparse.Namespace) -> Tensor:
+def make_images(arguments: argparse.Namespace) -> Tensor:
     return torch.randn(2, 3, arguments.pixels, arguments.pixels, generator=torch.Generator().manual_seed(0))
 
 
 def measure(package: str, pair: str, folder: Path, arguments: argparse.Namespace) -> None:
-    a, b = (network(0, arguments.classes) for _ in "ab")
+    a, b = (make_network(0, arguments.classes) for _ in "ab")
     a.load_state_dict(torch.load(folder / "fixed.pt"))
     b.load_state_dict(torch.load(folder / f"{pair}.pt"))
-    x = images(arguments)
+    x = make_images(arguments)
     with torch.no_grad():
         before, apart = b(x), distance(a, b)
-    bring = {"rebasin": by_rebasin, "hf_rebasin": by_hf_rebasin}[package]
+    align_pair = {"rebasin": align_by_rebasin, "hf_rebasin": align_by_hf_rebasin}[package]
     small = (nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in "ab")
-    bring(*small, torch.ones(1, 2))  # so that all that is imported on first use is there
+    align_pair(*small, torch.ones(1, 2))  # so that lazy imports are not measured
     start = time.perf_counter()
-    moved = bring(a, b, x)
+    moved = align_pair(a, b, x)
     seconds = time.perf_counter() - start
     with torch.no_grad():
         change = (moved(x) - before).abs().max().item()
@@ -122,7 +122,7 @@ def measure(package: str, pair: str, folder: Path, arguments: argparse.Namespace
     )
 
 
-def by_rebasin(a: nn.Module, b: nn.Module, x: Tensor) -> nn.Module:
+def align_by_rebasin(a: nn.Module, b: nn.Module, x: Tensor) -> nn.Module:
     from rebasin import PermutationCoordinateDescent
 
     descent = PermutationCoordinateDescent(a, b, x)
@@ -131,21 +131,21 @@ def by_rebasin(a: nn.Module, b: nn.Module, x: Tensor) -> nn.Module:
     return b
 
 
-def by_hf_rebasin(a: nn.Module, b: nn.Module, x: Tensor) -> nn.Module:
+def align_by_hf_rebasin(a: nn.Module, b: nn.Module, x: Tensor) -> nn.Module:
     from hf_rebasin import align
 
     return align(a, b, inputs=x).apply(b)
 
 
 def distance(a: nn.Module, b: nn.Module) -> float:
-    """‖a − b‖ over everything stored; 0 only where all of it is equal."""
+    """Return ‖a − b‖ over all stored tensors; 0 only if they are equal."""
     pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
     return sum((x.double() - y.double()).square().sum().item() for x, y in pairs) ** 0.5
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--other-python", help="an interpreter that has torch and rebasin")
+    parser.add_argument("--other-python", help="an interpreter with torch and rebasin")
     parser.add_argument("--pixels", type=int, default=64)
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=1)
@@ -154,7 +154,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.make:
-        make(arguments.make, arguments)
+        write_pairs(arguments.make, arguments)
         return
     if arguments.measure:
         package, pair, folder = arguments.measure
@@ -166,14 +166,14 @@ def main() -> None:
         subprocess.run([sys.executable, __file__, *sizes, "--make", folder], check=True)
         for pair in ("unrelated", "planted"):
             seconds = []
-            for package, python in pythons.items():  # one process each, so that each has a peak of its own
+            for package, python in pythons.items():  # a process each, for separate peaks of memory
                 command = [python, __file__, *sizes, "--measure", package, pair, folder]
-                out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-                said = json.loads(out.splitlines()[-1])
-                seconds.append(said["seconds"])
-                print(f"{pair:9}  {package:10}", "  ".join(f"{k} {v}" for k, v in said.items()), flush=True)
+                output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+                result = json.loads(output.splitlines()[-1])
+                seconds.append(result["seconds"])
+                print(f"{pair:9}  {package:10}", "  ".join(f"{k} {v}" for k, v in result.items()), flush=True)
             if len(seconds) == 2:
-                print(f"{pair:9}  hf_rebasin takes {seconds[0] / seconds[1]:.2f} of the time of rebasin")
+                print(f"{pair:9}  hf_rebasin takes {seconds[0] / seconds[1]:.2f} times as long as rebasin")
 
 
 if __name__ == "__main__":

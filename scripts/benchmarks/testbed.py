@@ -1,14 +1,14 @@
-"""The test bed: small models trained from different seeds, for measuring barriers.
+"""Train the test bed: small models from different seeds, for measuring barriers.
 
     python scripts/benchmarks/testbed.py KIND SEED OUT
 
-KIND is mlp64, mlp512, resnet or vit (scikit-learn's digits), or gpt2, llama or bert (bytes of the Python files of the
-standard library, so their data are those of the Python that runs). Writes OUT/ (save_pretrained; the MLPs as
-model.safetensors) and prints loss and accuracy on the test data. Minutes on one thread: gpt2, llama and bert 3 to 5,
-vit 1, the others seconds.
+KIND is mlp64, mlp512, resnet or vit (scikit-learn's digits), or gpt2, llama or bert (bytes of the standard library's
+Python files, so the data depend on the version of Python). Writes OUT/ (by save_pretrained; for the MLPs,
+model.safetensors) and prints loss and accuracy on the test data. On one thread, gpt2, llama and bert take 3 to 5
+minutes, vit takes 1, the others seconds.
 
-Frozen: neither seeds nor settings are tuned, so that numbers of different days and methods can be compared. A model
-that misses the floor of its kind (`is_trained`) says little about merging.
+Seeds and settings are frozen, not tuned, so that results of different days and methods can be compared. A model that
+misses the requirements of its kind (`is_trained`) says little about merging.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Batch = dict[str, Tensor]
 
 @cache
 def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """((images, labels) to train on, the same to test on): 1297 and 500 images of 8 × 8 pixels in [-1, 1]."""
+    """Return (training, test) sets of (images, labels): 1297 and 500 images of 8 × 8 pixels in [-1, 1]."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -50,7 +50,7 @@ def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
 @cache
 def text() -> tuple[Tensor, Tensor]:
-    """(bytes to train on, bytes to test on): every tenth file of the standard library is for testing."""
+    """Return (training bytes, test bytes); every tenth file of the standard library is test data."""
     files = sorted(glob.glob(sysconfig.get_paths()["stdlib"] + "/*.py"))
 
     def read(chosen: list[str]) -> Tensor:
@@ -60,23 +60,23 @@ def text() -> tuple[Tensor, Tensor]:
     return read([f for i, f in enumerate(files) if i % 10]), read([f for i, f in enumerate(files) if i % 10 == 0])
 
 
-def masked(ids: Tensor, generator: torch.Generator | None) -> Batch:
-    """15 % of the bytes become the mask id 128, and are what is asked for."""
+def mask_tokens(ids: Tensor, generator: torch.Generator | None) -> Batch:
+    """Replace 15 % of the bytes by the mask id 128, and make these the labels."""
     chosen = torch.rand(ids.shape, generator=generator) < 0.15
     return dict(input_ids=ids.masked_fill(chosen, 128), labels=ids.masked_fill(~chosen, -100))
 
 
-def batches(
+def make_batches(
     kind: str, split: str, generator: torch.Generator | None = None, count: int | None = None
 ) -> Iterator[Batch]:
-    """Dicts for the model's forward. Test: fixed; train: endless draws of `generator`."""
+    """Yield keyword arguments of the model: fixed batches for "test", endless draws of `generator` for "train"."""
     if kind in ("gpt2", "llama", "bert"):
         data = text()[split == "test"]
         g = torch.Generator().manual_seed(7) if split == "test" else generator
         for _ in range(count or 8) if split == "test" else iter(int, 1):
             start = torch.randint(len(data) - CONTEXT, (BATCH,), generator=g)
             ids = torch.stack([data[s : s + CONTEXT] for s in start])
-            yield masked(ids, g) if kind == "bert" else dict(input_ids=ids, labels=ids)
+            yield mask_tokens(ids, g) if kind == "bert" else dict(input_ids=ids, labels=ids)
     else:
         x, y = digits()[split == "test"]
         if split == "test":
@@ -101,7 +101,7 @@ class MLP(nn.Module):
 
 
 def build(kind: str) -> Any:
-    """A model of one kind, its weights drawn from torch's global generator."""
+    """Return a model of one kind, its weights drawn from torch's global generator."""
     import transformers as hf
 
     word = dict(vocab_size=130, bos_token_id=129, eos_token_id=129)
@@ -171,11 +171,11 @@ def build(kind: str) -> Any:
                 pad_token_id=129,
             )
         )
-    raise SystemExit(f"no kind {kind!r}; there are {', '.join(STEPS)}")
+    raise SystemExit(f"unknown kind {kind!r}; choose from {', '.join(STEPS)}")
 
 
 def save(model: Any, out: Path) -> None:
-    """Write a folder that `load` and, but for the MLPs, `from_pretrained` reads."""
+    """Write a model to a folder for `load` and, except for the MLPs, for `from_pretrained`."""
     if isinstance(model, MLP):
         from safetensors.torch import save_file
 
@@ -186,7 +186,7 @@ def save(model: Any, out: Path) -> None:
 
 
 def load(kind: str, folder: Path) -> Any:
-    """What `save` wrote, ready to be evaluated."""
+    """Read a model that `save` wrote, in evaluation mode."""
     model = build(kind)
     if isinstance(model, MLP):
         from safetensors.torch import load_file
@@ -197,11 +197,11 @@ def load(kind: str, folder: Path) -> Any:
 
 
 def evaluate(model: nn.Module, kind: str) -> tuple[float, float]:
-    """(mean loss, accuracy) on the test batches."""
+    """Return (mean loss, accuracy) on the test batches."""
     model.eval()
     loss, right, n = [], 0, 0
     with torch.no_grad():
-        for batch in batches(kind, "test"):
+        for batch in make_batches(kind, "test"):
             out = model(**batch)
             logits, labels = out[1], batch["labels"]
             if kind in ("gpt2", "llama"):
@@ -214,12 +214,12 @@ def evaluate(model: nn.Module, kind: str) -> tuple[float, float]:
 
 
 def is_trained(kind: str, loss: float, accuracy: float) -> bool:
-    """Whether a model of this kind is as good as it has to be."""
+    """Whether a model meets the requirements of its kind."""
     return loss <= HIGHEST_LOSS.get(kind, math.inf) and accuracy >= LEAST_ACCURACY.get(kind, 0)
 
 
 def train(kind: str, seed: int, log: Callable[..., Any] = lambda *_: None) -> Any:
-    """Train one model from one seed: initialisation, order of the data and noise all follow from it."""
+    """Train a model from a seed, which determines its initialisation, the order of the data and the noise."""
     torch.manual_seed(seed)
     model, generator = build(kind).train(), torch.Generator().manual_seed(1000 + seed)
     matrices = [p for p in model.parameters() if p.dim() > 1]
@@ -228,7 +228,7 @@ def train(kind: str, seed: int, log: Callable[..., Any] = lambda *_: None) -> An
     decayed = [dict(params=matrices, weight_decay=0.05), dict(params=vectors, weight_decay=0)]
     optimizer = torch.optim.AdamW(decayed, lr=lr, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, STEPS[kind], pct_start=0.1)
-    for step, batch in zip(range(STEPS[kind]), batches(kind, "train", generator), strict=False):
+    for step, batch in zip(range(STEPS[kind]), make_batches(kind, "train", generator), strict=False):
         loss = model(**batch)[0]
         optimizer.zero_grad()
         loss.backward()

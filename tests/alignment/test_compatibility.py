@@ -1,4 +1,4 @@
-"""Pairs that cannot mean the same are refused; rows in another order are matched by string."""
+"""Incompatible pairs are refused; rows in another order are matched by string."""
 
 import json
 from dataclasses import replace
@@ -108,11 +108,11 @@ def test_vocabularies_are_compared_by_string(bert, tmp_path):
     solution = align(a, b)
     assert not solution.alignment.moved
     from hf_rebasin.recipes.recipe import Recipe
-    from hf_rebasin.recipes.runner import run
+    from hf_rebasin.recipes.runner import run_merge
 
-    assert same_tensors(run(Recipe.from_dict({"models": [str(a), str(b)]})).checkpoint, a)
+    assert same_tensors(run_merge(Recipe.from_dict({"models": [str(a), str(b)]})).checkpoint, a)
     planted = moved_copy(Checkpoint.open(b))[0].save(tmp_path / "planted")
-    done = run(Recipe.from_dict({"models": [str(a), str(planted)]}))
+    done = run_merge(Recipe.from_dict({"models": [str(a), str(planted)]}))
     assert done.solutions[0].status is Status.EQUAL, "rows are matched once, not twice"
     assert same_tensors(done.checkpoint, a)
     c = save_with_vocabulary(bert, tmp_path / "c", [*tokens[:-1], "new"])
@@ -154,7 +154,7 @@ def test_configurations_that_transformers_does_not_know_are_compared_too(tmp_pat
 
 
 def test_remnants_of_other_versions_are_not_in_the_way(bert):
-    """What one configuration says and the class does not know computes nothing."""
+    """A setting that only one configuration has, and its class does not know, has no effect."""
     merge([bert, with_config(bert, output_past=True, directionality="bidi", pooler_type="first")])
 
 
@@ -167,7 +167,7 @@ def test_classes_a_table_does_not_know_merge_without_alignment():
 
 
 def test_tokens_that_were_added_count(bert, tmp_path):
-    """The same vocabulary file, and different tokens beside it."""
+    """Equal vocabulary files with different added tokens."""
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(80))]
 
     def with_added(name, *added):

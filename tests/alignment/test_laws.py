@@ -1,27 +1,26 @@
-"""The laws, over every TINY model of every table. A new file in symmetries/specs/ is picked up by itself."""
+"""The laws, for every TINY model of every table. A new file in symmetries/specs/ is picked up automatically."""
 
 import json
 import re
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
 import transformers
-from conftest import ALL_OR_SOME, FIRST, TINY, as_stored, distance, drawn, moved_copy, same_tensors
+from conftest import ALL_OR_SOME, FIRST, TINY, distance, moved_copy, same_tensors, sample_cases, store_ties_like
+from moved_outputs import outputs_moved, unmoved
 from mutating_tables import mutations
 
 from hf_rebasin import Alignment, Checkpoint, RebasinError, Status, align, check, merge, registry, spec_for
 from hf_rebasin.alignment.alignment import act
-from hf_rebasin.alignment.exactness import example_inputs, outputs
-from hf_rebasin.alignment.gauge import gauges, vectors
+from hf_rebasin.alignment.exactness import compute_outputs, example_inputs
+from hf_rebasin.alignment.gauge import find_gauges, gauge_vectors
 from hf_rebasin.alignment.groups.permutation import Element as Permutation
-from hf_rebasin.errors import CheckpointError
 from hf_rebasin.solving.canonical import STRETCHING
 from hf_rebasin.symmetries.binding import bind_to, read_spec
-from hf_rebasin.symmetries.table import families, table_for
+from hf_rebasin.symmetries.table import canonical_view, table_for
 
-# in all its groups every model, in permutations alone one per table
+# every model in its full groups, and one model per table in permutations only
 MOVED = pytest.mark.parametrize(
     ("name", "groups"),
     [(name, "full") for name in TINY]
@@ -52,7 +51,7 @@ def test_inverse_and_composition_in_the_full_groups(tiny):
     spec, model = spec_for(tiny), Checkpoint.open(tiny)
     g, h = (Alignment.random(spec, torch.Generator().manual_seed(seed)) for seed in (0, 1))
     moved = g.apply(model)
-    assert distance(as_stored(model, moved), g.inverse().apply(moved)) <= 1e-10
+    assert distance(store_ties_like(model, moved), g.inverse().apply(moved)) <= 1e-10
     assert distance(h.compose(g).apply(model), h.apply(moved)) <= 1e-10
     assert distance(g.compose(h).apply(model), h.apply(moved)) > 1e-2, "these groups do not commute"
 
@@ -63,20 +62,20 @@ def test_a_gauge_is_put_on_and_taken_off(tiny):
     if not spec.gauged:
         return
     model, other = (Checkpoint.open(m) for m in (tiny, other_gains(tiny)))
-    mine, theirs = (vectors(gauges(spec), c.state(spec.table.prefix)) for c in (model, other))
+    mine, theirs = (gauge_vectors(find_gauges(spec), c.state(spec.table.prefix)) for c in (model, other))
     g = replace(Alignment.random(spec, torch.Generator().manual_seed(0)), gauge=theirs, origin=mine)
     moved = g.apply(model)
     state = moved.state(spec.table.prefix)
     assert all(torch.equal(state[key], vector) for key, vector in theirs.items())
     inputs = example_inputs(tiny.config, torch.Generator().manual_seed(0))
-    before, float32_inside = outputs(tiny, inputs)
-    after, _ = outputs(moved.model(torch.float64), inputs)
+    before, float32_inside = compute_outputs(tiny, inputs)
+    after, _ = compute_outputs(moved.model(torch.float64), inputs)
     assert (before - after).abs().max() <= (1e-5 if float32_inside else 1e-10) * before.abs().max()
-    assert distance(as_stored(model, moved), g.inverse().apply(moved)) <= 1e-9
+    assert distance(store_ties_like(model, moved), g.inverse().apply(moved)) <= 1e-9
 
 
 def test_half_precision_is_moved_in_float32(tiny):
-    """Vectors of norms alone are float64 on the way: there is one number where matrices have a row."""
+    """Only vectors of norms are computed in float64, as they are small beside the matrices."""
     model = Checkpoint.open(Checkpoint.open(tiny).model(torch.bfloat16))
     spec = spec_for(model)
     moved = Alignment.random(spec, torch.Generator().manual_seed(0)).on(spec, model.state(spec.table.prefix))
@@ -84,7 +83,7 @@ def test_half_precision_is_moved_in_float32(tiny):
     def kinds(part):
         return {part.dtype}.union(*map(kinds, getattr(part, "inputs", ())))
 
-    vectors_of_norms = {key for gauge in gauges(spec) for key in gauge.vectors}
+    vectors_of_norms = {key for gauge in find_gauges(spec) for key in gauge.keys}
     wide = {key for key, part in moved.parts.items() if torch.float64 in kinds(part)}
     assert wide <= vectors_of_norms
 
@@ -124,8 +123,8 @@ def test_planted_alignments_come_back_exactly(tiny):
     solution = align(tiny, moved, seed=0)
     assert solution.status is Status.EQUAL
     assert same_tensors(solution.apply(moved), tiny)
-    found, planted = solution.alignment, alignment.inverse()
-    assert all(torch.equal(found[name].order, planted[name].order) for name in planted.elements)
+    solved, planted = solution.alignment, alignment.inverse()
+    assert all(torch.equal(solved[name].order, planted[name].order) for name in planted.elements)
 
 
 def test_planted_elements_of_the_full_groups_come_back(sample):
@@ -133,14 +132,14 @@ def test_planted_elements_of_the_full_groups_come_back(sample):
     solution = align(sample, moved, seed=0)
     assert solution.status is Status.EQUAL
     back = solution.apply(moved)
-    assert distance(as_stored(sample, back), back) <= 1e-5
+    assert distance(store_ties_like(sample, back), back) <= 1e-5
 
 
 def test_permutations_alone_do_not_bring_them_back(family):
     moved, _ = moved_copy(family, seed=7, groups="full")
     permuted = align(family, moved, seed=0, groups="permutation").apply(moved)
     larger = spec_for(family).symmetries != spec_for(family).restricted().symmetries
-    assert (distance(as_stored(family, permuted), permuted) > 0.1) is larger
+    assert (distance(store_ties_like(family, permuted), permuted) > 0.1) is larger
 
 
 @pytest.mark.parametrize("restricted", [False, True])
@@ -162,19 +161,19 @@ def test_the_prefix_of_a_table_is_that_of_its_classes(tiny):
 
 
 def changed_by(model, spec, elements, **other):
-    """The relative change of the outputs under an alignment that may be none."""
+    """Return the relative change of the outputs under elements that need not form a valid alignment."""
     checkpoint, inputs, before, _ = unmoved(model)
     moved = Alignment(spec, elements, **other).apply(checkpoint)
-    return ((outputs(moved.model(torch.float64), inputs)[0] - before).abs().max() / before.abs().max()).item()
+    return ((compute_outputs(moved.model(torch.float64), inputs)[0] - before).abs().max() / before.abs().max()).item()
 
 
 def test_a_rotation_that_moves_the_ones_vector_changes_the_function(family):
     spec = spec_for(family)
     for name in [name for name in spec.free if spec.symmetries[name].kind == "centred"]:
-        element = registry.find("groups", "orthogonal").Element
+        element = registry.group("orthogonal").element
         turned = element.random((), spec.symmetries[name].size, torch.Generator().manual_seed(0))
         assert changed_by(family, spec, {name: turned}) > 1e-3
-        kept = registry.find("groups", "centred").Element.project(turned.matrix)
+        kept = registry.group("centred").element.project(turned.matrix)
         assert changed_by(family, spec, {name: kept}) <= 1e-10
 
 
@@ -184,16 +183,16 @@ def test_a_gain_that_is_not_folded_changes_the_function(tiny):
         rest = replace(spec, norms=tuple(n for n in spec.norms if n is not norm))
         streams = {n: e for n, e in Alignment.random(spec, torch.Generator()).elements.items() if n == norm.stream}
         if spec.untied_by(streams):
-            continue  # the model has to be another one then
+            continue  # the moved model would have to be untied
         checkpoint, inputs, before, _ = unmoved(tiny)
         state = checkpoint.state(spec.table.prefix)
-        moved = checkpoint.with_state(Alignment(rest, streams).on(rest, state), spec.table.prefix)
-        after = outputs(moved.model(torch.float64), inputs)[0]
+        moved = canonical_view(checkpoint, spec.table).with_state(Alignment(rest, streams).on(rest, state))
+        after = compute_outputs(moved.model(torch.float64), inputs)[0]
         assert (after - before).abs().max() > 1e-4 * before.abs().max(), norm.gain
 
 
 def forgetful(element):
-    """The same element, acting on readers as on writers."""
+    """Return an element that acts on readers as on writers."""
     group = type(element)
 
     class Forgetful(group):
@@ -213,14 +212,14 @@ def test_a_dual_that_is_forgotten_changes_the_function(family):
 
 # --- negative controls: every mutation of one row is seen, by binding or by the function -----------------------------
 
-# A softmax over keys cancels what all keys have in common: a key bias that stays behind changes no output. The rows,
-# and the leaves in them, for which that is so.
+# A softmax cancels what all keys have in common, so a key bias that is not moved changes no output. These are the
+# rows, and the leaves in them, for which that is the case.
 CANCELLED = {
     "encoder.layer.*.attention.self.key.bias": {0, 1, None},
     "encoder.layer.*.attention.attention.key.bias": {0, 1, None},
     "transformer.layer.*.attention.k_lin.bias": {0, 1, None},
     "h.*.attn.c_attn.bias": {2, 3},  # query, key, value: two leaves each
-    "layers.*.attention.query_key_value.bias": {6},  # what RoPE does not turn of a key
+    "layers.*.attention.query_key_value.bias": {6},  # the part of a key that RoPE does not rotate
     "decoder.layers.*.self_attn.k_proj.bias": {0, 1, None},
     "encoder.layers.*.self_attn.k_proj.bias": {0, 1, None},
     "text_model.encoder.layers.*.self_attn.k_proj.bias": {0, 1, None},
@@ -229,53 +228,20 @@ CANCELLED = {
 
 
 def deranged(alignment):
-    """The same alignment without identities, and different from place to place: whatever holds still is seen."""
+    """Return an alignment without identities in any context, so that an unmoved axis changes the function."""
 
     def moved(order):
         rows = order.clone().reshape(-1, order.shape[-1])
-        for i, one in enumerate(rows):
-            if torch.equal(one, torch.arange(len(one))):
-                rows[i] = one.roll(1)
+        for i, row in enumerate(rows):
+            if torch.equal(row, torch.arange(len(row))):
+                rows[i] = row.roll(1)
         return rows.reshape(order.shape)
 
     return Alignment(alignment.spec, {name: e.map(moved) for name, e in alignment.elements.items()})
 
 
-@cache
-def unmoved(model):
-    """(its checkpoint, inputs, what it gives for them, whether float32 was computed with on the way)"""
-    inputs = example_inputs(model.config, torch.Generator().manual_seed(0))
-    return Checkpoint.open(model), inputs, *outputs(model, inputs)
-
-
-@cache
-def workbench(model):
-    """(a copy of the model, its tensors by disk keys; None where those are put together from several)"""
-    copy = Checkpoint.open(model).model()
-    try:
-        _, disk = Checkpoint.open(copy).skeleton()
-    except CheckpointError:
-        return copy, None
-    state = copy.state_dict()
-    return copy, {disk[key]: state[key] for key in disk}
-
-
-@torch.no_grad()
-def outputs_moved(model, spec, elements):
-    """What a model gives in other coordinates; to make a copy of it every time would take longer than all the rest."""
-    checkpoint, inputs, *_ = unmoved(model)
-    moved = checkpoint.with_state(act(spec, elements, checkpoint.state(spec.table.prefix)), spec.table.prefix)
-    copy, places = workbench(model)
-    if places is None:
-        copy = moved.model()
-    else:
-        for key, place in places.items():
-            place.copy_(moved.tensors[key])
-    return outputs(copy, inputs)[0]
-
-
 def is_seen(model, table):
-    """Whether binding refuses a table, or the function of a model moved by it changes."""
+    """Whether binding refuses a table, or moving a model by it changes the function."""
     checkpoint, _, before, _ = unmoved(model)
     try:
         spec = bind_to(table, checkpoint).restricted()
@@ -290,16 +256,16 @@ def is_seen(model, table):
 
 
 @ALL_OR_SOME
-@pytest.mark.parametrize("name", [module.__name__.rpartition(".")[2] for module in families()])
+@pytest.mark.parametrize("name", registry.names("table"))
 def test_every_mutation_of_one_row_is_seen(name, everything):
     models = [model for key, model in TINY.items() if key.startswith(f"{name}-")]
     todo = {}
     for model in models:
         table = table_for(model.config)
         for row in {tensor.row for tensor in spec_for(model).tensors}:
-            for leaf, what, mutant in mutations(table, row):
-                todo.setdefault((row, leaf, what), []).append((model, mutant))
-    cases = drawn(todo, everything, models)
+            for leaf, change, mutant in mutations(table, row):
+                todo.setdefault((row, leaf, change), []).append((model, mutant))
+    cases = sample_cases(todo, everything, models)
     unseen = [case for case in cases if not any(is_seen(*way) for way in todo[case])]
     assert len(cases) > 50
     assert [case for case in unseen if case[1] not in CANCELLED.get(case[0], ())] == []
@@ -308,16 +274,16 @@ def test_every_mutation_of_one_row_is_seen(name, everything):
         assert listed == {case[0] for case in unseen}, "a row that is listed is seen after all"
 
 
-# --- rows that belong to something outside the weights ---------------------------------------------------------------
+# --- rows that are numbered outside the weights ----------------------------------------------------------------------
 
 
 def with_rows(model, name, order):
-    """The model with its label or token rows in another order, by its table."""
+    """Return the model with its label or token rows reordered by its table."""
     checkpoint = Checkpoint.open(model)
     spec = spec_for(checkpoint)
     elements = {name: Permutation(torch.tensor(order))}
     state = act(spec, elements, checkpoint.state(spec.table.prefix))
-    return checkpoint.with_state(state, spec.table.prefix).model()
+    return canonical_view(checkpoint, spec.table).with_state(state).model()
 
 
 def logits(model, inputs):
@@ -348,8 +314,8 @@ def test_token_rows_follow_the_tokens(tiny):
     before = logits(tiny, inputs)
     renamed = {name: x if x.is_floating_point() else place[x] for name, x in inputs.items()}
     after = logits(with_rows(tiny, "vocab", order), renamed)
-    speaks = before.shape[-1] == vocabulary
-    torch.testing.assert_close(after, before[..., order] if speaks else before)
+    has_token_logits = before.shape[-1] == vocabulary
+    torch.testing.assert_close(after, before[..., order] if has_token_logits else before)
 
 
 # --- classes and files do not always agree ---------------------------------------------------------------------------
@@ -368,7 +334,7 @@ LOADED_AS = [
 
 @pytest.mark.parametrize(("name", "loader"), LOADED_AS)
 def test_a_module_of_another_class_than_its_file_keeps_its_function(name, loader, tmp_path):
-    """A fine-tune begins so: its configuration still names the class of the file."""
+    """As at the start of a fine-tune: the configuration still names the class of the file."""
     folder = Checkpoint.open(TINY[name]).save(tmp_path / "file")
     model = getattr(transformers, loader).from_pretrained(folder)
     assert type(model).__name__ not in model.config.architectures
@@ -381,7 +347,7 @@ def test_a_module_of_another_class_than_its_file_keeps_its_function(name, loader
 
 
 def test_an_unknown_class_is_held_rather_than_guessed(sample, tmp_path):
-    """Outputs of the bare model, which is what an unknown class is built as, stay as they are."""
+    """An unknown class is built as the bare model, whose outputs must not move."""
     if type(sample).__name__ == "ResNetModel":
         pytest.skip("its symmetries are those of the bare model")
     folder = Checkpoint.open(sample).save(tmp_path / "file")
@@ -396,8 +362,8 @@ def test_an_unknown_class_is_held_rather_than_guessed(sample, tmp_path):
     spec = spec_for(checkpoint)
     g = Alignment.random(spec, torch.Generator().manual_seed(0))
     inputs = example_inputs(model.config, torch.Generator().manual_seed(0))
-    before, float32_inside = outputs(model, inputs)
-    after, _ = outputs(g.apply(checkpoint).model(torch.float64), inputs)
+    before, float32_inside = compute_outputs(model, inputs)
+    after, _ = compute_outputs(g.apply(checkpoint).model(torch.float64), inputs)
     assert (before - after).abs().max() <= (1e-5 if float32_inside else 1e-10) * before.abs().max()
 
 

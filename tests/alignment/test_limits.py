@@ -1,14 +1,14 @@
-"""What a user lets move, what the weights themselves forbid, and what becomes of tied heads."""
+"""Limits on alignments, set by the user or by the weights, and the effect of rotations on tied heads."""
 
 import pytest
 import torch
-from conftest import FIRST, TINY, Anywhere, as_stored, distance, moved_copy, other_seed, same_tensors
+from conftest import FIRST, TINY, RandomSolver, distance, moved_copy, other_seed, same_tensors, store_ties_like
 
 from hf_rebasin import Alignment, Checkpoint, Recipe, Status, align, compare, infer_spec, merge, spec_for
-from hf_rebasin.alignment.exactness import example_inputs, outputs
-from hf_rebasin.cli.output import plan
+from hf_rebasin.alignment.exactness import compute_outputs, example_inputs
+from hf_rebasin.cli.output import describe_plan
 from hf_rebasin.errors import OptionError, RecipeError, UnknownNameError
-from hf_rebasin.recipes.runner import run
+from hf_rebasin.recipes.runner import run_merge
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def gpt2():
 
 def relative_change(model, moved):
     inputs = example_inputs(model.config, torch.Generator().manual_seed(0))
-    before, after = outputs(model, inputs)[0], outputs(moved, inputs)[0]
+    before, after = compute_outputs(model, inputs)[0], compute_outputs(moved, inputs)[0]
     return ((before - after).abs().max() / before.abs().max()).item()
 
 
@@ -56,26 +56,26 @@ def test_a_tied_head_is_stored_apart_or_its_stream_is_only_permuted(gpt2, tmp_pa
     assert not loaded.config.tie_word_embeddings
     assert relative_change(loaded, merge([gpt2, moved]).model()) == 0
     a, b, c = (Checkpoint.open(m).save(tmp_path / name) for m, name in ((gpt2, "a"), (other, "b"), (moved, "c")))
-    again = run(Recipe.from_dict({"models": [str(a), str(c)], "align": False}))
+    again = run_merge(Recipe.from_dict({"models": [str(a), str(c)], "align": False}))
     assert same_tensors(again.checkpoint, merged)
     assert not compare(a, c).backbone_only
-    said = "\n".join(plan(Recipe.from_dict({"models": [str(a), str(b)]}), tmp_path / "out"))
-    assert "lm_head.weight is stored apart from wte.weight" in said
-    assert "--keep-tied" in said
+    text = "\n".join(describe_plan(Recipe.from_dict({"models": [str(a), str(b)]}), tmp_path / "out"))
+    assert "lm_head.weight is stored apart from wte.weight" in text
+    assert "--keep-tied" in text
 
 
 def test_the_fixed_model_is_never_touched(family):
     other = other_seed(family)
     before = {key: tensor.clone() for key, tensor in Checkpoint.open(family).tensors.items()}
-    moved = align(family, other, solver=Anywhere()).apply(other)
-    assert same_tensors(merge([family, moved], "lerp", t=0.0), as_stored(family, moved))
+    moved = align(family, other, solver=RandomSolver()).apply(other)
+    assert same_tensors(merge([family, moved], "lerp", t=0.0), store_ties_like(family, moved))
     assert same_tensors(family, before)
 
 
 @pytest.mark.parametrize("name", ["gpt2-1-GPT2LMHeadModel", "llama-0-LlamaForCausalLM"])
 @pytest.mark.parametrize("whose", ["fixed", "moving"])
 def test_gains_of_zero(name, whose):
-    """What cannot be divided by is not: the function stays the same, and what is left out is said."""
+    """Nothing is divided by gains of 0: the function stays the same, and a note says which group was reduced."""
     models = {"fixed": TINY[name], "moving": other_seed(TINY[name])}
     models[whose] = Checkpoint.open(models[whose]).model()
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_planted_elements_of_inferred_groups_come_back(name):
     solution = align(model, moved, spec=spec)
     assert solution.status is Status.EQUAL
     back = solution.apply(moved)
-    assert distance(as_stored(model, back), back) <= 1e-5
+    assert distance(store_ties_like(model, back), back) <= 1e-5
 
 
 def test_an_alignment_found_in_smaller_groups_fits(gpt2):

@@ -1,4 +1,4 @@
-"""The Hub as a place to read from: one commit, only what is needed, from the cache without a connection, and errors.
+"""Reading from the Hub: one commit, only the files that are needed, the cache offline, and error messages.
 
 Everything goes through the real client to a local Hub.
 """
@@ -19,9 +19,9 @@ from huggingface_hub.utils import are_progress_bars_disabled
 
 from hf_rebasin import Checkpoint, Recipe, merge
 from hf_rebasin.checkpoints import hub as reading
-from hf_rebasin.checkpoints.folder import side_files
+from hf_rebasin.checkpoints.folder import list_side_files
 from hf_rebasin.errors import CheckpointError, HubError, NoSpaceError
-from hf_rebasin.recipes.runner import opened
+from hf_rebasin.recipes.runner import open_models
 
 COUNT = count()
 
@@ -33,12 +33,12 @@ def model():
 
 @pytest.fixture
 def at_once(monkeypatch):
-    """The client waits for nothing before it tries again."""
+    """The client retries without waiting."""
     monkeypatch.setattr("time.sleep", lambda seconds: None)
 
 
-def pushed(model, folder, repo=None, *, shards="5GB", **files):
-    """(repository, commit) of a model on the local Hub, with more files: `README="…"`."""
+def push_model(model, folder, repo=None, *, shards="5GB", **files):
+    """Push a model to the local Hub, with further files (`README_md="…"`), and return (repository, commit)."""
     repo = repo or f"org/in-{next(COUNT)}"
     there = Checkpoint.open(model).save(folder / f"up-{next(COUNT)}", max_shard_size=shards)
     for name, text in files.items():
@@ -47,35 +47,35 @@ def pushed(model, folder, repo=None, *, shards="5GB", **files):
     return repo, HfApi().upload_folder(repo_id=repo, folder_path=there).oid
 
 
-def asked(since, what=""):
-    """What was asked of the Hub since then, as `GET /path`."""
-    return [f"{method} {path}" for method, path, _ in HUB.requests[since:] if what in path]
+def requests_since(since, part=""):
+    """Return the requests to the Hub since then, as `GET /path`."""
+    return [f"{method} {path}" for method, path, _ in HUB.requests[since:] if part in path]
 
 
 def test_a_branch_that_moves_is_one_commit_in_a_run(model, tmp_path, monkeypatch):
     moved, _ = moved_copy(model)
-    repo, first = pushed(model, tmp_path)
+    repo, first = push_model(model, tmp_path)
     later = Checkpoint.open(moved).save(tmp_path / "later")
     original = Checkpoint.open
 
     def open_and_push(*args, **kwargs):
-        found = original(*args, **kwargs)
+        checkpoint = original(*args, **kwargs)
         HfApi().upload_folder(repo_id=repo, folder_path=later)
-        return found
+        return checkpoint
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoint, "open", open_and_push)
-        models = opened(Recipe.from_dict({"models": [repo, f"{repo}@main", repo], "align": False})).models
+        models = open_models(Recipe.from_dict({"models": [repo, f"{repo}@main", repo], "align": False})).models
     assert HUB.repo(repo).resolve("main") != first
-    assert [one.commit for one in models] == [first] * 3
-    assert all(same_tensors(one, model) for one in models)
+    assert [checkpoint.commit for checkpoint in models] == [first] * 3
+    assert all(same_tensors(checkpoint, model) for checkpoint in models)
     assert Checkpoint.open(repo).commit == HUB.repo(repo).resolve("main")
     assert same_tensors(Checkpoint.open(f"{repo}@{first}"), model)
     assert same_tensors(repo, moved)
 
 
 def test_what_is_made_of_one_model_keeps_its_commit_and_a_merge_has_none(model, tmp_path):
-    repo, commit = pushed(model, tmp_path)
+    repo, commit = push_model(model, tmp_path)
     checkpoint = Checkpoint.open(repo)
     assert (checkpoint.commit, checkpoint.name) == (commit, repo)
     assert moved_copy(checkpoint)[0].commit == commit
@@ -85,21 +85,21 @@ def test_what_is_made_of_one_model_keeps_its_commit_and_a_merge_has_none(model, 
 
 def test_only_what_is_needed_is_asked_for_and_its_card_stays_there(model, tmp_path):
     others = {"flax_model.msgpack": "x", "model.fp16.safetensors": "x", "training_args.bin": "x", "optimizer.pt": "x"}
-    repo, _ = pushed(model, tmp_path, README_md="---\nlicense: mit\n---\n", LICENSE="MIT", **others)
+    repo, _ = push_model(model, tmp_path, README_md="---\nlicense: mit\n---\n", LICENSE="MIT", **others)
     since = len(HUB.requests)
     checkpoint = Checkpoint.open(repo)
-    fetched = {path.rpartition("/")[2] for path in asked(since, "/resolve/")}
+    fetched = {path.rpartition("/")[2] for path in requests_since(since, "/resolve/")}
     assert fetched >= {"config.json", "model.safetensors", "README.md", "LICENSE"}
     assert not fetched & others.keys()
     out = checkpoint.save(tmp_path / "out")
     assert not {"README.md", "LICENSE"} & {file.name for file in out.iterdir()}
     since = len(HUB.requests)
     Checkpoint.open(repo)
-    assert not asked(since, "/resolve/")
+    assert not requests_since(since, "/resolve/")
 
 
 def test_the_folders_of_a_repository_are_those_of_a_folder(model, tmp_path):
-    """A part of a sentence transformer goes along, wherever it lies; a tokenizer beside other weights does not."""
+    """A part of a sentence transformer is copied wherever it is; a tokenizer beside other weights is not."""
     there = Checkpoint.open(model).save(tmp_path / "up")
     goes_along = ("1_Pooling/config.json", "additional_chat_templates/tool.jinja", "tokenizer.json")
     stays = ("onnx/tokenizer.json", "onnx/model.onnx", "checkpoint-5/config.json", "checkpoint-5/optimizer.pt")
@@ -109,35 +109,37 @@ def test_the_folders_of_a_repository_are_those_of_a_folder(model, tmp_path):
     repo = f"org/in-{next(COUNT)}"
     HfApi().create_repo(repo)
     HfApi().upload_folder(repo_id=repo, folder_path=there)
-    found = Checkpoint.open(repo).folder
-    fetched = {file.relative_to(found).as_posix() for file in found.rglob("*") if file.is_file()}
+    folder = Checkpoint.open(repo).folder
+    fetched = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
     assert fetched == {"config.json", "generation_config.json", "model.safetensors", *goes_along}
-    assert [f.relative_to(found) for f in side_files(found)] == [f.relative_to(there) for f in side_files(there)]
+    assert [f.relative_to(folder) for f in list_side_files(folder)] == [
+        f.relative_to(there) for f in list_side_files(there)
+    ]
 
 
 def test_shards_are_fetched_and_pinned(model, tmp_path):
-    repo, commit = pushed(model, tmp_path, shards="20KB")
+    repo, commit = push_model(model, tmp_path, shards="20KB")
     assert len([file for file in HUB.repo(repo).files(commit)[1] if file.endswith(".safetensors")]) > 2
     assert same_tensors(Checkpoint.open(repo), model)
-    planned = Checkpoint.open(pushed(model, tmp_path, shards="20KB")[0], values=False)
+    planned = Checkpoint.open(push_model(model, tmp_path, shards="20KB")[0], values=False)
     assert planned.shapes() == Checkpoint.open(model).shapes()
 
 
 def test_planning_fetches_no_weights(model, tmp_path):
-    repo, commit = pushed(model, tmp_path)
+    repo, commit = push_model(model, tmp_path)
     size = HUB.repo(repo).files(commit)[1]["model.safetensors"].size
     since = len(HUB.requests)
     planned = Checkpoint.open(repo, values=False)
     assert planned.shapes() == Checkpoint.open(model).shapes()
     assert planned.dtypes == Checkpoint.open(model).dtypes
     assert not list(planned.folder.glob("*.safetensors"))
-    assert size <= reading.to_download(repo, commit, planned.folder) < size + 10_000
-    with pytest.raises(CheckpointError, match="only shapes of"):
+    assert size <= reading.bytes_to_download(repo, commit, planned.folder) < size + 10_000
+    with pytest.raises(CheckpointError, match="was opened for planning"):
         next(iter(planned.tensors.values()))
     Checkpoint.open(repo)
-    assert reading.to_download(repo, commit, planned.folder) == 0
+    assert reading.bytes_to_download(repo, commit, planned.folder) == 0
     assert same_tensors(Checkpoint.open(repo, values=False), model), "what is here is read"
-    assert [r for r in asked(since, "/_lfs/get/") if r.startswith("GET")], "downloads are seen here"
+    assert [r for r in requests_since(since, "/_lfs/get/") if r.startswith("GET")], "downloads are recorded here"
 
 
 def test_old_files_say_no_shapes_before_they_are_here(model, tmp_path):
@@ -146,7 +148,7 @@ def test_old_files_say_no_shapes_before_they_are_here(model, tmp_path):
     model.config.save_pretrained(tmp_path)
     HfApi().create_repo(repo)
     HfApi().upload_folder(repo_id=repo, folder_path=tmp_path)
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin, which say no shapes before they are here"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin, whose shapes cannot be read remotely"):
         Checkpoint.open(repo, values=False)
     assert same_tensors(repo, model)
     assert same_tensors(Checkpoint.open(repo, values=False), model)
@@ -154,7 +156,7 @@ def test_old_files_say_no_shapes_before_they_are_here(model, tmp_path):
 
 @pytest.mark.parametrize("wanted", [False, True])
 def test_progress_bars_are_shown_where_they_are_wanted(wanted, model, tmp_path, monkeypatch):
-    repo, _ = pushed(model, tmp_path)
+    repo, _ = push_model(model, tmp_path)
     bars = sys.modules["huggingface_hub.utils.tqdm"]  # a class of that name hides it
     monkeypatch.setattr(bars, "HF_HUB_DISABLE_PROGRESS_BARS", None)
     monkeypatch.setattr(bars, "progress_bar_states", {})
@@ -172,8 +174,8 @@ def test_progress_bars_are_shown_where_they_are_wanted(wanted, model, tmp_path, 
     assert not are_progress_bars_disabled()
 
 
-def refused(kind, act):
-    """What an error says; nowhere in it, nor in what caused it, is a token."""
+def expect_error(kind, act):
+    """Return the message of the error that `act` raises, after checking that it and its causes contain no token."""
     with pytest.raises(kind) as caught:
         act()
     shown = caught.value
@@ -185,61 +187,61 @@ def refused(kind, act):
 
 
 def test_there_is_no_such_revision(model, tmp_path):
-    repo, commit = pushed(model, tmp_path)
+    repo, commit = push_model(model, tmp_path)
     HfApi().create_tag(repo, tag="v1.0")
     for wrong, hint in (
         ("mian", "did you mean 'main'"),
         ("v1.1", "did you mean 'v1.0'"),
         ("0" * 40, "known: main, v1"),
     ):
-        said = refused(HubError, lambda wrong=wrong: Checkpoint.open(f"{repo}@{wrong}"))
-        assert f"{repo} has no revision '{wrong}'" in said
-        assert hint in said
+        error = expect_error(HubError, lambda wrong=wrong: Checkpoint.open(f"{repo}@{wrong}"))
+        assert f"{repo} has no revision '{wrong}'" in error
+        assert hint in error
     assert Checkpoint.open(f"{repo}@v1.0").commit == commit
 
 
 def test_there_is_no_such_repository_or_not_for_everybody(model, tmp_path):
-    repo, _ = pushed(model, tmp_path)
+    repo, _ = push_model(model, tmp_path)
     HUB.repo(repo).private = True
     for name, token in (("org/none", None), (repo, "hf_wrong0123456789abcdefghijkl")):
-        said = refused(CheckpointError, lambda name=name, token=token: Checkpoint.open(name, token=token))
-        assert f"'{name}' is neither a folder here nor a repository" in said
-        assert "hf auth login" in said
+        error = expect_error(CheckpointError, lambda name=name, token=token: Checkpoint.open(name, token=token))
+        assert f"'{name}' is neither a folder here nor a repository" in error
+        assert "hf auth login" in error
     assert same_tensors(Checkpoint.open(repo), model)
 
 
 def test_gated_repositories_say_where_their_terms_are(model, tmp_path):
-    repo, _ = pushed(model, tmp_path)
+    repo, _ = push_model(model, tmp_path)
     HUB.gated["models", repo] = set()
-    said = refused(HubError, lambda: Checkpoint.open(repo))
-    assert f"accept its terms at {HUB.url}/{repo}, then log in" in said
-    assert "accept its terms" in refused(HubError, lambda: Checkpoint.open(repo, values=False))
+    error = expect_error(HubError, lambda: Checkpoint.open(repo))
+    assert f"accept its terms at {HUB.url}/{repo}, then log in" in error
+    assert "accept its terms" in expect_error(HubError, lambda: Checkpoint.open(repo, values=False))
     HUB.gated["models", repo].add(HUB.token)
     assert same_tensors(Checkpoint.open(repo), model)
 
 
 def test_expired_and_impossible_tokens(model, tmp_path):
-    repo, _ = pushed(model, tmp_path)
+    repo, _ = push_model(model, tmp_path)
     HUB.expired.add("hf_expired0123456789abcdefghij")
-    said = refused(HubError, lambda: Checkpoint.open(repo, token="hf_expired0123456789abcdefghij"))
-    assert "invalid or has expired" in said
-    assert f"{HUB.url}/settings/tokens" in said
+    error = expect_error(HubError, lambda: Checkpoint.open(repo, token="hf_expired0123456789abcdefghij"))
+    assert "invalid or has expired" in error
+    assert f"{HUB.url}/settings/tokens" in error
     since = len(HUB.requests)
     for token in ("hf_wrong\nX: y", "hf_wrongé", "hf wrong"):
-        assert "characters" in refused(HubError, lambda token=token: Checkpoint.open(repo, token=token))
-    assert not asked(since)
+        assert "characters" in expect_error(HubError, lambda token=token: Checkpoint.open(repo, token=token))
+    assert not requests_since(since)
 
 
 def test_a_fault_of_the_hub_is_called_one(model, tmp_path, at_once):
-    repo, commit = pushed(model, tmp_path)
+    repo, commit = push_model(model, tmp_path)
     for place in (f"GET /api/models/{repo}/revision", f"GET /api/models/{repo}/tree", "GET .*config.json"):
         HUB.fail_next += [(re.compile(place), 503)] * 9
-        said = refused(HubError, lambda: Checkpoint.open(repo, revision="main"))
+        error = expect_error(HubError, lambda: Checkpoint.open(repo, revision="main"))
         HUB.fail_next.clear()
-        assert "a fault of its own (503); run it again later" in said
+        assert "a server error (503); run it again later" in error
     assert Checkpoint.open(repo).commit == commit
     HUB.fail_next += [(re.compile(f"GET /api/models/{repo}$"), 503)] * 9
-    assert Checkpoint.open(repo).commit == commit, "what was seen last is in the cache"
+    assert Checkpoint.open(repo).commit == commit, "the last known commit is in the cache"
     HUB.fail_next.clear()
 
 
@@ -248,36 +250,36 @@ def test_a_repository_without_weights(tmp_path):
     HfApi().create_repo(repo)
     HfApi().upload_file(repo_id=repo, path_or_fileobj=b"{}", path_in_repo="config.json")
     for values in (True, False):
-        said = refused(CheckpointError, lambda values=values: Checkpoint.open(repo, values=values))
-        assert f"{repo} has no weights that can be merged" in said
-        assert "config.json" in said
+        error = expect_error(CheckpointError, lambda values=values: Checkpoint.open(repo, values=values))
+        assert f"{repo} has no weights that can be merged" in error
+        assert "config.json" in error
 
 
 def test_a_broken_download_goes_on_where_it_was(model, tmp_path, at_once):
-    repo, commit = pushed(model, tmp_path, shards="20KB")
+    repo, commit = push_model(model, tmp_path, shards="20KB")
     shards = [file for file in HUB.repo(repo).files(commit)[1] if file.endswith(".safetensors")]
     HUB.cut[shards[-1]] = 100
     try:
-        said = refused(HubError, lambda: Checkpoint.open(repo))
+        error = expect_error(HubError, lambda: Checkpoint.open(repo))
     finally:
         HUB.cut.clear()
-    assert f"cannot read {repo}@{commit}: the transfer broke off" in said
-    assert "run it again" in said
+    assert f"cannot read {repo}@{commit}: the transfer broke off" in error
+    assert "run it again" in error
     since = len(HUB.requests)
     assert same_tensors(Checkpoint.open(repo), model)
-    fetched = [path.rpartition("/")[2] for path in asked(since, "/_lfs/get/") if path.startswith("GET")]
+    fetched = [path.rpartition("/")[2] for path in requests_since(since, "/_lfs/get/") if path.startswith("GET")]
     assert 1 <= len(fetched) < len(shards)
     assert shards[-1] in fetched
 
 
 def test_a_full_disk_is_called_one(model, tmp_path, monkeypatch):
-    repo, _ = pushed(model, tmp_path)
+    repo, _ = push_model(model, tmp_path)
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device", "blobs/x")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
-    assert "the disk is full (blobs/x)" in refused(NoSpaceError, lambda: Checkpoint.open(repo))
+    assert "the disk is full (blobs/x)" in expect_error(NoSpaceError, lambda: Checkpoint.open(repo))
 
 
 OFFLINE = """
@@ -294,11 +296,11 @@ for name in sys.argv[1:]:
 
 
 def test_without_a_connection_the_cache_is_what_there_is(model, tmp_path):
-    """Offline by choice and by accident; a model of which only shapes were looked at is not in the cache."""
-    repo, commit = pushed(model, tmp_path, README_md="x")
-    half, _ = pushed(model, tmp_path)
+    """Offline by choice and by accident; a model of which only shapes were read is not in the cache."""
+    repo, commit = push_model(model, tmp_path, README_md="x")
+    half, _ = push_model(model, tmp_path)
     total = sum(t.double().sum().item() for t in Checkpoint.open(repo).tensors.values())
-    (Checkpoint.open(repo).folder / "README.md").unlink()  # fetched by somebody who did not care for it
+    (Checkpoint.open(repo).folder / "README.md").unlink()  # fetched by another client without it
     Checkpoint.open(half, values=False)
     for change, why in (
         ({"HF_HUB_OFFLINE": "1"}, "offline (HF_HUB_OFFLINE is set)"),
@@ -308,6 +310,6 @@ def test_without_a_connection_the_cache_is_what_there_is(model, tmp_path):
         run = subprocess.run(command, env=os.environ | change, cwd=ROOT, capture_output=True, text=True, check=True)
         known, pinned, shapes, none = run.stdout.splitlines()
         assert known == pinned == f"{commit} {total}"
-        for said in (shapes, none):
-            assert said.startswith("HubError cannot read org/")
-            assert f"it is not in the cache, and {why}" in said
+        for error in (shapes, none):
+            assert error.startswith("HubError cannot read org/")
+            assert f"it is not in the cache, and {why}" in error

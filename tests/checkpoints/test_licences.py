@@ -1,8 +1,8 @@
-"""Licences: what cards say, and what a merge then has."""
+"""Licences: those declared in cards, and those of merges."""
 
 import pytest
 
-from hf_rebasin.checkpoints.licences import Licence, Unreadable, licence_of, outcome
+from hf_rebasin.checkpoints.licences import Licence, UnreadableLicence, find_licence, merged_licence
 from hf_rebasin.errors import OptionError
 
 MIT, APACHE = Licence("mit"), Licence("apache-2.0")
@@ -30,20 +30,20 @@ GEMMA, OWN = Licence("other", "gemma-terms", "https://x.y/terms"), Licence("othe
 )
 def test_what_a_card_says(card, licence, tmp_path):
     (tmp_path / "README.md").write_bytes(card if isinstance(card, bytes) else card.encode())
-    found = licence_of(tmp_path)
+    declared = find_licence(tmp_path)
     if isinstance(licence, str):
-        assert isinstance(found, Unreadable)
-        assert licence in found.why
+        assert isinstance(declared, UnreadableLicence)
+        assert licence in declared.why
     else:
-        assert found == licence
+        assert declared == licence
 
 
 def test_no_card_says_nothing(tmp_path):
-    assert licence_of(tmp_path) is None
-    assert licence_of(tmp_path, {"a": MIT, "b": MIT}) == MIT, "what it was made of does"
-    assert licence_of(tmp_path, {"a": MIT, "b": APACHE}) is None
+    assert find_licence(tmp_path) is None
+    assert find_licence(tmp_path, {"a": MIT, "b": MIT}) == MIT, "what it was made of does"
+    assert find_licence(tmp_path, {"a": MIT, "b": APACHE}) is None
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
-    assert licence_of(tmp_path, {"a": MIT, "b": MIT}) == APACHE
+    assert find_licence(tmp_path, {"a": MIT, "b": MIT}) == APACHE
 
 
 @pytest.mark.parametrize(
@@ -58,24 +58,27 @@ def test_no_card_says_nothing(tmp_path):
         ({"a": GEMMA, "b": OWN}, None),
         ({"a": Licence("other"), "b": Licence("other")}, None),
         ({"a": Licence("unknown"), "b": Licence("unknown")}, None),
-        ({"a": MIT, "b": Unreadable("no YAML")}, None),
+        ({"a": MIT, "b": UnreadableLicence("no YAML")}, None),
     ],
 )
 def test_what_a_merge_has(models, licence):
-    found = outcome(models)
-    assert found.licence == licence
-    assert found.refused == (licence is None)
-    assert not found.named
-    if found.refused:
-        assert all(f"{name}: {'none said' if said is None else said}" in found.text for name, said in models.items())
-        assert "until you name one" in found.text
+    outcome = merged_licence(models)
+    assert outcome.licence == licence
+    assert outcome.refused == (licence is None)
+    assert not outcome.named
+    if outcome.refused:
+        assert all(
+            f"{name}: {'none said' if declared is None else declared}" in outcome.text
+            for name, declared in models.items()
+        )
+        assert "until you name one" in outcome.text
 
 
 def test_what_the_publisher_names_stands_beside_what_the_models_say():
-    found = outcome({"a": MIT, "b": None}, "Apache-2.0")
-    assert found.text == "inputs: a: mit, b: none said; named by the publisher: apache-2.0"
-    assert (found.licence, found.named, found.refused) == (APACHE, True, False)
-    assert outcome({"a": MIT}, OWN).licence == OWN
+    outcome = merged_licence({"a": MIT, "b": None}, "Apache-2.0")
+    assert outcome.text == "inputs: a: mit, b: none said; named by the publisher: apache-2.0"
+    assert (outcome.licence, outcome.named, outcome.refused) == (APACHE, True, False)
+    assert merged_licence({"a": MIT}, OWN).licence == OWN
     for wrong in ("", "my own", "MIT License", "other", "unknown", "a/b"):
         with pytest.raises(OptionError, match="licence"):
-            outcome({"a": MIT}, wrong)
+            merged_licence({"a": MIT}, wrong)

@@ -1,4 +1,4 @@
-"""Broken and hostile recipes, models and alignments: 200 drawn cases each, and that what must not be would be seen.
+"""Broken and hostile recipes, models and alignments: 200 random cases each, and faults in checks would be noticed.
 
 `python scripts/fuzz.py` tries thousands.
 """
@@ -18,9 +18,9 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from fuzzing import World, case, run
+from fuzzing import World, run, run_case
 from mutating import CHECKPOINTS, RECIPES
-from mutating_recipes import recipe_text
+from mutating_recipes import make_recipe_text
 
 from hf_rebasin.checkpoints import folder
 from hf_rebasin.checkpoints import tensor_files as files
@@ -34,7 +34,7 @@ MERGE = ("merge", "a", "b", "-o", "out", "--no-align")
 
 @pytest.fixture(scope="session")
 def good(tmp_path_factory):
-    return fuzzing.build(tmp_path_factory.mktemp("fuzz") / "good")
+    return fuzzing.build_inputs(tmp_path_factory.mktemp("fuzz") / "good")
 
 
 @pytest.fixture
@@ -48,13 +48,13 @@ MORE = [pytest.param(start, marks=pytest.mark.slow) for start in range(80, 200, 
 @pytest.mark.parametrize("start", [0, 20, 40, 60, *MORE])
 @pytest.mark.parametrize("kind", ["recipe", "checkpoint"])
 def test_drawn_cases(kind, start, good, tmp_path):
-    outcomes = [case(kind, seed, good, tmp_path / f"{seed}") for seed in range(start, start + 20)]
-    assert not [str(one) for one in outcomes if one.violations]
-    assert 1 in {one.status for one in outcomes}, "some are refused"
+    outcomes = [run_case(kind, seed, good, tmp_path / f"{seed}") for seed in range(start, start + 20)]
+    assert not [str(outcome) for outcome in outcomes if outcome.violations]
+    assert 1 in {outcome.status for outcome in outcomes}, "some are refused"
 
 
 def test_what_is_good_passes(good, tmp_path):
-    """No case is refused because its surroundings are."""
+    """Negative control: unchanged cases are accepted."""
     tried = [("one", command) for command in set(fuzzing.COMMANDS)] + [(form, MERGE) for form in fuzzing.FORMS]
     for number, (form, command) in enumerate(tried):
         outcome = run(World(tmp_path / f"{number}", good, form), command)
@@ -71,7 +71,7 @@ def test_forms_are_what_they_are_called(good):
 
 def test_the_same_seed_is_the_same_case(good, tmp_path):
     for kind in ("recipe", "checkpoint"):
-        one, other = (case(kind, 7, good, tmp_path / "same") for _ in range(2))
+        one, other = (run_case(kind, 7, good, tmp_path / "same") for _ in range(2))
         assert (one.mutations, one.command, one.status) == (other.mutations, other.command, other.status)
 
 
@@ -84,10 +84,10 @@ def leaves(name, text="x"):
     return entry
 
 
-def refuses(before=lambda: None, says="error: it failed"):
+def refuses(before=lambda: None, message="error: it failed"):
     def entry():
         before()
-        print(says)
+        print(message)
         sys.exit(1)
 
     return entry
@@ -123,10 +123,10 @@ def after_it(change):
 PLANTED = {
     "a traceback: ZeroDivisionError": raises(ZeroDivisionError()),
     "a traceback: RecursionError": raises(RecursionError()),
-    "a traceback was printed": refuses(says="error: Traceback (most recent call last)"),
+    "a traceback was printed": refuses(message="error: Traceback (most recent call last)"),
     "a traceback was logged": refuses(log),
     "status 3": lambda: sys.exit(3),
-    "failed without a word": lambda: sys.exit(1),
+    "failed without a message": lambda: sys.exit(1),
     "work/.out.partial was made": refuses(lambda: os.mkdir(".out.partial")),
     "failed and left the output folder behind": refuses(lambda: os.mkdir("out")),
     "outside/more was made": leaves("../outside/more"),
@@ -141,10 +141,10 @@ PLANTED = {
     "ran code of the input": refuses(lambda: exec(compile("1", os.path.abspath("a/modeling_x.py"), "exec"))),
     "took more than 1 s": lambda: all(time.monotonic() for _ in range(10**9)),
     "MemoryError": lambda: bytearray(3 << 30),
-    "said 30008 characters": refuses(says="error: " + "x" * 30_000),
-    "control characters": refuses(says="error: \x1b[2J"),
-    "said what is in a file": refuses(says=f"error: {fuzzing.SECRET}"),
-    "was copied to tokenizer.json": after_it(lambda: shutil.copy("../outside/secret.txt", "out/tokenizer.json")),
+    "printed 30008 characters": refuses(message="error: " + "x" * 30_000),
+    "control characters": refuses(message="error: \x1b[2J"),
+    "printed the contents of another program's file": refuses(message=f"error: {fuzzing.SECRET}"),
+    "were copied to tokenizer.json": after_it(lambda: shutil.copy("../outside/secret.txt", "out/tokenizer.json")),
     "cannot be opened": after_it(lambda: os.unlink("out/model.safetensors")),
     "has other tensors than its model": after_it(lambda: write_file(Path("out/model.safetensors"), {}, id)),
     "succeeded and wrote nothing": lambda: None,
@@ -154,18 +154,18 @@ PLANTED = {
 @pytest.mark.parametrize("violation", PLANTED)
 def test_what_must_not_be_is_seen(violation, world):
     outcome = run(world, MERGE, entry=PLANTED[violation], seconds=1)
-    assert any(one in str(outcome.violations) for one in violation.split("|")), str(outcome)
+    assert any(part in str(outcome.violations) for part in violation.split("|")), str(outcome)
 
 
 def left_there(*_, **__):
-    """Instead of `shutil.rmtree`."""
+    """Do nothing, instead of `shutil.rmtree`."""
 
 
-FAULTS = {  # what is taken out of the package, the mutation that needs it, and what is seen
-    "links": (folder, "_in_a_cache", lambda *_: True, "side_file_elsewhere", "another program was copied"),
+FAULTS = {  # (the check that is removed, the mutation that it guards against, the report)
+    "links": (folder, "_in_hub_cache", lambda *_: True, "side_file_elsewhere", "another program's file were copied"),
     "pickles": (
         files,
-        "_unpickled",
+        "_unpickle",
         lambda path, lazily: torch.load(path, weights_only=False),
         "pickled_code",
         " ran",
@@ -178,31 +178,34 @@ FAULTS = {  # what is taken out of the package, the mutation that needs it, and 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_of_the_package_is_found(fault, good, tmp_path, monkeypatch):
-    """With a check taken out of the package, the mutation that it is for is seen to do harm."""
-    place, name, instead, mutation, seen = FAULTS[fault]
-    found = ""
+    """Without a check of the package, the mutation that it guards against is reported."""
+    owner, name, instead, mutation, seen = FAULTS[fault]
+    violations = ""
     with monkeypatch.context() as patch:
-        patch.setattr(place, name, instead)
+        patch.setattr(owner, name, instead)
         for seed in range(60):
             r, world = (
                 random.Random(seed),
                 World(tmp_path / f"{seed}", good, "pickle" if fault == "pickles" else "one"),
             )
             if mutation in RECIPES:
-                (world.work / "recipe.yaml").write_bytes(recipe_text(r, world, [RECIPES[mutation]]))
-                found += str(run(world, ("merge", "recipe.yaml", "-o", "out"), seconds=1).violations)
+                (world.work / "recipe.yaml").write_bytes(make_recipe_text(r, world, [RECIPES[mutation]]))
+                violations += str(run(world, ("merge", "recipe.yaml", "-o", "out"), seconds=1).violations)
             else:
                 CHECKPOINTS[mutation](r, world, world.work / "a")
-                found += str(run(world, MERGE).violations)
-            if seen in found:
+                violations += str(run(world, MERGE).violations)
+            if seen in violations:
                 return
-    raise AssertionError(found or "nothing was seen")
+    raise AssertionError(violations or "nothing was seen")
 
 
 def test_the_script_says_what_it_tried(good):
     script = runpy.run_path(str(ROOT / "scripts" / "fuzz.py"))
-    found = [fuzzing.Outcome(("cut",), MERGE, 1, "", ()), fuzzing.Outcome(("cut", "shape"), MERGE, 0, "", ("bad",))]
-    assert list(script["summary"](found)) == [
+    outcomes = [
+        fuzzing.Outcome(mutations=mutations, command=MERGE, status=status, printed="", violations=violations)
+        for mutations, status, violations in ((("cut",), 1, ()), (("cut", "shape"), 0, ("bad",)))
+    ]
+    assert list(script["summarise"](outcomes)) == [
         "mutation  cases  refused  succeeded  violations",
         "cut           2        1          1           1",
         "shape         1        0          1           1",

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, distance
-from published import called, commits, processor, pushed, pushed_digits, there, vit
+from published import commit_titles, processor, push_digits, push_parts, repository_files, run_ok, vit
 
 from hf_rebasin import Alignment
 
@@ -25,7 +25,7 @@ RECIPE = {
 
 
 def launched(*arguments, processes=2):
-    """(exit status, standard output, standard error, seconds) of the script in several processes, on CPUs."""
+    """Run the script in several processes on CPUs; return status, standard output, standard error and seconds."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines=1", "--mixed_precision=no"]
     launch += ["--dynamo_backend=no", "--multi_gpu", f"--num_processes={processes}", str(SCRIPT)]
     since = time.monotonic()
@@ -34,7 +34,7 @@ def launched(*arguments, processes=2):
 
 
 def test_the_script_takes_what_the_command_line_takes():
-    arguments = runpy.run_path(str(SCRIPT))["arguments"]
+    arguments = runpy.run_path(str(SCRIPT))["merge_arguments"]
     assert arguments(["--recipe", "x.yaml", "-o", "out"]) == ["merge", "x.yaml", "-o", "out"]
     assert arguments(["-o", "out", "--recipe=a=b.yaml"]) == ["merge", "-o", "out", "a=b.yaml"]
 
@@ -43,8 +43,8 @@ def test_the_script_takes_what_the_command_line_takes():
 def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("launch")
     for seed in (0, 1):
-        pushed(f"org/launched-{seed}", vit(seed), processor())
-    pushed_digits("org/launched-digits")
+        push_parts(f"org/launched-{seed}", vit(seed), processor())
+    push_digits("org/launched-digits")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     return folder / "recipe.yaml"
 
@@ -53,25 +53,25 @@ def recipe(tmp_path_factory):
 def test_two_processes_do_what_one_does(recipe, tmp_path):
     status, out, err, _ = launched("--recipe", recipe, "-o", tmp_path / "two")
     assert status == 0, err
-    said = called("merge", recipe, "-o", tmp_path / "one", "--push-to", "org/launched-by-one")
+    output = run_ok("merge", recipe, "-o", tmp_path / "one", "--push-to", "org/launched-by-one")
     for line in ("aligned org/launched-1", "merged model (linear)", "verdict: ", "published: "):
-        assert out.count(line) == said.count(line) == 1
-    assert len(out.splitlines()) == len(said.splitlines())
-    assert len(commits("org/launched")) == 2
-    assert there("org/launched").keys() == there("org/launched-by-one").keys()
+        assert out.count(line) == output.count(line) == 1
+    assert len(out.splitlines()) == len(output.splitlines())
+    assert len(commit_titles("org/launched")) == 2
+    assert repository_files("org/launched").keys() == repository_files("org/launched-by-one").keys()
     assert distance(tmp_path / "two", tmp_path / "one") < 1e-6
     two, one = (Alignment.load(tmp_path / n / "alignment.safetensors") for n in ("two", "one"))
     for name, element in one.elements.items():
-        for what, tensor in element.tensors().items():
-            other = two.elements[name].tensors()[what]
+        for field, tensor in element.tensors().items():
+            other = two.elements[name].tensors()[field]
             assert other.equal(tensor) or (tensor.is_floating_point() and torch.allclose(other, tensor, atol=1e-6))
-    assert "all" in called("verify", "org/launched")
+    assert "all" in run_ok("verify", "org/launched")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["target", "template"])
 def test_where_one_process_fails_the_others_end(recipe, tmp_path, how):
-    """The first one alone finds that the target is there, or that the card cannot be written."""
+    """Only the first one notices that the target exists, or that the card cannot be rendered."""
     (tmp_path / "out").mkdir()
     (tmp_path / "broken.j2").write_text("{{ nothing }}")
     if how == "target":
@@ -81,5 +81,5 @@ def test_where_one_process_fails_the_others_end(recipe, tmp_path, how):
     )
     assert status == 1
     assert seconds < 120
-    assert ("already there" if how == "target" else "cannot be rendered") in err
+    assert ("already exists" if how == "target" else "cannot be rendered") in err
     assert "published" not in out

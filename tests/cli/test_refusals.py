@@ -1,4 +1,4 @@
-"""What cannot be merged is refused, in a sentence that says what was found and what to do, and nothing is written."""
+"""Unfit models are refused with a message that says what was found and what to do, and nothing is written."""
 
 import json
 
@@ -28,8 +28,8 @@ def save(folder, kind="BertForSequenceClassification", seed=0, **other):
     return folder
 
 
-def said(folder, **settings):
-    """Other settings in the configuration of a folder."""
+def with_settings(folder, **settings):
+    """Change settings in the configuration of a folder."""
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
     return folder
@@ -42,7 +42,7 @@ def whole(tmp_path):
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capsys):
-    """Merges folders, in Python and on the command line, and returns what is said; nothing may be written."""
+    """Merge folders in Python and on the command line, and return the message; nothing may be written."""
 
     def call(*folders, error=(CheckpointError, MismatchError)):
         with pytest.raises(error) as caught:
@@ -54,7 +54,7 @@ def refused(tmp_path, monkeypatch, capsys):
         output = capsys.readouterr()
         assert end.value.code == 1
         assert "Traceback" not in output.out + output.err
-        # the same sentence, whatever the terminal's width makes of its spaces
+        # the same message, wherever the terminal wraps it
         assert "".join(str(caught.value).split()) in "".join((output.out + output.err).split())
         assert not [path.name for path in tmp_path.iterdir() if "out" in path.name], "nothing is written"
         return str(caught.value)
@@ -64,7 +64,7 @@ def refused(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def adapter(tmp_path):
-    """What peft writes for LoRA: low-rank factors beside a file that names the base model."""
+    """Write a folder as peft does for LoRA: low-rank factors beside a file that names the base model."""
     folder = tmp_path / "adapter"
     folder.mkdir()
     settings = {"peft_type": "LORA", "base_model_name_or_path": "somebody/base", "r": 2, "lora_alpha": 4}
@@ -80,7 +80,7 @@ def adapter(tmp_path):
 
 @pytest.mark.parametrize("order", ["adapter whole", "whole adapter", "adapter adapter"])
 def test_adapters_have_to_be_merged_into_their_base_first(adapter, whole, refused, order):
-    """A mean of factors is no factor of the mean: (A + A')(B + B') has terms that neither model has."""
+    """The product of means is not the mean of products: (A + A')(B + B') has terms that neither model has."""
     words = refused(*({"adapter": adapter, "whole": whole}[one] for one in order.split()))
     assert str(adapter) in words
     assert "adapter" in words.replace(str(adapter), "")
@@ -99,9 +99,9 @@ QUANTISED = {
 @pytest.mark.parametrize("model_type", ["bert", "of-tomorrow"])
 @pytest.mark.parametrize("settings", QUANTISED.values(), ids=QUANTISED)
 def test_quantised_models_are_known_by_their_configuration(tmp_path, whole, refused, settings, model_type):
-    other = said(save(tmp_path / "quantised", seed=1), quantization_config=settings)
+    other = with_settings(save(tmp_path / "quantised", seed=1), quantization_config=settings)
     for folder in (other, whole):
-        said(folder, model_type=model_type)
+        with_settings(folder, model_type=model_type)
     for models in ((other, other), (other, whole), (whole, other)):
         words = refused(*models, error=CheckpointError)
         assert f"{other} is quantised" in words
@@ -109,7 +109,7 @@ def test_quantised_models_are_known_by_their_configuration(tmp_path, whole, refu
 
 
 def packed(kind, seed):
-    """The tensors of one quantised linear map of 16 inputs and 16 outputs, as the libraries store them."""
+    """Return the tensors of a quantised linear map of 16 inputs and 16 outputs, as the libraries store them."""
     g = torch.Generator().manual_seed(seed)
     half = torch.rand(2, 16, generator=g).half()
 
@@ -137,8 +137,8 @@ def packed(kind, seed):
 
 @pytest.mark.parametrize("same", [False, True], ids=["other integers", "the same integers"])
 @pytest.mark.parametrize("kind", ["gptq", "awq", "nf4", "int8", "fp8", "compressed"])
-def test_quantised_models_are_known_by_their_keys(tmp_path, refused, kind, same):
-    """Files alone, no configuration. With the same integers and other scales a mean would look right, and be wrong."""
+def test_quantised_models_are_recognised_by_their_keys(tmp_path, refused, kind, same):
+    """Without a configuration; with equal integers and different scales a mean would look right, and be wrong."""
     folders = []
     for seed, name in enumerate("ab"):
         (tmp_path / name).mkdir()
@@ -167,7 +167,7 @@ def test_other_numbers_of_classes(tmp_path, refused, configuration):
 
 
 def test_other_numbers_of_heads(tmp_path, refused):
-    """All shapes are the same, so the configuration alone says it."""
+    """All shapes are equal, so only the configuration shows it."""
     a, b = (save(tmp_path / f"{n}-heads", num_attention_heads=n) for n in (2, 4))
     assert {k: t.shape for k, t in load_file(a / "model.safetensors").items()} == {
         k: t.shape for k, t in load_file(b / "model.safetensors").items()
@@ -176,7 +176,7 @@ def test_other_numbers_of_heads(tmp_path, refused):
 
 
 def test_other_numbers_of_heads_of_a_type_that_nobody_knows(tmp_path, refused):
-    a, b = (said(save(tmp_path / str(n), num_attention_heads=n), model_type="of-tomorrow") for n in (2, 4))
+    a, b = (with_settings(save(tmp_path / str(n), num_attention_heads=n), model_type="of-tomorrow") for n in (2, 4))
     assert "num_attention_heads is 4, not 2" in refused(a, b, error=MismatchError)
 
 
@@ -190,13 +190,13 @@ def test_other_numbers_of_heads_of_a_type_that_nobody_knows(tmp_path, refused):
     ],
 )
 def test_other_sizes(tmp_path, refused, setting, one, other, key, shapes):
-    """By the configuration where there is one, by keys and shapes where there is none."""
+    """By the configuration if there is one, and otherwise by keys and shapes."""
     a, b = (save(tmp_path / f"{setting}-{n}", **{setting: n}) for n in (one, other))
     assert f"{setting} is {other}, not {one}" in refused(a, b, error=MismatchError)
     for folder in (a, b):
         (folder / "config.json").unlink()
     words = refused(a, b, error=MismatchError)
-    if setting != "hidden_size":  # which changes nearly every tensor, so that only the first few are named
+    if setting != "hidden_size":  # nearly all tensors differ, so only the first few are named
         assert key in words
         assert all(shape in words for shape in shapes)
     assert all(str(folder) in words for folder in (a, b))

@@ -1,4 +1,4 @@
-"""The interface of the rebasin package: its example with only the import changed, and what every class promises."""
+"""The interface of the rebasin package: its example with only the import changed, and the promises of each class."""
 
 import copy
 import runpy
@@ -63,7 +63,7 @@ lerp.best_model
 
 
 class Net(nn.Module):
-    """Two convolutions with BatchNorm, a convolution's channels flattened with their places, a hidden layer."""
+    """Two convolutions with BatchNorm, channels flattened together with positions, and a hidden layer."""
 
     def __init__(self):
         super().__init__()
@@ -78,7 +78,7 @@ class Net(nn.Module):
 
 
 def net(seed, trained=True):
-    """A Net with statistics of its own."""
+    """Return a Net, by default with BatchNorm statistics of some data."""
     torch.manual_seed(seed)
     model = Net()
     if trained:
@@ -87,8 +87,8 @@ def net(seed, trained=True):
     return model.eval()
 
 
-def in_other_order(model, seed):
-    """The same function with its channels and hidden units in another order, by hand."""
+def permute_by_hand(model, seed):
+    """Return a copy with the same function, its channels and hidden units permuted."""
     generator = torch.Generator().manual_seed(seed)
     p, q, r = (torch.randperm(n, generator=generator) for n in (8, 12, 16))
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -117,18 +117,18 @@ X = torch.randn(4, 1, 6, 6, generator=torch.Generator().manual_seed(0))
 
 @torch.no_grad()
 def norm(model, device=None):
-    """A metric that tells models apart."""
+    """Return a metric that tells models apart."""
     return sum(parameter.double().square().sum().item() for parameter in model.parameters())
 
 
-def frozen(*models):
-    """Copies, to compare with later."""
+def copy_models(*models):
+    """Return copies to compare with later."""
     return [copy.deepcopy(model) for model in models]
 
 
 @pytest.fixture
 def solutions(monkeypatch):
-    """(options, solution) of every alignment."""
+    """Record (options, solution) of every alignment."""
     calls, align = [], coordinate_descent.align
 
     def spy(fixed, moving, **options):
@@ -144,7 +144,7 @@ def solutions(monkeypatch):
 
 def test_the_example_runs_as_written():
     a, b = net(1).train(), net(2).train()
-    (a0, b0), train, val = frozen(a, b), loader(1), loader(2)
+    (a0, b0), train, val = copy_models(a, b), loader(1), loader(2)
     names = {"given": (a, b, train, val, nn.functional.cross_entropy)}
     exec(EXAMPLE.replace("= ...", "= given"), names)
     lerp = names["lerp"]
@@ -163,8 +163,8 @@ def test_the_example_runs_as_written():
 
 def test_a_planted_copy_comes_back_exactly_and_in_place():
     a = net(1)
-    b = in_other_order(a, 3)
-    a0, b0 = frozen(a, b)
+    b = permute_by_hand(a, 3)
+    a0, b0 = copy_models(a, b)
     places = {name: (tensor, tensor.data_ptr()) for name, tensor in b.state_dict(keep_vars=True).items()}
     optimizer = torch.optim.SGD(b.parameters(), 0.1)
     pcd = PermutationCoordinateDescent(a, b, X, "cpu", "cpu", False)
@@ -181,7 +181,7 @@ def test_a_planted_copy_comes_back_exactly_and_in_place():
     assert not b.training
 
 
-def test_what_is_no_tensor_of_the_moved_model_stays():
+def test_only_tensors_of_the_moved_model_change():
     a, b = net(1), net(2).train()
     b.norm2.eval()
     b.conv1.weight.requires_grad_(False)
@@ -209,12 +209,12 @@ def test_ties_stay_tied(bert):
 
 def test_permutations_are_applied_once_for_every_calculation():
     a = net(1)
-    b = in_other_order(a, 3)
+    b = permute_by_hand(a, 3)
     pcd = PermutationCoordinateDescent(a, b, X)
-    with pytest.raises(OptionError, match=r"not calculated: call calculate_permutations\(\) before"):
+    with pytest.raises(OptionError, match=r"not calculated yet: call calculate_permutations\(\) before"):
         pcd.apply_permutations()
     pcd.rebasin()
-    with pytest.raises(OptionError, match="applied already"):
+    with pytest.raises(OptionError, match="already applied"):
         pcd.apply_permutations()
     assert same_tensors(a, b)
     pcd.rebasin()  # from where it is now
@@ -240,8 +240,8 @@ def test_options_go_to_align(solutions):
 @pytest.mark.parametrize("seed", range(3))
 def test_copies_in_many_orders_merge_into_the_one_model(seed):
     a = net(1)
-    models = [a, *(in_other_order(a, i) for i in range(4))]
-    before = frozen(*models)
+    models = [a, *(permute_by_hand(a, i) for i in range(4))]
+    before = copy_models(*models)
     working = net(9)
     places = [parameter.data_ptr() for parameter in working.parameters()]
     merge = MergeMany(models, working, X, seed=seed)
@@ -260,21 +260,21 @@ def test_models_with_a_table_need_no_inputs(family):
 
 def test_unrelated_models_come_closer_the_same_way_for_the_same_seed():
     models = [net(seed) for seed in range(5)]
-    before = frozen(*models)
-    plain, one, two, first = (
+    before = copy_models(*models)
+    plain, result, again, first = (
         MergeMany(models, Net(), X, device, seed=seed).run(iterations)
         for iterations, device, seed in ((0, None, 0), (100, None, 0), (100, "cpu", 0), (1, None, 0))
     )
-    assert same_tensors(one, two)
-    assert not same_tensors(one, plain)
-    assert norm(one) > norm(plain)  # the mean is long where models point the same way
-    assert norm(one) >= norm(first)  # and no sweep makes it shorter
+    assert same_tensors(result, again)
+    assert not same_tensors(result, plain)
+    assert norm(result) > norm(plain)  # the mean of models that point the same way is long
+    assert norm(result) >= norm(first)  # and no sweep makes it shorter
     assert all(same_tensors(model, old) for model, old in zip(models, before, strict=True))
 
 
 def test_models_are_aligned_until_none_moves(solutions):
     a = net(1)
-    MergeMany([a, in_other_order(a, 1), in_other_order(a, 2)], Net(), X, seed=5).run(max_iterations_pcd=9)
+    MergeMany([a, permute_by_hand(a, 1), permute_by_hand(a, 2)], Net(), X, seed=5).run(max_iterations_pcd=9)
     assert [solution.status for _, solution in solutions[-3:]] == [Status.IDENTITY] * 3
     assert len(solutions) <= 3 + 3
     assert all(options["seed"] == 5 and options["max_sweeps"] == 9 for options, _ in solutions)
@@ -284,7 +284,7 @@ def test_models_are_aligned_until_none_moves(solutions):
         MergeMany([net(i) for i in range(5)], Net(), X, seed=seed, starts=1).run()
         counts.append(len(solutions))
         assert not any(solution.objective > solution.history[0] for _, solution in solutions[-5:])
-    assert max(counts) > 10  # more than the first sweep moved some
+    assert max(counts) > 10  # later sweeps moved some models, too
     assert max(counts) < 50
 
 
@@ -292,8 +292,8 @@ def test_everything_is_averaged_in_float64_but_whole_numbers():
     models = [odd(seed) for seed in (1, 2, 3)]
     working = odd(4)
     MergeMany(models, working, torch.zeros(1)).run(max_iterations=0)
-    for name, tensor in everything(working).items():
-        tensors = [everything(model)[name] for model in models]
+    for name, tensor in all_tensors(working).items():
+        tensors = [all_tensors(model)[name] for model in models]
         if name in ("count", "flags", "mask"):
             assert torch.equal(tensor, tensors[0])
         else:
@@ -306,7 +306,7 @@ def test_what_cannot_be_merged_is_refused():
     for models in ([], [a]):
         with pytest.raises(OptionError, match=f"got {len(models)} models"):
             MergeMany(models, Net(), X)
-    with pytest.raises(OptionError, match="str among them"):
+    with pytest.raises(OptionError, match=r"\(not modules: str\)"):
         MergeMany([a, "b.pt"], Net(), X)
     with pytest.raises(OptionError, match="is one of the models"):
         MergeMany([a, b], b, X)
@@ -319,7 +319,7 @@ def test_what_cannot_be_merged_is_refused():
 
 
 class Odd(nn.Module):
-    """Tensors of every kind: no weight by name, tied, half, complex, whole, not stored, expanded, infinite."""
+    """Tensors of every kind: unusually named, tied, half, complex, integer, not stored, expanded, infinite."""
 
     def __init__(self):
         super().__init__()
@@ -341,12 +341,12 @@ def odd(seed):
     return Odd()
 
 
-def everything(module):
+def all_tensors(module):
     return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers())
 
 
-def evaluated(models, steps, **options):
-    """(the models that an evaluation saw, in order, the LerpSimple)"""
+def interpolate_and_record(models, steps, **options):
+    """Return (the evaluated models, in order; the LerpSimple)."""
     seen = []
 
     def eval_fn(model, device):
@@ -379,13 +379,13 @@ def test_the_grid_has_both_ends_and_the_middle(steps):
 
 def test_everything_is_interpolated_but_whole_numbers():
     a, b = odd(1), odd(2)
-    before = frozen(a, b)
-    models, lerp = evaluated([a, b], 3)
+    before = copy_models(a, b)
+    models, lerp = interpolate_and_record([a, b], 3)
     assert list(lerp.metrics[0]) == [0, 0.25, 0.5, 0.75, 1]
     for model, t in zip([models[0], *models[2:], models[1]], lerp.metrics[0], strict=True):
         assert model.twin.weight is model.layer.weight
-        for name, tensor in everything(model).items():
-            x, y = everything(a)[name], everything(b)[name]
+        for name, tensor in all_tensors(model).items():
+            x, y = all_tensors(a)[name], all_tensors(b)[name]
             if t in (0, 1) or name in ("count", "flags", "mask"):
                 assert torch.equal(tensor, x if t <= 0.5 else y), (name, t)
             else:
@@ -395,14 +395,14 @@ def test_everything_is_interpolated_but_whole_numbers():
                     tensor, expected, rtol=1e-6 if tensor.dtype != torch.bfloat16 else 0, atol=0
                 )
     for model, old in zip((a, b), before, strict=True):
-        assert all(torch.equal(tensor, everything(old)[name]) for name, tensor in everything(model).items())
+        assert all(torch.equal(tensor, all_tensors(old)[name]) for name, tensor in all_tensors(model).items())
 
 
 def test_ends_are_the_ends_bit_for_bit():
     a, b = net(1), net(2)
     with torch.no_grad():
         a.head.bias.copy_(torch.tensor([0.0, -0.0, 1e-45]))
-    models, lerp = evaluated([a, b], 1, train_dataloader=loader(1))
+    models, lerp = interpolate_and_record([a, b], 1, train_dataloader=loader(1))
     for model, end in ((models[0], a), (models[1], b)):
         for x, y in zip(model.state_dict().values(), end.state_dict().values(), strict=True):
             assert torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8))
@@ -418,7 +418,7 @@ def test_the_best_is_kept_with_its_number():
         low, high = norm(a), norm(b)
 
         def eval_fn(model, device, sign=sign, best=best):
-            """Where a model lies between the ends, by one weight."""
+            """Return how far a model is from the best point of the line, measured by one weight."""
             x, y, z = (m.conv1.bias[0].item() for m in (a, b, model))
             return sign * ((z - x) / (y - x) - best) ** 2
 
@@ -431,7 +431,7 @@ def test_the_best_is_kept_with_its_number():
         assert (low, high) == (norm(a), norm(b))
 
 
-def test_a_number_that_is_none_is_never_the_best():
+def test_nan_is_never_the_best():
     numbers = iter([float("nan"), 3.0, float("nan"), 2.0, float("nan")])
     lerp = LerpSimple([net(1), net(2)], lambda model, device: next(numbers))
     assert lerp.best_model_name == "model_1.pt"
@@ -440,9 +440,9 @@ def test_a_number_that_is_none_is_never_the_best():
     assert lerp.best_model_name == "interp_models_0_1_perc_0.5.pt"
 
 
-def test_models_are_copies_of_which_one_and_the_best_are_kept():
+def test_only_two_copies_are_alive_the_current_and_the_best():
     a, b = net(1).train(), net(2).train()
-    before, alive, most = frozen(a, b), weakref.WeakSet(), []
+    before, alive, most = copy_models(a, b), weakref.WeakSet(), []
 
     def wreck(model, device):
         assert not model.training
@@ -471,14 +471,16 @@ def test_statistics_are_recomputed_over_all_batches(form):
         "mapping": [{"x": x} for x, _ in batches],
         "tensor": [x for x, _ in batches],
     }[form]
-    models, _ = evaluated([a, b], 1, train_dataloader=shaped, input_indices=[1] if form == "second" else 0)
+    models, _ = interpolate_and_record(
+        [a, b], 1, train_dataloader=shaped, input_indices=[1] if form == "second" else 0
+    )
     middle = models[2]
     assert middle.norm1.momentum == 0.1
     assert not middle.training
     with torch.no_grad():
         whole = middle.conv1(torch.cat([x for x, _ in batches]))
     torch.testing.assert_close(middle.norm1.running_mean, whole.mean((0, 2, 3)))
-    plain = evaluated([a, b], 1)[0][2]
+    plain = interpolate_and_record([a, b], 1)[0][2]
     torch.testing.assert_close(plain.norm1.running_mean, (a.norm1.running_mean + b.norm1.running_mean) / 2)
 
 
@@ -494,16 +496,18 @@ def test_more_than_two_models_are_a_chain():
     assert lerp.metrics[1] == single.metrics[0]
 
 
-def test_the_evaluation_is_told_the_device():
+def test_eval_fn_gets_the_device():
     for options, expected in (
         ({}, [None] * 5),
         ({"devices": ["cpu", torch.device("cpu")]}, ["cpu", torch.device("cpu"), "cpu", "cpu", torch.device("cpu")]),
         ({"device_interp": "cpu"}, [None, None, "cpu", "cpu", "cpu"]),
     ):
-        told = []
-        lerp = LerpSimple([net(1), net(2)], lambda model, device, told=told: told.append(device) or 0, **options)
+        devices = []
+        lerp = LerpSimple(
+            [net(1), net(2)], lambda model, device, devices=devices: devices.append(device) or 0, **options
+        )
         lerp.interpolate(steps=3)
-        assert told == expected
+        assert devices == expected
     meta = LerpSimple([net(1), net(2)], lambda model, device: model.conv1.weight.is_meta, devices=["meta", "cpu"])
     assert meta.metrics_models == [1, 0]
 
@@ -523,7 +527,7 @@ def test_models_are_saved_where_asked(tmp_path):
     assert same_tensors(read, lerp.best_model.state_dict())
 
 
-def test_nothing_is_said_unless_asked(capfd):
+def test_nothing_is_printed_unless_verbose(capfd):
     a, b = net(1), net(2)
     LerpSimple([a, b], norm).interpolate(steps=1)
     PermutationCoordinateDescent(a, b, X).rebasin()
@@ -531,23 +535,26 @@ def test_nothing_is_said_unless_asked(capfd):
 
 
 MISTAKES = {
-    "eval_mode": (dict(eval_mode="mim"), "no eval_mode 'mim'; did you mean 'min'"),
+    "eval_mode": (dict(eval_mode="mim"), "unknown eval_mode 'mim'; did you mean 'min'"),
     "devices": (dict(devices=["cpu"]), "got 1 devices for 2 models"),
-    "save_all": (dict(save_all=True), "save_all, but no savedir"),
-    "eval_fn": (dict(eval_fn=lambda model, device: None), "eval_fn gave NoneType for model_0; it has to return one"),
-    "vector": (dict(eval_fn=lambda model, device: torch.ones(2)), "eval_fn gave Tensor for model_0"),
+    "save_all": (dict(save_all=True), "save_all is set without savedir"),
+    "eval_fn": (
+        dict(eval_fn=lambda model, device: None),
+        "eval_fn returned NoneType for model_0; it has to return one",
+    ),
+    "vector": (dict(eval_fn=lambda model, device: torch.ones(2)), "eval_fn returned Tensor for model_0"),
     "steps": (dict(steps=-1), "got steps = -1"),
-    "batches": (dict(train_dataloader=[]), "no batch came"),
-    "models": (dict(models=[nn.Linear(1, 1)]), "got 1 models, nothing to bring together"),
+    "batches": (dict(train_dataloader=[]), "no batches to take statistics of"),
+    "models": (dict(models=[nn.Linear(1, 1)]), "got 1 models; give two or more"),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_are_named(name):
-    change, says = MISTAKES[name]
+    change, message = MISTAKES[name]
     options = {"models": [net(1), net(2)], "eval_fn": norm, "steps": 1} | change
     steps = options.pop("steps")
-    with pytest.raises(OptionError, match=says):
+    with pytest.raises(OptionError, match=message):
         interpolation.LerpSimple(**options).interpolate(steps=steps)
 
 

@@ -1,4 +1,4 @@
-"""The interface of Sinkhorn re-basin: its snippets with only the import changed, and what every class promises."""
+"""The interface of Sinkhorn re-basin: its snippets with only the import changed, and the promises of each class."""
 
 import math
 from copy import deepcopy
@@ -14,7 +14,7 @@ from hf_rebasin.compat import sinkhorn_rebasin as rebasin_net
 from hf_rebasin.compat import sinkhorn_rebasin_losses as loss
 from hf_rebasin.errors import CheckpointError, MismatchError, OptionError, SpecError, UnknownNameError
 from hf_rebasin.loss import DistCosineLoss, DistL1Loss, DistL2Loss, MidLoss, RndLoss
-from hf_rebasin.modules.forward import outputs_in, run
+from hf_rebasin.modules.forward import output_tensors, run_module
 
 # From the authors' slides and from the example of their package, with `rebasin` replaced by `hf_rebasin`.
 SLIDES = """
@@ -54,7 +54,7 @@ estimated = [matching(p.data.clone()) for p in pi_modelA.p]
 """
 
 FAMILIES = ("mlp", "vgg", "resnet", "group_norm_nested", "weight_norm_old", "experts", "mha", "encoder_pre", "lstm")
-TOKENS = ("char_gpt", "gpt2")  # both tie their heads
+TOKENS = ("char_gpt", "gpt2")  # with tied heads
 ALL = zoo.MODULES | zoo.HF
 
 
@@ -77,25 +77,25 @@ def planted_mlp(seed, depth):
 def tiny(seed=0, norm=True):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4) if norm else nn.Tanh(), nn.Linear(4, 2))
-    model(torch.randn(8, 3))  # statistics of its own
+    model(torch.randn(8, 3))  # for its BatchNorm statistics
     return model
 
 
-def told(model):
-    """All that a module is, to compare with later."""
+def snapshot(model):
+    """Return all properties of a module, to compare with later."""
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     flags = [p.requires_grad for p in model.parameters()], [m.training for m in model.modules()]
     return state, flags, [id(p) for p in model.parameters()], [p.grad for p in model.parameters()]
 
 
 def unchanged(model, before):
-    state, *rest = told(model)
+    state, *rest = snapshot(model)
     return all(torch.equal(state[key], tensor) for key, tensor in before[0].items()) and rest == list(before[1:])
 
 
-def furthest(model, other, inputs):
+def largest_difference(model, other, inputs):
     with torch.no_grad():
-        pairs = zip(outputs_in(run(model, inputs)), outputs_in(run(other, inputs)), strict=True)
+        pairs = zip(output_tensors(run_module(model, inputs)), output_tensors(run_module(other, inputs)), strict=True)
         return max((a - b).abs().max().item() for a, b in pairs)
 
 
@@ -105,7 +105,7 @@ def same(model, other):
 
 
 def weights(*rows):
-    """A module whose one parameter is this matrix."""
+    """Return a module whose only parameter is this matrix."""
     model = nn.Linear(len(rows[0]), len(rows), bias=False)
     model.weight.data = torch.tensor(rows)
     return model
@@ -132,13 +132,13 @@ def test_the_slides():
 @pytest.mark.parametrize(("seed", "depth"), [(0, 2), (1, 2), (2, 4)])
 def test_planted_permutations_are_recovered(seed, depth):
     scope = {"modelA": planted_mlp(seed, depth), "deepcopy": deepcopy, "torch": torch}
-    before = told(scope["modelA"])
+    before = snapshot(scope["modelA"])
     exec(PLANTED, scope)
     assert scope["loss_validation"] == 0
     assert len(scope["target"]) == depth
     assert not all(torch.equal(p, torch.eye(10)) for p in scope["target"])
-    for found, target in zip(scope["estimated"], scope["target"], strict=True):
-        assert torch.equal(found, target)
+    for estimate, target in zip(scope["estimated"], scope["target"], strict=True):
+        assert torch.equal(estimate, target)
     assert same(scope["pi_modelA"](), scope["modelB"])
     assert unchanged(scope["modelA"], before)
 
@@ -156,7 +156,7 @@ def test_without_descent_nothing_is_recovered():
 def test_soft_with_gradients_hard_with_the_same_function(name):
     family = ALL[name]
     model, inputs = family.build(), family.inputs()
-    before = told(model)
+    before = snapshot(model)
     pi = RebasinNet(model, inputs=inputs, generator=torch.Generator().manual_seed(0))
     pi.random_init(torch.Generator().manual_seed(1))
     assert len(pi.p) == len(pi.symmetries) == family.free
@@ -164,12 +164,12 @@ def test_soft_with_gradients_hard_with_the_same_function(name):
     soft = pi()
     assert type(soft) is type(model)
     assert all(isinstance(p, nn.Parameter) for p in soft.parameters())
-    assert furthest(model, soft.eval(), inputs) > 1e-6
+    assert largest_difference(model, soft.eval(), inputs) > 1e-6
     DistL2Loss(model)(soft).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in pi.p)
 
     hard = pi.eval()()
-    assert furthest(model, hard, inputs) < 1e-12
+    assert largest_difference(model, hard, inputs) < 1e-12
     assert not same(model, hard)
     assert not any(p.requires_grad for p in hard.parameters())
     assert [(key, tensor.shape) for key, tensor in hard.state_dict().items()] == [
@@ -188,10 +188,10 @@ def test_statistics_move_too(name):
     moved = [key for key, b in hard.named_buffers() if not torch.equal(b, dict(model.named_buffers())[key])]
     assert any("running_mean" in key for key in moved)
     assert any("running_var" in key for key in moved)
-    with torch.no_grad():  # negative control: left where they were
+    with torch.no_grad():  # negative control: left in place
         for key in moved:
             dict(hard.named_buffers())[key].copy_(dict(model.named_buffers())[key])
-    assert furthest(model, hard, inputs) > 1e-3
+    assert largest_difference(model, hard, inputs) > 1e-3
 
 
 def test_a_loss_reaches_the_latents_through_the_data():
@@ -204,10 +204,10 @@ def test_a_loss_reaches_the_latents_through_the_data():
 
 def test_every_call_gives_a_module_of_its_own():
     model = tiny()
-    before = told(model)
+    before = snapshot(model)
     pi = RebasinNet(model, input_shape=(2, 3))
     first, second = pi(), pi()
-    first(torch.randn(4, 3))  # statistics of this one alone
+    first(torch.randn(4, 3))  # changes the statistics of this one only
     with torch.no_grad():
         first[0].weight.zero_()
     assert not same(first, second)
@@ -220,7 +220,7 @@ def test_every_call_gives_a_module_of_its_own():
     assert same(pi.model, model)
 
 
-def test_its_mode_is_not_that_of_the_model():
+def test_its_mode_does_not_depend_on_the_model():
     model = tiny().eval()
     pi = RebasinNet(model, input_shape=(2, 3))
     assert all(m.training for m in pi().modules())
@@ -234,18 +234,18 @@ def test_its_mode_is_not_that_of_the_model():
 
 def test_the_start_is_near_the_identity():
     model = MLP(3, 2, hidden=40)
-    one, two, other = (
+    latent, again, other = (
         RebasinNet(model, (1, 3), generator=torch.Generator().manual_seed(seed)).p[0].detach() for seed in (0, 0, 1)
     )
-    assert torch.equal(one, two)
-    assert not torch.equal(one, other)
-    noise = one - torch.eye(40)
+    assert torch.equal(latent, again)
+    assert not torch.equal(latent, other)
+    noise = latent - torch.eye(40)
     assert abs(noise.mean()) < 0.01
     assert noise.std() == pytest.approx(0.1, rel=0.1)
     torch.manual_seed(5)
-    mine = RebasinNet(model, (1, 3)).p[0].detach()
+    seeded = RebasinNet(model, (1, 3)).p[0].detach()
     torch.manual_seed(5)
-    assert torch.equal(mine, RebasinNet(model, (1, 3)).p[0])
+    assert torch.equal(seeded, RebasinNet(model, (1, 3)).p[0])
 
 
 def test_identity_init():
@@ -254,13 +254,13 @@ def test_identity_init():
     held = pi.p[0]
     pi.random_init()
     pi.identity_init()
-    assert pi.p[0] is held  # what an optimizer has
+    assert pi.p[0] is held  # an optimizer refers to it
     assert torch.equal(held, torch.eye(4))
     assert same(pi.eval()(), model)
 
 
 def test_random_init_draws_permutations():
-    family = zoo.MODULES["mha"]  # query-key units are in an order of their own in every head
+    family = zoo.MODULES["mha"]  # every head has its own order of query-key units
     pi = RebasinNet(family.build(), inputs=family.inputs())
     pi.random_init(torch.Generator().manual_seed(0))
     assert any(p.dim() == 3 for p in pi.p)
@@ -323,9 +323,9 @@ def test_its_alignment_is_what_eval_mode_does():
     model = tiny()
     pi = RebasinNet(model, (2, 3)).eval()
     pi.random_init(torch.Generator().manual_seed(0))
-    found = pi.alignment()
-    assert isinstance(found, Alignment)
-    assert same(found.apply(model), pi())
+    alignment = pi.alignment()
+    assert isinstance(alignment, Alignment)
+    assert same(alignment.apply(model), pi())
 
 
 # --- matching --------------------------------------------------------------------------------------------------------
@@ -411,8 +411,8 @@ def test_a_table_needs_no_inputs(bert):
     pi.random_init(torch.Generator().manual_seed(0))
     ids = torch.arange(6)[None]
     with torch.no_grad():
-        said, moved = bert(input_ids=ids), pi(input_ids=ids)
-        assert torch.allclose(said.logits, moved.logits, atol=1e-10)
+        original, moved = bert(input_ids=ids), pi(input_ids=ids)
+        assert torch.allclose(original.logits, moved.logits, atol=1e-10)
         assert torch.equal(moved.logits, pi(ids).logits)
     assert not same(pi(), bert)
 
@@ -435,7 +435,7 @@ def test_statistics_can_be_taken_anew():
 
 
 @pytest.mark.parametrize(
-    ("given", "error", "said"),
+    ("options", "error", "message"),
     [
         ({"input_shape": (1, 4)}, SpecError, r"input_shape = \(1, 4\).*batch"),
         ({"input_shape": ()}, OptionError, "sizes of one batch"),
@@ -453,12 +453,12 @@ def test_statistics_can_be_taken_anew():
         ({"input_shape": (1, 3), "n_iter": 0}, OptionError, "n_iter = 0"),
     ],
 )
-def test_what_cannot_be_is_refused(given, error, said):
-    with pytest.raises(error, match=f"(?s){said}"):
-        RebasinNet(MLP(3, 2), **given)
+def test_wrong_options_are_refused(options, error, message):
+    with pytest.raises(error, match=f"(?s){message}"):
+        RebasinNet(MLP(3, 2), **options)
 
 
-def test_models_that_cannot_be_are_refused():
+def test_wrong_models_are_refused():
     with pytest.raises(OptionError, match="dict"):
         RebasinNet({}, (1, 3))
     with pytest.raises(SpecError, match=r"nothing to permute.*output"):
@@ -472,9 +472,9 @@ def test_models_that_cannot_be_are_refused():
         RebasinNet(packed, (1, 3))
 
 
-def test_what_is_stored_otherwise_than_computed_with_is_refused(monkeypatch):
+def test_a_model_stored_in_another_form_is_refused(monkeypatch):
     monkeypatch.setattr(rebasin_net, "module_names", lambda model: None)
-    with pytest.raises(CheckpointError, match="stores its tensors otherwise"):
+    with pytest.raises(CheckpointError, match="stores its tensors in another form"):
         RebasinNet(MLP(3, 2), (1, 3))
 
 
@@ -504,7 +504,7 @@ def test_distances_by_hand(kind, value):
 
 @pytest.mark.parametrize("kind", [DistL2Loss, DistL1Loss, DistCosineLoss])
 def test_distances_are_means_over_all_weights(kind):
-    """Of several tensors the sums are added, then divided by the number of all weights."""
+    """The sums over several tensors are added, then divided by the number of all weights."""
     a, b = (nn.Sequential(*models) for models in ([weights([1.0, 2.0]), weights([3.0])], [weights([5.0, 1.0])] * 2))
     b[1] = weights([-4.0])
     parts = [kind(x)(y).item() * n for x, y, n in zip(a, b, (2, 1), strict=True)]
@@ -526,13 +526,13 @@ def test_the_middle_by_hand():
 
 def test_a_random_place_by_hand():
     a, b, x, y = weights([1.0]), weights([3.0]), torch.ones(1, 1), torch.zeros(1, 1)
-    criterion = RndLoss(a, criterion=lambda said, target: (said - target).sum())
+    criterion = RndLoss(a, criterion=lambda output, target: (output - target).sum())
     torch.manual_seed(0)
-    places = [criterion(b, x, y).item() for _ in range(50)]
+    values = [criterion(b, x, y).item() for _ in range(50)]
     torch.manual_seed(0)
-    assert places == pytest.approx([3 - 2 * torch.rand(()).item() for _ in range(50)], rel=1e-6)
-    assert min(places) < 1.2
-    assert max(places) > 2.8
+    assert values == pytest.approx([3 - 2 * torch.rand(()).item() for _ in range(50)], rel=1e-6)
+    assert min(values) < 1.2
+    assert max(values) > 2.8
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -542,7 +542,7 @@ def test_losses_change_no_model(kind, training):
     fixed.train(training)[0].bias.requires_grad_(False)
     criterion = kind(fixed)
     more = (torch.randn(5, 3), torch.randn(5, 2)) if kind in (MidLoss, RndLoss) else ()
-    before = told(fixed), told(model), told(pi.model)
+    before = snapshot(fixed), snapshot(model), snapshot(pi.model)
     criterion.train(not training)
     criterion.double()
     for moving in (model.eval(), model.train(), pi()):
@@ -557,7 +557,7 @@ def test_losses_change_no_model(kind, training):
     assert not criterion.state_dict()
 
 
-def test_between_models_statistics_are_those_of_the_batch():
+def test_interpolated_models_use_batch_statistics():
     a, b, x, y = tiny(0), tiny(1), 5 * torch.randn(6, 3) + 3, torch.randn(6, 2)
     middle = deepcopy(a).train()
     with torch.no_grad():
@@ -569,14 +569,14 @@ def test_between_models_statistics_are_those_of_the_batch():
     assert nn.functional.mse_loss(middle.eval()(x), y).item() != pytest.approx(value, rel=1e-2)
 
 
-def test_losses_take_what_inference_takes(bert):
+def test_losses_take_the_inputs_that_inference_takes(bert):
     ids = {"input_ids": torch.arange(6)[None]}
-    criterion = MidLoss(bert, criterion=lambda said, target: (said.logits - target).abs().max())
+    criterion = MidLoss(bert, criterion=lambda output, target: (output.logits - target).abs().max())
     with torch.no_grad():
         assert criterion(bert, ids, bert(**ids).logits).item() < 1e-10
 
 
-def test_losses_refuse_what_does_not_fit():
+def test_losses_refuse_models_that_do_not_match():
     a = MLP(3, 2)
     for kind in (DistL2Loss, MidLoss):
         more = (torch.zeros(1, 3), torch.zeros(1, 2)) if kind is MidLoss else ()
@@ -590,7 +590,7 @@ def test_losses_refuse_what_does_not_fit():
             kind(a)(planted_mlp(0, 2), *more)
 
 
-def test_the_losses_are_where_they_are_looked_for():
+def test_losses_are_exported():
     import hf_rebasin
 
     for name in ("DistL2Loss", "DistL1Loss", "DistCosineLoss", "MidLoss", "RndLoss"):

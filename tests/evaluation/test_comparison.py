@@ -1,4 +1,4 @@
-"""Verdicts: fine-tunes of one base, models trained apart, and what cannot be merged at all."""
+"""Comparison: fine-tunes of one base, models trained apart, and models that cannot be merged at all."""
 
 import re
 from dataclasses import replace
@@ -13,12 +13,13 @@ from typer.testing import CliRunner
 from hf_rebasin import Checkpoint, Table, Verdict, compare
 from hf_rebasin.cli.main import app
 from hf_rebasin.errors import CheckpointError
-from hf_rebasin.evaluation.comparison import _standings
+from hf_rebasin.evaluation.comparison import _measure_standings
 from hf_rebasin.symmetries.binding import bind
+from hf_rebasin.text import layer_of
 
 
 def fine_tuned(model, amount=0.1):
-    """Every tensor a little elsewhere, as after some steps with a small learning rate."""
+    """A copy with every tensor perturbed a little, as after some steps with a small learning rate."""
     checkpoint, numbers = Checkpoint.open(model), torch.Generator().manual_seed(0)
     near = {
         key: t + amount * t.std() * torch.randn(t.shape, generator=numbers, dtype=t.dtype)
@@ -53,7 +54,7 @@ def test_equal(family):
     assert compare(family, replace(Checkpoint.open(family), tensors=other)).verdict is Verdict.SAME_BASE
 
 
-def test_numbers_are_what_they_say():
+def test_distances_and_cosines():
     a, b = {"x.0.w": torch.tensor([[3.0, 4.0]])}, {"x.0.w": torch.tensor([[4.0, 3.0]])}
     near = compare(a, b).parts["x.0"]
     assert near.distance == pytest.approx(2**0.5 / 5)
@@ -61,8 +62,28 @@ def test_numbers_are_what_they_say():
     assert near.elements == 2
 
 
+@pytest.mark.parametrize(
+    ("key", "layer"),
+    [
+        ("bert.encoder.layer.3.output.dense.weight", ("bert.encoder.layer.", 3)),
+        ("stages.1.blocks.2.conv.weight", ("stages.", 1)),
+        ("0.3.weight", ("", 0)),
+        ("layer1.0.conv1.weight", ("layer1.", 0)),
+        ("wav2vec2.encoder.layers.11.fc.weight", ("wav2vec2.encoder.layers.", 11)),
+        ("fc1.weight", None),
+        ("pooler.dense.weight", None),
+        ("weights.0", None),
+    ],
+)
+def test_the_layer_of_a_tensor_is_the_first_numbered_component(key, layer):
+    assert layer_of(key) == layer
+    values = torch.ones(2, 2)
+    (part,) = compare({key: values}, {key: values}).parts
+    assert part == (f"{layer[0]}{layer[1]}" if layer else key.rpartition(".")[0])
+
+
 def test_halfway_is_neither(bert):
-    """Half of the hidden units and heads moved, half at home."""
+    """Half of the hidden units and heads moved, half in place."""
     moved = dict(Checkpoint.open(moved_copy(bert)[0]).tensors)
     half = {k: t if "layer.0" in k else moved[k] for k, t in Checkpoint.open(bert).tensors.items()}
     comparison = compare(bert, replace(Checkpoint.open(bert), tensors=half))
@@ -109,22 +130,22 @@ def test_other_heads_are_left_out(bert):
 def test_one_screen(family, tmp_path):
     a = Checkpoint.open(family).save(tmp_path / "a")
     b = fine_tuned(family).save(tmp_path / "b")
-    said = CliRunner().invoke(app, ["compare", str(a), str(b)])
-    assert said.exit_code == 0, said.output
-    lines = said.output.splitlines()
+    result = CliRunner().invoke(app, ["compare", str(a), str(b)])
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
     assert len(lines) < 50
     assert max(map(len, lines)) < 260
-    assert "verdict: same base, do not align" in said.output
+    assert "verdict: same base, do not align" in result.output
     assert lines[-1].strip() == f"hf-rebasin merge {a} {b} -o merged --no-align"
-    assert "the same keys and shapes" in said.output
+    assert "the same keys and shapes" in result.output
 
 
-def test_what_is_said_of_one_alone_does_not_make_them_different(bert, tmp_path):
+def test_what_only_one_of_them_has_does_not_make_them_different(bert, tmp_path):
     assert compare(bert, bert.state_dict()).verdict is Verdict.EQUAL
     folder = Checkpoint.open(bert).save(tmp_path / "a")
     (folder / "config.json").unlink()
     assert compare(bert, folder).verdict is Verdict.EQUAL
-    assert compare(bert, folder).at_home == 1, "the one that has a class says what the symmetries are"
+    assert compare(bert, folder).at_home == 1, "the symmetries come from the one that has a class"
 
 
 def test_equal_is_all_of_it_equal(bert):
@@ -140,7 +161,7 @@ def test_equal_is_all_of_it_equal(bert):
         return replace(Checkpoint.open(classes), given_config=config)
 
     a, b = labelled("x", "y", "z"), labelled("y", "x", "z")
-    assert compare(a, b).verdict is not Verdict.EQUAL, "the same rows for other labels"
+    assert compare(a, b).verdict is not Verdict.EQUAL, "the rows are the same, but their labels are not"
     assert "in another order" in compare(a, b).findings["labels"]
 
 
@@ -172,19 +193,19 @@ def test_numbers_of_any_size():
         assert compare({"w": a}, {"w": 2 * a}).whole.cosine == pytest.approx(1)
 
 
-def test_shares_and_streams_are_what_they_are():
-    """A layer of three units: one at home, two exchanged."""
+def test_standings_and_rotations():
+    """A layer of three units: one in place, two exchanged."""
     weight = torch.tensor([[1.0, 0, 0], [0, 2, 0], [0, 0, 3]])
     spec = bind(Table({"w": "ff, _"}, {"ff": "permutation"}), {"w": (3, 3)})
     a, b = Checkpoint.open({"w": weight}), Checkpoint.open({"w": weight[[0, 2, 1]]})
-    ((name, standing),) = _standings(spec, a, b.parts, None, False)
+    ((name, standing),) = _measure_standings(spec, a, b.parts, None, False)
     assert (name, standing.units, standing.own, standing.chance) == ("ff", 3, 1, 1)
     assert standing.ratio == pytest.approx(1 / 14)
     for family, rotated in (("llama", True), ("gpt2", True), ("resnet", False), ("bert", False)):
         assert compare(TINY[FIRST[family]], TINY[FIRST[family]]).rotated == rotated
 
 
-def test_where_symmetries_are_not_known_the_rest_is_compared():
+def test_models_with_unknown_symmetries_are_compared_by_the_rest():
     kind, settings = ARCHITECTURES["qwen2-moe"]
     owner = getattr(transformers, kind)
     models = [owner(owner.config_class(**settings)) for _ in range(2)]

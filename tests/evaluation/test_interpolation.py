@@ -1,4 +1,4 @@
-"""The line between two models: what is measured on it, and that one model in memory is enough."""
+"""Interpolation: what is measured on the line between two models, with only one of them in memory."""
 
 import gc
 import json
@@ -10,9 +10,10 @@ from conftest import FIRST, TINY, moved_copy, other_seed, run_script, same_tenso
 from torch import nn
 
 from hf_rebasin import Checkpoint, merge
-from hf_rebasin.checkpoints.lazy import Here
+from hf_rebasin.checkpoints.lazy import InMemory
 from hf_rebasin.errors import CheckpointError, MismatchError, OptionError
-from hf_rebasin.evaluation.interpolation import Curve, between, interpolate
+from hf_rebasin.evaluation.barrier import Curve
+from hf_rebasin.evaluation.interpolation import between, interpolate
 from hf_rebasin.evaluation.metrics import Measured, evaluate
 from hf_rebasin.merging.recalibration import recalibrate
 from hf_rebasin.modules.forward import example_inputs
@@ -21,12 +22,12 @@ THREE = (0.0, 0.5, 1.0)
 
 
 def values(model):
-    """A copy of all it holds, by name."""
+    """A copy of all its tensors, by name."""
     return {key: value.clone() for key, value in model.state_dict().items()}
 
 
 def seen_on(fixed, moving, **options):
-    """What every model on the line held."""
+    """The tensors of every model on the line."""
     seen = []
 
     def measure(model):
@@ -37,9 +38,9 @@ def seen_on(fixed, moving, **options):
     return seen
 
 
-def same(found, expected):
-    assert found.keys() == expected.keys()
-    return all(torch.equal(found[key], expected[key]) and found[key].dtype == expected[key].dtype for key in found)
+def same(actual, expected):
+    assert actual.keys() == expected.keys()
+    return all(torch.equal(actual[key], expected[key]) and actual[key].dtype == expected[key].dtype for key in actual)
 
 
 # --- curves ----------------------------------------------------------------------------------------------------------
@@ -84,31 +85,31 @@ def test_every_point_is_the_merge_and_the_ends_are_the_ends(kind, stored, tmp_pa
     expected = [values(merge([a, b], "lerp", t=t / 4).model()) for t in range(5)]
     if stored:
         a, b = (Checkpoint.open(model).save(tmp_path / name) for model, name in ((a, "a"), (b, "b")))
-    found = seen_on(a, b, points=5)
-    assert all(map(same, found, expected))
-    assert same(found[0], values(Checkpoint.open(a).model()))
+    seen = seen_on(a, b, points=5)
+    assert all(map(same, seen, expected))
+    assert same(seen[0], values(Checkpoint.open(a).model()))
     ends = values(Checkpoint.open(b).model())
-    counts = {key: value for key, value in found[0].items() if not value.is_floating_point()}
-    assert same(found[-1], ends | counts)
-    assert not same(found[2], found[0])
+    counts = {key: value for key, value in seen[0].items() if not value.is_floating_point()}
+    assert same(seen[-1], ends | counts)
+    assert not same(seen[2], seen[0])
 
 
 def test_half_precision_is_rounded_once():
     a = TINY[FIRST["llama"]]
     a, b = (Checkpoint.open(model).model(torch.bfloat16) for model in (a, other_seed(a)))
-    found = seen_on(a, b, points=4)
+    seen = seen_on(a, b, points=4)
     expected = [values(merge([a, b], "lerp", t=t).model()) for t in torch.linspace(0, 1, 4).double().tolist()]
-    assert same(found[-1], values(b))
-    assert found[1].keys() == expected[1].keys()
-    weight = next(iter(found[1]))
-    assert found[1][weight].dtype == torch.bfloat16
+    assert same(seen[-1], values(b))
+    assert seen[1].keys() == expected[1].keys()
+    weight = next(iter(seen[1]))
+    assert seen[1][weight].dtype == torch.bfloat16
     assert torch.equal(
-        found[1][weight], torch.lerp(a.state_dict()[weight].float(), b.state_dict()[weight].float(), 1 / 3).bfloat16()
+        seen[1][weight], torch.lerp(a.state_dict()[weight].float(), b.state_dict()[weight].float(), 1 / 3).bfloat16()
     )
 
 
 class Counting(nn.Module):
-    """With a buffer that is not stored, and one that cannot be written."""
+    """A network with a buffer that is not stored, and one that cannot be written."""
 
     def __init__(self, seed):
         super().__init__()
@@ -137,15 +138,15 @@ def test_nothing_leaks_from_one_point_into_the_next():
                 tensor += 7
 
     spoilt = seen_on(a, b, points=5, prepare=spoil)
-    for one, other in zip(clean, spoilt, strict=True):
-        assert same(other, {key: value + 7 for key, value in one.items()})
+    for before_spoiling, after in zip(clean, spoilt, strict=True):
+        assert same(after, {key: value + 7 for key, value in before_spoiling.items()})
     assert len({id(model) for model in modules}) == 1
     assert same(values(a), before[0])
     assert same(values(b), before[1])
     assert int(clean[4]["net.1.num_batches_tracked"]) == 1
 
 
-def test_statistics_are_those_of_every_point():
+def test_statistics_are_recomputed_at_every_point():
     a = TINY[FIRST["resnet"]]
     b = other_seed(a)
     batches = [{"pixel_values": example_inputs(a.config, torch.Generator().manual_seed(0))["pixel_values"]}]
@@ -153,22 +154,22 @@ def test_statistics_are_those_of_every_point():
     def prepare(model):
         recalibrate(model, batches)
 
-    for t, found in zip(THREE, seen_on(a, b, points=3, prepare=prepare), strict=True):
+    for t, tensors in zip(THREE, seen_on(a, b, points=3, prepare=prepare), strict=True):
         model = merge([a, b], "lerp", t=t).model()
         prepare(model)
-        assert same(found, values(model))
+        assert same(tensors, values(model))
         best = between(a, b, t, prepare=prepare)
-        assert same(values(best.model()), found)
+        assert same(values(best.model()), tensors)
 
 
-def test_the_best_is_lazy_but_for_what_prepare_changed(tmp_path):
+def test_the_best_is_lazy_except_for_what_prepare_changed(tmp_path):
     a = TINY[FIRST["resnet"]]
     folders = [Checkpoint.open(model).save(tmp_path / name) for model, name in ((a, "a"), (other_seed(a), "b"))]
     batches = 2 * [{"pixel_values": example_inputs(a.config, torch.Generator().manual_seed(0))["pixel_values"]}]
     plain = between(*folders, 0.25)
-    assert not any(isinstance(part, Here) for part in plain.parts.values())
+    assert not any(isinstance(part, InMemory) for part in plain.parts.values())
     best = between(*folders, 0.25, prepare=lambda model: recalibrate(model, batches))
-    here = {key for key, part in best.parts.items() if isinstance(part, Here)}
+    here = {key for key, part in best.parts.items() if isinstance(part, InMemory)}
     assert here == {k for k in best.parts if k.endswith(("running_mean", "running_var"))}
     assert same_tensors(best.save(tmp_path / "best"), best)
     assert (tmp_path / "best" / "config.json").exists()
@@ -188,7 +189,7 @@ def test_tied_weights_stay_tied():
 
 
 @pytest.mark.parametrize("stored", [False, True])
-def test_a_head_that_the_move_untied_is_one_of_its_own(stored, tmp_path):
+def test_a_head_that_the_move_untied_is_a_tensor_of_its_own(stored, tmp_path):
     a = TINY[FIRST["gpt2"]]
     b = other_seed(a)
     with torch.no_grad():
@@ -199,17 +200,17 @@ def test_a_head_that_the_move_untied_is_one_of_its_own(stored, tmp_path):
     expected = [model(**inputs).logits for model in (a, b)]
     if stored:
         a, b = (Checkpoint.open(model).save(tmp_path / name) for model, name in ((a, "a"), (b, "b")))
-    said, heads = [], []
+    logits, heads = [], []
 
     def measure(model):
-        said.append(model(**inputs).logits)
+        logits.append(model(**inputs).logits)
         heads.append(model.lm_head.weight.clone())
         assert model.lm_head.weight is not model.transformer.wte.weight
         return Measured(0.0)
 
     interpolate(a, b, measure, points=3)
-    assert torch.equal(said[0], expected[0])
-    assert torch.equal(said[2], expected[1])
+    assert torch.equal(logits[0], expected[0])
+    assert torch.equal(logits[2], expected[1])
     torch.testing.assert_close(heads[1], (heads[0] + heads[2]) / 2)
 
 
@@ -221,12 +222,12 @@ def test_data_can_be_given_instead_of_a_measure():
     curve = interpolate(a, b, data, points=3)
     ends = [evaluate(model, data) for model in (a, b)]
     assert curve.at == THREE
-    assert [curve.loss[0], curve.loss[-1]] == [one.loss for one in ends]
-    assert [curve.accuracy[0], curve.accuracy[-1]] == [one.metrics["accuracy"] for one in ends]
+    assert [curve.loss[0], curve.loss[-1]] == [end.loss for end in ends]
+    assert [curve.accuracy[0], curve.accuracy[-1]] == [end.metrics["accuracy"] for end in ends]
     assert json.loads(json.dumps(curve.metrics)) == {"accuracy": list(curve.accuracy)}
 
 
-def test_what_is_no_line_is_said():
+def test_what_cannot_be_interpolated_is_refused():
     a, b = nn.Linear(2, 2), nn.Linear(2, 2)
     with pytest.raises(OptionError, match="got points = 1"):
         interpolate(a, b, [], points=1)
@@ -244,9 +245,9 @@ def test_what_is_no_line_is_said():
 
 
 def held():
-    """{where: bytes} of the memory of all tensors that were made since `gc.freeze`."""
+    """{address: bytes} of all tensors made since `gc.freeze`."""
     gc.collect()
-    tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor) and not one.is_meta]
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and not x.is_meta]
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
@@ -262,7 +263,7 @@ def test_there_is_one_model_in_memory(kind, stored, tmp_path):
     more = []
 
     def measure(model):
-        more.append(sum(nbytes for where, nbytes in held().items() if where not in given))
+        more.append(sum(nbytes for address, nbytes in held().items() if address not in given))
         return Measured(0.0)
 
     gc.freeze()
@@ -278,7 +279,7 @@ import sys
 from pathlib import Path
 
 import torch
-from test_line import peak
+from test_interpolation import peak
 
 folder = Path(sys.argv[1])
 torch.save([peak(folder / "a", folder / "b", points) for points in POINTS], folder / "POINTS.pt")
@@ -286,21 +287,23 @@ torch.save([peak(folder / "a", folder / "b", points) for points in POINTS], fold
 
 
 def peak(a, b, points):
-    """What interpolating adds to the memory that this process has ever had, in bytes."""
+    """The bytes that interpolating adds to the peak memory of this process."""
     import resource
 
     def most():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     small = TINY[FIRST["llama"]]
-    interpolate(small, small, lambda model: Measured(0.0), points=2)  # imports, and the first of everything
+    interpolate(
+        small, small, lambda model: Measured(0.0), points=2
+    )  # warms up: imports, and all that happens only once
     before = most()
     interpolate(a, b, lambda model: Measured(0.0), points=points)
     return most() - before
 
 
 @pytest.mark.slow
-def test_memory_does_not_hang_on_the_number_of_points(tmp_path):
+def test_memory_does_not_depend_on_the_number_of_points(tmp_path):
     import transformers
 
     config = transformers.LlamaConfig(

@@ -1,4 +1,4 @@
-"""What a model is worth on data, however these are cut into batches."""
+"""Loss and metrics of a model on data, however these are cut into batches."""
 
 import math
 
@@ -18,7 +18,7 @@ CAUSAL = [TINY[FIRST[name]] for name in ("gpt2", "llama", "gpt_neox", "opt", "mi
 
 
 def sentences(model, count=SAMPLES, *, share=1.0, length=11):
-    """Padded to one length; of what is no padding, a share has labels. Some sentences have none."""
+    """Sentences padded to one length; a share of the tokens has labels. Some sentences have none."""
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(5, model.config.vocab_size, (count, length), generator=g)
     mask = torch.arange(length) < torch.randint(2, length + 1, (count, 1), generator=g)
@@ -34,14 +34,14 @@ def images(model, count=SAMPLES):
 
 
 def cut(whole, size):
-    """Into batches of so many, the last of them smaller."""
+    """Cut into batches of `size`; the last one is smaller."""
     count = len(whole["labels"])
     return [{key: value[i : i + size] for key, value in whole.items()} for i in range(0, count, size)]
 
 
 @torch.no_grad()
 def expected(model, whole, *, shifted=False):
-    """(loss, accuracy, count), token by token."""
+    """Loss, accuracy and count, computed token by token."""
     inputs = {key: value for key, value in whole.items() if key != "labels"}
     logits, labels = model(**inputs).logits.double(), whole["labels"]
     if shifted:
@@ -55,13 +55,13 @@ def expected(model, whole, *, shifted=False):
 def check(model, whole, *, shifted=False, language=True):
     loss, accuracy, count = expected(model, whole, shifted=shifted)
     for size in (1, 7, 64):
-        found = evaluate(model, cut(whole, size))
-        assert found.loss == pytest.approx(loss, rel=1e-6)
-        assert found.metrics["accuracy"] == pytest.approx(accuracy, rel=1e-12)
-        assert found.samples == count
-        assert set(found.metrics) == ({"accuracy", "perplexity"} if language else {"accuracy"})
+        measured = evaluate(model, cut(whole, size))
+        assert measured.loss == pytest.approx(loss, rel=1e-6)
+        assert measured.metrics["accuracy"] == pytest.approx(accuracy, rel=1e-12)
+        assert measured.samples == count
+        assert set(measured.metrics) == ({"accuracy", "perplexity"} if language else {"accuracy"})
         if language:
-            assert found.metrics["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
+            assert measured.metrics["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
 
 
 def test_images_count_once_each():
@@ -74,7 +74,9 @@ def test_masked_tokens_count_once_each():
     check(MASKED, whole)
     batches = cut(whole, 7)
     per_batch = [evaluate(MASKED, [batch]).loss for batch in batches]
-    assert sum(per_batch) / len(batches) != pytest.approx(evaluate(MASKED, batches).loss, rel=1e-4)  # else no test
+    assert sum(per_batch) / len(batches) != pytest.approx(
+        evaluate(MASKED, batches).loss, rel=1e-4
+    )  # or this test proves nothing
 
 
 @pytest.mark.parametrize("model", CAUSAL, ids=lambda model: type(model).__name__)
@@ -83,7 +85,7 @@ def test_next_tokens_count_once_each(model):
 
 
 def test_not_everything_for_causal_language_modelling_compares_with_the_next_token():
-    """Of BartForCausalLM, whoever prepares the data has shifted the labels."""
+    """The labels of BartForCausalLM are shifted by whoever prepares the data."""
     torch.manual_seed(0)
     config = transformers.BartConfig(vocab_size=30, d_model=8, decoder_layers=1, decoder_attention_heads=2)
     check(transformers.BartForCausalLM(config).double().eval(), sentences_of(30), shifted=False)
@@ -93,10 +95,10 @@ def test_labels_of_a_decoder_and_of_tokens():
     model = TINY[FIRST["t5"]]
     whole = sentences(model, 12)
     inputs = {key: value for key, value in whole.items() if key != "attention_mask"}
-    found = [evaluate(model, cut(inputs, size)) for size in (5, 12)]
-    assert found[0].loss == pytest.approx(found[1].loss, rel=1e-9)
-    assert found[0].samples == (whole["labels"] != -100).sum()
-    assert set(found[0].metrics) == {"accuracy", "perplexity"}
+    results = [evaluate(model, cut(inputs, size)) for size in (5, 12)]
+    assert results[0].loss == pytest.approx(results[1].loss, rel=1e-9)
+    assert results[0].samples == (whole["labels"] != -100).sum()
+    assert set(results[0].metrics) == {"accuracy", "perplexity"}
     tokens = TINY["bert-5-BertForTokenClassification"]
     whole = sentences(tokens, 12)
     whole["labels"] = torch.where(whole["labels"] == -100, -100, whole["labels"] % tokens.config.num_labels)
@@ -116,10 +118,10 @@ def test_segments_have_a_label_of_their_own_for_what_does_not_count():
     whole["labels"] = torch.randint(model.config.num_labels, (5, 32, 32), generator=g)
     whole["labels"][:, :, :8] = 255
     whole["labels"][1, 5:] = 255
-    found = [evaluate(model, cut(whole, size)) for size in (1, 2, 5)]
-    assert {one.samples for one in found} == {4 * 32 * 24 + 5 * 24}
-    assert [one.loss for one in found] == pytest.approx([found[0].loss] * 3, rel=1e-6)
-    assert found[0].metrics == {}
+    results = [evaluate(model, cut(whole, size)) for size in (1, 2, 5)]
+    assert {result.samples for result in results} == {4 * 32 * 24 + 5 * 24}
+    assert [result.loss for result in results] == pytest.approx([results[0].loss] * 3, rel=1e-6)
+    assert results[0].metrics == {}
 
 
 class Classifier(nn.Module):
@@ -153,18 +155,20 @@ def test_a_loss_and_metrics_of_ones_own():
         return right(module, pair).sum(), len(pair[0])
 
     metrics = {"right": right, "by sum": by_sum, "by mean": lambda module, pair: right(module, pair).mean().item()}
-    found = [evaluate(model, pairs(size), loss=mean_loss, metrics=metrics) for size in (1, 3, 10)]
+    results = [evaluate(model, pairs(size), loss=mean_loss, metrics=metrics) for size in (1, 3, 10)]
     (x, y) = pairs(10)[0]
     model.eval()
-    for one in found:
-        assert one.loss == pytest.approx(cross_entropy(model(x), y).item())
-        assert one.samples == 10
-        assert one.metrics == pytest.approx(dict.fromkeys(metrics, (model(x).argmax(-1) == y).double().mean().item()))
+    for result in results:
+        assert result.loss == pytest.approx(cross_entropy(model(x), y).item())
+        assert result.samples == 10
+        assert result.metrics == pytest.approx(
+            dict.fromkeys(metrics, (model(x).argmax(-1) == y).double().mean().item())
+        )
     vector = evaluate(model, pairs(3), loss=lambda m, pair: cross_entropy(m(pair[0]), pair[1], reduction="none"))
-    assert vector.loss == pytest.approx(found[0].loss)
+    assert vector.loss == pytest.approx(results[0].loss)
 
 
-def test_ours_can_be_asked_for_by_name():
+def test_built_in_metrics_can_be_requested_by_name():
     model = TINY[FIRST["vit"]]
     batches = cut(images(model, 9), 4)
     assert evaluate(model, batches, metrics=()).metrics == {}
@@ -194,7 +198,7 @@ def test_nothing_of_the_model_changes():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_a_broken_model_is_told_as_it_is():
+def test_a_broken_model_is_measured_as_it_is():
     model = Classifier()
     with torch.no_grad():
         model.net[1].bias[0] = math.nan
@@ -204,9 +208,9 @@ def test_a_broken_model_is_told_as_it_is():
     broken = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=30, n_embd=8, n_layer=1, n_head=2))
     with torch.no_grad():
         broken.transformer.ln_f.weight[0] = math.nan
-    found = evaluate(broken, [sentences_of(30)])
-    assert math.isnan(found.loss)
-    assert math.isnan(found.metrics["perplexity"])
+    result = evaluate(broken, [sentences_of(30)])
+    assert math.isnan(result.loss)
+    assert math.isnan(result.metrics["perplexity"])
 
 
 @pytest.mark.parametrize(
@@ -222,7 +226,7 @@ def test_a_broken_model_is_told_as_it_is():
         ([{"labels": 3}], {"loss": lambda m, batch: 1.0}, "without a tensor"),
     ],
 )
-def test_what_cannot_be_measured_is_said(data, options, message):
+def test_what_cannot_be_measured_is_refused(data, options, message):
     with pytest.raises(OptionError, match=message):
         evaluate(MASKED, data, **options)
 
@@ -234,23 +238,23 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from test_evaluate import CAUSAL, MASKED, cut, sentences
+from test_metrics import CAUSAL, MASKED, cut, sentences
 
 from hf_rebasin.errors import OptionError
 from hf_rebasin.evaluation.metrics import evaluate
 
-# Not told that these are processes on CPUs, accelerate takes each of them for the only one. They are two nevertheless.
+# Unless accelerate is told that these processes run on CPUs, each takes itself for the only one.
 PartialState()
-found = []
+results = []
 for model in (MASKED, CAUSAL[0]):
-    for size in (5, 64):  # of 64, one process gets all there is
-        found.append(evaluate(model, cut(sentences(model, share=0.3), size), metrics=None))
-        found.append(evaluate(model, cut(sentences(model), size), metrics={"ones": lambda m, batch: (3, 6)}))
+    for size in (5, 64):  # a single batch of 64, so one process gets all of it
+        results.append(evaluate(model, cut(sentences(model, share=0.3), size), metrics=None))
+        results.append(evaluate(model, cut(sentences(model), size), metrics={"ones": lambda m, batch: (3, 6)}))
 try:
     evaluate(MASKED, [])
 except OptionError:
     name = "-".join(os.environ.get(*pair) for pair in (("WORLD_SIZE", "1"), ("RANK", "0")))
-    torch.save([vars(one) for one in found], Path(sys.argv[1]) / f"{name}.pt")
+    torch.save([vars(result) for result in results], Path(sys.argv[1]) / f"{name}.pt")
 """
 
 

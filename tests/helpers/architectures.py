@@ -1,4 +1,4 @@
-"""Tiny models of many transformers architectures: a class, and the settings of its configuration."""
+"""Tiny models of many transformers architectures: each a class and the settings of its configuration."""
 
 TEXT = dict(
     vocab_size=51,
@@ -56,7 +56,7 @@ CLASSES = dict(num_labels=3)
 
 # name: (class, settings)
 ARCHITECTURES = {
-    # --- encoders of text
+    # --- text encoders
     "bert": ("BertForMaskedLM", TEXT),
     "roberta": ("RobertaForSequenceClassification", TEXT | CLASSES),
     "distilbert": (
@@ -88,7 +88,7 @@ ARCHITECTURES = {
         | CLASSES
         | dict(max_2d_position_embeddings=16, coordinate_size=2, shape_size=4, input_size=16, patch_size=8),
     ),
-    # --- decoders of text
+    # --- text decoders
     "gpt2": ("GPT2LMHeadModel", dict(vocab_size=51, n_embd=16, n_layer=2, n_head=2, n_inner=24, n_positions=24)),
     "gpt-neo": (
         "GPTNeoForCausalLM",
@@ -119,7 +119,7 @@ ARCHITECTURES = {
     ),
     "rwkv": ("RwkvForCausalLM", dict(vocab_size=51, hidden_size=16, num_hidden_layers=2, context_length=16)),
     "recurrent-gemma": ("RecurrentGemmaForCausalLM", DECODER | dict(lru_width=16, head_dim=8)),
-    "zamba2": (  # layers that share their weights, each with an adapter of its own
+    "zamba2": (  # layers with shared weights, each with its own adapter
         "Zamba2ForCausalLM",
         dict(vocab_size=51, hidden_size=16, num_hidden_layers=2, layers_block_type=["mamba", "hybrid"])
         | dict(num_attention_heads=2, num_key_value_heads=2, intermediate_size=24, attention_head_dim=16)
@@ -153,7 +153,7 @@ ARCHITECTURES = {
         | dict(num_hidden_layers=2, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4, mamba_dt_rank=4)
         | dict(expert_layer_period=2, expert_layer_offset=1, num_experts=3, use_mamba_kernels=False),
     ),
-    # --- encoder and decoder
+    # --- text encoder-decoders
     "t5": (
         "T5ForConditionalGeneration",
         dict(vocab_size=51, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0),
@@ -172,7 +172,7 @@ ARCHITECTURES = {
         dict(vocab_size=51, d_model=8, d_kv=4, d_ff=12, num_layers=2, num_heads=2, num_experts=3)
         | dict(decoder_start_token_id=0, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1),
     ),
-    "bert-to-bert": (  # a configuration made of two others
+    "bert-to-bert": (  # a configuration composed of two others
         "EncoderDecoderModel",
         dict(
             encoder=TEXT | dict(model_type="bert"),
@@ -215,7 +215,7 @@ ARCHITECTURES = {
         | dict(depth_coefficient=1.0, depth_divisor=8)
         | CLASSES,
     ),
-    "dinov3": ("DINOv3ViTModel", IMAGE),  # without register tokens: a tensor without elements
+    "dinov3": ("DINOv3ViTModel", IMAGE),  # without register tokens, so one tensor is empty
     "hiera": (
         "HieraForImageClassification",
         dict(image_size=[32, 32], embed_dim=4, depths=[1, 1], num_heads=[1, 2], num_query_pool=1) | CLASSES,
@@ -297,7 +297,7 @@ ARCHITECTURES = {
             | dict(add_cross_attention=True),
         ),
     ),
-    # --- sound
+    # --- audio
     "whisper": (
         "WhisperForConditionalGeneration",
         {k: x for k, x in SEQ2SEQ.items() if k not in ("max_position_embeddings", "forced_eos_token_id")}

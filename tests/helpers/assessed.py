@@ -1,4 +1,4 @@
-"""Recipes over small untrained models and digits, run and assessed."""
+"""Run and assess recipes that merge small untrained models of the digits."""
 
 import sys
 
@@ -8,8 +8,8 @@ import torch
 from hf_rebasin import Checkpoint, Recipe
 from hf_rebasin.cli.main import main
 from hf_rebasin.demo import experiments as demo
-from hf_rebasin.recipes.assessment import judged
-from hf_rebasin.recipes.runner import run
+from hf_rebasin.recipes.assessment import assess
+from hf_rebasin.recipes.runner import run_merge
 
 SMALL = {
     "resnet": {"embedding_size": 4, "hidden_sizes": [4, 6]},
@@ -18,8 +18,8 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """Two small untrained models of each kind, and the digits."""
+def demo_folder(tmp_path_factory):
+    """A folder with two small untrained models of each kind, and the digits."""
     folder = tmp_path_factory.mktemp("demo")
     demo.write_digits(folder / "digits")
     for kind, settings in SMALL.items():
@@ -35,26 +35,28 @@ def place(tmp_path_factory):
     return folder
 
 
-def said(place, kind, **more):
-    models = [str(place / kind / f"seed-{seed}") for seed in range(2)]
-    data = {"dataset": str(place / "digits"), "samples": 96, "batch_size": 32}
+def make_recipe(demo_folder, kind, **more):
+    """Return a recipe, as a dictionary, that merges and evaluates the models of one kind."""
+    models = [str(demo_folder / kind / f"seed-{seed}") for seed in range(2)]
+    data = {"dataset": str(demo_folder / "digits"), "samples": 96, "batch_size": 32}
     return {"models": models, "data": data, "evaluate": {"split": "test", "samples": 50, "points": 3}, **more}
 
 
-def rows_of(report):
+def rows_by_name(report):
+    """Return {name: row} of a report's only pair, ends included."""
     (pair,) = report.pairs
     return {row.name: row for row in (*pair.ends, *pair.rows)}
 
 
-def judged_merge(place, kind, tmp_path, **more):
-    recipe = Recipe.from_dict(said(place, kind, **more))
-    result = run(recipe)
-    return judged(recipe, result, Checkpoint.open(result.checkpoint.save(tmp_path / "out")))
+def merge_and_assess(demo_folder, kind, tmp_path, **more):
+    recipe = Recipe.from_dict(make_recipe(demo_folder, kind, **more))
+    result = run_merge(recipe)
+    return assess(recipe, result, Checkpoint.open(result.checkpoint.save(tmp_path / "out")))
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """(exit status, what is printed) of the command line, called in this process."""
+def run_command(monkeypatch, capsys):
+    """A function that runs the command line in this process and returns (exit status, printed text)."""
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["hf-rebasin", *map(str, arguments)])
@@ -63,7 +65,7 @@ def command(monkeypatch, capsys):
             status = 0
         except SystemExit as end:
             status = end.code or 0
-        said = capsys.readouterr()
-        return status, said.out + said.err
+        printed = capsys.readouterr()
+        return status, printed.out + printed.err
 
     return call

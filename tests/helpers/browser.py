@@ -1,4 +1,4 @@
-"""A headless browser, driven over a pair of pipes: it renders a page as people see it, and says what it asked for."""
+"""Drive a headless browser over a pair of pipes: render a page as users see it, and record its requests."""
 
 import base64
 import json
@@ -13,7 +13,7 @@ FLAGS = (
     *("--disable-component-update", "--disable-sync", "--remote-debugging-pipe", "--hide-scrollbars"),
     "--host-resolver-rules=MAP * ~NOTFOUND",
 )
-# The browser reads from descriptor 3 and writes to 4, whichever numbers the pipes have here.
+# The browser reads from descriptor 3 and writes to 4, whatever the pipes' numbers are in this process.
 LAUNCH = """
 import fcntl, os, sys
 read, write = (fcntl.fcntl(int(n), fcntl.F_DUPFD, 10) for n in sys.argv[1:3])
@@ -22,8 +22,8 @@ os.execv(sys.argv[3], sys.argv[3:])
 """
 
 
-def find():
-    """The browser of this machine, or None."""
+def find_browser():
+    """Return the path of an installed browser, or None."""
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 
@@ -50,58 +50,60 @@ class Browser:
             self(f"{domain}.enable")
 
     def __call__(self, method, **params):
-        """Ask, and wait for the answer; events that come in between are kept."""
+        """Call a protocol method and wait for its result; keep the events received meanwhile."""
         self.count += 1
         message = {"id": self.count, "method": method, "params": params}
         if self.session:
             message["sessionId"] = self.session
         os.write(self.write, json.dumps(message).encode() + b"\0")
-        while (answer := self._next()).get("id") != self.count:
+        while (answer := self._next_message()).get("id") != self.count:
             self.events.append(answer)
         assert "error" not in answer, answer
         return answer["result"]
 
-    def _next(self):
+    def _next_message(self):
         while b"\0" not in self.buffer:
             more = os.read(self.read, 1 << 16)
-            assert more, f"the browser is gone: {self.process.wait()}"
+            assert more, f"the browser exited: {self.process.wait()}"
             self.buffer += more
-        one, _, self.buffer = self.buffer.partition(b"\0")
-        return json.loads(one)
+        message, _, self.buffer = self.buffer.partition(b"\0")
+        return json.loads(message)
 
     def open(self, path, width, scheme="light"):
-        """Load a file in a window of this width, and wait until all of it is there."""
+        """Load a file in a window of this width, and wait until it is complete."""
         metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
         self("Emulation.setDeviceMetricsOverride", **metrics)
         self("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.events.clear()
         self("Page.navigate", url=path.as_uri())
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
-            self.events.append(self._next())
+            self.events.append(self._next_message())
 
     def value(self, expression):
-        """Of an expression in the page."""
+        """Evaluate an expression in the page."""
         answer = self("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     @property
     def requests(self):
-        """The addresses it went to since the page was opened; what the page's policy held back is none of them."""
-        told = [(event.get("method"), event.get("params", {})) for event in self.events]
-        held = {
-            said["requestId"] for what, said in told if what == "Network.loadingFailed" and "blockedReason" in said
+        """URLs requested since the page was opened, without those that the page's policy blocked."""
+        events = [(event.get("method"), event.get("params", {})) for event in self.events]
+        blocked = {
+            params["requestId"]
+            for method, params in events
+            if method == "Network.loadingFailed" and "blockedReason" in params
         }
-        sent = [said for what, said in told if what == "Network.requestWillBeSent" and said["requestId"] not in held]
-        return [said["request"]["url"] for said in sent]
+        sent = [params for method, params in events if method == "Network.requestWillBeSent"]
+        return [params["request"]["url"] for params in sent if params["requestId"] not in blocked]
 
     @property
     def complaints(self):
-        """What it put into its log."""
+        """Messages in the browser's log."""
         return [e["params"]["entry"]["text"] for e in self.events if e.get("method") == "Log.entryAdded"]
 
     def screenshot(self, width, height):
-        """The page from its top, as the bytes of a PNG."""
+        """Return the top of the page as the bytes of a PNG."""
         clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
         return base64.b64decode(self("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)["data"])
 

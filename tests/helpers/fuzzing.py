@@ -1,8 +1,8 @@
-"""Broken and hostile inputs at the command line, drawn by seed, and what must never come of them.
+"""Run the command line on broken and hostile inputs, drawn by seed, and check that no harm is done.
 
-A case is a good recipe or a good folder with one to three named mutations (`mutating.py`), and a command as a user
-types it. Whatever it is, the command ends in time with status 0, 1 or 2 and a message; no code of the input runs, and
-nothing is written but the output folder, whole, or nothing at all.
+A case is a good recipe or folder with one to three named mutations (`mutating.py`), and a command as a user would type
+it. In every case, the command has to end in time with status 0, 1 or 2 and a message; no code of the input may run,
+and the only thing that may be written is a complete output folder.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ import mutating_folders  # noqa: F401 (its mutations are in CHECKPOINTS)
 import torch
 import transformers
 from mutating import ALIGNMENTS, CHECKPOINTS, RECIPES
-from mutating_recipes import recipe_text
+from mutating_recipes import make_recipe_text
 
 from hf_rebasin import Alignment, Checkpoint, spec_for
 from hf_rebasin.checkpoints.tensor_files import read_file
@@ -32,8 +32,8 @@ from hf_rebasin.cli.main import main
 from hf_rebasin.errors import RebasinError
 
 SECONDS = 10
-MEMORY = 1 << 30  # bytes that a case may take beyond what the process has
-SAID = 20_000  # characters
+MEMORY = 1 << 30  # bytes that a case may take beyond what the process already has
+CHARACTERS = 20_000  # that a case may print
 CANARY = "HF_REBASIN_FUZZ_CANARY"
 SECRET = "the secret of another program"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c", "d", "e", "f"]
@@ -41,27 +41,27 @@ FORMS = {"one": ("5GB", ""), "shards": ("1KB", ""), "pickle": ("5GB", "bin"), "p
 
 
 class TooLong(BaseException):
-    """Not an Exception, so that nobody takes it for an error of an input."""
+    """Raised at a time limit; not an Exception, so that it is never handled as an error of the input."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a case came to: `violations` are what must not be."""
+    """The outcome of a case; `violations` says what went wrong."""
 
     mutations: tuple[str, ...]
     command: tuple[str, ...]
     status: int | None
-    said: str
+    printed: str
     violations: tuple[str, ...]
     reproduce: str = ""
 
     def __str__(self):
         lines = [*self.violations, f"mutations: {', '.join(self.mutations)}", f"command: {' '.join(self.command)}"]
-        return "\n  ".join([*lines, f"again: {self.reproduce}", f"said: {self.said[-2000:]}"])
+        return "\n  ".join([*lines, f"again: {self.reproduce}", f"printed: {self.printed[-2000:]}"])
 
 
-def build(folder):
-    """The good inputs: two models in every form there is, an alignment, a text, and what lies outside."""
+def build_inputs(folder):
+    """Write the good inputs: an alignment, and three models in every form, the third of them for `World.outside`."""
     config = dict(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=len(WORDS)
     )
@@ -82,19 +82,19 @@ def build(folder):
 
 
 def _pickle(folder):
-    """The same with weights as old versions stored them."""
+    """Convert a folder's weights to pickles, as old versions stored them."""
     for file in folder.glob("*.safetensors"):
         name = file.name.replace("model", "pytorch_model", 1).replace(".safetensors", ".bin")
         torch.save({key: part.read() for key, part in read_file(file).items()}, folder / name)
         file.unlink()
     for index in folder.glob("*.index.json"):
-        said = index.read_text().replace("model-", "pytorch_model-").replace(".safetensors", ".bin")
-        (folder / "pytorch_model.bin.index.json").write_text(said)
+        text = index.read_text().replace("model-", "pytorch_model-").replace(".safetensors", ".bin")
+        (folder / "pytorch_model.bin.index.json").write_text(text)
         index.unlink()
 
 
 class World:
-    """A scratch folder: `work` is where commands run, `outside` what is not theirs, `home` the user's."""
+    """A scratch folder: commands run in `work`, `home` is the user's, and `outside` is not theirs to touch."""
 
     def __init__(self, root, good, form="one"):
         self.root = root.resolve()
@@ -110,15 +110,15 @@ class World:
         (self.work / "corpus.txt").write_text("a b c d e f\n" * 8)
 
     def payload(self):
-        """A command that leaves a trace if it is run."""
+        """Return a shell command that leaves a trace if it is run."""
         return f"echo run >> {self.canary}"
 
-    def seen(self):
-        """`{path: what is there}` of everything in it."""
-        return {path: _what(path) for path in sorted(self.root.rglob("*"))}
+    def snapshot(self):
+        """Return `{path: description}` of everything in the folder."""
+        return {path: _describe(path) for path in sorted(self.root.rglob("*"))}
 
 
-def _what(path):
+def _describe(path):
     mode = path.lstat().st_mode
     if stat.S_ISLNK(mode):
         return "link", os.readlink(path)
@@ -127,9 +127,9 @@ def _what(path):
     return (stat.S_IFMT(mode),)
 
 
-# --- what a process does ---------------------------------------------------------------------------------------------
+# --- watching a process ----------------------------------------------------------------------------------------------
 
-WATCHED = {"folder": None, "found": []}  # an audit hook stays for ever; it looks only while a folder is watched
+WATCHED = {"folder": None, "violations": []}  # audit hooks cannot be removed; this one acts only on a watched folder
 RUNS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "subprocess.Popen", "pty.spawn")
 CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
 
@@ -139,19 +139,19 @@ def _audit(event, arguments):
     if folder is None:
         return
     if event in RUNS:
-        WATCHED["found"].append(f"ran a program: {event} {arguments!r:.200}")
+        WATCHED["violations"].append(f"ran a program: {event} {arguments!r:.200}")
     elif event == "exec" and str(getattr(arguments[0], "co_filename", "")).startswith(folder):
-        WATCHED["found"].append(f"ran code of the input: {arguments[0].co_filename}")
+        WATCHED["violations"].append(f"ran code of the input: {arguments[0].co_filename}")
     elif event == "os.mkdir" and os.path.isdir(arguments[0]):
-        pass  # it is there already
+        pass  # it exists already
     elif (event == "open" and _writes(arguments)) or event in CHANGES:
-        *_, place = arguments
-        at = os.readlink(f"/proc/self/fd/{place}") if event != "open" and type(place) is int and place >= 0 else ""
+        *_, fd = arguments
+        at = os.readlink(f"/proc/self/fd/{fd}") if event != "open" and type(fd) is int and fd >= 0 else ""
         for path in arguments[: 2 if event in ("os.rename", "os.link", "os.symlink") else 1]:
             if isinstance(path, str | bytes | os.PathLike):
                 path = os.path.join(at, os.fsdecode(path))
                 if not _may_be_written(path, folder):
-                    WATCHED["found"].append(f"{event} of {path}, outside the output folder")
+                    WATCHED["violations"].append(f"{event} of {path}, outside the output folder")
 
 
 def _writes(arguments):
@@ -160,35 +160,35 @@ def _writes(arguments):
 
 
 def _may_be_written(path, folder):
-    """The output folder and what is prepared beside it; caches of Python and of the Hub; the null device."""
+    """Whether a path is in the output folder, its temporary siblings, a cache of Python or the Hub, or /dev/null."""
     path = os.path.realpath(path)
     out = os.path.join(folder, "work", "out")
-    inside = any(path == own or path.startswith(f"{own}{os.sep}") for own in (out, *map(_beside, ("partial", "old"))))
+    inside = any(path == own or path.startswith(f"{own}{os.sep}") for own in (out, *map(_sibling, ("partial", "old"))))
     caches = (os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface"), "/dev/null")
     foreign = not path.startswith(folder)
     return inside or (foreign and ("__pycache__" in path or path.startswith(tuple(map(os.path.realpath, caches)))))
 
 
-def _beside(what):
-    return os.path.join(WATCHED["folder"] or "", "work", f".out.{what}")
+def _sibling(suffix):
+    return os.path.join(WATCHED["folder"] or "", "work", f".out.{suffix}")
 
 
 @contextmanager
-def watched(folder):
-    """What is done in this process while it runs, that a command must not do."""
+def watch(folder):
+    """Collect what this process does meanwhile that a command must not do."""
     if "hooked" not in WATCHED:
         sys.addaudithook(_audit)
         WATCHED["hooked"] = True
-    WATCHED["found"], WATCHED["folder"] = found, _ = [], str(folder)
+    WATCHED["violations"], WATCHED["folder"] = violations, _ = [], str(folder)
     try:
-        yield found
+        yield violations
     finally:
         WATCHED["folder"] = None
 
 
 @contextmanager
-def limited(seconds, memory):
-    """No longer, and no more memory, than that."""
+def limit(seconds, memory):
+    """Limit the time, in seconds, and the additional memory, in bytes, of this process."""
 
     def stop(*_):
         raise TooLong(f"took more than {seconds} s")
@@ -197,7 +197,7 @@ def limited(seconds, memory):
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     timers = {signal.ITIMER_PROF: (signal.SIGPROF, seconds), signal.ITIMER_REAL: (signal.SIGALRM, 6 * seconds)}
     before = {number: signal.signal(number, stop) for number, _ in timers.values()}
-    for timer, (_, limit) in timers.items():  # of work; and of waiting, of which a busy machine has some
+    for timer, (_, limit) in timers.items():  # CPU time, and wall time, which is longer on a busy machine
         signal.setitimer(timer, limit)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + memory, hard))
     try:
@@ -210,16 +210,16 @@ def limited(seconds, memory):
 
 
 @contextmanager
-def logged():
-    """What is logged with a traceback, wherever the stream of its handler leads."""
+def record_tracebacks():
+    """Collect log records that have a traceback, whatever their handlers do."""
     found, emit = [], logging.Logger.callHandlers
 
-    def see(self, record):
+    def record_and_emit(self, record):
         if record.exc_info and any(record.exc_info):
             found.append(f"a traceback was logged by {record.name}: {record.getMessage()}")
         emit(self, record)
 
-    logging.Logger.callHandlers = see
+    logging.Logger.callHandlers = record_and_emit
     try:
         yield found
     finally:
@@ -227,8 +227,8 @@ def logged():
 
 
 @contextmanager
-def at_home(world):
-    """In the folder of a world, with its home."""
+def enter(world):
+    """Work in a world's folder, with its home."""
     here, home = os.getcwd(), os.environ.get("HOME")
     os.chdir(world.work)
     os.environ["HOME"] = str(world.home)
@@ -241,62 +241,68 @@ def at_home(world):
 
 
 def run(world, command, mutations=(), entry=main, seconds=SECONDS, memory=MEMORY):
-    """Run a command in a world, and look at all that came of it."""
-    before, status, violations, said = world.seen(), None, [], io.StringIO()
+    """Run a command in a world, and check everything it did."""
+    before, status, violations, printed = world.snapshot(), None, [], io.StringIO()
     argv, sys.argv = sys.argv, ["hf-rebasin", *command]
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         with (
-            at_home(world),
-            logged() as log,
-            watched(world.root) as done,
-            redirect_stdout(said),
-            redirect_stderr(said),
+            enter(world),
+            record_tracebacks() as log,
+            watch(world.root) as actions,
+            redirect_stdout(printed),
+            redirect_stderr(printed),
         ):
             try:
-                with limited(seconds, memory):
+                with limit(seconds, memory):
                     entry()
                 status = 0
             except SystemExit as end:
                 status = end.code or 0
             except (Exception, TooLong) as error:
-                violations.append(f"a traceback: {type(error).__name__}: {str(error)[:300]} ({_place(error)})")
+                violations.append(f"a traceback: {type(error).__name__}: {str(error)[:300]} ({_locate(error)})")
             if CANARY in os.environ:
                 violations.append("code of the input ran and set a variable")
     finally:
         sys.argv = argv
-    after, text = world.seen(), said.getvalue()
+    after, text = world.snapshot(), printed.getvalue()
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used) << 10
-    violations += [*done, *log]
+    violations += [*actions, *log]
     violations += [f"took {grown >> 20} MB"] * (grown > memory)
-    violations += _wrong_words(status, text)
-    violations += _wrong_files(world, before, after, status, command)
-    return Outcome(tuple(mutations), tuple(command), status, text, tuple(violations))
+    violations += _check_output(status, text)
+    violations += _check_files(world, before, after, status, command)
+    return Outcome(
+        mutations=tuple(mutations),
+        command=tuple(command),
+        status=status,
+        printed=text,
+        violations=tuple(violations),
+    )
 
 
-def _place(error):
-    """Where it came from: the last line of the package, and the last line."""
+def _locate(error):
+    """Return where an error was raised: the last line in the package, and the last line of all."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if "hf_rebasin" in frame.filename]
     return ", ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in (*ours[-1:], frames[-1]))
 
 
-def _wrong_words(status, said):
-    if "Traceback" in said:
+def _check_output(status, text):
+    if "Traceback" in text:
         yield "a traceback was printed"
     if status not in (None, 0, 1, 2):
         yield f"status {status}"
-    if status == 1 and "error: " not in said:
-        yield "failed without a word"
-    if len(said) > SAID:
-        yield f"said {len(said)} characters"
-    if SECRET in said:
-        yield "said what is in a file of another program"
-    if odd := sorted({c for c in said if not c.isprintable() and c not in "\n\r\t"}):
-        yield f"said control characters: {odd!r}"
+    if status == 1 and "error: " not in text:
+        yield "failed without a message"
+    if len(text) > CHARACTERS:
+        yield f"printed {len(text)} characters"
+    if SECRET in text:
+        yield "printed the contents of another program's file"
+    if odd := sorted({c for c in text if not c.isprintable() and c not in "\n\r\t"}):
+        yield f"printed control characters: {odd!r}"
 
 
-def _wrong_files(world, before, after, status, command):
+def _check_files(world, before, after, status, command):
     if world.canary in after:
         yield "code of the input ran"
     out = world.work / "out"
@@ -308,30 +314,30 @@ def _wrong_files(world, before, after, status, command):
         yield "failed and left the output folder behind"
     leaked = [path for path in written if path.is_file() and SECRET.encode() in path.read_bytes()]
     if leaked:
-        yield f"what is in a file of another program was copied to {leaked[0].name}"
+        yield f"the contents of another program's file were copied to {leaked[0].name}"
     if any(after[path][0] == "link" for path in written):
         yield "a link was written"
     if status == 0 and command[0] in ("merge", "apply") and "--dry-run" not in command:
-        yield from _wrong_tensors(world, out, command) if written else ["succeeded and wrote nothing"]
+        yield from _check_tensors(world, out, command) if written else ["succeeded and wrote nothing"]
 
 
-def _wrong_tensors(world, out, command):
-    """What is written has the keys and shapes of the model it is made from."""
+def _check_tensors(world, out, command):
+    """Check that the output has the keys and shapes of the model it is made from."""
     first = world.work / ("b" if command[0] == "apply" else "a")
     try:
-        found = {key: part.shape for key, part in Checkpoint.open(out).parts.items()}
+        shapes = {key: part.shape for key, part in Checkpoint.open(out).parts.items()}
     except Exception as error:
-        yield f"what was written cannot be opened: {error}"
+        yield f"the output cannot be opened: {error}"
         return
-    # which model is the first of a recipe is the recipe's to say
+    # a recipe decides which model is its first
     possible = (first, world.work / "b", world.outside / "model") if command[1].endswith(".yaml") else (first,)
-    expected = [{key: part.shape for key, part in _parts(model)} for model in possible]
-    if found not in expected:
-        yield f"what was written has other tensors than its model: {found.items() ^ expected[0].items()}"
+    expected = [{key: part.shape for key, part in _readable_parts(model)} for model in possible]
+    if shapes not in expected:
+        yield f"the output has other tensors than its model: {shapes.items() ^ expected[0].items()}"
 
 
-def _parts(model):
-    """The tensors of a model; none of one that cannot be opened."""
+def _readable_parts(model):
+    """Return the tensors of a model; none if it cannot be opened."""
     try:
         return Checkpoint.open(model).parts.items()
     except RebasinError:
@@ -341,8 +347,8 @@ def _parts(model):
 # --- cases -----------------------------------------------------------------------------------------------------------
 
 
-def case(kind, seed, good, root, entry=main):
-    """The case of a kind (`recipe` or `checkpoint`) with that seed, made and run; the same seed is the same case."""
+def run_case(kind, seed, good, root, entry=main):
+    """Make and run the case of a kind (`recipe` or `checkpoint`) with a seed, which determines it."""
     r = random.Random(f"{kind} {seed}")
     make = {"recipe": _recipe_case, "checkpoint": _checkpoint_case}[kind]
     try:
@@ -356,7 +362,7 @@ def case(kind, seed, good, root, entry=main):
 def _recipe_case(r, good, root):
     world = World(root, good)
     names = r.sample(sorted(RECIPES), r.choice((1, 1, 2, 3)))
-    (world.work / "recipe.yaml").write_bytes(recipe_text(r, world, [RECIPES[name] for name in names]))
+    (world.work / "recipe.yaml").write_bytes(make_recipe_text(r, world, [RECIPES[name] for name in names]))
     more = ["--dry-run"] if r.random() < 0.3 else []
     return world, ["merge", "recipe.yaml", "-o", "out", *more], names
 
@@ -378,10 +384,10 @@ def _checkpoint_case(r, good, root):
 
 
 def _applies(mutation, r, world, model):
-    """Apply a mutation; False where there is nothing (left) that it could change."""
+    """Apply a mutation; return False if there is nothing (left) that it could change."""
     try:
         return mutation(r, world, model) is not False
-    except Exception:  # of whatever an earlier one has broken
+    except Exception:  # whatever an earlier mutation has broken
         return False
 
 

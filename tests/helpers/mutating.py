@@ -1,9 +1,9 @@
-"""What may be wrong with a recipe, a model's folder or an alignment: one function each, drawn by a generator.
+"""Mutations that break a recipe, a model's folder or an alignment: one function each, to be drawn at random.
 
-A mutation of a folder is called with (generator, world, folder or file) and returns False, or raises, where there is
-nothing that it could change. One of a recipe is called with (generator, world, mapping), and may return a function
-that changes its bytes. They are in `mutating_recipes`, `mutating_tensors` and `mutating_folders`; here is what these
-share.
+A mutation of a folder is called with (generator, world, folder or file), and returns False or raises if there is
+nothing it can change. A mutation of a recipe is called with (generator, world, mapping), and may return a function
+that changes the recipe's bytes. They are in `mutating_recipes`, `mutating_tensors` and `mutating_folders`; this module
+holds what these share.
 """
 
 CHECKPOINTS, ALIGNMENTS, RECIPES = {}, {}, {}
@@ -21,44 +21,48 @@ DEEP = 5_000
 
 
 def junk(r):
+    """Return a path, a number or another value that is wrong almost anywhere."""
     return r.choice((r.choice(PATHS), r.choice(NUMBERS), r.choice(OTHERS), float("inf"), float("nan")))
 
 
-def places(said, path=()):
-    """The paths to everything in nested mappings and lists."""
-    items = said.items() if isinstance(said, dict) else enumerate(said) if isinstance(said, list) else ()
+def iter_paths(tree, path=()):
+    """Yield the paths of all entries of nested mappings and lists."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, value in items:
         yield (*path, key)
-        yield from places(value, (*path, key))
+        yield from iter_paths(value, (*path, key))
 
 
-def at(said, path):
+def entry_at(tree, path):
     for key in path:
-        said = said[key]
-    return said
+        tree = tree[key]
+    return tree
 
 
-def somewhere(r, said):
-    """(what holds it, its key) of something anywhere in a mapping."""
-    *path, key = r.choice(sorted(places(said), key=repr))
-    return at(said, path), key
+def pick_entry(r, tree):
+    """Pick any entry of nested mappings and lists; return (its parent, its key)."""
+    *path, key = r.choice(sorted(iter_paths(tree), key=repr))
+    return entry_at(tree, path), key
 
 
-def misspelt(r, word):
+def misspell(r, word):
     i = r.randrange(len(word) + 1)
     return r.choice((word[:i] + word[i + 1 :], word[:i] + "x" + word[i:], word.upper(), f"{word} ", f"{word}\0"))
 
 
-def mutates(*pools):
-    def keep(function):
+def mutation_of(*pools):
+    """Register a function as a mutation in some pools, under its name."""
+
+    def register(function):
         for pool in pools:
             pool[function.__name__] = function
         return function
 
-    return keep
+    return register
 
 
-def flipped(r, data, times):
+def flip_bytes(r, data, times):
+    """Return the data with up to `times` bytes replaced by random ones."""
     data = bytearray(data)
     for _ in range(times):
         data[r.randrange(len(data))] = r.randrange(256)

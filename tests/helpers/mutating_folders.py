@@ -1,25 +1,25 @@
-"""Mutations of the folder of a model: its index, links in it, configuration and tokenizer."""
+"""Mutations of a model's folder: its index, links, configuration and tokenizer."""
 
 import json
 import os
 import shutil
 from pathlib import Path
 
-from mutating import CHECKPOINTS, DEEP, PATHS, junk, mutates, somewhere
-from mutating_tensors import weights_in
+from mutating import CHECKPOINTS, DEEP, PATHS, junk, mutation_of, pick_entry
+from mutating_tensors import pick_weights
 
 INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
-def index_of(model):
+def find_index(model):
     return next(model / name for name in INDEX if (model / name).is_file())
 
 
-@mutates(CHECKPOINTS)
+@mutation_of(CHECKPOINTS)
 def index_place(r, world, model):
-    file = index_of(model)
-    said = json.loads(file.read_text())
-    places = said["weight_map"]
+    file = find_index(model)
+    index = json.loads(file.read_text())
+    places = index["weight_map"]
     other = r.choice(
         (
             *("../outside/model/model.safetensors", str(world.outside / "model" / "model.safetensors"), "../a/x"),
@@ -29,24 +29,24 @@ def index_place(r, world, model):
     )
     for key in places if r.random() < 0.3 else [r.choice(sorted(places))]:
         places[key] = other
-    file.write_text(json.dumps(said))
+    file.write_text(json.dumps(index))
 
 
-@mutates(CHECKPOINTS)
+@mutation_of(CHECKPOINTS)
 def index_says(r, world, model):
-    file = index_of(model)
-    said = json.loads(file.read_text())
-    held, key = somewhere(r, said)
+    file = find_index(model)
+    index = json.loads(file.read_text())
+    parent, key = pick_entry(r, index)
     if r.random() < 0.5:
-        said["weight_map"] = held = dict(said["weight_map"])
+        index["weight_map"] = parent = dict(index["weight_map"])
         key = r.choice((*PATHS, "more"))
-    held[key] = junk(r)
-    file.write_text(json.dumps(said))
+    parent[key] = junk(r)
+    file.write_text(json.dumps(index))
 
 
-@mutates(CHECKPOINTS)
+@mutation_of(CHECKPOINTS)
 def json_text(r, world, model):
-    """Any JSON file of the model, with other bytes."""
+    """Replace the bytes of any JSON file of the model."""
     file = r.choice(sorted(f for f in model.glob("*.json") if f.is_file()))
     text = file.read_bytes()
     texts = (b"", b"{", b"[]", b"null", b"3", b"[" * DEEP, b'{"a":' * DEEP, b"\xff", b"\0", text[:-2], text * 2)
@@ -55,9 +55,9 @@ def json_text(r, world, model):
     file.write_bytes(r.choice((*texts, *more)))
 
 
-@mutates(CHECKPOINTS)
+@mutation_of(CHECKPOINTS)
 def index_of_its_own(r, world, model):
-    """An index in a folder that had none."""
+    """Add an index to a folder that has none."""
     name = r.choice(INDEX)
     if r.random() < 0.7:
         for file in model.glob("*.safetensors"):
@@ -66,10 +66,10 @@ def index_of_its_own(r, world, model):
     (model / name).write_text(json.dumps({"weight_map": {"x": place}}))
 
 
-@mutates(CHECKPOINTS)
+@mutation_of(CHECKPOINTS)
 def weights_elsewhere(r, world, model):
-    """Weights that are links, or no files at all."""
-    file = weights_in(r, model)
+    """Replace a file of weights by a link, or by something that is not a file."""
+    file = pick_weights(r, model)
     kept = file.rename(world.outside / f"kept{file.suffix}")
     target = r.choice(
         (
@@ -86,9 +86,9 @@ def weights_elsewhere(r, world, model):
         file.symlink_to(target)
 
 
-@mutates(CHECKPOINTS)
+@mutation_of(CHECKPOINTS)
 def side_file_elsewhere(r, world, model):
-    """What goes along with a merge is a link to what is somebody else's."""
+    """Replace a file that a merge copies by a link to a file of somebody else."""
     kinds = ("tokenizer.json", "tokenizer_config.json", "config.json", "chat_template.jinja", "vocab.txt", "x.model")
     file = model / r.choice(kinds)
     targets = ("secret.txt", "config.json", ".", "/dev/zero", "nobody")
@@ -97,7 +97,7 @@ def side_file_elsewhere(r, world, model):
     file.symlink_to(target if r.random() < 0.5 else os.path.relpath(target, model))
 
 
-@mutates(CHECKPOINTS)
+@mutation_of(CHECKPOINTS)
 def side_folder_elsewhere(r, world, model):
     part = model / "1_Pooling"
     kind = r.choice(("link", "inside", "loops", "fifo"))
@@ -117,9 +117,9 @@ def side_folder_elsewhere(r, world, model):
         os.mkfifo(part / "tokenizer.json")
 
 
-@mutates(CHECKPOINTS)
+@mutation_of(CHECKPOINTS)
 def links_of_a_cache(r, world, model):
-    """As the cache of the Hub lays it out: links to blobs beside the snapshots. Harmless."""
+    """Lay the model out like the Hub's cache, as links to blobs beside the snapshots; harmless."""
     blobs, snapshot = world.outside / "hub" / "blobs", world.outside / "hub" / "snapshots" / "0123"
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
@@ -130,9 +130,9 @@ def links_of_a_cache(r, world, model):
     model.symlink_to(snapshot)
 
 
-@mutates(CHECKPOINTS)
+@mutation_of(CHECKPOINTS)
 def odd_files(r, world, model):
-    """What is not a model's lies in its folder."""
+    """Add a file with an odd name that does not belong to the model."""
     odd = ("x\n.model", "\x1b[2J.model", "tokenizer" + "x" * 200, "-rf.model", "vocab.*", "config.json.tokenizer")
     name = r.choice(odd)
     (model / name).write_text("x")
@@ -160,64 +160,64 @@ OTHER = [
 ]
 
 
-def config_of(model, name="config.json"):
-    if not (model / name).is_file():  # an earlier mutation has made it a link to what has no end
+def read_config(model, name="config.json"):
+    if not (model / name).is_file():  # an earlier mutation made it a link to an endless file
         raise OSError(name)
     return json.loads((model / name).read_text())
 
 
-def configures(r, world, model, said, name="config.json"):
-    (model / name).write_text(json.dumps(said))
+def write_config(model, config, name="config.json"):
+    (model / name).write_text(json.dumps(config))
 
 
-@mutates(CHECKPOINTS)
+@mutation_of(CHECKPOINTS)
 def config_value(r, world, model):
-    said = config_of(model)
-    held, key = somewhere(r, said)
-    held[key] = junk(r)
-    configures(r, world, model, said)
+    config = read_config(model)
+    parent, key = pick_entry(r, config)
+    parent[key] = junk(r)
+    write_config(model, config)
 
 
-@mutates(CHECKPOINTS)
+@mutation_of(CHECKPOINTS)
 def config_more(r, world, model):
-    said = config_of(model)
-    said[r.choice((*OTHER, *PATHS, "__class__", "self", "to_dict", "name_or_path", "_name_or_path"))] = junk(r)
-    configures(r, world, model, said)
+    config = read_config(model)
+    config[r.choice((*OTHER, *PATHS, "__class__", "self", "to_dict", "name_or_path", "_name_or_path"))] = junk(r)
+    write_config(model, config)
 
 
-@mutates(CHECKPOINTS)
+@mutation_of(CHECKPOINTS)
 def config_gone(r, world, model):
-    said = config_of(model)
-    del said[r.choice(sorted(said))]
-    configures(r, world, model, said)
+    config = read_config(model)
+    del config[r.choice(sorted(config))]
+    write_config(model, config)
 
 
-@mutates(CHECKPOINTS)
+@mutation_of(CHECKPOINTS)
 def huge_sizes(r, world, model):
-    said = config_of(model)
+    config = read_config(model)
     for key in r.sample((*SIZES, "num_labels", "type_vocab_size"), r.choice((1, 1, 2, 8))):
-        said[key] = r.choice((10**5, 10**9, 10**12, 2**62, 10**30, 0, -1, 7))
-    configures(r, world, model, said)
+        config[key] = r.choice((10**5, 10**9, 10**12, 2**62, 10**30, 0, -1, 7))
+    write_config(model, config)
 
 
-@mutates(CHECKPOINTS)
+@mutation_of(CHECKPOINTS)
 def another_type(r, world, model):
-    said = config_of(model)
-    said["model_type"] = r.choice((*TYPES, *PATHS))
+    config = read_config(model)
+    config["model_type"] = r.choice((*TYPES, *PATHS))
     if r.random() < 0.5:
-        del said["architectures"]
+        del config["architectures"]
     if r.random() < 0.3:
-        said["num_hidden_layers"] = r.choice((10**6, 10**9))
-    configures(r, world, model, said)
+        config["num_hidden_layers"] = r.choice((10**6, 10**9))
+    write_config(model, config)
 
 
-@mutates(CHECKPOINTS)
+@mutation_of(CHECKPOINTS)
 def own_code(r, world, model):
-    """Code that transformers would run if it were trusted."""
-    said = config_of(model)
+    """Add code that transformers would run if it were trusted."""
+    config = read_config(model)
     module = r.choice(("modeling_evil", "evil", "../outside/evil", "org/repo--modeling_evil"))
     model_class, tokenizer = f"{module}.Model", [f"{module}.Tokenizer", None]
-    said |= {
+    config |= {
         "auto_map": {"AutoConfig": f"{module}.Config", "AutoModel": model_class, "AutoTokenizer": tokenizer},
         "trust_remote_code": True,
         "custom_pipelines": {"x": {"impl": f"{module}.Model"}},
@@ -229,38 +229,38 @@ def own_code(r, world, model):
         for name in ("modeling_evil.py", "evil.py"):
             code = f"import os\nos.system({world.payload()!r})\nclass Model: pass\nConfig = Tokenizer = Model\n"
             (folder / name).write_text(code)
-    configures(r, world, model, said)
+    write_config(model, config)
     if r.random() < 0.5:
-        tokens = config_of(model, "tokenizer_config.json")
-        tokens |= {"auto_map": said["auto_map"], "tokenizer_class": "Tokenizer", "trust_remote_code": True}
-        configures(r, world, model, tokens, "tokenizer_config.json")
+        tokens = read_config(model, "tokenizer_config.json")
+        tokens |= {"auto_map": config["auto_map"], "tokenizer_class": "Tokenizer", "trust_remote_code": True}
+        write_config(model, tokens, "tokenizer_config.json")
 
 
-@mutates(CHECKPOINTS)
+@mutation_of(CHECKPOINTS)
 def tokenizer_value(r, world, model):
     name = r.choice(("tokenizer.json", "tokenizer_config.json"))
-    said = config_of(model, name)
-    held, key = somewhere(r, said)
-    held[key] = junk(r)
-    configures(r, world, model, said, name)
+    config = read_config(model, name)
+    parent, key = pick_entry(r, config)
+    parent[key] = junk(r)
+    write_config(model, config, name)
 
 
-@mutates(CHECKPOINTS)
+@mutation_of(CHECKPOINTS)
 def vocabulary(r, world, model):
-    """Other tokens, gaps between their numbers, or numbers that are none."""
-    said = config_of(model, "tokenizer.json")
-    tokens = said["model"]["vocab"]
+    """Change a token, or its id to one that leaves a gap or is not a number."""
+    config = read_config(model, "tokenizer.json")
+    tokens = config["model"]["vocab"]
     word = r.choice(sorted(tokens))
     tokens[r.choice((word, "new", "\x1b[2J", ""))] = r.choice((tokens.pop(word), 10**9, -1, "x", None, 2**40, 0))
-    configures(r, world, model, said, "tokenizer.json")
+    write_config(model, config, "tokenizer.json")
 
 
-@mutates(CHECKPOINTS)
+@mutation_of(CHECKPOINTS)
 def side_file_gone(r, world, model):
     r.choice(sorted(f for f in model.glob("*.json") if f.is_file())).unlink()
 
 
-@mutates(CHECKPOINTS)
+@mutation_of(CHECKPOINTS)
 def folder_gone(r, world, model):
     kind = r.choice(("gone", "file", "empty", "loop"))
     shutil.rmtree(model)

@@ -1,4 +1,4 @@
-"""Mutations of files of tensors, as bytes, headers, values and pickles, and of alignments, which are such files."""
+"""Mutations of tensor files (their bytes, headers, values and pickles), and of alignments, which are such files."""
 
 import io
 import json
@@ -7,19 +7,19 @@ import pickle
 import zipfile
 
 import torch
-from mutating import ALIGNMENTS, CHECKPOINTS, DEEP, PATHS, flipped, junk, mutates, somewhere
+from mutating import ALIGNMENTS, CHECKPOINTS, DEEP, PATHS, flip_bytes, junk, mutation_of, pick_entry
 from safetensors.torch import load_file, save_file
 
 
-def weights_in(r, model):
-    """One of the files with weights that are still files; or the file itself."""
+def pick_weights(r, model):
+    """Return one of a model's files of weights that are still files; or the file that is given."""
     if model.is_file():
         return model
     return r.choice(sorted(f for f in model.iterdir() if f.is_file() and f.suffix in (".safetensors", ".bin")))
 
 
-def header_of(file):
-    """(header, data) of a safetensors file."""
+def read_header(file):
+    """Read (header, data) of a safetensors file."""
     data = file.read_bytes()
     n = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + n]), data[8 + n :]
@@ -30,19 +30,19 @@ def write_header(file, header, data):
     file.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
-def tensors_of(header):
+def tensor_names(header):
     return sorted(key for key in header if key != "__metadata__")
 
 
-def headers(function):
-    """A mutation of one tensor's entry in a header: called with (generator, header, key)."""
+def header_mutation(function):
+    """Register a mutation of a tensor's entry in a header, a function of (generator, header, key)."""
 
     def change(r, world, model):
-        file = weights_in(r, model)
+        file = pick_weights(r, model)
         if file.suffix != ".safetensors":
             return False
-        header, data = header_of(file)
-        result = function(r, header, r.choice(tensors_of(header)))
+        header, data = read_header(file)
+        result = function(r, header, r.choice(tensor_names(header)))
         write_header(file, header if result is None else result, data)
         return None
 
@@ -51,46 +51,46 @@ def headers(function):
     return change
 
 
-@mutates(CHECKPOINTS, ALIGNMENTS)
+@mutation_of(CHECKPOINTS, ALIGNMENTS)
 def cut(r, world, model):
-    file = weights_in(r, model)
+    file = pick_weights(r, model)
     os.truncate(file, r.choice((0, 1, 7, 8, 9, file.stat().st_size - 1, r.randrange(file.stat().st_size))))
 
 
-@mutates(CHECKPOINTS, ALIGNMENTS)
+@mutation_of(CHECKPOINTS, ALIGNMENTS)
 def longer(r, world, model):
-    with weights_in(r, model).open("ab") as file:
+    with pick_weights(r, model).open("ab") as file:
         file.write(r.randbytes(r.choice((1, 8, 4096))))
 
 
-@mutates(CHECKPOINTS, ALIGNMENTS)
+@mutation_of(CHECKPOINTS, ALIGNMENTS)
 def random_bytes(r, world, model):
-    weights_in(r, model).write_bytes(r.randbytes(r.choice((0, 1, 8, 100, 5000))))
+    pick_weights(r, model).write_bytes(r.randbytes(r.choice((0, 1, 8, 100, 5000))))
 
 
-@mutates(CHECKPOINTS, ALIGNMENTS)
+@mutation_of(CHECKPOINTS, ALIGNMENTS)
 def flipped_bytes(r, world, model):
-    file = weights_in(r, model)
-    file.write_bytes(flipped(r, file.read_bytes(), r.choice((1, 3, 50))))
+    file = pick_weights(r, model)
+    file.write_bytes(flip_bytes(r, file.read_bytes(), r.choice((1, 3, 50))))
 
 
-@mutates(CHECKPOINTS, ALIGNMENTS)
+@mutation_of(CHECKPOINTS, ALIGNMENTS)
 def flipped_header(r, world, model):
-    file = weights_in(r, model)
+    file = pick_weights(r, model)
     data = file.read_bytes()
     n = min(2000, len(data))
-    file.write_bytes(flipped(r, data[:n], r.choice((1, 3, 10))) + data[n:])
+    file.write_bytes(flip_bytes(r, data[:n], r.choice((1, 3, 10))) + data[n:])
 
 
-@mutates(CHECKPOINTS, ALIGNMENTS)
+@mutation_of(CHECKPOINTS, ALIGNMENTS)
 def header_length(r, world, model):
-    file = weights_in(r, model)
+    file = pick_weights(r, model)
     data = file.read_bytes()
     n = r.choice((0, 1, 2, len(data) - 8, len(data) - 7, len(data), 10**8, 10**8 + 1, 2**32, 2**63, 2**64 - 1))
     file.write_bytes(n.to_bytes(8, "little") + data[8:])
 
 
-@headers
+@header_mutation
 def header_text(r, header, key):
     text = json.dumps(header)
     return r.choice(
@@ -103,13 +103,13 @@ def header_text(r, header, key):
     )
 
 
-@headers
+@header_mutation
 def repeated_name(r, header, key):
     again = json.dumps({key: header[key] | r.choice(({}, {"dtype": "I32"}, {"shape": [1]}))})
     return (json.dumps(header)[:-1] + "," + again[1:]).encode()
 
 
-@headers
+@header_mutation
 def offsets(r, header, key):
     first, last = header[key]["data_offsets"]
     step = r.choice((-8, -4, 4, 8, 10**6, 10**12, 2**63))
@@ -122,13 +122,13 @@ def offsets(r, header, key):
     )
 
 
-@headers
+@header_mutation
 def overlapping(r, header, key):
-    other = r.choice(tensors_of(header))
+    other = r.choice(tensor_names(header))
     header[key]["data_offsets"] = header[other]["data_offsets"]
 
 
-@headers
+@header_mutation
 def shape(r, header, key):
     shape = header[key]["shape"]
     header[key]["shape"] = r.choice(
@@ -147,47 +147,47 @@ def shape(r, header, key):
     )
 
 
-@headers
+@header_mutation
 def dtype(r, header, key):
     others = ("F64", "F16", "BF16", "I32", "U32", "BOOL", "F8_E4M3", "C64", "f32", "", None, [], {})
     header[key]["dtype"] = r.choice(others)
 
 
-@headers
+@header_mutation
 def entry(r, header, key):
     header[key] = r.choice((None, [], 3, "x", {}, {"dtype": "F32"}, header[key] | {"more": [1]}))
 
 
-@headers
+@header_mutation
 def metadata(r, header, key):
     header["__metadata__"] = r.choice((None, 3, [], {"format": "tf"}, {"format": 3}, {"x": "y" * 10_000}, {}))
 
 
-@headers
+@header_mutation
 def another_name(r, header, key):
     odd = ("__class__", "__metadata__.x", "a..b", ".", key + "\n", key.upper(), key + ".9" * 500, "*", "<x>")
     new = r.choice((*PATHS, *odd))
     header[new if r.random() < 0.7 else key.replace("0", r.choice(("9", "-1", "99999999999", "x")))] = header.pop(key)
 
 
-@headers
+@header_mutation
 def exchanged(r, header, key):
-    other = r.choice(tensors_of(header))
+    other = r.choice(tensor_names(header))
     header[key], header[other] = header[other], header[key]
 
 
-@headers
+@header_mutation
 def quantised(r, header, key):
     header[key.removesuffix(".weight") + r.choice((".qweight", ".SCB", ".weight_scale", ".absmax"))] = header.pop(key)
 
 
-def with_tensors(function):
-    """A mutation of the tensors of a file: called with (generator, tensors, key)."""
+def tensor_mutation(function):
+    """Register a mutation of the tensors of a file, a function of (generator, tensors, key)."""
 
     def change(r, world, model):
-        file = weights_in(r, model)
+        file = pick_weights(r, model)
         pickled = file.suffix == ".bin"
-        header = {} if pickled else header_of(file)[0].get("__metadata__")
+        header = {} if pickled else read_header(file)[0].get("__metadata__")
         tensors = torch.load(file, weights_only=True) if pickled else load_file(file)
         function(r, tensors, r.choice(sorted(tensors)))
         torch.save(tensors, file) if pickled else save_file(tensors, file, header)
@@ -197,29 +197,29 @@ def with_tensors(function):
     return change
 
 
-@with_tensors
+@tensor_mutation
 def broken_values(r, tensors, key):
     bad = r.choice((float("nan"), float("inf"), -float("inf"), 3e38, 0.0, -1))
     whole = not tensors[key].is_floating_point()
     tensors[key].reshape(-1)[: r.choice((1, 10**6))] = r.choice((-1, 10**9)) if whole else bad
 
 
-@with_tensors
+@tensor_mutation
 def tensor_gone(r, tensors, key):
     del tensors[key]
 
 
-@with_tensors
+@tensor_mutation
 def tensor_more(r, tensors, key):
     tensors[r.choice(("more", key + "x", "x." + key, key.replace("0", "1")))] = tensors[key].clone()
 
 
-@with_tensors
+@tensor_mutation
 def tensor_cut(r, tensors, key):
     tensors[key] = tensors[key][..., : r.randrange(2)].clone()
 
 
-@with_tensors
+@tensor_mutation
 def tensor_type(r, tensors, key):
     tensors[key] = tensors[key].to(r.choice((torch.int8, torch.bool, torch.float8_e5m2, torch.float64, torch.int64)))
 
@@ -228,46 +228,48 @@ def tensor_type(r, tensors, key):
 
 
 class Payload:
-    """Runs when it is unpickled by what lets it."""
+    """An object that calls a function when it is unpickled without protection."""
 
     def __init__(self, call, *arguments):
-        self.made = call, arguments
+        self.reduced = call, arguments
 
     def __reduce__(self):
-        return self.made
+        return self.reduced
 
 
-def payload(r, world):
+def make_payload(r, world):
     code = f"import os; os.environ['HF_REBASIN_FUZZ_CANARY'] = '1'; open({str(world.canary)!r}, 'w')"
     return r.choice((Payload(os.system, world.payload()), Payload(exec, code), Payload(eval, f"exec({code!r})")))
 
 
-@mutates(CHECKPOINTS)
+@mutation_of(CHECKPOINTS)
 def pickled_code(r, world, model):
-    """Code in weights."""
-    file = weights_in(r, model)
-    what = r.choice(({"x": payload(r, world)}, payload(r, world), {"x": torch.ones(1), "y": [payload(r, world)]}))
-    how = r.choice(("zip", "legacy", "bare"))
-    if how == "bare":
-        file.write_bytes(pickle.dumps(what))
+    """Put code into a file of weights."""
+    file = pick_weights(r, model)
+    value = r.choice(
+        ({"x": make_payload(r, world)}, make_payload(r, world), {"x": torch.ones(1), "y": [make_payload(r, world)]})
+    )
+    form = r.choice(("zip", "legacy", "bare"))
+    if form == "bare":
+        file.write_bytes(pickle.dumps(value))
     else:
-        torch.save(what, file, _use_new_zipfile_serialization=how == "zip")
+        torch.save(value, file, _use_new_zipfile_serialization=form == "zip")
 
 
-@mutates(CHECKPOINTS)
+@mutation_of(CHECKPOINTS)
 def code_beside(r, world, model):
-    """Code in files that nobody asked for."""
+    """Add files of code that nothing should load."""
     for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin"):
         if not (model / name).exists():
-            torch.save(payload(r, world), model / name)
+            torch.save(make_payload(r, world), model / name)
     for name in ("__init__.py", "setup.py", "sitecustomize.py", "modeling_bert.py", "tokenization_x.py"):
         (model / name).write_text(f"import os\nos.system({world.payload()!r})\n")
 
 
-@mutates(CHECKPOINTS)
+@mutation_of(CHECKPOINTS)
 def pickled_others(r, world, model):
-    """Pickles of other things than tensors by name, and of tensors that lie."""
-    file = weights_in(r, model)
+    """Pickle something other than tensors by name, or tensors that are not what they seem."""
+    file = pick_weights(r, model)
     if file.suffix != ".bin":
         return False
     state = torch.load(file, weights_only=True)
@@ -294,12 +296,12 @@ def pickled_others(r, world, model):
         state[key] = torch.nn.Parameter(state[key])
     torch.save(state, file, _use_new_zipfile_serialization=kind != "legacy")
     if kind == "deflated":
-        _deflated(file, r.choice((0, 300_000_000)))
+        _deflate(file, r.choice((0, 300_000_000)))
     return None
 
 
-def _deflated(file, zeros):
-    """The same records, compressed; the first storage as long as is said."""
+def _deflate(file, zeros):
+    """Compress the records of an archive; if `zeros` is given, replace the first storage by so many zeros."""
     out = io.BytesIO()
     with zipfile.ZipFile(file) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as new:
         for record in old.infolist():
@@ -310,49 +312,49 @@ def _deflated(file, zeros):
 # --- alignments ------------------------------------------------------------------------------------------------------
 
 
-def specs(function):
-    """A mutation of the spec in an alignment's metadata: called with (generator, spec) of JSON."""
+def spec_mutation(function):
+    """Register a mutation of the spec in an alignment's metadata, a function of (generator, spec as JSON)."""
 
     def change(r, world, file):
-        header, data = header_of(file)
+        header, data = read_header(file)
         (name,) = header["__metadata__"]
-        said = json.loads(header["__metadata__"][name])
-        result = function(r, said)
-        header["__metadata__"][name] = json.dumps(said) if result is None else result
+        spec = json.loads(header["__metadata__"][name])
+        result = function(r, spec)
+        header["__metadata__"][name] = json.dumps(spec) if result is None else result
         write_header(file, header, data)
 
     ALIGNMENTS[function.__name__] = change
     return change
 
 
-@specs
-def spec_value(r, said):
-    held, key = somewhere(r, said)
-    held[key] = junk(r)
+@spec_mutation
+def spec_value(r, spec):
+    parent, key = pick_entry(r, spec)
+    parent[key] = junk(r)
 
 
-@specs
-def spec_gone(r, said):
-    held, key = somewhere(r, said)
-    del held[key]
+@spec_mutation
+def spec_gone(r, spec):
+    parent, key = pick_entry(r, spec)
+    del parent[key]
 
 
-@specs
-def spec_text(r, said):
-    return r.choice(("", "{", "[]", "null", "3", "[" * DEEP, '{"table": ' * DEEP, "x" * 10_000, json.dumps(said)[:-9]))
+@spec_mutation
+def spec_text(r, spec):
+    return r.choice(("", "{", "[]", "null", "3", "[" * DEEP, '{"table": ' * DEEP, "x" * 10_000, json.dumps(spec)[:-9]))
 
 
-@specs
-def spec_sizes(r, said):
-    part = r.choice((said["table"]["sizes"], said["shapes"]))
+@spec_mutation
+def spec_sizes(r, spec):
+    part = r.choice((spec["table"]["sizes"], spec["shapes"]))
     key = r.choice(sorted(part))
     n = r.choice((0, 10**6, 10**12, 2**70, -3))
     part[key] = [n] * len(part[key]) if isinstance(part[key], list) else n
 
 
-@specs
-def spec_patterns(r, said):
-    rows = said["table"]["rows"]
+@spec_mutation
+def spec_patterns(r, spec):
+    rows = spec["table"]["rows"]
     key = r.choice(sorted(rows))
     patterns = ("(" * DEEP, "a " * 50, "(a b) + (a b)", "residual", "_, _, _", "", "x, x'", "10000000, _")
     patterns += ("+".join("a" * 3000), "(" + "(a + b) " * 30 + ")")
@@ -362,14 +364,14 @@ def spec_patterns(r, said):
         rows[r.choice(("{a,b}" * 30, "*." * 200, "<a>.<b>", "{", "{" * DEEP, "<x.*>.weight"))] = rows.pop(key)
 
 
-@specs
-def spec_groups(r, said):
-    groups = said["table"]["groups"]
+@spec_mutation
+def spec_groups(r, spec):
+    groups = spec["table"]["groups"]
     key = r.choice(sorted(groups))
     kinds = ("held", "permutation", "invertible", "orthogonal", "rotary", "centred in vocab", "x", "scaled")
     groups[key] = r.choice((*kinds, f"held in {key}"))
 
 
-@specs
-def spec_ties(r, said):
-    said["ties"] = {r.choice((*said["shapes"], "x")): r.choice((*said["shapes"], "y"))}
+@spec_mutation
+def spec_ties(r, spec):
+    spec["ties"] = {r.choice((*spec["shapes"], "x")): r.choice((*spec["shapes"], "y"))}

@@ -1,4 +1,4 @@
-"""What tests of publishing share: tiny models and digits, the command line, and what a repository has."""
+"""Shared by the tests of publishing: tiny models and digits, the command line, and the contents of repositories."""
 
 import io
 import os
@@ -22,8 +22,8 @@ LABELS = {"id2label": {i: str(i) for i in range(4)}, "label2id": {str(i): i for 
 CARD = "---\nlicense: {}\n---\n\nA model.\n"
 
 
-def call(*arguments):
-    """(exit status, standard output, standard error) of the command line."""
+def run_cli(*arguments):
+    """Run the command line in this process; return (exit status, standard output, standard error)."""
     out, err = io.StringIO(), io.StringIO()
     with (
         mock.patch.object(sys, "argv", ["hf-rebasin", *map(str, arguments)]),
@@ -38,16 +38,16 @@ def call(*arguments):
     return status, out.getvalue(), err.getvalue()
 
 
-def called(*arguments):
-    """What the command line prints, where all goes well."""
-    status, out, err = call(*arguments)
+def run_ok(*arguments):
+    """Run the command line, assert that it succeeds, and return its standard output."""
+    status, out, err = run_cli(*arguments)
     assert status == 0, out + err
     return out
 
 
-def refused(*arguments):
-    """The one line that the command line says where it fails."""
-    status, out, err = call(*arguments)
+def expect_refusal(*arguments):
+    """Run the command line, assert that it fails with one error line, and return that line."""
+    status, out, err = run_cli(*arguments)
     assert status == 1, out + err
     last = err.strip().splitlines()[-1]
     assert last.startswith("error: "), err
@@ -55,8 +55,8 @@ def refused(*arguments):
     return last
 
 
-def fresh(script, folder, *arguments, **environment):
-    """What a script prints in a process of its own, with nothing in its caches."""
+def run_fresh(script, folder, *arguments, **environment):
+    """Run a script in a process of its own with empty caches; return its standard output."""
     own = {"HF_HOME": str(folder / "fresh"), "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), **environment}
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
@@ -87,8 +87,8 @@ def processor():
     return Processor(do_resize=False, image_mean=[0.5], image_std=[0.5])
 
 
-def saved(folder, *parts, licence=None):
-    """Models, processors, tokenizers in a folder, with a card where there is a licence."""
+def save_parts(folder, *parts, licence=None):
+    """Save models, processors and tokenizers to a folder, with a card if a licence is given; return it."""
     for part in parts:
         part.save_pretrained(folder)
     if licence is not None:
@@ -96,17 +96,17 @@ def saved(folder, *parts, licence=None):
     return folder
 
 
-def pushed(repository, *parts, licence="mit", **how):
-    """The same on the Hub; its commit."""
+def push_parts(repository, *parts, licence="mit", **options):
+    """Push models, processors and tokenizers to the Hub with a model card; return the commit."""
     for part in parts:
-        part.push_to_hub(repository, **how)
+        part.push_to_hub(repository, **options)
     upload = HfApi().upload_file
     upload(path_or_fileobj=CARD.format(licence).encode(), path_in_repo="README.md", repo_id=repository)
     return HUB.repo(repository).resolve("main")
 
 
 def digits(seed, rows):
-    """Images of four kinds: a bright quarter, and noise."""
+    """Noisy images of four classes, told apart by which quarter is bright."""
     draw = np.random.default_rng(seed)
     labels = draw.integers(0, 4, rows).tolist()
     images = draw.integers(0, 120, (rows, 8, 8)).astype("uint8")
@@ -116,14 +116,14 @@ def digits(seed, rows):
     return datasets.Dataset.from_dict({"image": [*map(Image.fromarray, images)], "label": labels}, features=kinds)
 
 
-def pushed_digits(repository):
+def push_digits(repository):
     datasets.disable_progress_bars()
     for split, rows in (("train", 48), ("test", 40)):
         digits(rows, rows).push_to_hub(repository, split=split)
     return repository
 
 
-def written_digits(folder):
+def write_digits(folder):
     datasets.disable_progress_bars()
     folder.mkdir(parents=True)
     for split, rows in (("train", 48), ("test", 40)):
@@ -131,23 +131,23 @@ def written_digits(folder):
     return folder
 
 
-def there(repository, revision="main"):
-    """{file: bytes} of a repository."""
+def repository_files(repository, revision="main"):
+    """Return {file: bytes} of a repository."""
     return {name: HUB.content(repository, name, revision) for name in HUB.repo(repository).files(revision)[1]}
 
 
-def commits(repository, revision="main"):
-    """The titles of the commits of a branch, the last one first."""
-    return [one.title for one in HfApi().list_repo_commits(repository, revision=revision)]
+def commit_titles(repository, revision="main"):
+    """Return the commit titles of a branch, latest first."""
+    return [commit.title for commit in HfApi().list_repo_commits(repository, revision=revision)]
 
 
-def bytes_of(folder):
-    """{file: bytes} of a folder."""
+def folder_contents(folder):
+    """Return {file: bytes} of a folder."""
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def flip(file):
-    """Another bit in the middle of a file."""
+def flip_bit(file):
+    """Flip a bit in the middle of a file."""
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)

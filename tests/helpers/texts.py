@@ -1,23 +1,14 @@
-"""A speech, and tokenizers and configurations of models that read it."""
+"""A small vocabulary and texts, with tokenizers and configurations of models that read them."""
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    BertConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import BertConfig, PreTrainedTokenizerFast
 
 SPEECH = "the a cat dog bird sat ran flew on under over mat log sky and then slept soundly until noon"
 
 
 WORDS = SPEECH.split()
-
-
 BERT_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-
-
 SMALL = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16}
-
-
 TEXTS = [" ".join(WORDS[(i * k + k) % len(WORDS)] for k in range(3 + i % 5)) for i in range(40)]
 
 

@@ -1,12 +1,12 @@
 """Models with the number of permutation symmetries each of them has, counted on paper.
 
-One free symmetry is one family of axes which may be permuted without changing any output: the units of a hidden
-layer; the residual stream; the heads of one attention; the query-key units inside its heads, each head in an order of
-its own; and so on. What has size 1 does not count. Outputs (every tensor of what a model returns), inputs, tokens,
+A free symmetry is a set of axes that may be permuted together without changing any output: the units of a hidden
+layer; the residual stream; the heads of one attention; the query-key units inside its heads, in a separate order for
+each head; and so on. Axes of size 1 do not count. Outputs (every tensor that a model returns), inputs, tokens,
 positions, pixels and kernels are held.
 
-`HF` are tiny transformers models, `MODULES` plain torch modules, and `modules()` composes modules at random.
-`python tests/zoo.py` builds them all and prints them.
+`HF` has tiny transformers models, `MODULES` plain torch modules, and `modules()` composes modules at random.
+`python tests/helpers/zoo.py` builds them all and prints them.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hf_rebasin.alignment.exactness import outputs
-from hf_rebasin.modules.forward import run
+from hf_rebasin.alignment.exactness import compute_outputs
+from hf_rebasin.modules.forward import run_module
 
 Inputs = tuple[Tensor, ...] | dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Family:
-    """A model with its inputs.
+    """A model with its inputs and its number of symmetries.
 
     Args:
-        build: makes the model, always the same one: float64, in eval mode, random and far from initialisation.
-        inputs: makes positional inputs (a tuple) or keyword arguments (a dict), always the same ones.
-        free: how many symmetries can be permuted.
-        why: the count spelt out.
+        build: function that returns the model, always the same: float64, eval mode, random, far from initialisation.
+        inputs: function that returns positional inputs (a tuple) or keyword arguments (a dict), always the same.
+        free: number of symmetries that can be permuted.
+        why: explanation of that number.
     """
 
     build: Callable[[], nn.Module]
@@ -51,9 +51,9 @@ MODULES: dict[str, Family] = {}
 
 @torch.no_grad()
 def randomise(model: nn.Module, generator: torch.Generator, inputs: Inputs | None = None) -> nn.Module:
-    """Every parameter random at a scale that saturates nothing; in float64 and eval mode.
+    """Randomise every parameter at a scale that saturates nothing; set float64 and eval mode.
 
-    The statistics of batch norms are those of random data like the inputs, with noise; without inputs plain noise.
+    The statistics of batch norms become those of random data like the inputs, with noise; without inputs, plain noise.
     """
 
     def noise(*shape: int) -> Tensor:
@@ -72,11 +72,12 @@ def randomise(model: nn.Module, generator: torch.Generator, inputs: Inputs | Non
         for norm in norms:
             norm.momentum = 1.0
 
-        def alike(x: Any) -> Any:
+        def noise_like(x: Any) -> Any:
             return noise(16, *x.shape[1:]) if isinstance(x, Tensor) and x.is_floating_point() else x
 
-        several = {k: alike(x) for k, x in inputs.items()} if isinstance(inputs, dict) else tuple(map(alike, inputs))
-        run(model.train(), several)
+        is_dict = isinstance(inputs, dict)
+        batch = {k: noise_like(x) for k, x in inputs.items()} if is_dict else tuple(map(noise_like, inputs))
+        run_module(model.train(), batch)
         model.eval()
     for norm in norms:
         mean, var = norm.running_mean, norm.running_var
@@ -87,11 +88,11 @@ def randomise(model: nn.Module, generator: torch.Generator, inputs: Inputs | Non
 
 
 @torch.no_grad()
-def sees(model: nn.Module, inputs: Inputs, seed: int = 0) -> dict[str, bool]:
+def row_order_matters(model: nn.Module, inputs: Inputs, seed: int = 0) -> dict[str, bool]:
     """For each matrix, whether outputs change when its rows (its first axis longer than 1) are permuted at random."""
     generator = torch.Generator().manual_seed(seed)
-    before = outputs(model, inputs)[0]
-    found = {}
+    before = compute_outputs(model, inputs)[0]
+    matters = {}
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2 or parameter.numel() < 2:
             continue
@@ -102,9 +103,9 @@ def sees(model: nn.Module, inputs: Inputs, seed: int = 0) -> dict[str, bool]:
             order = order.flip(0)
         kept = parameter.detach().clone()
         parameter.copy_(parameter.index_select(axis, order))
-        found[name] = bool((outputs(model, inputs)[0] - before).abs().max() > 1e-4 * before.abs().max())
+        matters[name] = bool((compute_outputs(model, inputs)[0] - before).abs().max() > 1e-4 * before.abs().max())
         parameter.copy_(kept)
-    return found
+    return matters
 
 
 def tokens(vocabulary: int, length: int, batch: int = 2, seed: int = 0, lowest: int = 0) -> Tensor:
@@ -112,7 +113,7 @@ def tokens(vocabulary: int, length: int, batch: int = 2, seed: int = 0, lowest: 
 
 
 def reals(*shapes: tuple[int, ...], seed: int = 0) -> tuple[Tensor, ...]:
-    """One random tensor for each shape, behind a batch of 2."""
+    """One random tensor for each shape, with a batch dimension of 2 before it."""
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randn(2, *shape, generator=generator, dtype=torch.float64) for shape in shapes)
 
@@ -257,7 +258,7 @@ _hf(
     "GPTNeoXForCausalLM",
     _text(71, use_cache=False),
     9,
-    "residual + 2 × (heads + the half of qk which does not turn + ov + ff)",
+    "residual + 2 × (heads + the half of qk that RoPE does not rotate + ov + ff)",
     vocab_size=71,
     hidden_size=24,
     num_hidden_layers=2,
@@ -291,7 +292,7 @@ _hf(
     "Phi3ForCausalLM",
     _text(73, use_cache=False),
     11,
-    "residual + 2 × (kv + query group + the third of qk which does not turn, one order per kv head + ov + ff)",
+    "residual + 2 × (kv + query group + the third of qk that RoPE does not rotate, one order per kv head + ov + ff)",
     hidden_size=36,
     intermediate_size=22,
     partial_rotary_factor=0.67,
@@ -353,7 +354,7 @@ _hf(
 
 def _image_and_text() -> dict[str, Any]:
     ids = tokens(44, 7, lowest=3)
-    ids[0, 4], ids[1, 6] = 44, 44  # the end token, whose state is the text's embedding
+    ids[0, 4], ids[1, 6] = 44, 44  # the end token, whose hidden state is the text embedding
     return {"input_ids": ids, "pixel_values": reals((3, 8, 8))[0]}
 
 
@@ -362,7 +363,7 @@ _hf(
     "CLIPModel",
     _image_and_text,
     18,
-    "2 towers × (residual + 2 × (heads + qk + ov + ff)); the embeddings are what it computes: held",
+    "2 towers × (residual + 2 × (heads + qk + ov + ff)); the embeddings are outputs: held",
     text_config=dict(
         vocab_size=45,
         hidden_size=24,
@@ -408,7 +409,7 @@ _hf(
     "ConvNextForImageClassification",
     _image(32),
     5,
-    "2 streams (norms, depthwise kernels and layer scales are in them) + 3 × ff",
+    "2 streams (with norms, depthwise kernels and layer scales) + 3 × ff",
     hidden_sizes=[8, 10],
     depths=[2, 1],
     num_stages=2,
@@ -486,7 +487,9 @@ _hf(
 def _zoo(
     name: str, inputs: Callable[[], tuple[Tensor, ...]], free: int, why: str, *args: Any, **kwargs: Any
 ) -> Callable[[Any], Any]:
-    def keep(cls: Any) -> Any:
+    """Add the decorated module to the zoo."""
+
+    def add(cls: Any) -> Any:
         def build() -> nn.Module:
             torch.manual_seed(0)
             return randomise(cls(*args, **kwargs), torch.Generator().manual_seed(1), inputs())
@@ -494,10 +497,10 @@ def _zoo(
         MODULES[name] = Family(build, inputs, free, why)
         return cls
 
-    return keep
+    return add
 
 
-def _of(*shapes: tuple[int, ...]) -> Callable[[], tuple[Tensor, ...]]:
+def _reals(*shapes: tuple[int, ...]) -> Callable[[], tuple[Tensor, ...]]:
     return lambda: reals(*shapes)
 
 
@@ -512,21 +515,21 @@ def _conv(a: int, b: int, kernel: int = 3, **more: Any) -> tuple[nn.Module, ...]
     return nn.Conv2d(a, b, kernel, **more), nn.BatchNorm2d(b), nn.ReLU()
 
 
-@_zoo("mlp", _of((5,)), 2, "2 hidden layers, batch norms with them")
+@_zoo("mlp", _reals((5,)), 2, "2 hidden layers, batch norms with them")
 class MLP(nn.Sequential):
     def __init__(self) -> None:
         hidden = nn.Linear(5, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 9), nn.BatchNorm1d(9), nn.ReLU()
         super().__init__(*hidden, nn.Linear(9, 4))
 
 
-@_zoo("vgg", _of((3, 6, 6)), 3, "2 convolutions + hidden linear; the flattened pixels are held, channels are not")
+@_zoo("vgg", _reals((3, 6, 6)), 3, "2 convolutions + hidden linear; the flattened pixels are held, channels are not")
 class VGG(nn.Sequential):
     def __init__(self) -> None:
         features = *_conv(3, 6), *_conv(6, 8), nn.MaxPool2d(2), nn.Flatten()
         super().__init__(*features, nn.Linear(8 * 9, 10), nn.ReLU(), nn.Linear(10, 4))
 
 
-@_zoo("squeeze_excite", _of((3, 6, 6)), 3, "stream (its gates with it) + hidden convolution + squeeze")
+@_zoo("squeeze_excite", _reals((3, 6, 6)), 3, "stream (its gates with it) + hidden convolution + squeeze")
 class SqueezeExcite(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -553,7 +556,9 @@ class DenseLayer(nn.Module):
         return torch.cat([x, y], 1)
 
 
-@_zoo("densenet", _of((3, 8, 8)), 8, "stem + 3 × (bottleneck + growth) + transition; what is concatenated stays apart")
+@_zoo(
+    "densenet", _reals((3, 8, 8)), 8, "stem + 3 × (bottleneck + growth) + transition; concatenated features stay apart"
+)
 class DenseNet(nn.Sequential):
     def __init__(self) -> None:
         first = nn.Conv2d(3, 6, 3, padding=1), DenseLayer(6, 7, 4), DenseLayer(10, 8, 4)
@@ -561,28 +566,28 @@ class DenseNet(nn.Sequential):
         super().__init__(*first, *transition, DenseLayer(9, 11, 5), nn.BatchNorm2d(14), nn.ReLU(), *_head(14, 3))
 
 
-@_zoo("group_norm", _of((3, 5, 5)), 4, "2 × (groups + channels in groups)")
+@_zoo("group_norm", _reals((3, 5, 5)), 4, "2 × (groups + channels in groups)")
 class GroupNormed(nn.Sequential):
     def __init__(self) -> None:
         first = nn.Conv2d(3, 12, 3), nn.GroupNorm(3, 12), nn.ReLU()
         super().__init__(*first, nn.Conv2d(12, 10, 3), nn.GroupNorm(2, 10), nn.ReLU(), *_head(10, 4))
 
 
-@_zoo("group_norm_nested", _of((3, 5, 5)), 3, "2 groups + 2 groups in each + 3 channels in each of those")
+@_zoo("group_norm_nested", _reals((3, 5, 5)), 3, "2 groups + 2 groups in each + 3 channels in each of those")
 class NestedGroupNorms(nn.Sequential):
     def __init__(self) -> None:
         norms = nn.GroupNorm(2, 12), nn.Tanh(), nn.GroupNorm(4, 12), nn.ReLU()
         super().__init__(nn.Conv2d(3, 12, 3), *norms, *_head(12, 4))
 
 
-@_zoo("instance_norm", _of((3, 6, 6)), 2, "2 convolutions; one group, or one channel in each, ties nothing")
+@_zoo("instance_norm", _reals((3, 6, 6)), 2, "2 convolutions; one group, or one channel in each, restricts nothing")
 class InstanceNormed(nn.Sequential):
     def __init__(self) -> None:
         first = nn.Conv2d(3, 6, 3), nn.InstanceNorm2d(6, affine=True), nn.ReLU()
         super().__init__(*first, nn.Conv2d(6, 7, 3), nn.GroupNorm(1, 7), nn.ReLU(), nn.Flatten(), nn.Linear(28, 3))
 
 
-@_zoo("autoencoder", _of((1, 8, 8)), 3, "3 hidden convolutions, two of them before a transposed one")
+@_zoo("autoencoder", _reals((1, 8, 8)), 3, "3 hidden convolutions, two of them before a transposed one")
 class Autoencoder(nn.Sequential):
     def __init__(self) -> None:
         down = nn.Conv2d(1, 6, 4, 2, 1), nn.ReLU(), nn.Conv2d(6, 8, 4, 2, 1), nn.ReLU()
@@ -591,7 +596,7 @@ class Autoencoder(nn.Sequential):
         )
 
 
-@_zoo("unet", _of((3, 6, 6)), 4, "skip + bottom + up + last hidden; the concatenation keeps skip and up apart")
+@_zoo("unet", _reals((3, 6, 6)), 4, "skip + bottom + up + last hidden; the concatenation keeps skip and up apart")
 class UNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -603,21 +608,21 @@ class UNet(nn.Module):
         return self.out(torch.cat([self.up(self.bottom(skip)), skip], dim=1))
 
 
-@_zoo("grouped_conv", _of((3, 5, 5)), 4, "groups + inputs in groups + outputs in groups + last convolution")
+@_zoo("grouped_conv", _reals((3, 5, 5)), 4, "groups + inputs in groups + outputs in groups + last convolution")
 class GroupedConv(nn.Sequential):
     def __init__(self) -> None:
         grouped = nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 15, 3, padding=1, groups=3), nn.ReLU()
         super().__init__(*grouped, nn.Conv2d(15, 7, 1), nn.ReLU(), *_head(7, 4))
 
 
-@_zoo("depthwise_separable", _of((3, 6, 6)), 2, "2 widths; depthwise kernels go with them")
+@_zoo("depthwise_separable", _reals((3, 6, 6)), 2, "2 widths; depthwise kernels go with them")
 class DepthwiseSeparable(nn.Sequential):
     def __init__(self) -> None:
         first = *_conv(3, 6), *_conv(6, 6, groups=6), *_conv(6, 9, 1)
         super().__init__(*first, *_conv(9, 9, groups=9, stride=2), *_head(9, 4))
 
 
-@_zoo("depth_multiplier", _of((3, 5, 5)), 3, "channels + 3 outputs for each channel + last convolution")
+@_zoo("depth_multiplier", _reals((3, 5, 5)), 3, "channels + 3 outputs for each channel + last convolution")
 class DepthMultiplier(nn.Sequential):
     def __init__(self) -> None:
         first = nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 15, 3, groups=5), nn.ReLU()
@@ -626,10 +631,10 @@ class DepthMultiplier(nn.Sequential):
 
 @_zoo(
     "channel_shuffle",
-    _of((3, 5, 5)),
+    _reals((3, 5, 5)),
     5,
-    "groups of the first (b) + its inputs in groups + groups of the second (a) + its outputs in groups + what is left "
-    "of the channels between them: 2 in each (b, a)",
+    "groups of the first (b) + its inputs in groups + groups of the second (a) + its outputs in groups + the channels "
+    "that remain between them: 2 in each (b, a)",
 )
 class ChannelShuffle(nn.Module):
     def __init__(self) -> None:
@@ -644,14 +649,16 @@ class ChannelShuffle(nn.Module):
         return self.head(F.relu(self.second(x)))
 
 
-@_zoo("pixel_shuffle", _of((1, 4, 4)), 2, "hidden + the channels before the shuffle; their 4 pixels are held")
+@_zoo("pixel_shuffle", _reals((1, 4, 4)), 2, "hidden + the channels before the shuffle; their 4 pixels are held")
 class PixelShuffled(nn.Sequential):
     def __init__(self) -> None:
         first = nn.Conv2d(1, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 12, 3, padding=1), nn.PixelShuffle(2)
         super().__init__(*first, nn.ReLU(), nn.Conv2d(3, 1, 3, padding=1))
 
 
-@_zoo("channel_convolution", _of((3, 5, 5)), 1, "last convolution; a convolution along the channels holds the others")
+@_zoo(
+    "channel_convolution", _reals((3, 5, 5)), 1, "last convolution; a convolution along the channels holds the others"
+)
 class ChannelConvolution(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -681,14 +688,14 @@ class BasicBlock(nn.Module):
         return self.relu(out)
 
 
-@_zoo("resnet", _of((3, 8, 8)), 6, "2 × (stream + 2 × hidden)")
+@_zoo("resnet", _reals((3, 8, 8)), 6, "2 × (stream + 2 × hidden)")
 class ResNet(nn.Sequential):
     def __init__(self) -> None:
         stages = BasicBlock(6, 6), BasicBlock(6, 6), BasicBlock(6, 8, 2), BasicBlock(8, 8)
         super().__init__(*_conv(3, 6), *stages, *_head(8, 4))
 
 
-@_zoo("global_pool", _of((3, 6, 6)), 2, "2 convolutions")
+@_zoo("global_pool", _reals((3, 6, 6)), 2, "2 convolutions")
 class GlobalPool(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -698,7 +705,7 @@ class GlobalPool(nn.Module):
         return self.out(F.adaptive_max_pool2d(F.relu(self.b(F.gelu(self.a(x)))), 1).flatten(1))
 
 
-@_zoo("prelu", _of((3, 6, 6)), 2, "2 convolutions; the slopes of the first go with it")
+@_zoo("prelu", _reals((3, 6, 6)), 2, "2 convolutions; the slopes of the first go with it")
 class PReLUNet(nn.Sequential):
     def __init__(self) -> None:
         super().__init__(nn.Conv2d(3, 6, 3), nn.PReLU(6), nn.Conv2d(6, 5, 3), nn.PReLU(), *_head(5, 4))
@@ -737,12 +744,12 @@ def ones(*shape: int) -> Tensor:
     return torch.ones(*shape)
 
 
-@_zoo("fused_vit", _of((3, 12, 12)), 9, _LAYERS, depth=2)
+@_zoo("fused_vit", _reals((3, 12, 12)), 9, _LAYERS, depth=2)
 @_zoo(
     "registers",
-    _of((3, 12, 12)),
+    _reals((3, 12, 12)),
     6,
-    "residual + heads + qk + ov + ff + the 4 register tokens, which have no positions and are not read",
+    "residual + heads + qk + ov + ff + the 4 register tokens, which have no positions and are not read out",
     depth=1,
     registers=4,
 )
@@ -798,7 +805,7 @@ class CharGPT(nn.Module):
         return self.head(self.ln_f(x))
 
 
-@_zoo("weight_norm", _of((5,)), 2, "2 hidden layers; each length belongs to a row")
+@_zoo("weight_norm", _reals((5,)), 2, "2 hidden layers; each length belongs to a row")
 class WeightNormed(nn.Sequential):
     def __init__(self) -> None:
         norm = torch.nn.utils.parametrizations.weight_norm
@@ -806,19 +813,19 @@ class WeightNormed(nn.Sequential):
         super().__init__(*first, norm(nn.Linear(7, 3)))
 
 
-@_zoo("weight_norm_old", _of((3, 6, 6)), 2, "2 convolutions; each length belongs to an output channel")
+@_zoo("weight_norm_old", _reals((3, 6, 6)), 2, "2 convolutions; each length belongs to an output channel")
 class WeightNormedByHook(nn.Sequential):
     def __init__(self) -> None:
         import warnings
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # deprecated, and in many a checkpoint
+            warnings.simplefilter("ignore", FutureWarning)  # deprecated, but in many checkpoints
             a, b = (nn.utils.weight_norm(nn.Conv2d(*sizes, 3)) for sizes in ((3, 6), (6, 7)))
         super().__init__(a, nn.ReLU(), b, nn.ReLU(), *_head(7, 4))
 
 
-@_zoo("mha", _of((6, 5)), 5, "embedding + heads + qk + ov + output projection")
-@_zoo("mha_weights", _of((6, 5)), 5, "the same: the weights which are returned are means over the heads", weights=True)
+@_zoo("mha", _reals((6, 5)), 5, "embedding + heads + qk + ov + output projection")
+@_zoo("mha_weights", _reals((6, 5)), 5, "as above: the returned weights are means over the heads", weights=True)
 class MHA(nn.Module):
     def __init__(self, weights: bool = False) -> None:
         super().__init__()
@@ -831,8 +838,8 @@ class MHA(nn.Module):
         return (self.out(y), weights) if self.weights else self.out(y)
 
 
-@_zoo("encoder_post", _of((6, 5)), 9, _LAYERS, norm_first=False)
-@_zoo("encoder_pre", _of((6, 5)), 9, _LAYERS, norm_first=True)
+@_zoo("encoder_post", _reals((6, 5)), 9, _LAYERS, norm_first=False)
+@_zoo("encoder_pre", _reals((6, 5)), 9, _LAYERS, norm_first=True)
 class Encoder(nn.Module):
     def __init__(self, norm_first: bool) -> None:
         super().__init__()
@@ -844,7 +851,7 @@ class Encoder(nn.Module):
         return self.out(self.encoder(self.embed(x)))
 
 
-@_zoo("einsum_attention", _of((6, 5)), 4, "residual + heads + qk + ov")
+@_zoo("einsum_attention", _reals((6, 5)), 4, "residual + heads + qk + ov")
 class EinsumAttention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -859,9 +866,9 @@ class EinsumAttention(nn.Module):
         return self.out(x + torch.einsum("bhnm,bhme,hed->bnd", weights, v, self.o))
 
 
-@_zoo("channel_attention", _of((6, 5)), 4, "residual + heads + units of q and of the output + units of k and of v")
+@_zoo("channel_attention", _reals((6, 5)), 4, "residual + heads + units of q and of the output + units of k and of v")
 class ChannelAttention(nn.Module):
-    """Attention of channels to channels."""
+    """Attention between channels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -878,15 +885,15 @@ class ChannelAttention(nn.Module):
         return self.out((x + self.proj(y)).mean(1))
 
 
-@_zoo("rope", _of((6, 5)), 3, "residual + heads + ov; qk held by a rotation of neighbours", "rope")
-@_zoo("alibi", _of((6, 5)), 3, "residual + qk in heads + ov in heads; each head has a slope of its own: held", "alibi")
+@_zoo("rope", _reals((6, 5)), 3, "residual + heads + ov; qk held by rotations of pairs", "rope")
+@_zoo("alibi", _reals((6, 5)), 3, "residual + qk in heads + ov in heads; heads have different slopes: held", "alibi")
 class PositionedAttention(nn.Module):
     def __init__(self, how: str) -> None:
         super().__init__()
         self.how, self.embed, self.out = how, nn.Linear(5, 12), nn.Linear(12, 3)
         self.q, self.k, self.v, self.o = nn.Linear(12, 20), nn.Linear(12, 20), nn.Linear(12, 20), nn.Linear(20, 12)
 
-    def turned(self, x: Tensor) -> Tensor:
+    def rotate(self, x: Tensor) -> Tensor:
         angle = torch.arange(x.shape[-2], dtype=x.dtype)[:, None] * x.new_tensor([1.0, 0.3])
         a, b = x[..., 0::2], x[..., 1::2]
         return torch.stack([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1).flatten(-2)
@@ -897,7 +904,7 @@ class PositionedAttention(nn.Module):
         q, k, v = (f(x).view(-1, n, 5, 4).transpose(1, 2) for f in (self.q, self.k, self.v))
         bias: Tensor | float = 0.0
         if self.how == "rope":
-            q, k = self.turned(q), self.turned(k)
+            q, k = self.rotate(q), self.rotate(k)
         else:
             distance = torch.arange(n, dtype=x.dtype)[None, :] - torch.arange(n, dtype=x.dtype)[:, None]
             bias = 0.5 ** torch.arange(5, dtype=x.dtype)[:, None, None] * distance
@@ -905,7 +912,7 @@ class PositionedAttention(nn.Module):
         return self.out(x + self.o(y.transpose(1, 2).flatten(2)))
 
 
-@_zoo("sinusoid", _of((6, 5)), 1, "ff; constants which differ from feature to feature are added to the stream: held")
+@_zoo("sinusoid", _reals((6, 5)), 1, "ff; constants that vary by feature are added to the stream: held")
 class Sinusoid(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -918,7 +925,7 @@ class Sinusoid(nn.Module):
         return self.out(x + self.ff(self.norm(x)))
 
 
-@_zoo("latents", _of((6, 5)), 5, "4 learned queries (their mean is read) + residual + qk + ov + ff")
+@_zoo("latents", _reals((6, 5)), 5, "4 learned queries (their mean is read) + residual + qk + ov + ff")
 class Latents(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -933,7 +940,9 @@ class Latents(nn.Module):
         return self.out((z + self.ff(z)).mean(1))
 
 
-@_zoo("mixer", _of((3, 8, 8)), 5, "channels + 2 × (hidden of the tokens + hidden of the channels); tokens are pixels")
+@_zoo(
+    "mixer", _reals((3, 8, 8)), 5, "channels + 2 × (hidden of the tokens + hidden of the channels); tokens are pixels"
+)
 class Mixer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -952,7 +961,7 @@ class Mixer(nn.Module):
         return self.out(x.mean(1))
 
 
-@_zoo("experts", _of((5,)), 2, "experts (with their gates) + units in experts")
+@_zoo("experts", _reals((5,)), 2, "experts (with their gates) + units in experts")
 class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -964,7 +973,7 @@ class Experts(nn.Module):
         return torch.einsum("be,beh,eho->bo", self.gate(x).softmax(-1), hidden, self.down)
 
 
-@_zoo("branches", _of((5,)), 3, "hidden of each branch + their sum")
+@_zoo("branches", _reals((5,)), 3, "hidden of each branch + their sum")
 class Branches(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -976,7 +985,7 @@ class Branches(nn.Module):
         return self.out(F.relu(self.a(x) + self.b(x)))
 
 
-@_zoo("in_place", _of((5,)), 2, "the sum + what is written beside it")
+@_zoo("in_place", _reals((5,)), 2, "the sum + the units written beside it")
 class InPlace(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -993,7 +1002,7 @@ class InPlace(nn.Module):
         return self.out(z)
 
 
-@_zoo("glu", _of((5,)), 2, "2 gated layers, the halves of each permute alike")
+@_zoo("glu", _reals((5,)), 2, "2 gated layers, the halves of each permute alike")
 class Gated(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -1004,7 +1013,7 @@ class Gated(nn.Module):
         return self.out(F.glu(self.b(a * b.sigmoid())))
 
 
-@_zoo("tied_to_input", _of((6,)), 1, "second hidden layer; the input is added to the first: held")
+@_zoo("tied_to_input", _reals((6,)), 1, "second hidden layer; the input is added to the first: held")
 class TiedToInput(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -1014,7 +1023,7 @@ class TiedToInput(nn.Module):
         return self.out(F.relu(self.b(x + F.relu(self.a(x)))))
 
 
-@_zoo("shared_linear", _of((5,)), 1, "hidden; one map applied twice reads and writes it")
+@_zoo("shared_linear", _reals((5,)), 1, "hidden; one map applied twice reads and writes it")
 class SharedLinear(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -1024,7 +1033,7 @@ class SharedLinear(nn.Module):
         return self.out(self.shared(self.shared(self.a(x).tanh()).tanh()))
 
 
-@_zoo("tied_autoencoder", _of((5,)), 1, "hidden; one matrix writes and, transposed, reads it")
+@_zoo("tied_autoencoder", _reals((5,)), 1, "hidden; one matrix writes and, transposed, reads it")
 class TiedAutoencoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -1035,7 +1044,7 @@ class TiedAutoencoder(nn.Module):
         return F.linear(F.relu(F.linear(x, self.kernel, self.hidden_bias)), self.kernel.t(), self.bias)
 
 
-@_zoo("siamese", _of((5,), (5,)), 2, "hidden + embedding, which the last map reads twice")
+@_zoo("siamese", _reals((5,), (5,)), 2, "hidden + embedding, which the last map reads twice")
 class Siamese(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -1046,7 +1055,7 @@ class Siamese(nn.Module):
         return self.out(torch.cat([self.encoder(x), self.encoder(y)], -1))
 
 
-@_zoo("bilinear", _of((5,), (4,)), 3, "both factors + the product")
+@_zoo("bilinear", _reals((5,), (4,)), 3, "both factors + the product")
 class BilinearNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -1057,7 +1066,7 @@ class BilinearNet(nn.Module):
         return self.out(F.relu(self.product(F.relu(self.a(x)), F.relu(self.b(y)))))
 
 
-@_zoo("maxout", _of((5,)), 2, "units + pieces in units")
+@_zoo("maxout", _reals((5,)), 2, "units + pieces in units")
 class Maxout(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -1067,7 +1076,7 @@ class Maxout(nn.Module):
         return self.out(self.a(x).view(-1, 4, 3).amax(-1))
 
 
-@_zoo("rnn", _of((6, 5)), 1, "hidden state")
+@_zoo("rnn", _reals((6, 5)), 1, "hidden state")
 class RNN(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -1080,7 +1089,7 @@ class RNN(nn.Module):
         return self.out(h)
 
 
-@_zoo("lstm", _of((4, 5)), 1, "hidden and cell state, with their 4 gates")
+@_zoo("lstm", _reals((4, 5)), 1, "hidden and cell state, with their 4 gates")
 class LSTM(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -1095,7 +1104,7 @@ class LSTM(nn.Module):
         return self.out(h)
 
 
-@_zoo("gru_cell", _of((4, 5)), 1, "hidden state, with its 3 gates")
+@_zoo("gru_cell", _reals((4, 5)), 1, "hidden state, with its 3 gates")
 class GRU(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -1118,7 +1127,7 @@ class Bag(nn.Module):
         return self.out(self.embed(ids).mean(1))
 
 
-@_zoo("layer_norm_2d", _of((3, 5)), 2, "both axes of the norm, one from either side")
+@_zoo("layer_norm_2d", _reals((3, 5)), 2, "both axes of the norm, one from either side")
 class LayerNorm2d(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -1137,21 +1146,21 @@ _ACTIVATIONS = st.sampled_from((nn.ReLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.SiLU, 
 
 
 class Fn(nn.Module):
-    """A function with the text it is printed as."""
+    """A function as a module, with a text to print."""
 
-    def __init__(self, said: str, fn: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, text: str, fn: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.said, self.fn = said, fn
+        self.text, self.fn = text, fn
 
     def extra_repr(self) -> str:
-        return self.said
+        return self.text
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fn(x)
 
 
 class Join(nn.Module):
-    """What branches make of the same input, put together."""
+    """The outputs of several branches on the same input, combined."""
 
     def __init__(self, how: str, *branches: nn.Module) -> None:
         super().__init__()
@@ -1178,7 +1187,7 @@ class Join(nn.Module):
 
 
 class Vector(nn.Module):
-    """A parameter multiplied with the input, or added to it."""
+    """A parameter that is multiplied with the input, or added to it."""
 
     def __init__(self, how: str, *shape: int) -> None:
         super().__init__()
@@ -1214,7 +1223,7 @@ class Excite(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Projections apart, fused, or one for queries and keys."""
+    """Self-attention with projections that are apart, fused, or shared by queries and keys."""
 
     def __init__(self, how: str, width: int, heads: int, qk: int, ov: int) -> None:
         super().__init__()
@@ -1240,7 +1249,7 @@ class SelfAttention(nn.Module):
 
 
 class Tied(nn.Module):
-    """One matrix which writes a hidden layer and, transposed, reads it."""
+    """One matrix that writes a hidden layer and, transposed, reads it."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -1254,8 +1263,8 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def _anywhere(draw: Any, shape: tuple[int, ...]) -> dict[str, Callable[[], nn.Module]]:
-    """Steps for tensors of any shape; the batch comes before it."""
+def _general_steps(draw: Any, shape: tuple[int, ...]) -> dict[str, Callable[[], nn.Module]]:
+    """Candidate modules for tensors of any shape (without the batch dimension)."""
     wide, last = shape[0], shape[-1]
     kept = draw(st.integers(1, wide))
     groups = draw(st.sampled_from(_divisors(wide)))
@@ -1297,7 +1306,8 @@ def _anywhere(draw: Any, shape: tuple[int, ...]) -> dict[str, Callable[[], nn.Mo
     return steps
 
 
-def _vector(draw: Any, shape: tuple[int, ...]) -> dict[str, Callable[[], nn.Module]]:
+def _vector_steps(draw: Any, shape: tuple[int, ...]) -> dict[str, Callable[[], nn.Module]]:
+    """Candidate modules for vectors."""
     (width,) = shape
     inner = draw(st.sampled_from(_divisors(width)))
     return {
@@ -1310,7 +1320,8 @@ def _vector(draw: Any, shape: tuple[int, ...]) -> dict[str, Callable[[], nn.Modu
     }
 
 
-def _sequence(draw: Any, shape: tuple[int, ...]) -> dict[str, Callable[[], nn.Module]]:
+def _sequence_steps(draw: Any, shape: tuple[int, ...]) -> dict[str, Callable[[], nn.Module]]:
+    """Candidate modules for sequences of vectors."""
     n, width = shape
     inner = draw(st.sampled_from(_divisors(width)))
 
@@ -1342,7 +1353,8 @@ def _sequence(draw: Any, shape: tuple[int, ...]) -> dict[str, Callable[[], nn.Mo
     return steps
 
 
-def _picture(draw: Any, shape: tuple[int, ...]) -> dict[str, Callable[[], nn.Module]]:
+def _image_steps(draw: Any, shape: tuple[int, ...]) -> dict[str, Callable[[], nn.Module]]:
+    """Candidate modules for images."""
     channels = shape[0]
     groups = draw(st.sampled_from(_divisors(channels)))
 
@@ -1375,7 +1387,7 @@ def _shape(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _fit(shape: tuple[int, ...], target: tuple[int, ...]) -> list[nn.Module]:
-    """Steps from one shape to another, as local as they can be."""
+    """Modules that map one shape to another, as locally as possible."""
     if shape == target:
         return []
     if len(shape) == len(target) and shape[:-1] == target[:-1]:
@@ -1386,10 +1398,14 @@ def _fit(shape: tuple[int, ...], target: tuple[int, ...]) -> list[nn.Module]:
 
 
 def _compose(draw: Any, shape: tuple[int, ...], depth: int) -> tuple[list[nn.Module], tuple[int, ...]]:
-    made: list[nn.Module] = []
+    """Draw a chain of modules for inputs of a shape; return it and the shape of its output."""
+    chain: list[nn.Module] = []
     for _ in range(draw(st.sampled_from((4, 5, 6, 7, 3, 2, 1))) if depth == 0 else draw(st.integers(1, 3))):
-        own, any_shape = (_vector, _sequence, _picture)[len(shape) - 1](draw, shape), _anywhere(draw, shape)
-        mixing = [k for k in _MIXING if k in own] or ["linear"]  # often, or a hidden layer would be rare
+        own, any_shape = (
+            (_vector_steps, _sequence_steps, _image_steps)[len(shape) - 1](draw, shape),
+            _general_steps(draw, shape),
+        )
+        mixing = [k for k in _MIXING if k in own] or ["linear"]  # drawn often, or hidden layers would be rare
         steps = own | any_shape
         if depth < 2:
 
@@ -1407,19 +1423,19 @@ def _compose(draw: Any, shape: tuple[int, ...], depth: int) -> tuple[list[nn.Mod
                 "branches": beside,
             }
         joins = ["residual", "branches"] if depth < 2 else []
-        kinds = [mixing, mixing, sorted(any_shape), sorted(own), sorted(own), *([joins] if joins and made else [])]
+        kinds = [mixing, mixing, sorted(any_shape), sorted(own), sorted(own), *([joins] if joins and chain else [])]
         names = draw(st.sampled_from(kinds))
         step = steps[draw(st.sampled_from(names))]()
         after = _shape(step, shape)
         if not 0 < math.prod(after) <= 400 or len(after) > 3:
             continue
-        made.append(step)
+        chain.append(step)
         shape = after
-    return made, shape
+    return chain, shape
 
 
 class Composed(nn.Sequential):
-    """A random composition; `structure` is its text, `seed` that of its parameters."""
+    """A random composition; `structure` describes it, and `seed` made its parameters."""
 
     structure: str
     seed: int
@@ -1427,12 +1443,12 @@ class Composed(nn.Sequential):
 
 @st.composite
 def modules(draw: Any) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """(module, inputs) composed at random; sizes are small, and many of them the same."""
+    """Compose (module, inputs) at random, with small sizes of which many are equal."""
     side = st.integers(2, 4)
     shape = draw(st.one_of(st.tuples(_SIZES), st.tuples(side, _SIZES), st.tuples(_SIZES, side, side)))
     start = shape
     body, shape = _compose(draw, shape, 0)
-    if draw(st.integers(0, 4)):  # without a head nearly everything is held
+    if draw(st.integers(0, 4)):  # without a head nearly all axes are outputs, and held
         pooled = draw(st.sampled_from(("", "first", "last"))) if len(shape) > 1 else ""
         if pooled:
             first = pooled == "first"
@@ -1445,7 +1461,7 @@ def modules(draw: Any) -> tuple[nn.Module, tuple[Tensor, ...]]:
     model.structure = f"inputs {start}, seed {model.seed}: {model}"
     randomise(model, torch.Generator().manual_seed(model.seed))
     inputs = reals(start, seed=model.seed)
-    out = outputs(model, inputs)[0]
+    out = compute_outputs(model, inputs)[0]
     assume(bool(torch.isfinite(out).all()) and bool(out.any()))
     return model, inputs
 
@@ -1456,14 +1472,15 @@ def main() -> None:
     began = time.monotonic()
     for name, family in [*HF.items(), *MODULES.items()]:
         model, inputs = family.build(), family.inputs()
-        out, found = outputs(model, inputs)[0], sees(model, inputs)
-        blind = [key for key, seen in found.items() if not seen]
+        out, matters = compute_outputs(model, inputs)[0], row_order_matters(model, inputs)
+        insensitive = [key for key, changes in matters.items() if not changes]
         assert torch.isfinite(out).all(), name
         assert out.any(), name
         size = sum(p.numel() for p in model.parameters())
         print(f"{name:20} {size:7} parameters, outputs ~ {out.std():8.3g}, {family.free:2} free: {family.why}")
-        if blind:
-            print(f"{'':20} permuting the rows of {len(blind)} of {len(found)} is not seen: {', '.join(blind)}")
+        if insensitive:
+            count = f"{len(insensitive)} of {len(matters)}"
+            print(f"{'':20} permuting the rows of {count} changes no output: {', '.join(insensitive)}")
     print(f"{len(HF)} + {len(MODULES)} in {time.monotonic() - began:.1f} s")
 
 

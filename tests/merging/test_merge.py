@@ -1,20 +1,18 @@
-"""Merging: laws over every registered method, and that nothing is lost, invented or averaged that should not be."""
+"""Merging: laws for every registered method, and nothing is lost, invented or averaged by mistake."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY, Anywhere, as_stored, distance, moved_copy, other_seed, same_tensors
+from conftest import TINY, RandomSolver, distance, moved_copy, other_seed, same_tensors, store_ties_like
 from safetensors.torch import load_file, save_file
 
 from hf_rebasin import Alignment, Checkpoint, align, merge, registry, spec_for
 from hf_rebasin.errors import CheckpointError, MismatchError, OptionError, UnknownNameError
 from hf_rebasin.modules.forward import example_inputs
 
-# what goes on to fit is in test_refit.py
-METHODS = [
-    name for name in registry.names("merge_methods") if not hasattr(registry.find("merge_methods", name), "finish")
-]
+# methods that fit are in test_refit.py
+METHODS = [name for name in registry.names("merge method") if registry.merge_method(name).finish is None]
 
 
 @pytest.fixture(params=METHODS)
@@ -35,7 +33,7 @@ def test_merging_a_model_with_itself_gives_it_back(method, family):
 
 
 def test_merges_commute_with_moving_both(method, bert):
-    """Merging is done in coordinates; moving both models first moves the merge."""
+    """Merging depends on coordinates only: moving both models moves the merge."""
     other, g = other_seed(bert), Alignment.random(spec_for(bert).restricted(), torch.Generator().manual_seed(0))
     merged, moved = merge([bert, other], method), merge([g.apply(bert), g.apply(other)], method)
     for key, tensor in g.apply(merged).tensors.items():
@@ -44,7 +42,7 @@ def test_merges_commute_with_moving_both(method, bert):
 
 @pytest.mark.parametrize("family", ["vit", "gpt2", "llama"])
 def test_backbones_are_rotated_where_the_heads_are_others(family):
-    """A head that is not merged reads a norm of the gauge all the same."""
+    """A head that is not merged still reads a norm of the gauge."""
     names = [name for name in TINY if name.startswith(f"{family}-") and name.endswith("Classification")]
     model = TINY[names[0]]
     moved = Alignment.random(spec_for(model), torch.Generator().manual_seed(0)).apply(model)
@@ -74,18 +72,18 @@ def test_both_ends_are_the_models_bit_for_bit(name, resnet):
 
 @pytest.mark.parametrize("keep_tied", [True, False])
 def test_random_pairs_of_every_class_keep_the_keys_of_the_first_and_load_clean(tiny, tmp_path, keep_tied):
-    """But for a head that a rotated stream unties, and the solution says so."""
+    """Except for a head that a rotated stream unties, which the solution reports."""
     if not keep_tied and not spec_for(tiny).untied_by(spec_for(tiny).symmetries):
         return
     a, b = pair(tiny, tmp_path)
-    solution = align(a, b, solver=Anywhere(), keep_tied=keep_tied)
+    solution = align(a, b, solver=RandomSolver(), keep_tied=keep_tied)
     moved = solution.apply(b)
     out = merge([a, moved]).save(tmp_path / "out")
     mine, merged, theirs = load_file(a / "model.safetensors"), load_file(out / "model.safetensors"), moved.tensors
     if keep_tied:
         assert list(merged) == list(mine)
     else:
-        mine = dict(as_stored(a, moved).tensors)
+        mine = dict(store_ties_like(a, moved).tensors)
         assert merged.keys() - load_file(a / "model.safetensors").keys() == {"lm_head.weight"}
         assert "lm_head.weight is stored apart" in " ".join(solution.notes)
     for key, tensor in mine.items():
@@ -95,7 +93,7 @@ def test_random_pairs_of_every_class_keep_the_keys_of_the_first_and_load_clean(t
         else:
             assert torch.equal(merged[key], tensor)
     model, info = type(tiny).from_pretrained(out, output_loading_info=True)
-    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not any(info[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert same_tensors(model, out), "what is loaded is what was saved"
 
 
@@ -135,14 +133,17 @@ def test_weights_and_many_models():
         merge(states, "slerp")
     with pytest.raises(OptionError, match=r"nothing to merge"):
         merge([])
-    for knobs, says in (
+    for parameters, message in (
         ({"weights": 3}, "weights: 3 does not fit"),
         ({"weights": [1, "x"]}, "weights: .* does not fit"),
     ):
-        with pytest.raises(OptionError, match=says):
-            merge(states, **knobs)
-    for t, says in (("abc", "t: 'abc' does not fit: input should be a valid number"), (float("nan"), "got t = nan")):
-        with pytest.raises(OptionError, match=says):
+        with pytest.raises(OptionError, match=message):
+            merge(states, **parameters)
+    for t, message in (
+        ("abc", "t: 'abc' does not fit: input should be a valid number"),
+        (float("nan"), "got t = nan"),
+    ):
+        with pytest.raises(OptionError, match=message):
             merge(states[:2], "lerp", t=t)
 
 
@@ -185,12 +186,12 @@ def test_what_is_broken_is_named_before_anything_is_written(bert, tmp_path):
 def test_missing_extra_and_differently_shaped_tensors_are_named(bert):
     a = Checkpoint.open(bert)
     first, *_ = a.tensors
-    for tensors, says in (
+    for tensors, message in (
         ({k: t for k, t in a.tensors.items() if k != first}, "it lacks: "),
         (dict(a.tensors) | {"bert.extra": torch.ones(1)}, "it has what BertForMaskedLM lacks: extra"),
         (dict(a.tensors) | {first: a.tensors[first][..., :-1]}, r"it has other shapes: .* \(.*\) instead of \("),
     ):
-        with pytest.raises(MismatchError, match=says):
+        with pytest.raises(MismatchError, match=message):
             merge([a, replace(a, tensors=tensors)])
 
 
@@ -210,7 +211,7 @@ def test_tied_weights_stay_tied_and_unequal_ones_are_refused(bert, tmp_path):
 
 
 def test_old_spellings_prefixes_and_masks_line_up(tmp_path, bert):
-    """A file of another age: gamma and beta, no base prefix, position ids; the output is spelt like the first."""
+    """An old file: gamma and beta, no base prefix, position ids; the output has the keys of the first model."""
     a, b = Checkpoint.open(bert), Checkpoint.open(other_seed(bert))
     old = {
         k.removeprefix("bert.")
@@ -285,7 +286,7 @@ def test_heads_that_are_not_merged_do_not_decide_an_alignment(two_heads, tmp_pat
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_narrower_result_is_rounded_once(dtype):
-    """Beside a tie of the narrow dtype by less than float32 can tell; torch alone would go by way of float32."""
+    """The value is closer to a tie than float32 resolves; torch alone would round by way of float32."""
     step = torch.finfo(dtype).eps
     tie = torch.tensor([1 + step / 2, 1 + 3 * step / 2, -1 - step / 2, 2 + step], dtype=torch.float64)
     for beside, up in ((2.0**-40, 1), (-(2.0**-40), -1)):
@@ -314,7 +315,7 @@ def test_other_kinds_of_numbers_are_refused():
     for other in (torch.tensor([2, 3]), torch.tensor([True, False]), torch.tensor([1j, 2j])):
         with pytest.raises(MismatchError, match="other kinds of numbers: w torch"):
             merge([{"w": torch.ones(2)}, {"w": other}])
-    with pytest.raises(MismatchError, match="what is no floating-point number is not averaged"):
+    with pytest.raises(MismatchError, match="only floating-point numbers are averaged"):
         merge([{"w": torch.tensor([1j])}, {"w": torch.tensor([2j])}])
 
 
@@ -342,7 +343,7 @@ def test_a_head_that_is_kept_is_looked_at_too(two_heads):
 
 @pytest.mark.parametrize("name", ["bert-1-BertForMaskedLM", "gpt2"])
 def test_a_tied_head_stays_tied_where_the_file_stores_it(name, tmp_path):
-    """As files of old do: the head is kept, but it is the embedding, and that is merged."""
+    """As in old files: the head is kept, but it is the embedding, which is merged."""
     model = TINY.get(name) or next(m for n, m in TINY.items() if n.startswith(name) and "LMHead" in n)
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder, one in zip(folders, (model, other_seed(model)), strict=True):
@@ -358,14 +359,14 @@ def test_a_tied_head_stays_tied_where_the_file_stores_it(name, tmp_path):
 
 def test_a_bare_model_is_moved_as_a_part_of_the_one_with_a_head(tmp_path):
     from hf_rebasin.recipes.recipe import Recipe
-    from hf_rebasin.recipes.runner import run
+    from hf_rebasin.recipes.runner import run_merge
 
     a = TINY["bert-4-BertForSequenceClassification"]
     bare = moved_copy(a)[0].bert
     Checkpoint.open(a).save(tmp_path / "a")
     Checkpoint.open(bare).save(tmp_path / "bare")
     recipe = {"models": [str(tmp_path / "a"), str(tmp_path / "bare")], "backbone_only": True}
-    assert same_tensors(run(Recipe.from_dict(recipe)).checkpoint, a)
+    assert same_tensors(run_merge(Recipe.from_dict(recipe)).checkpoint, a)
 
 
 def test_slerp_of_the_largest_numbers():

@@ -1,10 +1,10 @@
-"""Statistics of a merge: BatchNorm's from data, and REPAIR of what the merged models say on average."""
+"""Statistics of a merge: those of BatchNorm from data, and REPAIR to the average of the merged models."""
 
 import pytest
 import torch
-from batches import batches_of
+from batches import make_batches
 from conftest import FIRST, TINY, distance, other_seed
-from nets import Net, normal, two, with_statistics_of
+from nets import Net, draw_normal, make_pair, recompute_statistics
 from torch import nn
 
 from hf_rebasin import Checkpoint
@@ -23,8 +23,8 @@ def test_of_zeros_and_tens_the_mean_is_five(exact):
     assert norm.running_mean.item() == 5.0
     assert norm.running_var.item() == pytest.approx(25 * 8 / 7)
     recalibrate(norm, batches[:1], exact=exact)
-    assert norm.running_mean.item() == 0.0  # the first batch alone is another thing
-    trained = nn.BatchNorm1d(1)  # and so is what a momentum of 0.1 leaves
+    assert norm.running_mean.item() == 0.0  # the mean of the first batch alone
+    trained = nn.BatchNorm1d(1)  # with the momentum of 0.1
     for batch in batches:
         trained(batch)
     assert trained.running_mean.item() == pytest.approx(1.0)
@@ -42,14 +42,14 @@ def training_statistics(model, x):
 
 
 def test_exact_statistics_are_those_of_one_big_batch(resnet):
-    """In a ResNet, however it is cut; in one pass of the first layer alone, unless there is one batch."""
+    """In a ResNet, however the data are split; a single pass gets only the first layer right, except for one batch."""
     model = Checkpoint.open(resnet).model()
-    x = torch.cat([batch["pixel_values"] for batch in batches_of(model, 4)])
+    x = torch.cat([batch["pixel_values"] for batch in make_batches(model, 4)])
     want = training_statistics(model, x)
     first = next(iter(want)).removesuffix("running_mean")
 
-    def alike(found):
-        buffers = dict(found.named_buffers())
+    def alike(module):
+        buffers = dict(module.named_buffers())
         return [name for name in want if torch.allclose(buffers[name], want[name], rtol=1e-9, atol=1e-12)]
 
     assert alike(model) == []
@@ -66,7 +66,7 @@ def test_exact_statistics_are_those_of_one_big_batch(resnet):
 
 def test_what_a_layer_reads_in_one_pass_is_normalised_as_in_training():
     model = nn.Sequential(nn.BatchNorm1d(3), nn.ReLU(), nn.BatchNorm1d(3)).double().eval()
-    batches = [normal(10, 3, seed=seed) * (1 + seed) for seed in range(4)]
+    batches = [draw_normal(10, 3, seed=seed) * (1 + seed) for seed in range(4)]
     recalibrate(model, batches)
     read = torch.cat([nn.functional.relu(nn.functional.batch_norm(x, None, None, training=True)) for x in batches])
     torch.testing.assert_close(model[2].running_mean, read.mean(0))
@@ -90,7 +90,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_layer(kind, exact):
     make, shape = KINDS[kind]
-    model, x = nn.Sequential(nn.Dropout(0.5), make()).double().eval(), normal(*shape) * 3 + 1
+    model, x = nn.Sequential(nn.Dropout(0.5), make()).double().eval(), draw_normal(*shape) * 3 + 1
     momentum = model[1].momentum
     want = {"1." + k: v for k, v in training_statistics(model[1], x).items()}
     model[1].num_batches_tracked += 7  # of its training
@@ -119,26 +119,26 @@ def test_layers_without_statistics_and_layers_that_no_pass_calls():
 def test_single_samples_do(resnet):
     """In training mode torch refuses a batch of one value per channel."""
     norm = nn.BatchNorm1d(2).double().eval()
-    x = normal(20, 2)
+    x = draw_normal(20, 2)
     recalibrate(norm, x.split(1))
     torch.testing.assert_close(norm.running_var, x.var(0))
 
 
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize(
-    ("bad", "error", "said"),
+    ("bad", "error", "message"),
     [
         ([None], AttributeError, None),
         ([], OptionError, "no batch"),
         ([torch.full((4, 3), torch.nan)], CheckpointError, "0: on these data NaN or Inf"),
     ],
 )
-def test_what_fails_halfway_leaves_everything_as_it_was(bad, error, said, exact):
+def test_what_fails_halfway_leaves_everything_as_it_was(bad, error, message, exact):
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(), nn.BatchNorm1d(3, momentum=None)).train()
     model[1].eval()
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     good = [torch.randn(4, 3) for _ in range(2)]
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         recalibrate(model, [*good, *bad] if bad else bad, exact=exact)
     assert all(torch.equal(state[key], tensor) for key, tensor in model.state_dict().items())
     assert [part.training for part in model] == [True, False, True]
@@ -175,8 +175,8 @@ def units(module, data, names):
             module(**batch) if isinstance(batch, dict) else module(batch)
     for handle in handles:
         handle.remove()
-    said = {name: torch.cat(those) for name, those in heard.items()}
-    return {name: (y.mean(0), y.std(0, correction=0)) for name, y in said.items()}
+    outputs = {name: torch.cat(tensors) for name, tensors in heard.items()}
+    return {name: (y.mean(0), y.std(0, correction=0)) for name, y in outputs.items()}
 
 
 def vgg():
@@ -185,17 +185,17 @@ def vgg():
 
 
 def pair(kind):
-    """(two models in other coordinates or of other seeds, data)"""
+    """Two models, in other coordinates or from other seeds, and data."""
     if kind == "vgg":
-        return two(vgg), [normal(16, 3, 8, 8, seed=seed) for seed in range(3)]
+        return make_pair(vgg), [draw_normal(16, 3, 8, 8, seed=seed) for seed in range(3)]
     model = TINY[FIRST[kind]]
-    return [model, other_seed(model)], batches_of(model, 4)
+    return [model, other_seed(model)], make_batches(model, 4)
 
 
 @pytest.mark.parametrize("kind", ["vgg", "vit", "gpt2", "llama"])
 @pytest.mark.parametrize("weights", [None, [0.3, 0.9]])
 def test_every_unit_has_the_mean_and_the_deviation_of_the_models(kind, weights):
-    """Measured in the weights that come out; of layers without a bias the deviation alone."""
+    """Measured with the repaired weights; for layers without a bias only the deviation."""
     models, data = pair(kind)
     checkpoints = [Checkpoint.open(model) for model in models]
     average = combine(checkpoints, "linear")
@@ -220,9 +220,9 @@ def test_every_unit_has_the_mean_and_the_deviation_of_the_models(kind, weights):
 
 
 def test_repair_keeps_the_merge_and_its_form(resnet):
-    """BatchNorm statistics are those of the data, whole numbers and dtypes stay."""
+    """BatchNorm statistics are those of the data; integers and dtypes stay."""
     models = [Checkpoint.open(m).model(torch.bfloat16) for m in (resnet, other_seed(resnet))]
-    data = batches_of(resnet, 2)
+    data = make_batches(resnet, 2)
     checkpoints = [Checkpoint.open(model) for model in models]
     average = combine(checkpoints, "linear")
     before = {key: tensor.clone() for key, tensor in average.tensors.items()}
@@ -242,21 +242,21 @@ def test_repair_keeps_the_merge_and_its_form(resnet):
 
 
 def test_repair_of_a_model_and_itself_is_that_model(resnet):
-    for model in (with_statistics_of(resnet, batches_of(resnet, 2)), TINY[FIRST["bert"]], TINY[FIRST["convnext"]]):
+    for model in (recompute_statistics(resnet, make_batches(resnet, 2)), TINY[FIRST["bert"]], TINY[FIRST["convnext"]]):
         checkpoint = Checkpoint.open(model)
-        again = repair(combine([checkpoint] * 2, "linear"), [checkpoint] * 2, batches_of(model, 2))
+        again = repair(combine([checkpoint] * 2, "linear"), [checkpoint] * 2, make_batches(model, 2))
         assert distance(again, model) <= 1e-9
 
 
 def test_a_unit_that_never_changes_is_moved_and_not_scaled():
-    models = two(lambda: nn.Linear(3, 2))
+    models = make_pair(lambda: nn.Linear(3, 2))
     with torch.no_grad():
         for model in models:
             model.weight[0] = 0
     checkpoints = [Checkpoint.open(model) for model in models]
     average = combine(checkpoints, "linear")
-    repaired = repair(average, checkpoints, [normal(20, 3)])
+    repaired = repair(average, checkpoints, [draw_normal(20, 3)])
     assert torch.equal(repaired.tensors["weight"][0], torch.zeros(3, dtype=torch.float64))
     torch.testing.assert_close(repaired.tensors["bias"][0], average.tensors["bias"][0])
     with pytest.raises(OptionError, match="got 1 weights for 2 models"):
-        repair(average, checkpoints, [normal(20, 3)], weights=[1])
+        repair(average, checkpoints, [draw_normal(20, 3)], weights=[1])

@@ -1,4 +1,4 @@
-"""Refit: least squares layer by layer, on what the merge itself reads, to what the merged models say there."""
+"""Refit: layers are fitted one by one, on the inputs that they get in the merge, to their outputs in the models."""
 
 import logging
 import weakref
@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from batches import batches_of
+from batches import make_batches
 from conftest import FIRST, TINY, distance, moved_copy, other_seed, run_script
-from nets import Net, normal, two, with_statistics_of
+from nets import Net, draw_normal, make_pair, recompute_statistics
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,18 +20,18 @@ from hf_rebasin.errors import CheckpointError, OptionError
 from hf_rebasin.merging.merge import combine
 from hf_rebasin.merging.methods import refit
 from hf_rebasin.merging.recalibration import recalibrate, repair
-from hf_rebasin.modules import hooks as hearing
-from hf_rebasin.modules.layerwise import order
+from hf_rebasin.modules import hooks
+from hf_rebasin.modules.layerwise import find_steps
 
 
-def averaged(*models, **knobs):
-    return combine([Checkpoint.open(model) for model in models], "refit", knobs)
+def averaged(*models, **parameters):
+    return combine([Checkpoint.open(model) for model in models], "refit", parameters)
 
 
-def refitted(models, data, **knobs):
-    """The average of models, and the refit of it."""
-    average = averaged(*models, **knobs)
-    return average, refit.finish(average, [Checkpoint.open(model) for model in models], data, **knobs)
+def refitted(models, data, **parameters):
+    """Return the average of models, and its refit."""
+    average = averaged(*models, **parameters)
+    return average, refit.finish(average, [Checkpoint.open(model) for model in models], data, **parameters)
 
 
 def relative(a, b):
@@ -44,10 +44,10 @@ QUICK = [pytest.param(name, marks=pytest.mark.slow if name == "mobilenet_v2" els
 
 
 @pytest.mark.parametrize("family", QUICK)
-def test_of_a_model_and_itself_it_is_that_model(family):
-    """The other one came back from other coordinates. BatchNorm statistics are those of the data beforehand."""
-    data = batches_of(TINY[FIRST[family]], 2)
-    model = with_statistics_of(TINY[FIRST[family]], data)
+def test_the_refit_of_a_model_and_itself_is_the_model(family):
+    """The second one was moved and moved back. BatchNorm statistics are recomputed beforehand."""
+    data = make_batches(TINY[FIRST[family]], 2)
+    model = recompute_statistics(TINY[FIRST[family]], data)
     moved, alignment = moved_copy(model)
     back = alignment.inverse().apply(moved)
     before = {key: tensor.clone() for key, tensor in Checkpoint.open(model).tensors.items()}
@@ -63,31 +63,31 @@ def test_of_a_model_and_itself_it_is_that_model(family):
         if not tensor.is_floating_point():
             assert torch.equal(fitted.tensors[key], tensor)
     changed = [key for key, tensor in before.items() if not torch.equal(fitted.tensors[key], tensor)]
-    assert len(changed) > 0.2 * len(before)  # it did look at most layers, up to rounding
+    assert len(changed) > 0.2 * len(before)  # most layers were fitted, as rounding shows
 
 
 @pytest.mark.parametrize("family", ["gpt2", "vit", "convnext", "t5", "mixtral"])
-def test_of_models_in_other_coordinates_it_is_another_model(family):
-    """The control of the law above; and what both say alike stays."""
+def test_the_refit_of_models_in_other_coordinates_is_another_model(family):
+    """Negative control of the law above; outputs that both models share stay."""
     model = TINY[FIRST[family]]
     moved, _ = moved_copy(model)
-    _, fitted = refitted([model, moved], batches_of(model, 2))
+    _, fitted = refitted([model, moved], make_batches(model, 2))
     assert distance(fitted, model) > 0.1
 
 
 @pytest.mark.parametrize("family", ["llama", "vit"])
-def test_it_says_more_nearly_what_the_models_say(family):
-    """Models of two seeds: the mean of the outputs of both, on the data and on others of the same kind."""
+def test_outputs_come_closer_to_the_models(family):
+    """For two seeds, outputs come closer to the mean of both, on the data and on others of the same kind."""
     models = [TINY[FIRST[family]], other_seed(TINY[FIRST[family]])]
-    data = batches_of(models[0], 24)
+    data = make_batches(models[0], 24)
     average, fitted = refitted(models, data[:20])
 
     def error(checkpoint):
         module, total = checkpoint.model(), 0.0
         for batch in data[20:]:
             with torch.no_grad():
-                said, one, other = (model(**batch).logits for model in (module, *models))
-            total += relative(said, (one + other) / 2)
+                outputs, one, other = (model(**batch).logits for model in (module, *models))
+            total += relative(outputs, (one + other) / 2)
         return total
 
     assert error(fitted) < 0.8 * error(average)
@@ -113,15 +113,15 @@ LAYERS = {
 
 
 def solved(layer, x, target, average, ridge):
-    """The answer by lstsq: what the layer gives is linear in its own parameters, and this is the matrix of it."""
+    """Solve by lstsq: the output of a layer is linear in its parameters, and this builds the matrix."""
     names = [name for name, _ in layer.named_parameters()]
     shapes = [parameter.shape for _, parameter in layer.named_parameters()]
 
-    def said(*parameters):
+    def output(*parameters):
         return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,)).flatten()
 
     zeros = tuple(torch.zeros(shape, dtype=torch.float64) for shape in shapes)
-    blocks = torch.autograd.functional.jacobian(said, zeros)
+    blocks = torch.autograd.functional.jacobian(output, zeros)
     matrix = torch.cat([block.flatten(1) for block in blocks], 1)
     out = 1 if isinstance(layer, Conv1D) else 0
     units = torch.cat(  # the output unit that every number belongs to
@@ -137,16 +137,16 @@ def solved(layer, x, target, average, ridge):
     weights = (ridge * sizes).sqrt()
     flat = torch.cat([parameter.detach().flatten() for _, parameter in average.named_parameters()])
     full, right = torch.cat([matrix, weights.diag()]), torch.cat([target.flatten(), weights * flat])
-    found = torch.linalg.lstsq(full, right[:, None], driver="gelsd").solution[:, 0]
-    parts = found.split([shape.numel() for shape in shapes])
+    solution = torch.linalg.lstsq(full, right[:, None], driver="gelsd").solution[:, 0]
+    parts = solution.split([shape.numel() for shape in shapes])
     return {name: part.reshape(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("ridge", [1e-3, 0.5])
-def test_the_answer_is_that_of_least_squares(name, ridge):
-    """The models read something else than the merge: a layer before it, which is held by being tied."""
+def test_the_solution_is_that_of_least_squares(name, ridge):
+    """An earlier layer, which is tied and so stays, gives the merge other inputs than the models."""
     make, shape = LAYERS[name]
 
     class Net(nn.Module):
@@ -157,8 +157,8 @@ def test_the_answer_is_that_of_least_squares(name, ridge):
         def forward(self, x):
             return self.layer(x * self.scale)
 
-    one, other = two(Net)
-    x, weights = normal(*shape), [1.0, 3.0]
+    one, other = make_pair(Net)
+    x, weights = draw_normal(*shape), [1.0, 3.0]
     average, fitted = refitted([one, other], [x[:2], x[2:]] if len(shape) > 2 else [x], weights=weights, ridge=ridge)
     half = average.model()
     with torch.no_grad():
@@ -170,29 +170,29 @@ def test_the_answer_is_that_of_least_squares(name, ridge):
 
 
 def test_pieces_of_what_a_convolution_reads_are_the_whole(monkeypatch):
-    models, x = two(lambda: nn.Conv2d(3, 4, 3)), normal(6, 3, 8, 8)
+    models, x = make_pair(lambda: nn.Conv2d(3, 4, 3)), draw_normal(6, 3, 8, 8)
     _, whole = refitted(models, [x])
-    monkeypatch.setattr("hf_rebasin.modules.linear_maps.PIECE", 1)
+    monkeypatch.setattr("hf_rebasin.modules.linear_maps.CHUNK_ELEMENTS", 1)
     assert distance(refitted(models, [x])[1], whole) <= 1e-12
 
 
 def test_every_layer_reads_what_the_layers_before_it_give_by_now():
-    """Two layers: fitted to what the models' own hidden units say, the second one is worse."""
-    models = two(lambda: nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4)))
-    x = normal(400, 6)
+    """With two layers: fitted on the models' own hidden units, the second one is worse."""
+    models = make_pair(lambda: nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4)))
+    x = draw_normal(400, 6)
     with torch.no_grad():
         target = sum(model(x) for model in models) / 2
-        average, fitted = (found.model() for found in refitted(models, [x], ridge=1e-9))
+        average, fitted = (checkpoint.model() for checkpoint in refitted(models, [x], ridge=1e-9))
         hidden = sum(model[1](model[0](x)) for model in models) / 2
         inputs = torch.cat([hidden, torch.ones(len(x), 1)], 1)
         second = torch.linalg.lstsq(inputs, target).solution
         others = fitted[1](fitted[0](x)) @ second[:-1] + second[-1]
-        errors = [relative(said, target) for said in (fitted(x), others, average(x))]
+        errors = [relative(output, target) for output in (fitted(x), others, average(x))]
     assert errors[0] < 0.9 * errors[1] < errors[2]
 
 
 def test_the_ridge_and_the_weights():
-    models, x = two(lambda: nn.Linear(4, 3)), normal(50, 4)
+    models, x = make_pair(lambda: nn.Linear(4, 3)), draw_normal(50, 4)
     average, held = refitted(models, [x + 1], ridge=1e9)
     assert distance(average, held) <= 1e-6
     for weights, ends in (([1, 0], models[0]), ([0.0, 2.0], models[1])):
@@ -212,7 +212,7 @@ def test_the_ridge_and_the_weights():
 
 
 class Scoring(nn.Module):
-    """Logits of 5 classes in an answer, behind a curve that is no layer and differs between models."""
+    """A model of 5 classes, whose logits come after a nonlinearity that differs between models."""
 
     def __init__(self, bias=True, kind=None, answer=lambda y: SimpleNamespace(logits=y), classes=5):
         super().__init__()
@@ -229,15 +229,15 @@ class Scoring(nn.Module):
 
 
 def least_squares_alone(monkeypatch):
-    monkeypatch.setattr(refit._LeastSquares, "then", lambda self: None)
+    monkeypatch.setattr(refit._LeastSquares, "follow_up", lambda self: None)
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_logits_are_fitted_by_the_divergence_of_what_softmax_makes_of_them(bias, monkeypatch):
-    """The least of both divergences by another optimiser; least squares alone is elsewhere, fewer rounds are near."""
-    models, x, weights = two(lambda: Scoring(bias)), normal(200, 4), [1.0, 3.0]
+def test_logits_are_fitted_by_the_divergence_of_their_softmax(bias, monkeypatch):
+    """Another optimiser finds the same minimum; least squares alone do not, and fewer rounds come close."""
+    models, x, weights = make_pair(lambda: Scoring(bias)), draw_normal(200, 4), [1.0, 3.0]
     few = refitted(models, [x], weights=weights)[1].model()
-    monkeypatch.setattr(refit, "ROUNDS", 600)
+    monkeypatch.setattr(refit, "KL_STEPS", 600)
     average, fitted = refitted(models, [x[:30], x[30:]], weights=weights)
     least_squares_alone(monkeypatch)
     squares = refitted(models, [x], weights=weights)[1].model()
@@ -266,7 +266,7 @@ def test_logits_are_fitted_by_the_divergence_of_what_softmax_makes_of_them(bias,
 
     first = matrix(squares)
     s = least(torch.ones((), dtype=torch.float64), lambda s: divergence(s * (inputs @ first)))
-    r = refit.HELD * inputs.square().mean()
+    r = refit.PRIOR_SAMPLES * inputs.square().mean()
     want = least(s * first, lambda w: divergence(inputs @ w) + r * (w - s * first).square().sum())
     assert relative(matrix(fitted.model()), want) <= 1e-4
     assert relative(matrix(few), want) <= 0.05
@@ -293,7 +293,7 @@ def test_logits_are_fitted_by_the_divergence_of_what_softmax_makes_of_them(bias,
     ],
 )
 def test_what_softmax_is_not_known_to_be_taken_of_keeps_least_squares(odd, monkeypatch):
-    models, plain, x = two(lambda: Scoring(**odd)), two(Scoring), normal(50, 4)
+    models, plain, x = make_pair(lambda: Scoring(**odd)), make_pair(Scoring), draw_normal(50, 4)
     found, other = (refitted(of, [x])[1] for of in (models, plain))
     least_squares_alone(monkeypatch)
     assert distance(refitted(models, [x])[1], found) == 0
@@ -308,23 +308,23 @@ def test_logits_of_a_convolution_keep_least_squares():
         (lambda: nn.Conv1d(4, 5, 1), (3, 4, 9), False),
         (lambda: nn.Linear(4, 5), (3, 9, 4), True),
     ):
-        assert [step.scores for step in order(net(make).double().eval(), normal(*x))] == [scores]
+        assert [step.gives_logits for step in find_steps(net(make).double().eval(), draw_normal(*x))] == [scores]
 
 
 def test_pieces_of_logits_are_the_whole_and_masked_ones_do_not_count(monkeypatch):
-    models, x = two(Scoring), normal(20, 5, 4)
+    models, x = make_pair(Scoring), draw_normal(20, 5, 4)
     mask = torch.ones(20, 5, dtype=torch.long)
     mask[:, 3:] = 0
     want = refitted(models, [{"x": x[:, :3]}])[1]
     for one in (x, torch.where(mask[..., None] > 0, x, 5.0)):
         assert distance(refitted(models, [{"x": one, "attention_mask": mask}])[1], want) <= 1e-9
     assert distance(refitted(models, [{"x": x}])[1], want) > 1e-3
-    monkeypatch.setattr(refit, "PIECE", 1)
+    monkeypatch.setattr(refit, "CHUNK_ELEMENTS", 1)
     assert distance(refitted(models, [{"x": x[:, :3]}])[1], want) <= 1e-9
 
 
 def test_a_head_that_reads_nothing_stays_as_it_is():
-    models = two(lambda: Scoring(bias=False))  # the sine of 0 is 0
+    models = make_pair(lambda: Scoring(bias=False))  # the sine of 0 is 0
     average, fitted = refitted(models, [torch.zeros(50, 4, dtype=torch.float64)])
     assert distance(average, fitted) <= 1e-12
 
@@ -334,12 +334,12 @@ def test_a_head_that_reads_nothing_stays_as_it_is():
 
 def steps_of(net, x):
     with torch.no_grad():
-        return [step.names for step in order(net, x)]
+        return [step.names for step in find_steps(net, x)]
 
 
 @pytest.mark.parametrize("after", [True, False])
-def test_what_is_changed_in_place_afterwards_was_read_before(after):
-    """An activation that overwrites what a layer gave, or what it read."""
+def test_tensors_that_are_changed_in_place_were_recorded_before(after):
+    """An activation overwrites the output or the input of a layer."""
 
     def make(inplace):
         relu = nn.ReLU(inplace=inplace)
@@ -353,26 +353,26 @@ def test_what_is_changed_in_place_afterwards_was_read_before(after):
 
         return lambda: Net(call, a=nn.Linear(4, 6), b=nn.Linear(6, 5), c=nn.Linear(6, 5))
 
-    x = normal(80, 4)
+    x = draw_normal(80, 4)
     results = []
     for inplace in (True, False):
-        models = two(make(inplace))
-        if not after and not inplace:  # the same without overwriting: b reads the activated one the second time
+        models = make_pair(make(inplace))
+        if not after and not inplace:  # b reads the activated tensor the second time, also without overwriting
             for model in models:
                 model.call = lambda net, x: net.b(h := net.a(x)) + net.c(r := functional.relu(h)) + net.b(r * 0.5)
         results.append(refitted(models, [x])[1])
     assert distance(*results) <= 1e-12
     if not after:
-        assert steps_of(two(make(True))[0], x) == [("a",), ("b",), ("c",)]
+        assert steps_of(make_pair(make(True))[0], x) == [("a",), ("b",), ("c",)]
 
 
 def test_layers_that_read_the_same_are_one_step():
     def call(net, x):
-        said = net.q(x) + net.k(input=x) + net.v(x)
-        return net.o(said) + net.q(said)
+        output = net.q(x) + net.k(input=x) + net.v(x)
+        return net.o(output) + net.q(output)
 
-    net = two(lambda: Net(call, q=nn.Linear(4, 4), k=nn.Linear(4, 4), v=nn.Linear(4, 4), o=nn.Linear(4, 4)))[0]
-    assert steps_of(net, normal(3, 4)) == [("q",), ("k", "v"), ("o",)]  # q reads something else, too
+    net = make_pair(lambda: Net(call, q=nn.Linear(4, 4), k=nn.Linear(4, 4), v=nn.Linear(4, 4), o=nn.Linear(4, 4)))[0]
+    assert steps_of(net, draw_normal(3, 4)) == [("q",), ("k", "v"), ("o",)]  # q reads something else, too
     rewritten = Net(lambda net, x: net.a(x) + net.b(x.relu_()), a=nn.Linear(4, 4), b=nn.Linear(4, 4))
     assert steps_of(rewritten, torch.randn(3, 4)) == [("a",), ("b",)]  # one tensor, and yet another thing
     norm = Net(
@@ -382,8 +382,8 @@ def test_layers_that_read_the_same_are_one_step():
 
 
 def test_a_layer_that_is_called_several_times_is_fitted_to_all_of_it():
-    """Of two linear layers the second call reads what the first gives; the answer is that of both together."""
-    models, x = two(lambda: Net(lambda net, x: net.a(net.a(x)), a=nn.Linear(4, 4))), normal(60, 4)
+    """The second call reads the output of the first; the solution is that of both calls together."""
+    models, x = make_pair(lambda: Net(lambda net, x: net.a(net.a(x)), a=nn.Linear(4, 4))), draw_normal(60, 4)
     average, fitted = refitted(models, [x], ridge=1e-8)
     with torch.no_grad():
         half = average.model().a
@@ -432,11 +432,11 @@ def odd_layers():
     return net
 
 
-def test_what_is_no_layer_of_the_kind_stays_and_is_said(caplog):
-    """Classes that do more than a linear map, tied and computed weights, experts, layers that no pass calls."""
-    models = two(odd_layers)
+def test_other_layers_stay_and_are_logged(caplog):
+    """Layers that do more than a linear map, tied and computed weights, experts, layers that no pass calls."""
+    models = make_pair(odd_layers)
     with caplog.at_level(logging.INFO, logger="hf_rebasin"):
-        average, fitted = refitted(models, [normal(50, 4), normal(50, 4, seed=1)])
+        average, fitted = refitted(models, [draw_normal(50, 4), draw_normal(50, 4, seed=1)])
     changed = {key for key in average.parts if not torch.equal(average.tensors[key], fitted.tensors[key])}
     assert changed == {"plain.weight", "plain.bias"}
     assert "5 of 8 linear maps stay as they are" in caplog.text
@@ -448,8 +448,8 @@ def test_an_expert_that_the_first_batch_does_not_reach_is_left_alone():
     def call(net, x):
         return net.a(x) + (net.b(x) if x.sum() > 0 else 0)
 
-    models = two(lambda: Net(call, a=nn.Linear(4, 4), b=nn.Linear(4, 4)))
-    x = normal(50, 4).abs()
+    models = make_pair(lambda: Net(call, a=nn.Linear(4, 4), b=nn.Linear(4, 4)))
+    x = draw_normal(50, 4).abs()
     average, fitted = refitted(models, [-x, x])
     assert torch.equal(average.tensors["b.weight"], fitted.tensors["b.weight"])
     assert not torch.equal(average.tensors["a.weight"], fitted.tensors["a.weight"])
@@ -459,7 +459,7 @@ def test_nan_is_refused_by_the_name_of_the_layer():
     def call(net, x):
         return net.b(net.a(x).log())
 
-    models, x = two(lambda: Net(call, a=nn.Linear(4, 4), b=nn.Linear(4, 4))), normal(50, 4)
+    models, x = make_pair(lambda: Net(call, a=nn.Linear(4, 4), b=nn.Linear(4, 4))), draw_normal(50, 4)
     for do in (
         lambda: refitted(models, [x]),
         lambda: repair(averaged(*models), list(map(Checkpoint.open, models)), [x]),
@@ -469,11 +469,11 @@ def test_nan_is_refused_by_the_name_of_the_layer():
 
 
 def test_data_that_cannot_be_gone_through_again_are_refused():
-    models = two(lambda: nn.Linear(4, 4))
+    models = make_pair(lambda: nn.Linear(4, 4))
     for do in (refit.finish, repair):
         average = averaged(*models)
         with pytest.raises(OptionError, match="can be read once"):
-            do(average, [Checkpoint.open(m) for m in models], iter([normal(5, 4)]))
+            do(average, [Checkpoint.open(m) for m in models], iter([draw_normal(5, 4)]))
         with pytest.raises(OptionError, match="the data gave no batch"):
             do(average, [Checkpoint.open(m) for m in models], [])
 
@@ -484,7 +484,7 @@ def test_data_that_cannot_be_gone_through_again_are_refused():
 def test_half_precision_is_computed_in_float32_and_rounded_once():
     model = TINY[FIRST["vit"]]
     halves = [Checkpoint.open(m).model(torch.bfloat16) for m in (model, other_seed(model))]
-    data = [{key: x.bfloat16() for key, x in batch.items()} for batch in batches_of(model, 3)]
+    data = [{key: x.bfloat16() for key, x in batch.items()} for batch in make_batches(model, 3)]
     average, fitted = refitted(halves, data)
     assert fitted.dtypes == {torch.bfloat16}
     wide = [Checkpoint.open(half).model(torch.float32) for half in halves]
@@ -497,7 +497,7 @@ def test_half_precision_is_computed_in_float32_and_rounded_once():
 
 
 def test_names_on_disk_are_those_of_the_merge(tmp_path):
-    """Older files leave out the prefix of the base model, and spell norms otherwise; experts lie apart on disk."""
+    """Old files leave out the prefix of the base model and spell norms differently; experts are separate on disk."""
     for family, rename in (
         ("gpt2", lambda key: key.removeprefix("transformer.")),
         (
@@ -507,7 +507,7 @@ def test_names_on_disk_are_those_of_the_merge(tmp_path):
         ("mixtral", str),
     ):
         model = Checkpoint.open(TINY[FIRST[family]]).model(torch.float32)  # experts of files compute in no wider one
-        models, data = [model, other_seed(model)], batches_of(model, 2)
+        models, data = [model, other_seed(model)], make_batches(model, 2)
         _, want = refitted(models, data)
         sources = []
         for i, one in enumerate(models):
@@ -529,7 +529,7 @@ def test_an_untied_head_is_fitted_and_stays_apart():
     ((head, table),) = one.ties.items()
     models = [one, other.apart({head: table})]
     models[1] = models[1].with_parts({head: Checkpoint.open(other_seed(model, 7)).parts[table]})
-    average, fitted = refitted(models, batches_of(model, 3))
+    average, fitted = refitted(models, make_batches(model, 3))
     assert head in average.parts
     assert not torch.equal(fitted.tensors[head], average.tensors[head])
     assert torch.equal(fitted.tensors[table], average.tensors[table])
@@ -572,7 +572,7 @@ def test_it_does_not_hang_on_the_batch_size(family, do):
 
 
 class Live(TorchDispatchMode):
-    """How many bytes of tensors that were computed while it lasts are alive."""
+    """A context that counts the bytes of the tensors that were computed in it and are alive."""
 
     def __init__(self):
         super().__init__()
@@ -585,13 +585,14 @@ class Live(TorchDispatchMode):
 
     @property
     def nbytes(self):
-        alive = {id(one()): one for one in self.made if one() is not None}  # in-place operations give what there is
+        # by id, as in-place operations return existing tensors
+        alive = {id(reference()): reference for reference in self.made if reference() is not None}
         self.made = list(alive.values())
-        return sum(one().nbytes for one in self.made)
+        return sum(reference().nbytes for reference in self.made)
 
 
 class Drawn:
-    """Batches that are made when they are asked for; the peak of what is alive then."""
+    """Batches that are made on request, and then record the peak of the bytes alive."""
 
     def __init__(self, count, live, shape=(8, 6)):
         self.count, self.live, self.shape, self.peak = count, live, shape, 0
@@ -599,19 +600,19 @@ class Drawn:
     def __iter__(self):
         for seed in range(self.count):
             self.peak = max(self.peak, self.live.nbytes)
-            yield normal(*self.shape, seed=seed)
+            yield draw_normal(*self.shape, seed=seed)
 
 
 def test_it_makes_no_model_surer_than_least_squares(monkeypatch):
-    class Noted(refit._Divergence):
+    class Noted(refit._KLFit):
         def __init__(self, head, start):
-            found.append((start.norm() / head.matrix.norm()).item())
+            scales.append((start.norm() / head.matrix.norm()).item())
             super().__init__(head, start)
 
-    found = []
-    monkeypatch.setattr(refit, "_Divergence", Noted)
+    scales = []
+    monkeypatch.setattr(refit, "_KLFit", Noted)
     for seed in range(4):
-        models = two(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
+        models = make_pair(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
         for model in models:
             model[-1].weight.data *= 1 + seed
 
@@ -624,9 +625,9 @@ def test_it_makes_no_model_surer_than_least_squares(monkeypatch):
                 return SimpleNamespace(logits=self.inner(x))
 
         models = [Said(model) for model in models]
-        refit.finish(averaged(*models), [Checkpoint.open(m) for m in models], [normal(12, 6, seed=seed)])
-    assert max(found) == 1, "where more would fit these few samples better"
-    assert len(found) == 4
+        refit.finish(averaged(*models), [Checkpoint.open(m) for m in models], [draw_normal(12, 6, seed=seed)])
+    assert max(scales) == 1, "where more would fit these few samples better"
+    assert len(scales) == 4
 
 
 def test_what_is_heard_for_further_passes_is_heard_once_where_it_is_little(monkeypatch):
@@ -634,7 +635,7 @@ def test_what_is_heard_for_further_passes_is_heard_once_where_it_is_little(monke
         def forward(self, x):
             return SimpleNamespace(logits=super().forward(x))
 
-    models = two(lambda: Net(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
+    models = make_pair(lambda: Net(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
     checkpoints, average = [Checkpoint.open(model) for model in models], averaged(*models)
 
     class Counted:
@@ -642,26 +643,30 @@ def test_what_is_heard_for_further_passes_is_heard_once_where_it_is_little(monke
 
         def __iter__(self):
             self.passes += 1
-            return (normal(8, 6, seed=seed) for seed in range(4))
+            return (draw_normal(8, 6, seed=seed) for seed in range(4))
 
-    found = {}
-    for room in (0, hearing.KEPT, 3 * 8 * (8 + 3) * 3 * 4):  # none, enough, and too little for the last of the batches
-        monkeypatch.setattr(hearing, "KEPT", room)
+    results = {}
+    for room in (
+        0,
+        hooks.CACHE_BYTES,
+        3 * 8 * (8 + 3) * 3 * 4,
+    ):  # none, enough, and too little for the last of the batches
+        monkeypatch.setattr(hooks, "CACHE_BYTES", room)
         data = Counted()
-        found[room] = refit.finish(average, checkpoints, data).tensors, data.passes
-    (without, often), (whole, once), (some, as_often) = found.values()
+        results[room] = refit.finish(average, checkpoints, data).tensors, data.passes
+    (without, often), (whole, once), (some, as_often) = results.values()
     assert often == as_often > once + 20
     assert all(without[key].equal(whole[key]) and without[key].equal(some[key]) for key in without)
 
 
 def test_memory_does_not_grow_with_the_number_of_batches(monkeypatch):
-    monkeypatch.setattr(hearing, "KEPT", 0)
+    monkeypatch.setattr(hooks, "CACHE_BYTES", 0)
 
     class Net(nn.Sequential):
         def forward(self, x):
             return SimpleNamespace(logits=super().forward(x))
 
-    models = two(lambda: Net(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)))
+    models = make_pair(lambda: Net(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)))
     checkpoints = [Checkpoint.open(model) for model in models]
     average = averaged(*models)
 
@@ -691,10 +696,10 @@ import sys
 from accelerate import Accelerator
 accelerator = Accelerator(cpu=True)
 import torch
-from test_refit import FIRST, TINY, Checkpoint, averaged, batches_of, other_seed, recalibrate, refit, repair
+from test_refit import FIRST, TINY, Checkpoint, averaged, make_batches, other_seed, recalibrate, refit, repair
 for family, count in (("gpt2", 5), ("gpt2", 1), ("llama", 5), ("resnet", 5)):
     model = TINY[FIRST[family]]
-    models, data = [model, other_seed(model)], batches_of(model, count)
+    models, data = [model, other_seed(model)], make_batches(model, count)
     found = {
         "refit": refit.finish(averaged(*models), [Checkpoint.open(m) for m in models], data),
         "repair": repair(averaged(*models), [Checkpoint.open(m) for m in models], data),
@@ -710,7 +715,7 @@ for family, count in (("gpt2", 5), ("gpt2", 1), ("llama", 5), ("resnet", 5)):
 
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path):
-    """Also where one of them has no batch."""
+    """Even if one of them has no batch."""
     for processes in (1, 2):
         run_script(SCRIPT, tmp_path, processes)
     for family, count in (("gpt2", 5), ("gpt2", 1), ("llama", 5), ("resnet", 5)):

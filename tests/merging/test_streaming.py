@@ -1,4 +1,4 @@
-"""Streams: what is read in ranges and written in chunks is what whole tensors in memory would give, or nothing."""
+"""Streams: reading ranges and writing chunks gives what whole tensors in memory give, or nothing at all."""
 
 import hashlib
 import json
@@ -20,16 +20,16 @@ from torch import nn
 from hf_rebasin import Alignment, Checkpoint, align, merge, registry
 from hf_rebasin.checkpoints import checkpoint, folder, lazy
 from hf_rebasin.checkpoints import tensor_files as files
-from hf_rebasin.checkpoints.lazy import Computed, Here, Tensors
+from hf_rebasin.checkpoints.lazy import Computed, InMemory, Tensors
 from hf_rebasin.checkpoints.tensor_files import DTYPES, read_file, write_file
 from hf_rebasin.errors import CheckpointError, NoSpaceError, OptionError, TargetExistsError
 
-METHODS = registry.names("merge_methods")
+METHODS = registry.names("merge method")
 ONE, MANY, INDEX = "model.safetensors", "model-00002-of-00003.safetensors", "model.safetensors.index.json"
 
 
 def some_tensors():
-    """A tensor of every dtype, with names and shapes that are easily got wrong."""
+    """Tensors of every dtype, with difficult names and shapes."""
     numbers = torch.Generator().manual_seed(0)
     tensors = {"b.ö\"'": torch.zeros(0, 4), "a scalar": torch.tensor(3.0), "a.10": torch.ones(2), "a.9": torch.ones(3)}
     for i, dtype in enumerate(DTYPES.values()):
@@ -40,7 +40,7 @@ def some_tensors():
 def test_files_are_byte_for_byte_those_of_the_library(tmp_path):
     tensors = some_tensors()
     save_file(tensors, tmp_path / "theirs", {"format": "pt"})
-    digest = write_file(tmp_path / "ours", {k: Here.of(t) for k, t in tensors.items()}, lambda _: None)
+    digest = write_file(tmp_path / "ours", {k: InMemory.of(t) for k, t in tensors.items()}, lambda _: None)
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
     assert digest == hashlib.sha256((tmp_path / "theirs").read_bytes()).hexdigest()
     again = read_file(tmp_path / "theirs")
@@ -54,24 +54,24 @@ def test_files_are_byte_for_byte_those_of_the_library(tmp_path):
 
 def test_what_is_no_contiguous_tensor_is_written_as_it_looks(tmp_path):
     turned = torch.arange(6.0).reshape(2, 3).T
-    write_file(tmp_path / "f", {"x": Here.of(turned), "y": Here.of(turned[1:])}, lambda _: None)
+    write_file(tmp_path / "f", {"x": InMemory.of(turned), "y": InMemory.of(turned[1:])}, lambda _: None)
     assert torch.equal(load_file(tmp_path / "f")["x"], turned)
     assert torch.equal(load_file(tmp_path / "f")["y"], turned[1:])
-    with pytest.raises(CheckpointError, match=r"safetensors files have no torch.complex128"):
-        write_file(tmp_path / "g", {"x": Here.of(turned.to(torch.complex128))}, lambda _: None)
+    with pytest.raises(CheckpointError, match=r"safetensors files cannot hold torch.complex128"):
+        write_file(tmp_path / "g", {"x": InMemory.of(turned.to(torch.complex128))}, lambda _: None)
 
 
 @pytest.fixture
 def reads(monkeypatch):
-    """The bytes that were read from files, each read by its offset and length."""
+    """Record all reads of files, each by its offset and length."""
     seen = []
-    fill = files.File.fill
+    fill = files.OpenFile.fill
 
     def spy(self, buffer, offset):
         seen.append((offset, len(buffer)))
         fill(self, buffer, offset)
 
-    monkeypatch.setattr(files.File, "fill", spy)
+    monkeypatch.setattr(files.OpenFile, "fill", spy)
     return seen
 
 
@@ -102,9 +102,9 @@ def registry_spec(checkpoint):
     return spec_for(checkpoint)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if not hasattr(registry.find("merge_methods", m), "finish")])
+@pytest.mark.parametrize("method", [m for m in METHODS if registry.merge_method(m).finish is None])
 def test_streamed_is_in_memory(method, pair, tmp_path, monkeypatch):
-    """Whatever the length of a chunk; and moved tensors stream like any others."""
+    """For any length of chunks; moved tensors stream like all others."""
     g = Alignment.random(registry_spec(Checkpoint.open(pair[0])), torch.Generator().manual_seed(0))
     states = [Checkpoint.open(folder).model().state_dict() for folder in pair]
     states = [{k: t for k, t in s.items() if k in Checkpoint.open(pair[0]).tensors} for s in states]
@@ -117,15 +117,15 @@ def test_streamed_is_in_memory(method, pair, tmp_path, monkeypatch):
 
 
 def test_elementwise_methods_are_elementwise():
-    """What a method promises is seen to hold; one that looks at whole tensors would be cut wrong."""
+    """Methods keep the promise of ELEMENTWISE; others would give wrong results in chunks."""
 
     tensors = list(torch.randn(2, 101, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
     pieces = list(zip(*(t.split(10) for t in tensors), strict=True))
     for name in METHODS:
-        method = registry.find("merge_methods", name)
+        method = registry.merge_method(name)
         whole, apart = method.merge(tensors), torch.cat([method.merge(piece) for piece in pieces])
-        assert torch.equal(apart, whole) == getattr(method, "ELEMENTWISE", False), name
-        if hasattr(method, "sums"):
+        assert torch.equal(apart, whole) == method.elementwise, name
+        if method.sums is not None:
             total = sum(method.sums(piece) for piece in pieces)
             torch.testing.assert_close(total, method.sums(tensors), rtol=1e-14, atol=0)
             together = torch.cat([method.merge(piece, method.sums(tensors)) for piece in pieces])
@@ -150,16 +150,16 @@ def test_a_file_that_is_replaced_is_still_read_as_it_was(pair, bert, tmp_path):
 
 def test_sums_are_those_of_the_files(pair):
     for model in pair:
-        said = dict(line.split("  ")[::-1] for line in (model / "SHA256SUMS").read_text().splitlines())
+        checksums = dict(line.split("  ")[::-1] for line in (model / "SHA256SUMS").read_text().splitlines())
         weights = sorted(model.glob("*.safetensors"))
-        assert said == {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in weights}
+        assert checksums == {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in weights}
 
 
 def test_a_configuration_is_that_of_the_weights_it_was_opened_with(pair, tmp_path):
-    merged, said = merge(list(pair)), json.loads((pair[0] / "config.json").read_text())
-    (pair[0] / "config.json").write_text(json.dumps(said | {"layer_norm_eps": 0.5}))
-    assert json.loads((merged.save(tmp_path / "out") / "config.json").read_text()) == said
-    assert merged.model().config.layer_norm_eps == said["layer_norm_eps"]
+    merged, settings = merge(list(pair)), json.loads((pair[0] / "config.json").read_text())
+    (pair[0] / "config.json").write_text(json.dumps(settings | {"layer_norm_eps": 0.5}))
+    assert json.loads((merged.save(tmp_path / "out") / "config.json").read_text()) == settings
+    assert merged.model().config.layer_norm_eps == settings["layer_norm_eps"]
     for file in pair[0].iterdir():
         file.unlink()
     pair[0].rmdir()
@@ -239,9 +239,13 @@ class Evil:
 
 
 def test_pickles_run_no_code(tmp_path):
-    for what, says in (({"x": Evil()}, "cannot be read"), ({"x": 3}, "is no state dict"), ([1], "is no state dict")):
-        torch.save(what, tmp_path / "pytorch_model.bin")
-        with pytest.raises(CheckpointError, match=says):
+    for content, message in (
+        ({"x": Evil()}, "cannot be read"),
+        ({"x": 3}, "is not a state dict"),
+        ([1], "is not a state dict"),
+    ):
+        torch.save(content, tmp_path / "pytorch_model.bin")
+        with pytest.raises(CheckpointError, match=message):
             Checkpoint.open(tmp_path)
     torch.save({"x": torch.ones(1).expand(10**10)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"x \(10000000000,\) would be larger than the file"):
@@ -251,7 +255,7 @@ def test_pickles_run_no_code(tmp_path):
     with zipfile.ZipFile(tmp_path / "stored.zip") as old, packed as new:
         for record in old.infolist():
             new.writestr(record.filename, old.read(record))
-    with pytest.raises(CheckpointError, match=r"is compressed, as torch.save never does"):
+    with pytest.raises(CheckpointError, match=r"is compressed, which torch.save never does"):
         Checkpoint.open(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"nothing of the kind")
     with pytest.raises(CheckpointError, match="cannot be read"):
@@ -267,7 +271,7 @@ def cut(file, at):
 
 
 def header_says(file, change, more=0):
-    """The file with another header, and some bytes more at its end."""
+    """Return the file with another header, and extra bytes at its end."""
     data = file.read_bytes()
     n = int.from_bytes(data[:8], "little")
     text = json.dumps(change(json.loads(data[8 : 8 + n]))).encode()
@@ -275,7 +279,7 @@ def header_says(file, change, more=0):
 
 
 def moved_by(step):
-    """All tensors but the first somewhere else."""
+    """Return the header with all tensors but the first moved."""
 
     def change(header):
         names = [k for k in header if k != "__metadata__"]
@@ -293,55 +297,70 @@ def first_name(header):
     return next(k for k in header if k != "__metadata__")
 
 
-def first_tensor(says):
+def first_tensor(message):
     def change(header):
         name = first_name(header)
-        return header | {name: header[name] | says}
+        return header | {name: header[name] | message}
 
     return change
 
 
 FAULTS = {
-    "cut in the data": (lambda b: cut(b / MANY, -1), r"00002.* cannot be read: it is cut short"),
+    "cut in the data": (lambda b: cut(b / MANY, -1), r"00002.* cannot be read: it is truncated"),
     "cut in the header": (
         lambda b: cut(b / MANY, 20),
-        r"00002.* cut short, or no safetensors file",
+        r"00002.* truncated, or not a safetensors file",
     ),
     "cut to nothing": (lambda b: cut(b / MANY, 3), r"00002.* cannot be read: it has 3 bytes"),
-    "no safetensors": (lambda b: (b / MANY).write_bytes(b"\x08" + bytes(7) + b"not JSON"), r"00002.* no header"),
-    "other JSON": (lambda b: (b / MANY).write_bytes(b"\x08" + bytes(7) + b"[1, 2,3]"), r"00002.* no header"),
-    "a shape too large": (lambda b: header_says(b / MANY, first_tensor({"shape": [10**6]})), r"is said to lie in"),
-    "no dtype of ours": (lambda b: header_says(b / MANY, first_tensor({"dtype": "F3"})), r"is F3, a dtype that"),
+    "no safetensors": (
+        lambda b: (b / MANY).write_bytes(b"\x08" + bytes(7) + b"not JSON"),
+        r"00002.* no safetensors header",
+    ),
+    "other JSON": (
+        lambda b: (b / MANY).write_bytes(b"\x08" + bytes(7) + b"[1, 2,3]"),
+        r"00002.* no safetensors header",
+    ),
+    "a shape too large": (lambda b: header_says(b / MANY, first_tensor({"shape": [10**6]})), r"cannot fill bytes"),
+    "no dtype of ours": (
+        lambda b: header_says(b / MANY, first_tensor({"dtype": "F3"})),
+        r"has dtype F3, which is not supported",
+    ),
     "an overlap": (lambda b: header_says(b / MANY, moved_by(-4)), r"00002.* begins at byte \d+ instead of \d+"),
     "a hole": (lambda b: header_says(b / MANY, moved_by(4), more=4), r"00002.* begins at byte \d+ instead of \d+"),
-    "more than is said": (lambda b: header_says(b / MANY, dict, more=4), r"00002.* says what \d+ of them"),
+    "more than is said": (lambda b: header_says(b / MANY, dict, more=4), r"00002.* its header describes \d+"),
     "a name twice": (
         lambda b: (b / MANY).write_bytes(b"\x10" + bytes(7) + b'{"a": 1, "a": 2}'),
-        r"00002.* said twice",
+        r"00002.* given twice",
     ),
     "a name that moves the cursor": (
         lambda b: header_says(b / MANY, lambda header: header | {"\x1b[2J": header.pop(first_name(header))}),
-        r"the name '.x1b\[2J' has characters that cannot be shown",
+        r"the name '.x1b\[2J' has unprintable characters",
     ),
     "pairs": (lambda b: (b / MANY).write_bytes(b"\x02" + bytes(7) + b"[]"), r"a list, not an object"),
-    "a deep header": (lambda b: (b / MANY).write_bytes(deep(10**5)), r"00002.* no header"),
-    "a shape of fractions": (lambda b: header_says(b / MANY, first_tensor({"shape": [1e400]})), r"00002.* no header"),
+    "a deep header": (lambda b: (b / MANY).write_bytes(deep(10**5)), r"00002.* no safetensors header"),
+    "a shape of fractions": (
+        lambda b: header_says(b / MANY, first_tensor({"shape": [1e400]})),
+        r"00002.* no safetensors header",
+    ),
     "a deep index": (lambda b: (b / INDEX).write_text("[" * 10**5), r"is not JSON"),
     "a name that no system has": (lambda b: index_says(b, lambda m: m | {"x": "a\0b"}), r"cannot be read"),
-    "no place": (lambda b: header_says(b / MANY, first_tensor({"data_offsets": [0]})), r"00002.* no header"),
+    "no place": (
+        lambda b: header_says(b / MANY, first_tensor({"data_offsets": [0]})),
+        r"00002.* no safetensors header",
+    ),
     "unreadable": (lambda b: ((b / MANY).unlink(), (b / MANY).mkdir()), r"00002.* cannot be read: not a file"),
     "missing": (lambda b: (b / MANY).unlink(), r"00002.* cannot be read: .*No such file"),
     "outside": (lambda b: index_says(b, lambda m: m | {"x": "../a/model.safetensors"}), r"points outside its folder"),
     "absolute": (lambda b: index_says(b, lambda m: m | {"x": "/etc/passwd"}), r"points outside its folder"),
-    "a key too many": (lambda b: index_says(b, lambda m: m | {"x": MANY}), r"tensors that its files have not: x"),
+    "a key too many": (lambda b: index_says(b, lambda m: m | {"x": MANY}), r"that are missing from its files: x"),
     "no map": (lambda b: (b / INDEX).write_text("{}"), r"has no weight_map"),
     "a map of lists": (lambda b: index_says(b, lambda m: {k: [f] for k, f in m.items()}), r"has no weight_map"),
 }
 
 
 def index_says(model, change):
-    said = json.loads((model / INDEX).read_text())
-    (model / INDEX).write_text(json.dumps(said | {"weight_map": change(said["weight_map"])}))
+    index = json.loads((model / INDEX).read_text())
+    (model / INDEX).write_text(json.dumps(index | {"weight_map": change(index["weight_map"])}))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -349,9 +368,9 @@ def test_broken_inputs_are_named_and_nothing_is_written(fault, pair, tmp_path):
     b = pair[1]
     assert (b / MANY).is_file()
     before = sorted(tmp_path.iterdir())
-    breaks, says = FAULTS[fault]
+    breaks, message = FAULTS[fault]
     breaks(b)
-    with pytest.raises(CheckpointError, match=says):
+    with pytest.raises(CheckpointError, match=message):
         merge([pair[0], b]).save(tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before
 
@@ -366,7 +385,7 @@ def test_a_file_that_is_cut_while_it_is_read(pair, tmp_path):
 
 
 def test_any_byte_of_a_header_may_be_wrong(tmp_path):
-    """It is read, or it is said that it cannot be: nothing else is raised, and nothing hangs."""
+    """Either the file is read, or CheckpointError is raised; nothing else is, and nothing hangs."""
     save_file({"a": torch.ones(2, 3), "b": torch.ones(4)}, tmp_path / ONE)
     data = (tmp_path / ONE).read_bytes()
     chance = random.Random(0)
@@ -381,36 +400,36 @@ def test_any_byte_of_a_header_may_be_wrong(tmp_path):
 
 def test_two_runs_do_not_write_to_one_target(pair, tmp_path, monkeypatch):
     write = folder.write_tensors
-    said = []
+    errors = []
 
     def meanwhile(partial, *rest):
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, "write_tensors", write)
             with pytest.raises(TargetExistsError, match="another run is writing") as error:
                 Checkpoint.open(pair[1]).save(tmp_path / "out")
-            said.append(error)
+            errors.append(error)
         write(partial, *rest)
 
     monkeypatch.setattr(checkpoint, "write_tensors", meanwhile)
     out = Checkpoint.open(pair[0]).save(tmp_path / "out")
-    assert len(said) == 1
+    assert len(errors) == 1
     assert same_tensors(out, pair[0])
     (tmp_path / ".other.partial").mkdir()
     (tmp_path / ".other.partial" / "thesis.tex").write_text("mine")
-    with pytest.raises(TargetExistsError, match=r"holds what is not a model's \(thesis.tex\)"):
+    with pytest.raises(TargetExistsError, match=r"holds entries that do not belong to a model \(thesis.tex\)"):
         Checkpoint.open(pair[0]).save(tmp_path / "other")
     assert (tmp_path / ".other.partial" / "thesis.tex").read_text() == "mine"
 
 
 def test_what_cannot_be_written_is_said(pair, tmp_path):
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
-    for model, name, size, error, says in (
+    for model, name, size, error, message in (
         (pair[0], "circle", "5GB", TargetExistsError, "cannot be a folder|already"),
         ({}, "x", "5GB", CheckpointError, "no tensors"),
         ({"__metadata__": torch.ones(1)}, "x", "5GB", CheckpointError, "__metadata__"),
-        (pair[0], "x", "huge", OptionError, "'huge' is no size"),
+        (pair[0], "x", "huge", OptionError, "'huge' is not a size"),
     ):
-        with pytest.raises(error, match=says):
+        with pytest.raises(error, match=message):
             Checkpoint.open(model).save(tmp_path / name, max_shard_size=size)
         assert not (tmp_path / "x").exists()
 
@@ -431,14 +450,14 @@ def test_values_that_would_spread_are_found_on_the_way(pair, bert, tmp_path):
 def test_a_disk_that_is_too_small_is_said_first(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: SimpleNamespace(free=99))
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(NoSpaceError, match=r"has 0.00 GB left, and 0.00 GB are to be written") as error:
+    with pytest.raises(NoSpaceError, match=r"has 0.00 GB left, but 0.00 GB are to be written") as error:
         merge(list(pair)).save(tmp_path / "out")
     assert isinstance(error.value, OSError)
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_disk_that_runs_full(pair, tmp_path):
-    """A file that may not grow, as on a full disk; the real system call fails, in a process of its own."""
+    """A limit on the size of files, in a process of its own, makes the real system call fail as on a full disk."""
     script = (
         "import resource, sys; from hf_rebasin.cli.main import main\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
@@ -455,7 +474,7 @@ def test_a_disk_that_runs_full(pair, tmp_path):
 
 
 def test_computed_tensors_say_what_they_are():
-    x = Here.of(torch.arange(6.0).reshape(2, 3))
+    x = InMemory.of(torch.arange(6.0).reshape(2, 3))
     double = Computed(x.shape, x.dtype, [x], lambda tensors: tensors[0] * 2, True)
     assert (double.numel, double.nbytes, double.lasting) == (6, 24, False)
     assert torch.equal(Tensors({"x": double})["x"], x.tensor * 2)

@@ -1,4 +1,4 @@
-"""Every request of a publish and of a download goes wrong, once or for good: what is said, what a rerun comes to."""
+"""Every request of an upload and of a download fails, once or for good: error messages and reruns."""
 
 import re
 import shutil
@@ -8,12 +8,22 @@ import pytest
 from conftest import HUB, same_tensors
 from huggingface_hub import HfApi, constants
 from minihub import CUT, DROPPED
-from published import bytes_of, call, called, commits, processor, refused, saved, there, vit
+from published import (
+    commit_titles,
+    expect_refusal,
+    folder_contents,
+    processor,
+    repository_files,
+    run_cli,
+    run_ok,
+    save_parts,
+    vit,
+)
 
 from hf_rebasin import Alignment
 from hf_rebasin.checkpoints.tensor_files import sha256_of
 
-# The requests of a publish, as they come.
+# The requests of an upload, in order.
 SENT = {
     "create": r"POST /api/repos/create",
     "info": r"GET /api/models/org/faulty$",
@@ -24,7 +34,7 @@ SENT = {
     "check": r"POST /_lfs/verify",
     "commit": r"POST /api/models/org/faulty/commit/",
 }
-# The requests of a model that is read.
+# The requests of a download.
 READ = {
     "revision": r"GET /api/models/org/read$",
     "tree": r"GET /api/models/org/read/tree",
@@ -32,18 +42,18 @@ READ = {
     "file": r"GET /org/read/resolve/.*/config.json",
     "content": r"GET /_lfs/get/.*/model.safetensors",
 }
-FOR_GOOD = 12  # more often than anybody tries again
+FOR_GOOD = 12  # more often than the client retries
 EVERY = [(fault, times) for fault in (503, 401, DROPPED, CUT) for times in (1, FOR_GOOD)]
 
 
 def some_of(*plain):
-    """All faults; those that are not named with --slow only."""
+    """Parametrise by all faults; those not named run with --slow only."""
     return [fault if fault in plain else pytest.param(*fault, marks=pytest.mark.slow) for fault in EVERY]
 
 
 SAYS = {
-    503: "fault of its own|broke off|no connection|cannot be reached",
-    401: "has expired|wants to know who asks",
+    503: "server error|broke off|no connection|cannot be reached",
+    401: "has expired|requires authentication",
     412: "somebody else changed it meanwhile",
     DROPPED: "broke off|no connection|cannot be reached",
     CUT: "broke off|no connection|cannot be reached",
@@ -52,7 +62,7 @@ SAYS = {
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch):
-    """Whoever tries again does not wait for it; faults that were not used up are gone with the test."""
+    """Retry without waiting, and remove the faults that a test has not used up."""
     monkeypatch.setattr("time.sleep", lambda _: None)
     yield
     HUB.fail_next.clear()
@@ -61,14 +71,14 @@ def _at_once(monkeypatch):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("faults")
-    models = [saved(place / str(seed), vit(seed), processor(), licence="mit") for seed in (20, 21)]
-    called("merge", *models, "-o", place / "out")
+    models = [save_parts(place / str(seed), vit(seed), processor(), licence="mit") for seed in (20, 21)]
+    run_ok("merge", *models, "-o", place / "out")
     return place / "out"
 
 
 @pytest.fixture
 def forgotten(folder):
-    """The Hub has never heard of what is to be published, nor of what is in it."""
+    """Delete the repository and its files from the Hub."""
     HUB.repos.pop(("models", "org/faulty"), None)
     for file in folder.iterdir():
         HUB.lfs.pop(sha256_of(file), None)
@@ -77,8 +87,10 @@ def forgotten(folder):
 @pytest.fixture(scope="module")
 def undisturbed(folder):
     since = len(HUB.requests)
-    called("publish", folder, "org/faulty")
-    return there("org/faulty"), [f"{method} {path.partition('?')[0]}" for method, path, _ in HUB.requests[since:]]
+    run_ok("publish", folder, "org/faulty")
+    return repository_files("org/faulty"), [
+        f"{method} {path.partition('?')[0]}" for method, path, _ in HUB.requests[since:]
+    ]
 
 
 def test_these_are_the_requests_of_a_publish(undisturbed):
@@ -89,10 +101,10 @@ def test_these_are_the_requests_of_a_publish(undisturbed):
 
 
 def after(pattern, fault, times, *command):
-    """(status, what was said) of a command some of whose requests go wrong."""
+    """Return the exit status of a command some of whose requests fail, after checking its error message."""
     HUB.fail_next[:] = [(re.compile(pattern), fault)] * times
-    status, out, err = call(*command)
-    assert len(HUB.fail_next) < times, "it was never asked for"
+    status, out, err = run_cli(*command)
+    assert len(HUB.fail_next) < times, "the request was never made"
     HUB.fail_next.clear()
     assert "Traceback" not in out + err
     assert HUB.token not in out + err
@@ -110,33 +122,33 @@ def test_a_publish_goes_on_where_it_was(folder, undisturbed, forgotten, kind, fa
     status = after(SENT[kind], fault, times, "publish", folder, "org/faulty")
     assert status == 1 or times == 1
     if status and ("models", "org/faulty") in HUB.repos and (kind, fault) != ("commit", CUT):
-        assert there("org/faulty").keys() == {".gitattributes"}, "all of it or nothing"
-    called("publish", folder, "org/faulty")
-    assert there("org/faulty") == undisturbed[0]
-    assert len(commits("org/faulty")) == 2
+        assert repository_files("org/faulty").keys() == {".gitattributes"}, "all of it or nothing"
+    run_ok("publish", folder, "org/faulty")
+    assert repository_files("org/faulty") == undisturbed[0]
+    assert len(commit_titles("org/faulty")) == 2
 
 
 @pytest.fixture(scope="module")
 def other(folder):
     """A merge in several files."""
     models = [folder.parent / "20", folder.parent / "21"]
-    called("merge", *models, "-o", folder.parent / "other", "--no-align", "--max-shard-size", "5KB")
+    run_ok("merge", *models, "-o", folder.parent / "other", "--no-align", "--max-shard-size", "5KB")
     return folder.parent / "other"
 
 
 @pytest.mark.parametrize("fault", [412, 503, 401, DROPPED, CUT])
 def test_a_commit_over_another_model_goes_on_where_it_was(folder, undisturbed, forgotten, other, fault):
-    called("publish", other, "org/faulty")
-    before = there("org/faulty")
+    run_ok("publish", other, "org/faulty")
+    before = repository_files("org/faulty")
     assert after(SENT["commit"], fault, 1, "publish", folder, "org/faulty") == 1
-    assert there("org/faulty") == (undisturbed[0] if fault == CUT else before)
-    called("publish", folder, "org/faulty")
-    assert there("org/faulty") == undisturbed[0]
-    assert len(commits("org/faulty")) == 3
+    assert repository_files("org/faulty") == (undisturbed[0] if fault == CUT else before)
+    run_ok("publish", folder, "org/faulty")
+    assert repository_files("org/faulty") == undisturbed[0]
+    assert len(commit_titles("org/faulty")) == 3
 
 
 def test_who_commits_in_between_is_not_written_over(folder, undisturbed, forgotten, monkeypatch):
-    called("publish", folder, "org/faulty", "--revision", "next")
+    run_ok("publish", folder, "org/faulty", "--revision", "next")
     create_commit = HfApi.create_commit
 
     def late(self, *args, **kwargs):
@@ -147,10 +159,10 @@ def test_who_commits_in_between_is_not_written_over(folder, undisturbed, forgott
 
     with monkeypatch.context() as patch:
         patch.setattr(HfApi, "create_commit", late)
-        assert "somebody else changed it meanwhile" in refused("publish", folder, "org/faulty")
-    assert commits("org/faulty") == ["theirs", "initial commit"]
-    called("publish", folder, "org/faulty")
-    assert there("org/faulty") == undisturbed[0]
+        assert "somebody else changed it meanwhile" in expect_refusal("publish", folder, "org/faulty")
+    assert commit_titles("org/faulty") == ["theirs", "initial commit"]
+    run_ok("publish", folder, "org/faulty")
+    assert repository_files("org/faulty") == undisturbed[0]
 
 
 @pytest.mark.parametrize(("fault", "times"), some_of((DROPPED, FOR_GOOD)))
@@ -165,7 +177,7 @@ def test_a_model_that_is_read_goes_on_where_it_was(folder, kind, fault, times, t
     assert status == 1 or times == 1
     if status:
         assert not (tmp_path / "out").exists()
-        called(*arguments, tmp_path / "out")
+        run_ok(*arguments, tmp_path / "out")
     assert same_tensors(tmp_path / "out", Alignment.load(folder / "alignment.safetensors").apply(model))
-    called(*arguments, tmp_path / "again")
-    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "again")
+    run_ok(*arguments, tmp_path / "again")
+    assert folder_contents(tmp_path / "out") == folder_contents(tmp_path / "again")

@@ -1,4 +1,4 @@
-"""What is recorded of every model that is written holds, says the same anywhere, and nobody's token."""
+"""Records of every model that is written: they are correct, the same on any machine, and without tokens."""
 
 import json
 import logging
@@ -10,21 +10,21 @@ import pytest
 import yaml
 from conftest import HUB
 from published import (
-    bytes_of,
-    call,
-    called,
-    fresh,
+    folder_contents,
     processor,
-    pushed,
-    pushed_digits,
+    push_digits,
+    push_parts,
     resnet,
-    saved,
+    run_cli,
+    run_fresh,
+    run_ok,
+    save_parts,
     vit,
-    written_digits,
+    write_digits,
 )
 
 from hf_rebasin import Checkpoint
-from hf_rebasin.checkpoints.provenance import Provenance, hashes
+from hf_rebasin.checkpoints.provenance import Provenance, hash_files
 from hf_rebasin.checkpoints.tensor_files import sha256_of
 from hf_rebasin.errors import RebasinError
 from hf_rebasin.text import without_secrets
@@ -35,11 +35,11 @@ def world(tmp_path_factory):
     """Models in folders and on the Hub, data in a folder."""
     folder = tmp_path_factory.mktemp("world")
     for seed in (0, 1):
-        saved(folder / f"vit-{seed}", vit(seed), processor(), licence="mit")
-        saved(folder / f"resnet-{seed}", resnet(seed), processor(), licence="mit")
-    pushed("org/made-0", vit(0), processor())
-    written_digits(folder / "digits")
-    called("align", folder / "vit-0", folder / "vit-1", "--alignment", folder / "alignment.safetensors")
+        save_parts(folder / f"vit-{seed}", vit(seed), processor(), licence="mit")
+        save_parts(folder / f"resnet-{seed}", resnet(seed), processor(), licence="mit")
+    push_parts("org/made-0", vit(0), processor())
+    write_digits(folder / "digits")
+    run_ok("align", folder / "vit-0", folder / "vit-1", "--alignment", folder / "alignment.safetensors")
     return folder
 
 
@@ -66,33 +66,33 @@ LONG = ("merge by data", "merge with statistics", "interpolate with statistics")
 
 @pytest.mark.parametrize("verb", [pytest.param(v, marks=pytest.mark.slow) if v in LONG else v for v in VERBS])
 def test_what_a_verb_writes_can_be_made_again(world, tmp_path, verb):
-    called(*(argument.format(world) for argument in VERBS[verb]), "-o", tmp_path / "out")
+    run_ok(*(argument.format(world) for argument in VERBS[verb]), "-o", tmp_path / "out")
     record = Provenance.load(tmp_path / "out")
     assert record.verb == VERBS[verb][0]
     assert record.outputs == {
         file.name: sha256_of(file) for file in (tmp_path / "out").iterdir() if file.name != "rebasin.json"
     }
-    for one in record.inputs:
-        assert "/" not in one.name or one.commit
-        assert one.files.keys() >= {"config.json", "model.safetensors", "preprocessor_config.json"}
-        assert str(one.licence) == "mit"
+    for entry in record.inputs:
+        assert "/" not in entry.name or entry.commit
+        assert entry.files.keys() >= {"config.json", "model.safetensors", "preprocessor_config.json"}
+        assert str(entry.licence) == "mit"
     where = [f"--model={world}/{name}" for name in ("vit-0", "vit-1", "resnet-0", "resnet-1")]
     for how in ("--rebuild", "--resolve"):
         if verb != "apply" or how == "--rebuild":
-            said = called("verify", tmp_path / "out", how, *where, "--data", world / "digits")
-            (again,) = [line for line in said.splitlines() if line.startswith("the same, made again")]
-            assert "model.safetensors" in again
+            output = run_ok("verify", tmp_path / "out", how, *where, "--data", world / "digits")
+            (rebuilt,) = [line for line in output.splitlines() if line.startswith("the same when rebuilt")]
+            assert "model.safetensors" in rebuilt
     if verb.startswith("merge"):
         shutil.copytree(world / "vit-0", tmp_path / "vit-0")
         (tmp_path / "vit-0/config.json").write_text("{}")
-        status, _, err = call("verify", tmp_path / "out", "--rebuild", f"--model={tmp_path / 'vit-0'}")
+        status, _, err = run_cli("verify", tmp_path / "out", "--rebuild", f"--model={tmp_path / 'vit-0'}")
         assert status == 1
         assert "say where" in err or "is it" in err
 
 
 def test_what_was_made_of_what_was_made_names_what_that_was_made_of(world, tmp_path):
-    called("align", "org/made-0", world / "vit-1", "-o", tmp_path / "moved")
-    called("merge", "org/made-0", tmp_path / "moved", "-o", tmp_path / "out", "--no-align")
+    run_ok("align", "org/made-0", world / "vit-1", "-o", tmp_path / "moved")
+    run_ok("merge", "org/made-0", tmp_path / "moved", "-o", tmp_path / "out", "--no-align")
     first, moved = Provenance.load(tmp_path / "out").inputs
     commit = HUB.repo("org/made-0").resolve("main")
     assert first.place == f"org/made-0@{commit}"
@@ -101,8 +101,8 @@ def test_what_was_made_of_what_was_made_names_what_that_was_made_of(world, tmp_p
     tensors = Checkpoint.open(tmp_path / "moved").tensors
     changed = {key: tensor + 1 for key, tensor in tensors.items()}
     Checkpoint.open(tmp_path / "moved").model().save_pretrained(tmp_path / "moved", state_dict=changed)
-    called("merge", "org/made-0", tmp_path / "moved", "-o", tmp_path / "other", "--no-align")
-    assert Provenance.load(tmp_path / "other").inputs[1].made_of == (), "what was changed since is something else"
+    run_ok("merge", "org/made-0", tmp_path / "moved", "-o", tmp_path / "other", "--no-align")
+    assert Provenance.load(tmp_path / "other").inputs[1].made_of == (), "a model that was changed since is another one"
 
 
 def test_what_lies_beside_a_model_is_none_of_its_files(tmp_path):
@@ -115,48 +115,48 @@ def test_what_lies_beside_a_model_is_none_of_its_files(tmp_path):
     for name in (*model, *beside, *made, "rebasin.json", "README.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
-    assert list(hashes(tmp_path)) == sorted(model)
-    assert list(hashes(tmp_path, written=True)) == sorted((*model, *made))
+    assert list(hash_files(tmp_path)) == sorted(model)
+    assert list(hash_files(tmp_path, written=True)) == sorted((*model, *made))
 
 
 def test_a_licence_follows_from_a_record_before_the_merge_and_after(world, tmp_path):
-    called("align", "org/made-0", world / "vit-1", "-o", tmp_path / "moved")
+    run_ok("align", "org/made-0", world / "vit-1", "-o", tmp_path / "moved")
     assert not (tmp_path / "moved/README.md").exists()
     merge = ("merge", "org/made-0", tmp_path / "moved", "-o", tmp_path / "out", "--no-align", "--push-to", "org/both")
-    said = called(*merge, "--dry-run")
-    assert "licence: mit, as all models have it" in said
-    assert "card, recipe, rebasin.json" in said, "no alignment is promised where none is looked for"
-    assert "published: " in called(*merge)
+    output = run_ok(*merge, "--dry-run")
+    assert "licence: mit, as all models have it" in output
+    assert "card, recipe, rebasin.json" in output, "no alignment is promised without aligning"
+    assert "published: " in run_ok(*merge)
 
 
 def test_a_record_that_cannot_be_read_is_said_before_the_merge(world, tmp_path, monkeypatch):
     shutil.copytree(world / "vit-1", tmp_path / "vit-1")
     (tmp_path / "vit-1/rebasin.json").write_text("{")
-    monkeypatch.setattr("hf_rebasin.pipeline.run", lambda *_, **__: pytest.fail("it was merged first"))
+    monkeypatch.setattr("hf_rebasin.pipeline.run_merge", lambda *_, **__: pytest.fail("it was merged first"))
     for more in ([], ["--dry-run"]):
-        status, _, err = call("merge", world / "vit-0", tmp_path / "vit-1", "-o", tmp_path / "out", *more)
+        status, _, err = run_cli("merge", world / "vit-0", tmp_path / "vit-1", "-o", tmp_path / "out", *more)
         assert status == 1
         assert "rebasin.json" in err
         assert "not of the format" in err or "cannot be read" in err
 
 
 def test_what_apply_reads_it_does_not_replace(world, tmp_path):
-    called("align", world / "vit-0", world / "vit-1", "-o", tmp_path / "merged")
-    before = bytes_of(tmp_path / "merged")
+    run_ok("align", world / "vit-0", world / "vit-1", "-o", tmp_path / "merged")
+    before = folder_contents(tmp_path / "merged")
     for alignment in (tmp_path / "merged", tmp_path / "merged/alignment.safetensors"):
-        status, _, err = call("apply", alignment, world / "vit-1", "-o", tmp_path / "merged", "--overwrite")
+        status, _, err = run_cli("apply", alignment, world / "vit-1", "-o", tmp_path / "merged", "--overwrite")
         assert status == 1
         assert "which is read" in err
-    assert bytes_of(tmp_path / "merged") == before
+    assert folder_contents(tmp_path / "merged") == before
 
 
 def test_models_to_verify_with_are_folders_that_are_there(world, tmp_path, monkeypatch):
-    called("apply", world / "alignment.safetensors", world / "vit-1", "-o", tmp_path / "out")
+    run_ok("apply", world / "alignment.safetensors", world / "vit-1", "-o", tmp_path / "out")
     monkeypatch.setenv("HOME", str(world))
-    assert "all" in called("verify", tmp_path / "out", "--rebuild", "--model", "~/vit-1")
-    status, _, err = call("verify", tmp_path / "out", "--rebuild", "--model", "~/vit-7")
+    assert "all" in run_ok("verify", tmp_path / "out", "--rebuild", "--model", "~/vit-1")
+    status, _, err = run_cli("verify", tmp_path / "out", "--rebuild", "--model", "~/vit-7")
     assert status == 1
-    assert f"--model {world}/vit-7 is no folder that is there" in err
+    assert f"--model {world}/vit-7 is not a folder" in err
 
 
 # --- the same anywhere -----------------------------------------------------------------------------------------------
@@ -178,53 +178,53 @@ def test_the_same_recipe_is_the_same_bytes(world, tmp_path, monkeypatch, process
         (tmp_path / where / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (tmp_path / "world").symlink_to(world)
     monkeypatch.chdir(tmp_path / "here")
-    called("merge", "recipe.yaml", "-o", "out")
+    run_ok("merge", "recipe.yaml", "-o", "out")
     monkeypatch.chdir(tmp_path / "there")
     if process == "this":
-        called("merge", "recipe.yaml", "-o", "other")
+        run_ok("merge", "recipe.yaml", "-o", "other")
     else:
-        fresh(AGAIN, tmp_path / "there", "merge", "recipe.yaml", "-o", "other", PYTHONHASHSEED="7")
-    one, other = bytes_of(tmp_path / "here/out"), bytes_of(tmp_path / "there/other")
-    assert [name for name in one.keys() | other.keys() if one.get(name) != other.get(name)] == []
-    assert one.keys() > {"report.json", "alignment.safetensors", "rebasin.json"}
+        run_fresh(AGAIN, tmp_path / "there", "merge", "recipe.yaml", "-o", "other", PYTHONHASHSEED="7")
+    here, there = folder_contents(tmp_path / "here/out"), folder_contents(tmp_path / "there/other")
+    assert [name for name in here.keys() | there.keys() if here.get(name) != there.get(name)] == []
+    assert here.keys() > {"report.json", "alignment.safetensors", "rebasin.json"}
 
 
-# --- nobody's token --------------------------------------------------------------------------------------------------
+# --- tokens ----------------------------------------------------------------------------------------------------------
 
 TOKEN = "hf_VeryDistinctiveTokenThatIsNobodys"
 
 
-class Everything(logging.Handler):
+class LogRecorder(logging.Handler):
     def __init__(self):
         super().__init__(logging.DEBUG)
-        self.said = []
+        self.lines = []
 
     def emit(self, record):
-        self.said.append(self.format(record))
+        self.lines.append(self.format(record))
 
 
 @pytest.fixture
-def heard(monkeypatch):
-    """All that our package logs, while the Hub takes this token alone."""
-    everything = Everything()
+def log_lines(monkeypatch):
+    """Record everything that the package logs, while the Hub accepts only this token."""
+    recorder = LogRecorder()
     logger = logging.getLogger("hf_rebasin")
     level = logger.level
-    logger.addHandler(everything)
+    logger.addHandler(recorder)
     logger.setLevel(logging.DEBUG)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(HUB, "token", TOKEN)
     monkeypatch.setattr("time.sleep", lambda _: None)
-    yield everything.said
-    logger.removeHandler(everything)
+    yield recorder.lines
+    logger.removeHandler(recorder)
     logger.setLevel(level)
     HUB.fail_next.clear()
     HUB.expired.clear()
 
 
-def telling(said, *folders):
-    """Where the token is: in what was said, in files."""
-    found = [line for text in said for line in text.splitlines() if TOKEN in line]
-    return found + [
+def find_token(texts, *folders):
+    """Find the lines of texts, and the files of folders, that contain the token."""
+    lines = [line for text in texts for line in text.splitlines() if TOKEN in line]
+    return lines + [
         str(file)
         for folder in folders
         for file in folder.rglob("*")
@@ -236,14 +236,14 @@ def name_and_text(file):
     return file.name + file.read_bytes().decode(errors="replace")
 
 
-def test_a_token_is_said_nowhere(world, heard, tmp_path, capfd):
-    pushed("org/private-0", vit(5), processor(), private=True)
-    pushed_digits("org/private-digits")
-    said = []
+def test_a_token_is_said_nowhere(world, log_lines, tmp_path, capfd):
+    push_parts("org/private-0", vit(5), processor(), private=True)
+    push_digits("org/private-digits")
+    printed = []
 
     def run(*arguments):
-        status, out, err = call(*arguments)
-        said.extend((out, err))
+        status, out, err = run_cli(*arguments)
+        printed.extend((out, err))
         return status
 
     data = ("--data", "org/private-digits", "-e", "split=test", "-e", "points=2", "--refit")
@@ -262,19 +262,19 @@ def test_a_token_is_said_nowhere(world, heard, tmp_path, capfd):
     assert run("verify", "org/private-out") == 1
     assert run("publish", tmp_path / "out", "org/private-out") == 1
     assert run("merge", *models, "-o", tmp_path / "more") == 1
-    assert telling([*said, *heard, *capfd.readouterr()], tmp_path) == []
-    assert "hf_" not in "".join(said).replace("hf_rebasin", "").replace("hf_…", "")
+    assert find_token([*printed, *log_lines, *capfd.readouterr()], tmp_path) == []
+    assert "hf_" not in "".join(printed).replace("hf_rebasin", "").replace("hf_…", "")
 
 
 @pytest.mark.parametrize("fault", [401, 403, 503, 400, "dropped"])
-def test_a_token_that_is_given_is_in_no_error(world, heard, monkeypatch, fault):
+def test_a_token_that_is_given_is_in_no_error(world, log_lines, monkeypatch, fault):
     from hf_rebasin.publishing.upload import publish
 
     monkeypatch.delenv("HF_TOKEN")
-    called("merge", world / "vit-0", world / "vit-1", "-o", world / "given", "--no-align", "--overwrite")
+    run_ok("merge", world / "vit-0", world / "vit-1", "-o", world / "given", "--no-align", "--overwrite")
     mine, theirs = f"org/given-{fault}", f"org/not-here-{fault}"
     refusals = []
-    for what, request in (
+    for act, request in (
         (lambda: publish(world / "given", mine, token=TOKEN), "create"),
         (lambda: publish(world / "given", mine, token=TOKEN), "commit"),
         (lambda: publish(world / "given", mine, token=f"{TOKEN}\n"), "create"),
@@ -283,14 +283,14 @@ def test_a_token_that_is_given_is_in_no_error(world, heard, monkeypatch, fault):
     ):
         HUB.fail_next[:] = [(re.compile(request), fault)] * 12
         try:
-            what()
+            act()
         except (RebasinError, OSError):
             refusals.append(traceback.format_exc())
     assert len(refusals) == 5
-    assert telling([*refusals, *heard]) == []
+    assert find_token([*refusals, *log_lines]) == []
 
 
-def test_the_search_finds_what_is_planted(tmp_path, heard):
+def test_the_search_finds_what_is_planted(tmp_path, log_lines):
     (tmp_path / "card.md").write_text(f"x {TOKEN} y")
     logging.getLogger("hf_rebasin.checkpoints.hub").debug("asked with %s", TOKEN)
     try:
@@ -299,26 +299,26 @@ def test_the_search_finds_what_is_planted(tmp_path, heard):
         except ValueError as error:
             raise OSError("refused") from error
     except OSError:
-        said = traceback.format_exc()
-    assert len(telling([said, *heard], tmp_path)) == 3
+        text = traceback.format_exc()
+    assert len(find_token([text, *log_lines], tmp_path)) == 3
     assert without_secrets(f"'Bearer {TOKEN}'") == "'Bearer hf_…'"
     assert without_secrets("hf_oauth_abc.def-ghi_x, hf_rebasin") == "hf_…, hf_rebasin"
 
 
 def test_records_that_somebody_wrote_by_hand(world, tmp_path):
     models = ("--model", world / "vit-0", "--model", world / "vit-1")
-    called("merge", world / "vit-0", world / "vit-1", "-o", tmp_path / "out", "--no-align")
-    assert call("verify", tmp_path / "out", "--rebuild", *models)[0] == 0
+    run_ok("merge", world / "vit-0", world / "vit-1", "-o", tmp_path / "out", "--no-align")
+    assert run_cli("verify", tmp_path / "out", "--rebuild", *models)[0] == 0
     (tmp_path / "out" / "modeling_other.py").write_text("1 / 0")
     Provenance.load(tmp_path / "out").save(tmp_path / "out")
-    assert call("verify", tmp_path / "out")[0] == 0
-    status, said, _ = call("verify", tmp_path / "out", "--rebuild", *models)
+    assert run_cli("verify", tmp_path / "out")[0] == 0
+    status, output, _ = run_cli("verify", tmp_path / "out", "--rebuild", *models)
     assert status == 1
-    assert "WRONG: modeling_other.py does not come out when it is made again" in said
+    assert "WRONG: modeling_other.py is missing from the rebuilt model" in output
     for change, says in (
         (lambda record: record["machine"].update(threads=0), "0 threads took part"),
-        (lambda record: record["recipe"].pop("models"), "says what cannot be done again"),
-        (lambda record: record.update(verb="guess"), "nothing is known here of 'guess'"),
+        (lambda record: record["recipe"].pop("models"), "has settings that cannot be used"),
+        (lambda record: record.update(verb="guess"), "names an unknown verb, 'guess'"),
     ):
         record = json.loads((tmp_path / "out" / "rebasin.json").read_text())
         change(record)
@@ -326,6 +326,6 @@ def test_records_that_somebody_wrote_by_hand(world, tmp_path):
         for file in (tmp_path / "out").iterdir():
             (tmp_path / "other" / file.name).write_bytes(file.read_bytes())
         (tmp_path / "other" / "rebasin.json").write_text(json.dumps(record))
-        status, _, err = call("verify", tmp_path / "other", "--rebuild", *models)
+        status, _, err = run_cli("verify", tmp_path / "other", "--rebuild", *models)
         assert status == 1
         assert says in err

@@ -1,4 +1,4 @@
-"""Files of mergekit run as they are, and what they ask for that is not here is refused; knobs that vary by tensor."""
+"""Files of mergekit run as they are, their unsupported parts are refused, and parameters vary by tensor."""
 
 import re
 from textwrap import dedent
@@ -13,29 +13,28 @@ from hf_rebasin import Checkpoint, Recipe, merge, registry
 from hf_rebasin.checkpoints import lazy
 from hf_rebasin.compat import in_memory as modules
 from hf_rebasin.errors import OptionError, RecipeError
-from hf_rebasin.merging.parameters import Place, Varying, places, reading
-from hf_rebasin.recipes.mergekit import METHODS
-from hf_rebasin.recipes.runner import run
-from hf_rebasin.registry import knobs_of
+from hf_rebasin.merging.parameters import TensorPosition, Varying, read_parameter, tensor_positions
+from hf_rebasin.recipes.mergekit import UNSUPPORTED_METHODS
+from hf_rebasin.recipes.runner import run_merge
 
 LAYERS = 5
 
 
 def state(value, layers=LAYERS):
-    """A decoder of some layers, with one number in all its tensors."""
+    """Return a decoder with one value in all its tensors."""
     names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
     names += [f"model.layers.{i}.{part}.weight" for i in range(layers) for part in ("self_attn.q_proj", "mlp.up_proj")]
     return {name: torch.full((3,), float(value), dtype=torch.float64) for name in names}
 
 
 def numbers(merged):
-    """The number in every tensor of a merge."""
+    """Return the value in every tensor of a merge."""
     assert all((tensor == tensor[0]).all() for tensor in merged.tensors.values())
     return {name: tensor[0].item() for name, tensor in merged.tensors.items()}
 
 
 def test_a_gradient_goes_from_the_first_layer_to_the_last():
-    """Of 0 and 8 at t it is 8t; [0, 1, 0.5] at depths 0, 1/4 … 1 is 0, 0.5, 1, 0.75, 0.5."""
+    """Between 0 and 8 the merge at t is 8t; [0, 1, 0.5] at depths 0, 1/4 … 1 is 0, 0.5, 1, 0.75, 0.5."""
     merged = numbers(merge([state(0), state(8)], "lerp", t=[0, 1, 0.5]))
     by_hand = [0, 4, 8, 6, 4]
     for i, expected in enumerate(by_hand):
@@ -46,26 +45,26 @@ def test_a_gradient_goes_from_the_first_layer_to_the_last():
 
 
 def test_the_ends_of_a_gradient_are_its_numbers():
-    for said in ([0.1, 0.7], [0.3, 1.1, 0.1], [1e-3, 1e9]):
-        read = reading(float, said)
-        assert (read.at(Place("", 0.0)), read.at(Place("", 1.0))) == (said[0], said[-1])
+    for gradient in ([0.1, 0.7], [0.3, 1.1, 0.1], [1e-3, 1e9]):
+        read = read_parameter(float, gradient)
+        assert (read.at(TensorPosition("", 0.0)), read.at(TensorPosition("", 1.0))) == (gradient[0], gradient[-1])
 
 
 def numeric(method):
-    """Its knobs that are a number each."""
-    return [knob for knob, kind in knobs_of(registry.find("merge_methods", method).merge).items() if kind is float]
+    """Return the parameters of a method that are single numbers."""
+    return [parameter for parameter, kind in registry.merge_method(method).parameters.items() if kind is float]
 
 
-@pytest.mark.parametrize("method", registry.names("merge_methods"))
+@pytest.mark.parametrize("method", registry.names("merge method"))
 def test_a_constant_gradient_is_the_number(method, bert):
-    """Whatever the method, it never knows; what fits whole models refuses."""
+    """No method sees gradients; methods that fit whole models refuse them."""
     models = [bert, other_seed(bert)]
-    per_model = "weights" in knobs_of(registry.find("merge_methods", method).merge)
+    per_model = "weights" in registry.merge_method(method).parameters
     number, gradient = ({"weights": [1, 0.3]}, {"weights": [1, [0.3] * 3]}) if per_model else ({}, {})
-    for knob in numeric(method):
-        number[knob], gradient[knob] = 0.3, [0.3, 0.3, 0.3]
+    for parameter in numeric(method):
+        number[parameter], gradient[parameter] = 0.3, [0.3, 0.3, 0.3]
     assert number
-    if hasattr(registry.find("merge_methods", method), "finish"):
+    if registry.merge_method(method).finish is not None:
         with pytest.raises(OptionError, match=r"fits whole models, with one number for all tensors; .* cannot vary"):
             merge(models, method, data=[{}], **gradient)
     else:
@@ -79,9 +78,9 @@ def test_a_filter_picks_exactly_its_tensors():
         {"filter": "*", "value": 0.25},
     ]
     merged = numbers(merge([state(0), state(8)], "lerp", t=t))
-    for name, found in merged.items():
+    for name, number in merged.items():
         expected = 8 if name == "model.layers.1.mlp.up_proj.weight" else 4 * int(name[13]) / 4 if "mlp" in name else 2
-        assert found == expected, name
+        assert number == expected, name
 
 
 def test_weights_per_model_vary_too():
@@ -119,23 +118,27 @@ PLACES = {
 }
 
 
-def test_where_a_tensor_is():
-    """Towers are counted apart, by the first number; what has none is before or after by its name."""
-    assert {name: place.depth for name, place in places(PLACES).items()} == PLACES
+def test_positions_of_tensors():
+    """Towers are counted separately, by the first number; tensors without one come first or last by their name."""
+    assert {name: position.depth for name, position in tensor_positions(PLACES).items()} == PLACES
 
 
 @pytest.mark.parametrize("name", FIRST.values(), ids=list(FIRST))
 def test_every_family_begins_with_its_embeddings_and_ends_with_its_heads(name):
-    found = places(list(Checkpoint.open(TINY[name]).tensors))
-    assert {place.depth for place in found.values()} >= {0.0, 1.0}
+    positions = tensor_positions(list(Checkpoint.open(TINY[name]).tensors))
+    assert {position.depth for position in positions.values()} >= {0.0, 1.0}
     embeddings = {
         f"{key}.weight" for key, module in TINY[name].named_modules() if isinstance(module, nn.Embedding)
-    } & found.keys()
-    assert all(found[key].depth == 0 for key in embeddings if not re.search(r"\.\d+\.", key))
-    assert all(place.depth == 1 for key, place in found.items() if key.startswith(("lm_head", "classifier", "score")))
+    } & positions.keys()
+    assert all(positions[key].depth == 0 for key in embeddings if not re.search(r"\.\d+\.", key))
+    assert all(
+        position.depth == 1
+        for key, position in positions.items()
+        if key.startswith(("lm_head", "classifier", "score"))
+    )
 
 
-KNOBS = {
+WRONG_PARAMETERS = {
     "no tensor has it": ({"t": [{"filter": "self_atn", "value": 1}, {"value": 0}]}, r"did you mean 'self_attn'\?"),
     "of two words": ({"t": [{"filter": "mpl.up_proj", "value": 1}, {"value": 0}]}, r"did you mean 'mlp.up_proj'\?"),
     "no default": (
@@ -144,24 +147,24 @@ KNOBS = {
     ),
     "one number": ({"t": [0.5]}, r"t: \[0.5\] does not fit: a gradient over the layers takes 2 numbers or more"),
     "none": ({"t": []}, "a gradient over the layers takes 2 numbers or more"),
-    "no number": ({"t": [0, "half"]}, "'half' in a gradient over the layers is no number"),
-    "a switch": ({"t": [0, True]}, "True in a gradient over the layers is no number"),
+    "no number": ({"t": [0, "half"]}, "'half' in a gradient over the layers is not a number"),
+    "a switch": ({"t": [0, True]}, "True in a gradient over the layers is not a number"),
     "nan": ({"t": [0, float("nan")]}, r"model.\S+: lerp got t = nan"),
     "misspelt": ({"t": [{"filtre": "mlp", "value": 1}]}, "filtre: no such key of an entry; did you mean 'filter'"),
-    "no value": ({"t": [{"filter": "mlp"}]}, "every entry says"),
-    "mixed": ({"t": [0.5, {"value": 1}]}, "0.5 does not fit: every entry says"),
+    "no value": ({"t": [{"filter": "mlp"}]}, "write entries as"),
+    "mixed": ({"t": [0.5, {"value": 1}]}, "0.5 does not fit: write entries as"),
     "filter": ({"t": [{"filter": 3, "value": 1}]}, "filter 3 does not fit"),
-    "never looked at": ({"t": [{"value": 1}, {"filter": "mlp", "value": 0}]}, r"\(number 1\) are never looked at"),
+    "never looked at": ({"t": [{"value": 1}, {"filter": "mlp", "value": 0}]}, r"\(number 1\) are never used"),
     "nested": ({"t": [{"value": [{"value": 1}]}]}, "the value of an entry is a number or a gradient"),
     "mapping": ({"t": {"value": 1}}, "t: {'value': 1} does not fit"),
 }
 
 
-@pytest.mark.parametrize("name", KNOBS)
+@pytest.mark.parametrize("name", WRONG_PARAMETERS)
 def test_what_cannot_vary_so_is_said_before_anything_is_computed(name):
-    knobs, says = KNOBS[name]
-    with pytest.raises(OptionError, match=says):
-        merge([state(0), state(8)], "lerp", **knobs)
+    parameters, message = WRONG_PARAMETERS[name]
+    with pytest.raises(OptionError, match=message):
+        merge([state(0), state(8)], "lerp", **parameters)
 
 
 def test_weights_that_cannot_be_name_the_tensor():
@@ -177,7 +180,7 @@ def test_weights_that_cannot_be_name_the_tensor():
 
 @pytest.fixture
 def folders(bert, tmp_path):
-    """Two BERTs in float32 that agree in nothing."""
+    """Two unrelated BERTs in float32."""
     made = [Checkpoint.open(m).model(torch.float32) for m in (bert, other_seed(bert))]
     return [str(Checkpoint.open(m).save(tmp_path / name)) for m, name in zip(made, "ab", strict=True)]
 
@@ -186,7 +189,7 @@ GRADIENT = [{"filter": "attention", "value": [0, 0.5, 0.3]}, {"filter": "interme
 
 
 @pytest.mark.parametrize("method", ["lerp", "slerp"])
-def test_streamed_is_in_memory_where_knobs_vary(method, folders, tmp_path, monkeypatch):
+def test_streamed_is_in_memory_where_parameters_vary(method, folders, tmp_path, monkeypatch):
     states = [dict(Checkpoint.open(folder).tensors) for folder in folders]
     kept = merge(states, method, t=GRADIENT)
     for size in (7, 1 << 18):
@@ -198,9 +201,9 @@ def test_streamed_is_in_memory_where_knobs_vary(method, folders, tmp_path, monke
     assert all("attention" in key or "intermediate" in key for key in apart)
 
 
-def test_modules_are_merged_with_the_same_knobs():
+def test_modules_are_merged_with_the_same_parameters():
     a, b = (nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(2))
-    merged = modules.merged([a, b], "lerp", t=[0, 1])
+    merged = modules.merge_modules([a, b], "lerp", t=[0, 1])
     assert torch.equal(merged[0].weight, a[0].weight)
     assert torch.equal(merged[2].weight, b[2].weight)
     torch.testing.assert_close(merged[1].weight, (a[1].weight + b[1].weight) / 2)
@@ -270,24 +273,24 @@ def test_files_run_unchanged(name, folders, tmp_path):
     text, by_hand = FILES[name]
     (tmp_path / "file.yaml").write_text(dedent(text).format(a=folders[0], b=folders[1]) + "align: false\n")
     recipe = Recipe.from_file(tmp_path / "file.yaml")
-    out = run(recipe).checkpoint.save(tmp_path / "out")
+    out = run_merge(recipe).checkpoint.save(tmp_path / "out")
     assert same_tensors(out, by_hand(*folders))
 
 
 def test_files_align_unless_they_say_otherwise(folders):
-    said = {"models": [{"model": folder} for folder in folders], "merge_method": "slerp", "parameters": {"t": [0, 1]}}
-    recipe = Recipe.from_dict(said)
+    raw = {"models": [{"model": folder} for folder in folders], "merge_method": "slerp", "parameters": {"t": [0, 1]}}
+    recipe = Recipe.from_dict(raw)
     assert recipe.align is not None
-    assert run(recipe).solutions
+    assert run_merge(recipe).solutions
 
 
 def test_a_filter_is_looked_for_before_anything_is_aligned(folders, monkeypatch):
-    from hf_rebasin.recipes import runner as running
+    from hf_rebasin.recipes import runner
 
-    monkeypatch.setattr(running, "solved", lambda *_, **__: pytest.fail("it was aligned"))
-    said = {"models": folders, "merge_method": "lerp", "parameters": {"t": [{"filter": "atention", "value": 1}]}}
+    monkeypatch.setattr(runner, "align_checkpoints", lambda *_, **__: pytest.fail("it was aligned"))
+    raw = {"models": folders, "merge_method": "lerp", "parameters": {"t": [{"filter": "atention", "value": 1}]}}
     with pytest.raises(OptionError, match=r"no tensor has 'atention' in its name; did you mean 'attention'"):
-        run(Recipe.from_dict(said))
+        run_merge(Recipe.from_dict(raw))
 
 
 GOOD = {"models": [{"model": "x"}, {"model": "y"}], "merge_method": "linear"}
@@ -296,24 +299,30 @@ VARYING = {"merge_method": "lerp", "parameters": {"t": [0, 1]}, "data": "d"}
 REFUSED = {
     "slices": (
         {"slices": SLICES, "models": None},
-        "slices: layers are not cut out of models here; list the whole models under models, without layer_range",
+        "slices: merging slices of models is not supported; list whole models under models, without layer_range",
     ),
     "adapter": (
         {"models": [{"model": "x"}, {"model": "y+z"}]},
-        "models.1: y+z: adapters are not merged; merge it into",
+        "models.1: y+z: adapters are not supported; merge it into",
     ),
     "adapter, written": (
         {"models": [{"model": "x"}, {"model": {"model": {"path": "y"}, "lora": {"path": "z"}}}]},
-        "models.1: adapters are not merged; merge it into its base first",
+        "models.1: adapters are not supported; merge it into its base first",
     ),
-    "union": ({"tokenizer_source": "union"}, "tokenizer_source: vocabularies are not united here; leave it out"),
-    "union, new": ({"tokenizer": {"source": "union"}}, "tokenizer: vocabularies are not united here; leave it out"),
+    "union": (
+        {"tokenizer_source": "union"},
+        "tokenizer_source: uniting vocabularies is not supported; without this key",
+    ),
+    "union, new": (
+        {"tokenizer": {"source": "union"}},
+        "tokenizer: uniting vocabularies is not supported; without this key",
+    ),
     "other tokenizer": ({"tokenizer_source": "y"}, "tokenizer_source: 'y' is not the first model"),
-    "tokens": ({"tokenizer": {"tokens": {"<s>": {}}}}, "tokenizer.tokens: tokens are not added or changed here"),
+    "tokens": ({"tokenizer": {"tokens": {"<s>": {}}}}, "tokenizer.tokens: adding or changing tokens is not supported"),
     "tokenizer key": ({"tokenizer": {"sorce": "x"}}, "tokenizer.sorce: no such key; did you mean 'source'?"),
-    "tokenizer twice": ({"tokenizer": {"source": "base"}, "tokenizer_source": "base"}, "tokenizer: it is said twice"),
-    "template": ({"chat_template": "auto"}, "chat_template: the merge has the chat template of the first model"),
-    "out_dtype": ({"out_dtype": "float8"}, "out_dtype: 'float8' is none of float32, float16, bfloat16, float64"),
+    "tokenizer twice": ({"tokenizer": {"source": "base"}, "tokenizer_source": "base"}, "tokenizer: given twice"),
+    "template": ({"chat_template": "auto"}, "chat_template: the merge has the first model's chat template"),
+    "out_dtype": ({"out_dtype": "float8"}, "out_dtype: 'float8' is not one of float32, float16, bfloat16, float64"),
     "dtype": ({"dtype": "float8", "out_dtype": "float16"}, "dtype: input should be 'float32'"),
     "misspelt": ({"tokeniser_source": "base"}, "tokeniser_source: no such key"),
     "int8_msk": ({"parameters": {"int8_msk": True}}, "parameters.int8_msk: no such parameter"),
@@ -330,32 +339,32 @@ REFUSED = {
         {"merge_method": "slerp", "parameters": {"t": 1, "weight": 1}},
         "models: slerp takes no weight",
     ),
-    "refit": (VARYING | {"refit": True}, "parameters.t: what is fitted to data takes one number for all tensors"),
-    "repair": (VARYING | {"recalibrate": "repair"}, "parameters.t: what is fitted to data takes one number"),
+    "refit": (VARYING | {"refit": True}, "parameters.t: fits to data take one number for all tensors"),
+    "repair": (VARYING | {"recalibrate": "repair"}, "parameters.t: fits to data take one number"),
     "refit's": (
         {"merge_method": "refit", "parameters": {"weight": [0, 1]}, "data": "d"},
-        "models.parameters.weight: what is fitted to data takes one number for all tensors",
+        "models.parameters.weight: fits to data take one number for all tensors",
     ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_here_is_one_sentence(name):
-    change, says = REFUSED[name]
-    said = {key: value for key, value in (GOOD | change).items() if value is not None}
+    change, message = REFUSED[name]
+    raw = {key: value for key, value in (GOOD | change).items() if value is not None}
     with pytest.raises(RecipeError) as caught:
-        Recipe.from_dict(said)
+        Recipe.from_dict(raw)
     lines = str(caught.value).splitlines()
     assert lines[0] == "the recipe has 1 mistake:", lines
-    assert lines[1].strip().startswith(says), lines
+    assert lines[1].strip().startswith(message), lines
 
 
 def test_methods_that_are_not_here_name_those_that_are():
-    assert not METHODS & set(registry.names("merge_methods"))
-    for method in METHODS:
+    assert not UNSUPPORTED_METHODS & set(registry.names("merge method"))
+    for method in UNSUPPORTED_METHODS:
         with pytest.raises(RecipeError) as caught:
             Recipe.from_dict(GOOD | {"merge_method": method})
-        assert all(name in str(caught.value).partition("known: ")[2] for name in registry.names("merge_methods"))
+        assert all(name in str(caught.value).partition("known: ")[2] for name in registry.names("merge method"))
 
 
 def test_a_tokenizer_of_the_first_model_is_what_there_is_anyway():
@@ -371,9 +380,9 @@ def test_a_tokenizer_of_the_first_model_is_what_there_is_anyway():
 
 def test_a_recipe_is_written_as_it_was_said():
     weight = [{"filter": "mlp", "value": [0, 1]}, {"value": 2}]
-    said = {"models": [{"model": "x", "parameters": {"weight": weight}}, {"model": "y"}], "parameters": {"t": [0, 1]}}
-    recipe = Recipe.from_dict({**said, "parameters": {}})
+    raw = {"models": [{"model": "x", "parameters": {"weight": weight}}, {"model": "y"}], "parameters": {"t": [0, 1]}}
+    recipe = Recipe.from_dict({**raw, "parameters": {}})
     assert (
         yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json")))["models"][0]["parameters"]["weight"] == weight
     )
-    assert isinstance(reading(float, weight), Varying)
+    assert isinstance(read_parameter(float, weight), Varying)

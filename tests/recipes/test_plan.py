@@ -1,4 +1,4 @@
-"""Plans: what a merge would take and do, without fetching weights; and whether its memory was guessed well."""
+"""Plans: what a merge would take and do, without downloading weights, and how good the estimate of memory is."""
 
 import json
 import subprocess
@@ -11,10 +11,10 @@ from conftest import FIRST, HUB, ROOT, TINY, moved_copy, other_seed
 from huggingface_hub import HfApi
 
 from hf_rebasin import Checkpoint, Recipe
-from hf_rebasin.cli.output import plan
+from hf_rebasin.cli.output import describe_plan
 from hf_rebasin.errors import CheckpointError, MismatchError, NoSpaceError
 from hf_rebasin.recipes import plan as module
-from hf_rebasin.recipes.plan import planned
+from hf_rebasin.recipes.plan import make_plan
 
 COUNT = count()
 
@@ -29,7 +29,7 @@ def pushed(model, folder, card=""):
 
 
 def fetched(since):
-    """Weights that were fetched since then: of the tests' small models a range of the header is all of them."""
+    """Return requests for whole weights since then; those for headers ask for ranges."""
     return [p for m, p, status in HUB.requests[since:] if m == "GET" and "/_lfs/get/" in p and status != 206]
 
 
@@ -40,15 +40,15 @@ def model():
 
 @pytest.fixture
 def two(model, tmp_path):
-    """Two models of the Hub, of one licence."""
-    return [pushed(one, tmp_path, "---\nlicense: mit\n---\n") for one in (model, other_seed(model))]
+    """Two models on the Hub, with the same licence."""
+    return [pushed(model, tmp_path, "---\nlicense: mit\n---\n") for model in (model, other_seed(model))]
 
 
 def test_a_plan_fetches_no_weights_and_says_what_it_found(two, tmp_path):
     (a, first), (b, _) = two
     since = len(HUB.requests)
     out = tmp_path / "out"
-    text = "\n".join(plan(Recipe.from_dict({"models": [a, f"{b}@main"], "publish": "org/planned"}), out))
+    text = "\n".join(describe_plan(Recipe.from_dict({"models": [a, f"{b}@main"], "publish": "org/planned"}), out))
     assert not fetched(since)
     assert not out.exists()
     size = HUB.repo(a).files(first)[1]["model.safetensors"].size
@@ -56,30 +56,30 @@ def test_a_plan_fetches_no_weights_and_says_what_it_found(two, tmp_path):
     assert first[:12] in lines[a]
     assert f"{size / 1e3:.1f} kB" in lines[a]
     assert HUB.repo(b).resolve("main")[:12] in lines[f"{b}@main"]
-    assert f"NaN and Inf in {a}, {b}@main are looked for while merging" in text
+    assert f"{a}, {b}@main: checked for NaN and Inf while merging" in text
     assert "would align" in text
     assert "memory: about " in text
     assert "free there" in text
     assert "licence: mit, as all models have it" in text
-    assert "would publish to org/planned, which is made, private: weights" in text
+    assert "would publish to org/planned, which is created, private: weights" in text
     assert ("models", "org/planned") not in HUB.repos
     Checkpoint.open(a)
-    text = "\n".join(plan(Recipe.from_dict({"models": [a, b]}), out))
-    assert sum("nothing, it is here" in line for line in text.splitlines()) == 1
+    text = "\n".join(describe_plan(Recipe.from_dict({"models": [a, b]}), out))
+    assert sum("nothing, it is local" in line for line in text.splitlines()) == 1
     assert fetched(since), "what is fetched is seen"
 
 
 @pytest.mark.parametrize("name", sorted(FIRST))
 def test_shapes_alone_plan_what_values_plan(name, tmp_path):
-    """The symmetries, groups, size and memory of a model on the Hub are those of the same in a folder."""
+    """A model on the Hub has the symmetries, groups, size and memory that it has in a folder."""
     model = TINY[FIRST[name]]
     repo, _ = pushed(model, tmp_path)
-    here = planned(Recipe.from_dict({"models": [str(tmp_path / repo)] * 2}), tmp_path / "out")
-    there = planned(Recipe.from_dict({"models": [repo] * 2}), tmp_path / "out")
-    assert here.moves.spec.symmetries == there.moves.spec.symmetries
+    here = make_plan(Recipe.from_dict({"models": [str(tmp_path / repo)] * 2}), tmp_path / "out")
+    there = make_plan(Recipe.from_dict({"models": [repo] * 2}), tmp_path / "out")
+    assert here.alignment.spec.symmetries == there.alignment.spec.symmetries
     assert (here.size, here.memory) == (there.size, there.memory)
-    assert [one.here for one in here.models] == [True, True]
-    assert [one.here for one in there.models] == [False, False]
+    assert [model.is_local for model in here.models] == [True, True]
+    assert [model.is_local for model in there.models] == [False, False]
 
 
 def test_what_can_be_known_fails_a_plan(two, model, tmp_path, monkeypatch):
@@ -87,50 +87,50 @@ def test_what_can_be_known_fails_a_plan(two, model, tmp_path, monkeypatch):
     recipe = Recipe.from_dict({"models": [a, b]})
     other, _ = pushed(TINY[FIRST["gpt2"]], tmp_path)
     with pytest.raises(MismatchError, match="another architecture"):
-        planned(Recipe.from_dict({"models": [a, other]}), tmp_path / "out")
+        make_plan(Recipe.from_dict({"models": [a, other]}), tmp_path / "out")
     broken = Checkpoint.open(model)
     key = next(iter(broken.tensors))
     tensors = dict(broken.tensors) | {key: broken.tensors[key] * torch.nan}
-    folder = broken.with_state({k: tensors[d] for k, d in broken.canonical().items()}).save(tmp_path / "broken")
+    folder = broken.with_parts(Checkpoint.open(tensors).parts).save(tmp_path / "broken")
     with pytest.raises(CheckpointError, match="NaN or infinite"):
-        planned(Recipe.from_dict({"models": [str(folder), a]}), tmp_path / "out")
-    need = planned(recipe, tmp_path / "out")
-    total = need.size + sum(one.to_download for one in need.models)
-    monkeypatch.setattr(module, "_free", lambda path: total - 1)
+        make_plan(Recipe.from_dict({"models": [str(folder), a]}), tmp_path / "out")
+    need = make_plan(recipe, tmp_path / "out")
+    total = need.size + sum(model.to_download for model in need.models)
+    monkeypatch.setattr(module, "_free_space", lambda path: total - 1)
     with pytest.raises(NoSpaceError, match="are to be downloaded to"):
-        planned(recipe, tmp_path / "out")
-    monkeypatch.setattr(module, "_free", lambda path: total)
-    planned(recipe, tmp_path / "out")
-    monkeypatch.setattr(module, "_free", lambda path: need.size - 1)
+        make_plan(recipe, tmp_path / "out")
+    monkeypatch.setattr(module, "_free_space", lambda path: total)
+    make_plan(recipe, tmp_path / "out")
+    monkeypatch.setattr(module, "_free_space", lambda path: need.size - 1)
     with pytest.raises(NoSpaceError, match="needs"):
-        planned(recipe, tmp_path / "out")
+        make_plan(recipe, tmp_path / "out")
 
 
 def test_licences_of_a_plan(two, model, tmp_path):
     (a, _), _ = two
     bare, _ = pushed(model, tmp_path)
     recipe = Recipe.from_dict({"models": [a, bare], "align": False})
-    found = planned(recipe, tmp_path / "out").licence
-    assert found.refused
-    assert f"{a}: mit, {bare}: none said" in found.text
-    found = planned(recipe, tmp_path / "out", licence="apache-2.0").licence
-    assert str(found.licence) == "apache-2.0"
-    assert found.text == f"inputs: {a}: mit, {bare}: none said; named by the publisher: apache-2.0"
+    licence = make_plan(recipe, tmp_path / "out").licence
+    assert licence.refused
+    assert f"{a}: mit, {bare}: none said" in licence.text
+    licence = make_plan(recipe, tmp_path / "out", licence="apache-2.0").licence
+    assert str(licence.licence) == "apache-2.0"
+    assert licence.text == f"inputs: {a}: mit, {bare}: none said; named by the publisher: apache-2.0"
 
 
 def test_the_size_is_what_is_written(bert, tmp_path):
-    """A dtype of the result, and a head that a rotation takes apart, are in the size."""
+    """The dtype of the result and a head that a rotation unties count."""
     folder = Checkpoint.open(moved_copy(bert)[0]).save(tmp_path / "a")
     models = {"models": [str(folder)] * 2}
-    plain = planned(Recipe.from_dict({**models, "align": False}), tmp_path / "out")
+    plain = make_plan(Recipe.from_dict({**models, "align": False}), tmp_path / "out")
     assert plain.size == plain.models[0].size
-    half = planned(Recipe.from_dict({**models, "align": False, "dtype": "bfloat16"}), tmp_path / "out")
+    half = make_plan(Recipe.from_dict({**models, "align": False, "dtype": "bfloat16"}), tmp_path / "out")
     assert plain.size / 4 <= half.size <= plain.size / 3.9
     gpt2 = TINY[FIRST["gpt2"]]
     rotated, _ = moved_copy(gpt2, groups="full")
     folder = Checkpoint.open(gpt2).save(tmp_path / "gpt2")
-    plan = planned(Recipe.from_dict({"models": [str(folder)] * 2}), tmp_path / "out")
-    assert plan.moves.apart
+    plan = make_plan(Recipe.from_dict({"models": [str(folder)] * 2}), tmp_path / "out")
+    assert plan.alignment.untied
     assert plan.size == sum(part.nbytes for part in Checkpoint.open(rotated).parts.values()) > plan.models[0].size
 
 
@@ -187,19 +187,19 @@ CASES = [(kind, how) for kind in ("bert", "gpt2", "vit", "llama") for how in ("p
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "how"), [*CASES, ("vit", "refit")])
-def test_memory_is_guessed_within_a_factor_of_three(kind, how, tmp_path):
-    """Of whole processes, whose peak is measured by the system."""
+def test_memory_is_estimated_within_a_factor_of_three(kind, how, tmp_path):
+    """For whole processes, whose peak the system measures."""
 
-    def said(*command):
+    def run(*command):
         command = [sys.executable, "-c", *command]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
-    said(MAKE, kind, str(tmp_path))
+    run(MAKE, kind, str(tmp_path))
     recipe = {"models": [f"{tmp_path}/{seed}" for seed in range(2)]}
     recipe["align"] = {"groups": how, "max_sweeps": 2, "starts": 1} if how in ("permutation", "full") else False
     if how == "refit":
-        said(IMAGES, str(tmp_path))
+        run(IMAGES, str(tmp_path))
         recipe |= {"refit": True, "data": {"dataset": f"{tmp_path}/images", "samples": 8, "batch_size": 4}}
-    guess, peak = (int(said(RUN, json.dumps(recipe), str(tmp_path / "out"), what)) for what in ("plan", "run"))
+    guess, peak = (int(run(RUN, json.dumps(recipe), str(tmp_path / "out"), action)) for action in ("plan", "run"))
     print(f"{kind} {how}: {guess / 1e9:.2f} GB guessed, {peak / 1e9:.2f} GB taken")
     assert peak / 3 < guess < peak * 3

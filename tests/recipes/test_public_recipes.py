@@ -1,4 +1,4 @@
-"""Recipes for pairs on the public Hub, which cannot be had here: rehearsed on small models of the same classes."""
+"""Recipes for pairs on the public Hub, rehearsed on small models of the same classes."""
 
 import numpy as np
 import pytest
@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from hf_rebasin import Checkpoint, Recipe
-from hf_rebasin.recipes.assessment import judged
-from hf_rebasin.recipes.runner import run
+from hf_rebasin.recipes.assessment import assess
+from hf_rebasin.recipes.runner import run_merge
 from hf_rebasin.symmetries.table import table_for
 
 TOKENS = {"vocab_size": len(WORDS) + 1, "bos_token_id": 0, "eos_token_id": 0}
@@ -45,7 +45,7 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def on_the_hub():
-    """Data with the names and columns of WikiText, whose every second row is empty, and of ImageNet."""
+    """Data with the names and columns of ImageNet, and of WikiText, in which every second row is empty."""
     disable_progress_bars()
     text = Dataset.from_dict({"text": [one for text in TEXTS for one in ("", text)]})
     pixels = np.random.default_rng(0).integers(0, 255, (12, 10, 12, 3), dtype=np.uint8)
@@ -65,33 +65,33 @@ def test_public_recipes_are_rehearsed(name, on_the_hub, tmp_path):
         torch.manual_seed(seed)
         model = kind(config)
         with torch.no_grad():
-            for parameter in model.parameters():  # gains, too, or a norm would be none
+            for parameter in model.parameters():  # gains, too, or norms would do nothing
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
         model.save_pretrained(tmp_path / f"{seed}")
         made().save_pretrained(tmp_path / f"{seed}")
-    said = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())
-    said["models"] = [str(tmp_path / f"{seed}") for seed in (0, 1)]
+    raw = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())
+    raw["models"] = [str(tmp_path / f"{seed}") for seed in (0, 1)]
     for part in ("data", "evaluate"):
-        if part in said:
-            said[part] |= {"samples": 8, "batch_size": 4, "streaming": False} | (
+        if part in raw:
+            raw[part] |= {"samples": 8, "batch_size": 4, "streaming": False} | (
                 {} if "vit" in name else {"max_length": 16}
             )
-    said["data"]["dataset"] = "org/" + said["data"]["dataset"].split("/")[1]  # ours, on the local Hub
-    recipe = Recipe.from_dict(said)
-    result = run(recipe)
+    raw["data"]["dataset"] = "org/" + raw["data"]["dataset"].split("/")[1]  # ours, on the local Hub
+    recipe = Recipe.from_dict(raw)
+    result = run_merge(recipe)
     saved = Checkpoint.open(result.checkpoint.save(tmp_path / "merged"))
     kind.from_pretrained(tmp_path / "merged")
-    (pair,) = judged(recipe, result, saved).pairs
+    (pair,) = assess(recipe, result, saved).pairs
     assert pair.exactness.shapes
     assert pair.exactness.keys == (name != "gpt2"), "its header says that the head is stored apart"
-    assert bool(pair.rows) == ("evaluate" in said)
-    assert len(pair.lines) == (2 if "evaluate" in said else 0)
+    assert bool(pair.rows) == ("evaluate" in raw)
+    assert len(pair.lines) == (2 if "evaluate" in raw else 0)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_public_recipes_say_what_they_are(name):
     file = ROOT / "recipes" / f"{name}.yaml"
-    said = file.read_text()
+    content = file.read_text()
     assert all(entry.model.count("/") == 1 for entry in Recipe.from_file(file).models)
     for word in (
         f"hf-rebasin merge recipes/{name}.yaml",
@@ -101,5 +101,5 @@ def test_public_recipes_say_what_they_are(name):
         "Expected:",
         "*not run here*",
     ):
-        assert word in said
+        assert word in content
     assert table_for(MODELS[name][1]) is not None

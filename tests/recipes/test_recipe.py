@@ -1,4 +1,4 @@
-"""Recipes: everything that is wrong is said at once, with its path and the nearest known name."""
+"""Recipes: all mistakes are reported at once, each with its path and the nearest known name."""
 
 import pytest
 import yaml
@@ -6,7 +6,7 @@ from conftest import ROOT, other_seed, same_tensors
 
 from hf_rebasin import Checkpoint, RebasinError, Recipe, align, merge
 from hf_rebasin.errors import RecipeError
-from hf_rebasin.recipes.runner import run
+from hf_rebasin.recipes.runner import run_merge
 
 GOOD = {"models": ["a", {"model": "b", "parameters": {"weight": 2}}], "merge_method": "linear", "align": {"starts": 1}}
 
@@ -14,8 +14,8 @@ GOOD = {"models": ["a", {"model": "b", "parameters": {"weight": 2}}], "merge_met
 def test_a_recipe_is_what_it_says():
     recipe = Recipe.from_dict(GOOD)
     assert [entry.model for entry in recipe.models] == ["a", "b"]
-    assert recipe.method_knobs() == {"weights": [1.0, 2.0]}
-    assert recipe.align.knobs() == {"starts": 1}
+    assert recipe.method_parameters() == {"weights": [1.0, 2.0]}
+    assert recipe.align.options() == {"starts": 1}
     assert Recipe.from_dict({"models": ["a"], "align": False}).align is None
     assert Recipe.from_dict({"models": ["a"], "align": True}).align.solver == "weight_matching"
     pinned = Recipe.from_dict({"models": ["org/a@v1.0"]}).models[0]
@@ -25,7 +25,7 @@ def test_a_recipe_is_what_it_says():
 def test_the_base_comes_first_and_weights_go_along():
     recipe = Recipe.from_dict(GOOD | {"base_model": "b"})
     assert [entry.model for entry in recipe.in_order()] == ["b", "a"]
-    assert recipe.method_knobs() == {"weights": [2.0, 1.0]}
+    assert recipe.method_parameters() == {"weights": [2.0, 1.0]}
 
 
 def test_a_base_may_be_said_with_or_without_its_revision_and_listed_weights_go_along():
@@ -34,7 +34,7 @@ def test_a_base_may_be_said_with_or_without_its_revision_and_listed_weights_go_a
             {"models": ["org/a@v1", "org/b@v1"], "base_model": base, "parameters": {"weights": [3, 1]}}
         )
         assert [entry.model for entry in recipe.in_order()] == ["org/b", "org/a"]
-        assert recipe.method_knobs()["weights"] == [1, 3]
+        assert recipe.method_parameters()["weights"] == [1, 3]
 
 
 MISTAKES = {
@@ -50,7 +50,7 @@ MISTAKES = {
         {"align": {"solver": "weight_match"}},
         "align.solver: no solver 'weight_match'; did you mean 'weight_matching'?",
     ),
-    "knob": ({"align": {"start": 3}}, "align.start: no such parameter; did you mean 'starts'?"),
+    "option": ({"align": {"start": 3}}, "align.start: no such parameter; did you mean 'starts'?"),
     "entry": ({"models": ["a", {"model": "b", "modell": "c"}]}, "models.1.modell: no such key; did you mean 'model'?"),
     "weight": (
         {"models": ["a", {"model": "b", "parameters": {"wieght": 1}}]},
@@ -61,27 +61,27 @@ MISTAKES = {
     "assume": ({"assume": ["label"]}, "assume.0: input should be 'config', 'labels' or 'vocabulary'"),
     "no models": ({"models": []}, "models: tuple should have at least 1 item"),
     "unweighted": ({"merge_method": "lerp"}, "models: lerp takes no weight per model; its parameters are t"),
-    "twice": ({"parameters": {"weights": [1, 2]}}, "parameters.weights: weights are said twice"),
+    "twice": ({"parameters": {"weights": [1, 2]}}, "parameters.weights: weights are given twice"),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_one_mistake_is_one_line(name):
-    change, says = MISTAKES[name]
+    change, message = MISTAKES[name]
     with pytest.raises(RecipeError) as caught:
         Recipe.from_dict(GOOD | change)
     lines = str(caught.value).splitlines()
     assert lines[0] == "the recipe has 1 mistake:"
-    assert lines[1].strip().startswith(says), lines
+    assert lines[1].strip().startswith(message), lines
 
 
 def test_all_mistakes_are_said_at_once(tmp_path):
     file = tmp_path / "recipe.yaml"
-    names = ("merge_metod", "parameter", "knob", "base", "dtype")
-    said = dict(GOOD)
+    names = ("merge_metod", "parameter", "option", "base", "dtype")
+    raw = dict(GOOD)
     for name in names:
-        said |= MISTAKES[name][0]
-    file.write_text(yaml.safe_dump(said))
+        raw |= MISTAKES[name][0]
+    file.write_text(yaml.safe_dump(raw))
     with pytest.raises(RecipeError) as caught:
         Recipe.from_file(file)
     assert str(caught.value).startswith(f"{file} has 5 mistakes:")
@@ -89,11 +89,11 @@ def test_all_mistakes_are_said_at_once(tmp_path):
         assert MISTAKES[name][1] in str(caught.value)
 
 
-def test_files_that_are_no_recipes(tmp_path):
+def test_files_that_are_not_recipes(tmp_path):
     file = tmp_path / "recipe.yaml"
-    for text, says in (("models: [", "cannot be read as YAML"), ("- a", "no mapping"), ("", "no mapping")):
+    for text, message in (("models: [", "cannot be read as YAML"), ("- a", "not a mapping"), ("", "not a mapping")):
         file.write_text(text)
-        with pytest.raises(RecipeError, match=says):
+        with pytest.raises(RecipeError, match=message):
             Recipe.from_file(file)
     with pytest.raises(RecipeError, match="cannot be read"):
         Recipe.from_file(tmp_path / "none.yaml")
@@ -107,19 +107,19 @@ def test_yaml_is_read_within_bounds(tmp_path):
     laughs = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefg", "bcdefgh", strict=True)
     )
-    for text, says in (
-        (laughs, r"says more than a recipe can: \d+ values .* with all aliases written out"),
-        ("a: &a [*a]", "nested deeper than 50 mappings and lists, or holds itself"),
+    for text, message in (
+        (laughs, r"is larger than a recipe can be: \d+ values .* with all aliases written out"),
+        ("a: &a [*a]", "nested deeper than 50 mappings and lists, or contains itself"),
         ("[" * 9000, "nested deeper than 50"),
         ("- " * 9000, "nested deeper than 50"),
-        ("models: [a, b]\nmodels: [c, d]", r"'models' is said twice\s+in .*recipe.yaml\", line 2"),
-        ("a: 2001-99-99", r"this is no timestamp \(.*\)\s+in .*line 1, column 4"),
-        ("a: " + "9" * 5000, r"this is no int \(5000 digits\)"),
+        ("models: [a, b]\nmodels: [c, d]", r"the key 'models' occurs twice\s+in .*recipe.yaml\", line 2"),
+        ("a: 2001-99-99", r"this is not a valid timestamp \(.*\)\s+in .*line 1, column 4"),
+        ("a: " + "9" * 5000, r"this is not a valid int \(5000 digits\)"),
         ("a: !!python/object/apply:os.system [true]", "could not determine a constructor"),
         ("# " + "x" * 100_000, "too long to be a recipe"),
     ):
         file.write_text(text)
-        with pytest.raises(RecipeError, match=says):
+        with pytest.raises(RecipeError, match=message):
             Recipe.from_file(file)
 
 
@@ -133,12 +133,12 @@ def test_the_recipes_we_stand_behind_are_valid():
 
 def test_running_a_recipe_is_aligning_and_merging(bert, tmp_path):
     folders = [Checkpoint.open(other_seed(bert, seed)).save(tmp_path / str(seed)) for seed in (5, 6, 7)]
-    done = run(Recipe.from_dict({"models": [str(f) for f in folders], "base_model": str(folders[1])}))
+    done = run_merge(Recipe.from_dict({"models": [str(f) for f in folders], "base_model": str(folders[1])}))
     first, *others = folders[1], folders[0], folders[2]
     by_hand = merge([first, *(align(first, other).apply(other) for other in others)])
     assert same_tensors(done.checkpoint, by_hand)
     assert len(done.solutions) == 2
-    plain = run(Recipe.from_dict({"models": [str(f) for f in folders], "align": False}))
+    plain = run_merge(Recipe.from_dict({"models": [str(f) for f in folders], "align": False}))
     assert same_tensors(plain.checkpoint, merge(folders))
     assert not same_tensors(plain.checkpoint, done.checkpoint)
 
@@ -158,16 +158,16 @@ def test_errors_are_ours_and_builtin():
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"),
+    ("options", "message"),
     [
         ({"start": "weight_matchin"}, "align: no solver 'weight_matchin'; did you mean 'weight_matching'"),
         ({"steps": 0}, "align: steps = 0; give 1 or more"),
         ({"step": 3}, "align.step: no such parameter; did you mean 'steps'"),
     ],
 )
-def test_knobs_of_a_descent_are_checked_before_anything_is_opened(knobs, message):
+def test_options_of_a_descent_are_checked_before_anything_is_opened(options, message):
     with pytest.raises(RecipeError, match=message):
-        Recipe.from_dict({"models": ["a", "b"], "align": {"solver": "sinkhorn", **knobs}})
+        Recipe.from_dict({"models": ["a", "b"], "align": {"solver": "sinkhorn", **options}})
 
 
 def test_a_base_is_one_of_two_revisions():

@@ -1,4 +1,4 @@
-"""Reports: what the page, the JSON and the plots say, and how a browser shows it."""
+"""Reports: the page, the JSON and the plots, and how a browser shows the page."""
 
 import json
 import math
@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from hf_rebasin.errors import OptionError
-from hf_rebasin.evaluation.interpolation import Curve
+from hf_rebasin.evaluation.barrier import Curve
 from hf_rebasin.report import (
     Exactness,
     Likeness,
@@ -27,27 +27,28 @@ from hf_rebasin.report import (
     verdict_over,
     with_excess,
 )
-from hf_rebasin.reports.charts import STYLES, domain, in_percent, said, styles, ticks
-from hf_rebasin.reports.page import column, scientific
-from hf_rebasin.text import without_place, without_places
+from hf_rebasin.reports.charts import STYLES, assign_styles, domain_ticks, in_percent, tick_labels, ticks
+from hf_rebasin.reports.page import format_column, format_scientific
+from hf_rebasin.text import shorten_path, shorten_paths
 
 NAN, INF = math.nan, math.inf
+FF_MOVED = Moved(family="ff.*", group="permutation", count=4, size=256, moved=3)
 
 
 # --- examples --------------------------------------------------------------------------------------------------------
 
 
 def hill(name, role, height, middle, points=25):
-    """A line from 0.08 to 0.09 with a hill on it, and the accuracy from 97 % down to `middle` and up again."""
+    """A loss from 0.08 to 0.09 with a hill on the way, and an accuracy from 97 % down to `middle` and up again."""
     at = tuple(i / (points - 1) for i in range(points))
     bump = [math.sin(math.pi * t) ** 2 for t in at]
     loss = tuple(0.08 + 0.01 * t + height * b for t, b in zip(at, bump, strict=True))
     accuracy = tuple(0.972 + 0.004 * t - (0.974 - middle) * b for t, b in zip(at, bump, strict=True))
-    return Line(name, role, at, loss, {"accuracy": accuracy})
+    return Line(name, role, at=at, loss=loss, metrics={"accuracy": accuracy})
 
 
 def vit(fixed="me/vit-seed-0", moving="me/vit-seed-1", architecture=""):
-    """A pair of which everything was measured."""
+    """A pair with all measurements."""
     ends = (Row(fixed, loss=0.08, metrics={"accuracy": 0.972}), Row(moving, loss=0.09, metrics={"accuracy": 0.976}))
     given = [
         ("plain average", "plain", "nothing", True, 4.58, 0.17, 0.1),
@@ -56,7 +57,15 @@ def vit(fixed="me/vit-seed-0", moving="me/vit-seed-1", architecture=""):
         ("refit of the plain average", "control", "unlabelled inputs", True, 0.3, 0.9, 2.5),
     ]
     rows = [
-        Row(name, consumed, control, 0.085 + height, {"accuracy": middle}, barrier=height, seconds=seconds)
+        Row(
+            name,
+            consumed,
+            control=control,
+            loss=0.085 + height,
+            metrics={"accuracy": middle},
+            barrier=height,
+            seconds=seconds,
+        )
         for name, _, consumed, control, height, middle, seconds in given
     ]
     depth = {"residual": 1, "head.*": 4, "qk.*": 4, "ov.*": 4, "ff.*": 4}
@@ -65,17 +74,19 @@ def vit(fixed="me/vit-seed-0", moving="me/vit-seed-1", architecture=""):
         moving,
         ends,
         with_excess(ends, rows),
-        tuple(hill(name, role, height, middle) for name, role, _, _, height, middle, _ in given),
-        tuple(
+        lines=tuple(hill(name, role, height, middle) for name, role, _, _, height, middle, _ in given),
+        likeness=tuple(
             Likeness(family, tuple((family.replace("*", str(i)), 0.1 + 0.02 * i, 0.7 - 0.05 * i) for i in range(n)))
             for family, n in depth.items()
         ),
-        (Moved("residual", "centred", 1, 64, 1), Moved("ff.*", "permutation", 4, 256, 3)),
-        Exactness(1.9e-5, 0.0903, 0.0903, "float32", True, True, True),
-        {"align": 17.3, "refit": 2.5, "measure": 31.2},
-        "converged",
-        ("The residual stream is rotated.",),
-        architecture,
+        moved=(Moved(family="residual", group="centred", count=1, size=64, moved=1), FF_MOVED),
+        exactness=Exactness(
+            difference=1.9e-5, before=0.0903, after=0.0903, dtype="float32", keys=True, shapes=True, dtypes=True
+        ),
+        seconds={"align": 17.3, "refit": 2.5, "measure": 31.2},
+        status="converged",
+        notes=("The residual stream is rotated.",),
+        architecture=architecture,
     )
 
 
@@ -93,8 +104,8 @@ def whole(*pairs):
 
 
 def bare():
-    """A merge without data: moved, and nothing known of how good it is."""
-    return Report("No data", (Pair("me/a", "me/b", moved=(Moved("ff.*", "permutation", 4, 256, 3),)),))
+    """A merge without data: it is known what was moved, and not how good the merge is."""
+    return Report("No data", (Pair("me/a", "me/b", moved=(FF_MOVED,)),))
 
 
 NASTY = '<script>alert("x")</script>'
@@ -102,7 +113,7 @@ LONG = "an-organisation-whose-name-goes-on-and-on/" + "x" * 90
 
 
 def hard():
-    """Names with markup in them, names too long, and numbers that are none."""
+    """Names with markup, names that are too long, and numbers that are not finite."""
     rows = [
         Row("plain average", control=True, loss=0.3, note=NASTY + "y" * 80),
         Row("aligned", loss=0.35),
@@ -110,12 +121,14 @@ def hard():
     ]
     ends = (Row(LONG, loss=0.1), Row(NASTY, loss=0.1, metrics={NASTY: NAN}))
     lines = (
-        Line("plain average", "plain", (0, 0.2, 0.5, 0.8, 1), (0.1, 0.2, INF, NAN, 0.1)),
-        Line(NASTY, "plain", (0, 0.5, 1), (0.1, 0.35, 0.1)),
-        Line("$x_1$", "unheard of", (0, 0.5, 1), (0.1, 0.05, 0.1)),
+        Line("plain average", "plain", at=(0, 0.2, 0.5, 0.8, 1), loss=(0.1, 0.2, INF, NAN, 0.1)),
+        Line(NASTY, "plain", at=(0, 0.5, 1), loss=(0.1, 0.35, 0.1)),
+        Line("$x_1$", "unheard of", at=(0, 0.5, 1), loss=(0.1, 0.05, 0.1)),
     )
     likeness = (Likeness("residual", (("a", NAN, 0.4),)), Likeness("none", ()))
-    pair = Pair(LONG, NASTY, ends, with_excess(ends, rows), lines, likeness, notes=(NASTY,), architecture=NASTY)
+    pair = Pair(
+        LONG, NASTY, ends, with_excess(ends, rows), lines=lines, likeness=likeness, notes=(NASTY,), architecture=NASTY
+    )
     return Report(NASTY, (pair,), recipe=NASTY, data=NASTY, versions={NASTY: NASTY}, command=NASTY, notes=(NASTY,))
 
 
@@ -123,37 +136,41 @@ def hard():
 
 
 def test_a_line_rises_above_its_chord():
-    line = Line("", "plain", (0, 0.25, 1), (1.0, 3.0, 2.0))
+    line = Line("", "plain", at=(0, 0.25, 1), loss=(1.0, 3.0, 2.0))
     assert line.rises == (0, 1.75, 0)
     assert line.barrier == 1.75
     assert line.area == pytest.approx(0.5 * 0.25 * 1.75 + 0.5 * 0.75 * 1.75)
-    assert line.middle == 3.0
-    dip = Line("", "plain", (0, 0.5, 1), (1.0, 0.0, 1.0))
+    assert line.middle == {"loss": 3.0}
+    dip = Line("", "plain", at=(0, 0.5, 1), loss=(1.0, 0.0, 1.0))
     assert (dip.barrier, dip.area) == (0, -0.5)
 
 
-def test_barriers_are_those_of_evaluate():
+def test_a_line_is_a_curve():
     losses = [random.Random(seed).uniform(0, 5) for seed in range(25)]
     at = tuple(i / 24 for i in range(25))
-    assert Line("", "plain", at, tuple(losses)).barrier == pytest.approx(Curve(at, tuple(losses)).barrier, abs=1e-12)
+    line = Line("", "plain", at=at, loss=tuple(losses))
+    assert isinstance(line, Curve)
+    assert line.barrier == pytest.approx(Curve(at, tuple(losses)).barrier, abs=1e-12)
 
 
 @pytest.mark.parametrize(
     ("at", "loss", "message"),
     [
-        ((0, 0.5), (1, 1), "go up from 0 to 1, and is 0, 0.5"),
-        ((0, 0.7, 0.3, 1), (1, 1, 1, 1), "go up"),
-        ((0, 1), (1, 1, 1), "loss has 3 values on 2 points"),
+        ((0, 0.5), (1, 1), "ascend from 0 to 1, but is 0, 0.5"),
+        ((0, 0.7, 0.3, 1), (1, 1, 1, 1), "ascend"),
+        ((0, 1), (1, 1, 1), "loss has 3 values at 2 points"),
     ],
 )
-def test_lines_that_are_none(at, loss, message):
+def test_invalid_lines_are_refused(at, loss, message):
     with pytest.raises(OptionError, match=message):
-        Line("a", "plain", at, loss)
+        Line("a", "plain", at=at, loss=loss)
+    with pytest.raises(OptionError, match=message):
+        Curve(at, loss)
 
 
 def test_a_barrier_is_not_finite_where_a_loss_is_not():
-    assert Line("", "plain", (0, 0.5, 1), (0.0, INF, 0.0)).barrier == INF
-    assert math.isnan(Line("", "plain", (0, 0.3, 0.5, 1), (0.0, 5.0, NAN, 0.0)).barrier)
+    assert Line("", "plain", at=(0, 0.5, 1), loss=(0.0, INF, 0.0)).barrier == INF
+    assert math.isnan(Line("", "plain", at=(0, 0.3, 0.5, 1), loss=(0.0, 5.0, NAN, 0.0)).barrier)
 
 
 def test_excess_and_ratio():
@@ -169,26 +186,26 @@ def test_excess_and_ratio():
 
 
 def test_numbers_in_columns():
-    assert column([0.1, None, -0.25, NAN, INF, -INF], 3) == ["0.100", "–", "−0.250", "NaN", "∞", "−∞"]
-    assert column([4.5, 0.0012], 3) == ["4.5000", "0.0012"]
-    assert column([1234.5, 1e-12], 3) == ["1,234.500", "0.000"]
-    assert column([1e30], 3) == ["1.00e+30"]
-    assert column([0.172], 3, percent=True) == ["17.2\u2009%"]
-    assert [scientific(v) for v in (1.9e-5, 0.0, 0.09, None)] == ["1.9 × 10⁻⁵", "0", "0.09", "–"]
+    assert format_column([0.1, None, -0.25, NAN, INF, -INF], 3) == ["0.100", "–", "−0.250", "NaN", "∞", "−∞"]
+    assert format_column([4.5, 0.0012], 3) == ["4.5000", "0.0012"]
+    assert format_column([1234.5, 1e-12], 3) == ["1,234.500", "0.000"]
+    assert format_column([1e30], 3) == ["1.00e+30"]
+    assert format_column([0.172], 3, percent=True) == ["17.2\u2009%"]
+    assert [format_scientific(v) for v in (1.9e-5, 0.0, 0.09, None)] == ["1.9 × 10⁻⁵", "0", "0.09", "–"]
 
 
 def test_ticks_are_round_few_and_around():
     draw = random.Random(0)
     for _ in range(2000):
         low, span, most = draw.uniform(-10, 10), 10 ** draw.uniform(-6, 6), draw.choice([4, 6])
-        found = ticks(low, low + span, most)
-        assert found[0] <= low + 1e-6 * span
-        assert found[-1] >= low + span * (1 - 1e-6)
-        assert 2 <= len(found) <= most + 2
-        assert len(set(said(found))) == len(found)
-    assert domain([4.7, 0.1, NAN, INF]) == [0, 1, 2, 3, 4, 5]
-    assert said([0, 0.2, 0.4], percent=True) == ["0\u2009%", "20\u2009%", "40\u2009%"]
-    assert domain([]) == domain([0, 1])
+        places = ticks(low, low + span, most)
+        assert places[0] <= low + 1e-6 * span
+        assert places[-1] >= low + span * (1 - 1e-6)
+        assert 2 <= len(places) <= most + 2
+        assert len(set(tick_labels(places))) == len(places)
+    assert domain_ticks([4.7, 0.1, NAN, INF]) == [0, 1, 2, 3, 4, 5]
+    assert tick_labels([0, 0.2, 0.4], percent=True) == ["0\u2009%", "20\u2009%", "40\u2009%"]
+    assert domain_ticks([]) == domain_ticks([0, 1])
 
 
 def test_metrics_in_per_cent():
@@ -199,8 +216,8 @@ def test_metrics_in_per_cent():
 
 def test_styles_differ():
     lines = [hill(str(i), "plain", 1, 0.5) for i in range(4)] + [hill("a", "aligned", 1, 0.5)]
-    assert styles(lines)[0] == "plain"
-    assert len({(STYLES[style].light, STYLES[style].dash) for style in styles(lines)}) == len(lines)
+    assert assign_styles(lines)[0] == "plain"
+    assert len({(STYLES[style].light, STYLES[style].dash) for style in assign_styles(lines)}) == len(lines)
     assert len({style.dash for style in STYLES.values()}) == len(STYLES)
 
 
@@ -293,13 +310,16 @@ def test_verdicts_on_many_pairs():
 @pytest.mark.parametrize("make", [whole, bare, hard])
 def test_json_and_back(make):
     text = make().to_json()
-    plain = json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
+    plain = json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
     again = Report.from_json(text)
     assert json.loads(again.to_json()) == plain
     assert list(plain) == sorted(plain)
     if make is whole:
         assert again == make()
-        assert plain["pairs"][0]["lines"][0]["barrier"] == pytest.approx(4.58)
+        line = plain["pairs"][0]["lines"][0]
+        assert set(line) == {"name", "role", "at", "loss", "metrics", "barrier", "area", "middle"}
+        assert line["barrier"] == pytest.approx(4.58)
+        assert line["middle"] == line["loss"][12]
         assert plain["verdict"]["kind"] == "better"
     if make is hard:
         line = again.pairs[0].lines[0]
@@ -310,7 +330,7 @@ def test_json_and_back(make):
         assert math.isnan(line.barrier)
 
 
-def test_what_is_no_report():
+def test_what_is_not_a_report_is_refused():
     with pytest.raises(OptionError, match=r"not the JSON of a report: pairs.0.moving: Field required"):
         Report.from_json('{"title": "a", "pairs": [{"fixed": "a"}]}')
     with pytest.raises(OptionError, match="this is not JSON"):
@@ -329,17 +349,17 @@ def test_what_is_no_report():
         ("../vit", "../vit"),
     ],
 )
-def test_names_without_their_place(name, shown):
-    assert without_place(name) == shown
+def test_names_without_their_folders(name, shown):
+    assert shorten_path(name) == shown
 
 
-def test_texts_without_places():
+def test_texts_without_absolute_paths():
     text = "merge /srv/a/b/c ~/x/y/z -o=/srv/out 'file:///srv/q/r' 3/4 of https://hub.test/a/b </b> org/name ./here/it"
     shown = "merge b/c y/z -o=srv/out 'q/r' 3/4 of https://hub.test/a/b </b> org/name ./here/it"
-    assert without_places(text) == without_places(shown) == shown
+    assert shorten_paths(text) == shorten_paths(shown) == shown
 
 
-def test_no_place_of_a_machine_is_told(tmp_path):
+def test_no_absolute_path_is_published(tmp_path):
     pair = replace(bare().pairs[0], fixed="/srv/secret place/vit/seed-0", moving="/Users/secret/vit/seed-1")
     note = "aligned /srv/secret place/vit/seed-0 and file:///srv/secret/cache/x"
     report = replace(
@@ -353,7 +373,7 @@ def test_no_place_of_a_machine_is_told(tmp_path):
 
 
 def test_files_of_a_report(tmp_path):
-    lines = (Line("plain average", "plain", (0, 0.5, 1), (0.1, 1, 0.1)),)
+    lines = (Line("plain average", "plain", at=(0, 0.5, 1), loss=(0.1, 1, 0.1)),)
     pairs = [Pair("demo/seed-0", "me/seed-1", lines=lines, architecture=kind) for kind in ("MLP 64", "ViT", "ViT")]
     paths = whole(*pairs).save(tmp_path / "out" / "x.html")
     names = ["x-mlp-64-seed-0-seed-1.png", "x-vit-seed-0-seed-1.png", "x-vit-seed-0-seed-1-3.png", "x.json", "x.html"]
@@ -396,14 +416,14 @@ def test_plots(tmp_path):
 
 
 class Page(HTMLParser):
-    """Tags, texts by table, and everything a browser would fetch."""
+    """Tags, texts of tables, and everything that a browser would fetch."""
 
     def __init__(self, text):
         super().__init__()
         self.tags, self.rows, self.tables, self.fetched, self.text, self.open = [], [], 0, [], "", []
         self.feed(text)
         style = re.findall(r"<style>(.*?)</style>", text, re.DOTALL)
-        self.fetched += [found for css in style for found in re.findall(r"@import[^;]*|url\([^)]*\)", css)]
+        self.fetched += [url for css in style for url in re.findall(r"@import[^;]*|url\([^)]*\)", css)]
 
     def handle_starttag(self, tag, attributes):
         given = dict(attributes)
@@ -437,7 +457,7 @@ class Page(HTMLParser):
         )
 
 
-def test_what_the_page_says():
+def test_the_contents_of_the_page():
     page = Page(whole().html())
     assert "Aligned + refit is best: excess 0.035, 0.8 % of the plain average's" in page.text
     assert page.row("model") == ["model", "loss", "excess", "÷ plain", "barrier", "accuracy", "seconds"]
@@ -454,7 +474,7 @@ def test_what_the_page_says():
     assert all("aria-labelledby" in given or "aria-label" in given for given in charts)
 
 
-def test_a_control_that_wins_is_said_first():
+def test_a_control_that_wins_comes_first():
     ends = (Row("a", loss=0.0), Row("b", loss=0.0))
     lost = Pair("a", "b", ends, rows(plain=0.3, aligned=0.4))
     html = whole(lost).html()
@@ -547,13 +567,13 @@ WIDTH = "document.documentElement.scrollWidth"
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
-    program = browser.find()
+    program = browser.find_browser()
     if program is None:
         needed = os.environ.get("HF_REBASIN_NEEDS_BROWSER")
         (pytest.fail if needed else pytest.skip)(f"no browser here: none of {', '.join(browser.NAMES)} on the path")
-    one = browser.Browser(program, tmp_path_factory.mktemp("profile"))
-    yield one
-    one.close()
+    opened = browser.Browser(program, tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()
 
 
 LIGHT, DARK = ("light", (253, 253, 252)), ("dark", (20, 23, 26))
@@ -590,7 +610,7 @@ def test_in_a_browser(chromium, tmp_path, make, scheme, paper, width):
         assert roles <= {tuple(map(int, re.findall(r"\d+", stroke))) for stroke in chromium.value(CURVES)}
 
 
-def test_what_a_browser_would_find_wrong(chromium, tmp_path):
+def test_a_browser_would_notice_what_is_wrong(chromium, tmp_path):
     html = whole().html()
     bad = html.replace("Content-Security-Policy", "nothing").replace("--muted: #555d67", "--muted: #999")
     bad = bad.replace(
@@ -609,7 +629,7 @@ def test_what_a_browser_would_find_wrong(chromium, tmp_path):
     assert chromium.complaints
 
 
-def test_names_are_exchanged_at_once():
+def test_names_are_replaced_in_one_pass():
     pair = Pair("x/bert", "bert")
     shown = Report("x/bert and bert", (pair,)).renamed({"x/bert": "bert", "bert": "bert (2)"})
     assert (shown.title, shown.pairs[0].fixed, shown.pairs[0].moving) == ("bert and bert (2)", "bert", "bert (2)")

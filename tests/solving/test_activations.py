@@ -1,27 +1,28 @@
-"""Activation matching: what two models say to the same inputs tells which of their features are alike."""
+"""Activation matching: the activations of two models on the same inputs tell which of their features match."""
 
 import copy
 
 import pytest
 import torch
-from batches import batches_of
+from batches import make_batches
 from conftest import FIRST, TINY, distance, moved_copy, other_seed, run_script, same_tensors
 from torch import nn
 
 from hf_rebasin import Alignment, Checkpoint, Status, align, infer_spec, spec_for
 from hf_rebasin.errors import CheckpointError, OptionError
-from hf_rebasin.modules.forward import answers
-from hf_rebasin.solving.activations import collect, slots_of
+from hf_rebasin.modules.forward import attended_outputs
+from hf_rebasin.solving.activations import collect_statistics, find_slots
 from hf_rebasin.solving.problem import Forward, Problem
 from hf_rebasin.solving.solvers import activation_matching
-from hf_rebasin.solving.solvers.activation_matching import LOOKED_AT, divergence
+from hf_rebasin.solving.solvers.activation_matching import LINE_POINTS, line_divergence
+from hf_rebasin.symmetries.table import canonical_view
 
 
-def computing(model):
+def spec_and_module(model):
     checkpoint = Checkpoint.open(model)
     try:
         spec = spec_for(model)
-        return spec, *checkpoint.computing(spec.table.prefix), checkpoint.state(spec.table.prefix)
+        return spec, *canonical_view(checkpoint, spec.table).module(), checkpoint.state(spec.table.prefix)
     except CheckpointError as error:
         pytest.skip(str(error))
 
@@ -29,10 +30,10 @@ def computing(model):
 @pytest.mark.parametrize("family", FIRST)
 def test_planted_permutations_come_back(family):
     model = TINY[FIRST[family]]
-    computing(model)
+    spec_and_module(model)
     moved, _ = moved_copy(model)
-    knobs = {"solver": "activation_matching", "groups": "permutation"}
-    solution = align(model, moved, data=batches_of(model), **knobs)
+    options = {"solver": "activation_matching", "groups": "permutation"}
+    solution = align(model, moved, data=make_batches(model), **options)
     assert solution.status is Status.EQUAL
     assert same_tensors(solution.apply(moved), model)
 
@@ -41,7 +42,7 @@ def test_planted_permutations_come_back(family):
 def test_larger_groups(family):
     """A planted element of the full groups, and a model of another seed, which keeps its function."""
     model = TINY[FIRST[family]]
-    data = batches_of(model, 8)
+    data = make_batches(model, 8)
     moved, _ = moved_copy(model, groups="full")
     found = align(model, moved, solver="activation_matching", data=data)
     if spec_for(model).gauged:
@@ -57,14 +58,14 @@ def test_larger_groups(family):
 
 def test_half_precision_is_matched_too():
     model = Checkpoint.open(TINY[FIRST["vit"]]).model(torch.bfloat16)
-    data = [{k: x.float() for k, x in batch.items()} for batch in batches_of(model)]
+    data = [{k: x.float() for k, x in batch.items()} for batch in make_batches(model)]
     moved, _ = moved_copy(model)
     solution = align(model, moved, solver="activation_matching", groups="permutation", data=data)
     assert same_tensors(solution.apply(moved), model)
 
 
 def test_the_weights_are_not_looked_at_for_permutations():
-    """A net whose activations say one thing and whose weights, by noise in what is never active, say another."""
+    """A net whose activations tell one thing and whose weights, by noise on inputs that are always 0, another."""
     torch.manual_seed(0)
     a = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3)).double()
     spec = infer_spec(a, torch.zeros(1, 8, dtype=torch.float64))
@@ -82,13 +83,15 @@ def test_the_weights_are_not_looked_at_for_permutations():
 
 
 @pytest.mark.parametrize("sensitive", [False, True])
-def test_statistics_do_not_hang_on_the_batch_size(sensitive):
+def test_statistics_do_not_depend_on_the_batch_size(sensitive):
     model = TINY[FIRST["gpt2"]]
-    spec, module, names, state = computing(model)
+    spec, module, names, state = spec_and_module(model)
     tokens = torch.randint(20, (64, 8), generator=torch.Generator().manual_seed(0)) % model.config.vocab_size
     other = Checkpoint.open(other_seed(model)).state(spec.table.prefix)
     one, many = (
-        collect(spec, module, names, [state, other], [{"input_ids": x} for x in tokens.split(size)], None, sensitive)
+        collect_statistics(
+            spec, module, names, [state, other], [{"input_ids": x} for x in tokens.split(size)], None, sensitive
+        )
         for size in (1, 64)
     )
     for (slot, a), (_, b) in zip(one.slots, many.slots, strict=True):
@@ -101,14 +104,16 @@ def test_statistics_do_not_hang_on_the_batch_size(sensitive):
 @pytest.mark.parametrize("sensitive", [False, True])
 def test_positions_that_a_mask_leaves_out_do_not_count(sensitive):
     model = TINY[FIRST["bert"]]
-    spec, module, names, state = computing(model)
+    spec, module, names, state = spec_and_module(model)
     tokens = torch.randint(5, model.config.vocab_size, (4, 6), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(tokens)
     mask[:, 4:] = 0
     other = tokens.clone()
     other[:, 4:] = 1
     found = [
-        collect(spec, module, names, [state, state], [{"input_ids": x, "attention_mask": mask}], None, sensitive)
+        collect_statistics(
+            spec, module, names, [state, state], [{"input_ids": x, "attention_mask": mask}], None, sensitive
+        )
         for x in (tokens, other)
     ]
     for (slot, a), (_, b) in zip(*(f.slots for f in found), strict=True):
@@ -117,7 +122,7 @@ def test_positions_that_a_mask_leaves_out_do_not_count(sensitive):
 
 
 class OneIsRead(nn.Module):
-    """Of several tokens only the first says anything."""
+    """A module that reads only the first of several tokens."""
 
     def __init__(self):
         super().__init__()
@@ -127,7 +132,7 @@ class OneIsRead(nn.Module):
         return self.out(self.into(x).relu_()[:, 0])
 
 
-def test_samples_count_as_much_as_the_outputs_hang_on_them():
+def test_samples_count_as_much_as_the_outputs_depend_on_them():
     torch.manual_seed(0)
     a, b = OneIsRead().double(), OneIsRead().double()
     x = torch.randn(16, 5, 4).double()
@@ -137,7 +142,7 @@ def test_samples_count_as_much_as_the_outputs_hang_on_them():
 
     def cross(batch, sensitive):
         states = [a.state_dict(), b.state_dict()]
-        ((_, sums),) = collect(spec, a, names, states, [batch], None, sensitive).slots
+        ((_, sums),) = collect_statistics(spec, a, names, states, [batch], None, sensitive).slots
         return sums.cross / sums.count
 
     assert not torch.allclose(cross(x, False), cross(unread, False))
@@ -168,32 +173,32 @@ def test_divergence_of_the_average():
     x = torch.randn(16, 5, 4).double()
     spec = infer_spec(a, x)
     by_hand = 0.0
-    for at in LOOKED_AT:
+    for at in LINE_POINTS:
         between = OneIsRead().double()
         between.load_state_dict({key: p.lerp(b.state_dict()[key], at) for key, p in a.state_dict().items()})
         with torch.no_grad():
             p = (1 - at) * a(x).softmax(-1) + at * b(x).softmax(-1)
-            by_hand += (p * (p.log() - between(x).log_softmax(-1))).sum(-1).mean().item() / len(LOOKED_AT)
+            by_hand += (p * (p.log() - between(x).log_softmax(-1))).sum(-1).mean().item() / len(LINE_POINTS)
     for size in (1, 16):
-        assert divergence(problem_of(a, b, spec, list(x.split(size))), {}) == pytest.approx(by_hand)
+        assert line_divergence(problem_of(a, b, spec, list(x.split(size))), {}) == pytest.approx(by_hand)
     g = Alignment.random(spec, torch.Generator().manual_seed(1))
     problem = problem_of(a, g.apply(a), spec, [x])
-    assert divergence(problem, g.inverse().elements) == pytest.approx(0, abs=1e-12)
-    assert divergence(problem, {}) > 1e-4
-    assert divergence(problem_of(a, b, spec, [x, x + 1]), {}, count=1) == pytest.approx(by_hand)
+    assert line_divergence(problem, g.inverse().elements) == pytest.approx(0, abs=1e-12)
+    assert line_divergence(problem, {}) > 1e-4
+    assert line_divergence(problem_of(a, b, spec, [x, x + 1]), {}, count=1) == pytest.approx(by_hand)
 
 
-def test_what_is_said_where_a_mask_leaves_out_does_not_count():
+def test_outputs_where_a_mask_leaves_out_do_not_count():
     model = TINY[FIRST["bert"]]
     tokens = torch.randint(5, model.config.vocab_size, (4, 6), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(tokens)
     mask[:, 4:] = 0
     other = tokens.clone()
     other[:, 4:] = 1
-    one, two = (answers(model(input_ids=x, attention_mask=mask), mask) for x in (tokens, other))
+    one, two = (attended_outputs(model(input_ids=x, attention_mask=mask), mask) for x in (tokens, other))
     assert [tuple(x.shape) for x in one] == [(16, 24), (4, 24)]  # of tokens that are there, and the pooler's
     torch.testing.assert_close(one, two)
-    assert [x.numel() for x in answers({"loss": torch.ones(()), "logits": torch.ones(2, 3)}, None)] == [6]
+    assert [x.numel() for x in attended_outputs({"loss": torch.ones(()), "logits": torch.ones(2, 3)}, None)] == [6]
 
 
 def test_the_mix_that_diverges_least_is_kept(monkeypatch):
@@ -202,41 +207,41 @@ def test_the_mix_that_diverges_least_is_kept(monkeypatch):
     x = torch.randn(16, 5, 4).double()
     spec = infer_spec(a, x)
 
-    def found(**knobs):
-        return align(a, b, solver="activation_matching", spec=spec, data=[x], **knobs)
+    def match(**options):
+        return align(a, b, solver="activation_matching", spec=spec, data=[x], **options)
 
-    of_all = [
-        found(weights=w, sensitive=s) for w, s in ((0.0, False), (0.0, True), (0.5, False), (0.5, True), (1.0, False))
+    solutions = [
+        match(weights=w, sensitive=s) for w, s in ((0.0, False), (0.0, True), (0.5, False), (0.5, True), (1.0, False))
     ]
-    apart = [divergence(problem_of(a, b, spec, [x]), one.alignment.elements) for one in of_all]
-    best = of_all[apart.index(min(apart))]
-    assert max(apart) > min(apart)
-    assert all(torch.equal(e.order, found().alignment[name].order) for name, e in best.alignment.elements.items())
+    divergences = [line_divergence(problem_of(a, b, spec, [x]), s.alignment.elements) for s in solutions]
+    best = solutions[divergences.index(min(divergences))]
+    assert max(divergences) > min(divergences)
+    assert all(torch.equal(e.order, match().alignment[name].order) for name, e in best.alignment.elements.items())
     falling = iter(range(5, 0, -1))
-    monkeypatch.setattr(activation_matching, "divergence", lambda *_: next(falling))
-    assert found().objective == of_all[-1].objective
+    monkeypatch.setattr(activation_matching, "line_divergence", lambda *_: next(falling))
+    assert match().objective == solutions[-1].objective
 
 
-def test_where_activations_carry_what():
+def test_where_activations_carry_symmetries():
     """A fused projection, in blocks; only norms of a rotated stream."""
     model = TINY[FIRST["gpt2"]]
-    spec, module, names, _ = computing(model)
+    spec, module, names, _ = spec_and_module(model)
     assert spec.gauged
-    assert {slot.module.rpartition(".")[2] for slot in slots_of(spec, module, names)} == {"ln_1", "ln_2", "ln_f"}
-    fused = [s for s in slots_of(spec.restricted(), module, names) if s.module.endswith("h.0.attn.c_attn")]
+    assert {slot.module.rpartition(".")[2] for slot in find_slots(spec, module, names)} == {"ln_1", "ln_2", "ln_f"}
+    fused = [s for s in find_slots(spec.restricted(), module, names) if s.module.endswith("h.0.attn.c_attn")]
     assert [s.names for s in fused] == [{"head.0", "qk.0"}, {"head.0", "qk.0"}, {"head.0", "ov.0"}]
     width = model.config.n_embd
     assert [s.places.flatten()[0].item() for s in fused] == [0, width, 2 * width]
 
 
-def test_what_cannot_be_is_said(bert):
-    with pytest.raises(OptionError, match="looks at what models say to data, and there are none"):
+def test_invalid_input_is_refused(bert):
+    with pytest.raises(OptionError, match="compares activations on data, but no data is given"):
         align(bert, other_seed(bert), solver="activation_matching")
     with pytest.raises(OptionError, match="the data gave no batch"):
         align(bert, other_seed(bert), solver="activation_matching", data=[])
-    for knobs in ({"weights": 2.0}, {"batches": 0}):
-        with pytest.raises(OptionError, match=next(iter(knobs))):
-            align(bert, other_seed(bert), solver="activation_matching", data=batches_of(bert, 1), **knobs)
+    for options in ({"weights": 2.0}, {"batches": 0}):
+        with pytest.raises(OptionError, match=next(iter(options))):
+            align(bert, other_seed(bert), solver="activation_matching", data=make_batches(bert, 1), **options)
 
 
 SCRIPT = """
@@ -244,7 +249,7 @@ import sys
 from accelerate import Accelerator
 accelerator = Accelerator(cpu=True)
 import torch
-from test_activations import FIRST, TINY, batches_of, moved_copy
+from test_activations import FIRST, TINY, make_batches, moved_copy
 from hf_rebasin import align
 model = TINY[FIRST["gpt2"]]
 other, _ = moved_copy(model, groups="full")
@@ -253,14 +258,14 @@ with torch.no_grad():
     for p in other.parameters():
         p += 0.05 * p.std(correction=0) * torch.randn_like(p)
 for groups in ("permutation", "full"):
-    found = align(model, other, solver="activation_matching", data=batches_of(model, 6), groups=groups)
+    found = align(model, other, solver="activation_matching", data=make_batches(model, 6), groups=groups)
     found.alignment.save(f"{sys.argv[1]}/{groups}-{accelerator.num_processes}-{accelerator.process_index}")
 """
 
 
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path):
-    """Of a model in other coordinates, with noise: permutations are the same, rotations and bases up to rounding."""
+    """A model in other coordinates, with noise: permutations are the same, rotations and bases up to rounding."""
     for processes in (1, 2):
         run_script(SCRIPT, tmp_path, processes)
     for groups in ("permutation", "full"):

@@ -6,14 +6,15 @@ from conftest import FIRST, TINY, other_seed, run_script, same_tensors
 from torch import nn
 
 from hf_rebasin import Alignment, Checkpoint, Status, Table, align, infer_spec, merge, spec_for
-from hf_rebasin.alignment.gauge import plain
-from hf_rebasin.compat.in_memory import merged
+from hf_rebasin.alignment.gauge import fold_state
+from hf_rebasin.checkpoints.canonical import CanonicalView
+from hf_rebasin.compat.in_memory import merge_modules
 from hf_rebasin.errors import CheckpointError, OptionError, RecipeError, UnknownNameError
 from hf_rebasin.modules.divergence import Divergence
-from hf_rebasin.modules.forward import example_inputs, outputs_in, run
-from hf_rebasin.modules.functional import by_batch_statistics
+from hf_rebasin.modules.forward import example_inputs, output_tensors, run_module
+from hf_rebasin.modules.functional import use_batch_statistics
 from hf_rebasin.recipes.recipe import Recipe
-from hf_rebasin.solving.gradient_descent import UNLABELLED
+from hf_rebasin.solving.gradient_descent import UNLABELLED_NOTE
 
 TABLE = Table(
     {
@@ -34,9 +35,9 @@ def mlp(seed, width=10):
 
 
 def squares(module, batch):
-    """A loss for any module: the mean square of what it gives."""
+    """Return a loss for any module: the mean square of its outputs."""
     return torch.stack(
-        [x.double().square().mean() for x in outputs_in(run(module, batch)) if x.is_floating_point()]
+        [x.double().square().mean() for x in output_tensors(run_module(module, batch)) if x.is_floating_point()]
     ).mean()
 
 
@@ -50,25 +51,25 @@ def inputs_of(model):
 def test_planted_permutations_come_back_from_the_identity(solver, cost):
     a = mlp(0)
     b = Alignment.random(infer_spec(a, torch.zeros(1, 2)), torch.Generator().manual_seed(1)).apply(a)
-    knobs = {"solver": solver, "spec": TABLE, "start": "identity", "check_every": 1}
-    solution = align(a, b, cost=cost, **knobs)
+    options = {"solver": solver, "spec": TABLE, "start": "identity", "check_every": 1}
+    solution = align(a, b, cost=cost, **options)
     assert solution.status is Status.EQUAL
     assert same_tensors(solution.apply(b), a)
-    assert align(a, mlp(1), cost=cost, steps=2, **knobs).status is not Status.EQUAL
+    assert align(a, mlp(1), cost=cost, steps=2, **options).status is not Status.EQUAL
 
 
 @pytest.mark.parametrize("family", FIRST)
-def test_the_loss_that_was_found_is_that_of_the_merge(family):
-    """Over all groups: the models that a descent computes with, and the merged checkpoint, are the same function."""
+def test_the_loss_is_that_of_the_merge(family):
+    """Over all groups, the models that a descent computes with have the same function as the merged checkpoint."""
     model = TINY[FIRST[family]]
     other, batch = other_seed(model), inputs_of(model)
     try:
-        Checkpoint.open(model).computing()
+        CanonicalView(Checkpoint.open(model)).module()
     except CheckpointError as error:
         pytest.skip(str(error))
-    start = "weight_matching" if family in ("gpt2", "llama") else "identity"  # which costs less
-    knobs = {"start": start, "cost": "mid", "steps": 3, "check_every": 1, "checks": 1}
-    solution = align(model, other, solver="learned", data=[batch], loss=squares, **knobs)
+    start = "weight_matching" if family in ("gpt2", "llama") else "identity"  # which is cheaper
+    options = {"start": start, "cost": "mid", "steps": 3, "check_every": 1, "checks": 1}
+    solution = align(model, other, solver="learned", data=[batch], loss=squares, **options)
     halfway = merge([solution.apply(other), model]).model(torch.float64)
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in halfway.modules()):
         for module in halfway.modules():  # as the descent does
@@ -88,9 +89,9 @@ def test_the_loss_at_the_identity_is_that_of_the_plain_average():
         return (module(batch) - 1).square().mean()
 
     solution = align(a, b, solver="sinkhorn", spec=TABLE, data=[x], loss=loss, cost="mid", steps=1)
-    assert solution.history[0] == pytest.approx(-loss(merged([a, b], "linear"), x).item(), rel=1e-5)
+    assert solution.history[0] == pytest.approx(-loss(merge_modules([a, b], "linear"), x).item(), rel=1e-5)
     between = align(a, b, solver="sinkhorn", spec=TABLE, data=[x], loss=loss, cost="rnd", interval=(0.2, 0.2), steps=1)
-    assert between.history[0] == pytest.approx(-loss(merged([a, b], "lerp", t=0.2), x).item(), rel=1e-5)
+    assert between.history[0] == pytest.approx(-loss(merge_modules([a, b], "lerp", t=0.2), x).item(), rel=1e-5)
     assert between.history[0] != pytest.approx(solution.history[0], rel=1e-5)
 
 
@@ -132,19 +133,19 @@ def test_the_users_models_are_not_touched():
 def test_no_result_is_worse_than_its_start(solver, bert):
     """A learning rate that ruins everything."""
     other, batch = other_seed(bert), inputs_of(bert)
-    knobs = {"solver": solver, "data": [batch], "loss": squares, "steps": 3, "check_every": 1, "checks": 1}
-    wild = align(bert, other, lr=50.0, smooth_lr=50.0, **knobs)
+    options = {"solver": solver, "data": [batch], "loss": squares, "steps": 3, "check_every": 1, "checks": 1}
+    wild = align(bert, other, lr=50.0, smooth_lr=50.0, **options)
     assert wild.objective >= max(wild.history[:2])
     assert wild.status in (Status.STEP_LIMIT, Status.IDENTITY)
 
 
 def test_patience_and_the_step_limit():
     a, b = mlp(0), mlp(1)
-    knobs = {"solver": "sinkhorn", "spec": TABLE, "lr": 1e-9, "check_every": 1}
-    settled = align(a, b, patience=3, steps=50, **knobs)
+    options = {"solver": "sinkhorn", "spec": TABLE, "lr": 1e-9, "check_every": 1}
+    settled = align(a, b, patience=3, steps=50, **options)
     assert settled.status is Status.SETTLED
     assert len(settled.history) == 2 + 3
-    assert align(a, b, patience=3, steps=2, **knobs).status is Status.STEP_LIMIT
+    assert align(a, b, patience=3, steps=2, **options).status is Status.STEP_LIMIT
 
 
 def test_gradients_of_both_kinds_find_the_same():
@@ -158,7 +159,7 @@ def test_gradients_of_both_kinds_find_the_same():
     assert len(found[0].history) < 60
 
 
-def test_a_model_says_its_own_loss(bert):
+def test_a_model_computes_its_own_loss(bert):
     batch = inputs_of(bert)
     labelled = {**batch, "labels": batch["input_ids"]}
     solution = align(bert, other_seed(bert), solver="learned", data=[labelled], steps=1)
@@ -167,7 +168,7 @@ def test_a_model_says_its_own_loss(bert):
 
 
 @pytest.mark.parametrize(("family", "at"), [("bert", 0.5), ("gpt2", 0.2), ("resnet", 0.2)])
-def test_without_labels_it_goes_by_what_the_two_say(family, at, request):
+def test_without_labels_the_divergence_is_minimised(family, at, request):
     """Positions that are left out do not count; BatchNorm goes by the batch in between, and not at the ends."""
     a = TINY[FIRST["gpt2"]] if family == "gpt2" else request.getfixturevalue(family)
     b, batch = other_seed(a), inputs_of(a)
@@ -175,44 +176,48 @@ def test_without_labels_it_goes_by_what_the_two_say(family, at, request):
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
         batch["attention_mask"][:, 9:] = 0
     between = merge([a, b], "lerp", t=at).model()
-    by_batch_statistics(between)
+    use_batch_statistics(between)
     with torch.no_grad():
-        logits = [run(model, batch).logits.double() for model in (a, b, between)]
+        logits = [run_module(model, batch).logits.double() for model in (a, b, between)]
     if family != "resnet":
         logits = [y[:, :9] for y in logits]
-    p, q, y = (one.log_softmax(-1) for one in logits)
+    p, q, y = (x.log_softmax(-1) for x in logits)
     mean = (1 - at) * p.exp() + at * q.exp()
     by_hand = (mean * (mean.log() - y)).sum(-1).mean().item()
-    knobs = {"solver": "straight_through" if family == "resnet" else "learned", "start": "identity", "check_every": 1}
-    solution = align(a, b, cost="rnd", interval=(at, at), data=[batch], steps=20, **knobs)
+    options = {
+        "solver": "straight_through" if family == "resnet" else "learned",
+        "start": "identity",
+        "check_every": 1,
+    }
+    solution = align(a, b, cost="rnd", interval=(at, at), data=[batch], steps=20, **options)
     assert -solution.history[0] == pytest.approx(by_hand, rel=1e-4)
     assert solution.objective > solution.history[0]  # it fell
-    assert UNLABELLED in solution.notes
+    assert UNLABELLED_NOTE in solution.notes
 
 
-def test_a_head_without_a_partner_is_not_descended_through():
+def test_a_head_without_a_partner_is_refused():
     """Its norm would be folded into it."""
     llama = TINY[FIRST["llama"]]
     other, batch = other_seed(llama).model, inputs_of(llama)
-    knobs = {"solver": "learned", "backbone_only": True, "data": [batch], "steps": 1}
-    with pytest.raises(OptionError, match="of the fixed one has no partner"):
-        align(llama, other, **knobs)
-    assert UNLABELLED in align(llama, other, groups="permutation", **knobs).notes
+    options = {"solver": "learned", "backbone_only": True, "data": [batch], "steps": 1}
+    with pytest.raises(OptionError, match="of the fixed model has no partner"):
+        align(llama, other, **options)
+    assert UNLABELLED_NOTE in align(llama, other, groups="permutation", **options).notes
 
 
 def test_labels_are_in_all_batches_or_in_none(bert):
     batch = inputs_of(bert)
     labelled = {**batch, "labels": batch["input_ids"]}
-    with pytest.raises(OptionError, match="gives a loss for 1 of the first 2 batches"):
+    with pytest.raises(OptionError, match="returns a loss for 1 of the first 2 batches"):
         align(bert, other_seed(bert), solver="learned", data=[batch, labelled], checks=2, steps=1)
 
 
-def test_what_cannot_be_compared_is_said():
-    knobs = {"solver": "sinkhorn", "start": "identity", "steps": 1}
-    with pytest.raises(OptionError, match="what the model says, a Tensor, has no numbers in it"):
-        align(Silent(), Silent(), spec=SILENT, data=[torch.ones(3, 2)], **knobs)
+def test_outputs_that_cannot_be_compared_are_refused():
+    options = {"solver": "sinkhorn", "start": "identity", "steps": 1}
+    with pytest.raises(OptionError, match="the model returns a Tensor without any numbers"):
+        align(Silent(), Silent(), spec=SILENT, data=[torch.ones(3, 2)], **options)
     with pytest.raises(OptionError, match="the cost 'mid' begins at nan"):
-        align(mlp(0), mlp(1), spec=TABLE, data=[torch.full((3, 2), torch.nan)], **knobs)
+        align(mlp(0), mlp(1), spec=TABLE, data=[torch.full((3, 2), torch.nan)], **options)
 
 
 @pytest.mark.parametrize(
@@ -229,31 +234,31 @@ def test_what_counts_as_a_sample(shape, count):
     module = Shaped(2, size // 4).double()
     names = {key: key for key in module.state_dict()}
     ends = [{"weight": torch.randn(size // 4, 2).double(), "bias": torch.zeros(size // 4).double()} for _ in range(2)]
-    diverging, x = Divergence(module.eval(), names, ends), torch.randn(4, 2).double()
-    assert len(diverging.of(ends[0], (0.5, 0.5), x)) == count
-    assert diverging.of(ends[0], (1.0, 0.0), x).abs().max() < 1e-12
-    assert diverging.of(ends[1], (1.0, 0.0), x).min() > 0
-    assert diverging.of(ends[0], (0.5, 0.5), x * torch.nan).isnan().all()
+    divergence, x = Divergence(module.eval(), names, ends), torch.randn(4, 2).double()
+    assert len(divergence.per_sample(ends[0], (0.5, 0.5), x)) == count
+    assert divergence.per_sample(ends[0], (1.0, 0.0), x).abs().max() < 1e-12
+    assert divergence.per_sample(ends[1], (1.0, 0.0), x).min() > 0
+    assert divergence.per_sample(ends[0], (0.5, 0.5), x * torch.nan).isnan().all()
 
 
-def test_hidden_states_are_no_scores():
-    """Of a model without a head their squares are compared: softmax would not see a number added to all of them."""
+def test_hidden_states_are_not_scores():
+    """Without a head squared errors are compared: softmax would not see a number added to all of them."""
     model = TINY[FIRST["bert"]]
     assert "logits" not in model(**inputs_of(model))
     names = {key: key for key, _ in (*model.named_parameters(), *model.named_buffers()) if key in model.state_dict()}
     state = {key: model.state_dict()[key] for key in names}
     last = f"encoder.layer.{model.config.num_hidden_layers - 1}.output.LayerNorm.bias"
     more = {**state, last: state[last] + 1}
-    apart = Divergence(model, names, [state, state]).of(more, (0.5, 0.5), inputs_of(model))
-    assert apart.max().item() == pytest.approx(1)
+    divergence = Divergence(model, names, [state, state]).per_sample(more, (0.5, 0.5), inputs_of(model))
+    assert divergence.max().item() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("cost", ["mid", "rnd"])
 def test_the_best_of_several_starts_is_kept(cost):
-    """The first is what one alone is; the others see other batches, or places, and are not the same."""
+    """The first equals a single start; the others see other batches, or points, and differ from it."""
     data = [torch.randn(8, 2, generator=torch.Generator().manual_seed(i)) for i in range(5)]
-    knobs = {"solver": "straight_through", "spec": TABLE, "data": data, "cost": cost, "steps": 7, "check_every": 1}
-    one, three = (align(mlp(0), mlp(1), checks=2, starts=starts, **knobs) for starts in (1, 3))
+    options = {"solver": "straight_through", "spec": TABLE, "data": data, "cost": cost, "steps": 7, "check_every": 1}
+    one, three = (align(mlp(0), mlp(1), checks=2, starts=starts, **options) for starts in (1, 3))
     assert three.history[: len(one.history)] == one.history
     assert len(three.history) == 3 * len(one.history) - 4
     assert three.objective == max(three.history) >= one.objective
@@ -265,7 +270,7 @@ def test_every_start_has_its_own_patience():
     """A later one is not ended for being behind what an earlier one reached."""
     data = [torch.randn(8, 2, generator=torch.Generator().manual_seed(i)) for i in range(5)]
     table = Table(TABLE.rows, {"h.*": "scaled"})
-    knobs = {
+    options = {
         "solver": "learned",
         "spec": table,
         "data": data,
@@ -274,30 +279,32 @@ def test_every_start_has_its_own_patience():
         "check_every": 1,
         "patience": 20,
     }
-    one, three = (align(mlp(0), mlp(1), checks=2, starts=starts, **knobs) for starts in (1, 3))
+    one, three = (align(mlp(0), mlp(1), checks=2, starts=starts, **options) for starts in (1, 3))
     assert len(one.history) > 50
     assert len(three.history) > 140
 
 
 def test_several_starts_need_something_that_differs():
     with pytest.raises(
-        OptionError, match="starts = 3, and without data or noise all of them are the same; give either"
+        OptionError, match="starts = 3, but without data or noise all starts are the same; give either"
     ):
         align(mlp(0), mlp(1), solver="sinkhorn", spec=TABLE, starts=3)
-    with pytest.raises(OptionError, match="without data or noise"):  # where nothing permutes noise is no matter
+    with pytest.raises(OptionError, match="without data or noise"):  # noise counts only where something permutes
         align(mlp(0), mlp(1), solver="learned", spec=TABLE, starts=3, noise=0.1)
     assert align(mlp(0), mlp(1), solver="sinkhorn", spec=TABLE, starts=3, noise=0.1, steps=2).history
 
 
-def test_where_it_starts_may_have_knobs():
-    knobs = {"solver": "straight_through", "spec": TABLE, "steps": 3}
-    said = align(mlp(0), mlp(1), start={"solver": "sinkhorn", "start": "identity", "steps": 30, "noise": 0.2}, **knobs)
+def test_a_start_may_have_options():
+    options = {"solver": "straight_through", "spec": TABLE, "steps": 3}
+    nested = align(
+        mlp(0), mlp(1), start={"solver": "sinkhorn", "start": "identity", "steps": 30, "noise": 0.2}, **options
+    )
     before = align(mlp(0), mlp(1), solver="sinkhorn", spec=TABLE, start="identity", steps=30, noise=0.2)
     other = align(mlp(0), mlp(1), solver="sinkhorn", spec=TABLE, start="identity", steps=30)
-    assert said.history[1] == pytest.approx(before.objective)
-    assert said.history[1] != pytest.approx(other.objective)
-    plain = align(mlp(0), mlp(1), start={"solver": "identity"}, **knobs)
-    assert plain.history == align(mlp(0), mlp(1), start="identity", **knobs).history
+    assert nested.history[1] == pytest.approx(before.objective)
+    assert nested.history[1] != pytest.approx(other.objective)
+    unmoved = align(mlp(0), mlp(1), start={"solver": "identity"}, **options)
+    assert unmoved.history == align(mlp(0), mlp(1), start="identity", **options).history
 
 
 @pytest.mark.parametrize(
@@ -305,22 +312,22 @@ def test_where_it_starts_may_have_knobs():
     [
         ({"solver": "sinkhorn", "stepz": 3}, "stepz: no such parameter; did you mean 'steps'"),
         ({"solver": "sinkhorn", "start": {"solver": "learned", "steps": 0}}, "steps = 0"),
-        ({"stepz": 3}, "say which solver"),
-        ({"solver": "identity", "stepz": 3}, "the identity has no knobs, such as stepz"),
+        ({"stepz": 3}, "name a solver"),
+        ({"solver": "identity", "stepz": 3}, "the identity has no options, such as stepz"),
         ({"solver": "sinkhorm"}, "no solver 'sinkhorm'; did you mean 'sinkhorn'"),
         (3, "start: 3 does not fit"),
     ],
 )
-def test_a_start_that_does_not_fit_is_said(start, message):
+def test_a_start_that_does_not_fit_is_refused(start, message):
     with pytest.raises((OptionError, UnknownNameError), match=message):
         align(mlp(0), mlp(1), solver="sinkhorn", spec=TABLE, start=start)
-    said = {"models": ["a", "b"], "align": {"solver": "sinkhorn", "start": start}}
+    recipe = {"models": ["a", "b"], "align": {"solver": "sinkhorn", "start": start}}
     with pytest.raises(RecipeError, match=message):
-        Recipe.from_dict(said)
+        Recipe.from_dict(recipe)
 
 
 class Silent(nn.Module):
-    """Says how many, and nothing else."""
+    """Returns a count, and nothing that can be compared."""
 
     def __init__(self):
         super().__init__()
@@ -337,10 +344,10 @@ SILENT = Table(
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"),
+    ("options", "message"),
     [
-        ({"cost": "mid"}, "the cost 'mid' is a loss on data, and there are none"),
-        ({"loss": squares}, "a loss, but no data for it"),
+        ({"cost": "mid"}, "the cost 'mid' is a loss on data, but no data is given"),
+        ({"loss": squares}, "a loss is given, but no data"),
         ({"data": iter([])}, "data is a list_iterator, which can be read once"),
         ({"data": [], "loss": squares}, "the data gave no batch"),
         ({"data": [torch.ones(3, 2)], "loss": lambda module, batch: module(batch)}, r"a tensor of shape \(3, 1\)"),
@@ -352,20 +359,20 @@ SILENT = Table(
         ({"temperature": 0.0}, "temperature"),
     ],
 )
-def test_what_cannot_be_is_said(knobs, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(OptionError, match=message):
-        align(mlp(0), mlp(1), solver="sinkhorn", spec=TABLE, **knobs)
+        align(mlp(0), mlp(1), solver="sinkhorn", spec=TABLE, **options)
 
 
 def test_weight_matching_takes_no_data():
-    with pytest.raises(OptionError, match="looks at weights alone, and takes no data"):
+    with pytest.raises(OptionError, match="uses weights alone and takes no data"):
         align(mlp(0), mlp(1), spec=TABLE, data=[torch.ones(3, 2)])
 
 
 SCRIPT = """
 import sys, torch
 from accelerate import Accelerator
-from test_descent import TABLE, mlp
+from test_gradient_descent import TABLE, mlp
 from hf_rebasin import align
 accelerator = Accelerator(cpu=True)
 data = [torch.randn(8, 2, generator=torch.Generator().manual_seed(i)) for i in range(4)]
@@ -395,7 +402,9 @@ def test_a_model_with_its_gains_folded_away_is_the_same_function(centre):
     checkpoint, spec = Checkpoint.open(model), spec_for(model)
     prefix, inputs = spec.table.prefix, inputs_of(model)
     assert spec.gauged
-    folded = checkpoint.with_state(plain(spec, checkpoint.state(prefix), centre=centre), prefix).model()
+    folded = (
+        CanonicalView(checkpoint, prefix).with_state(fold_state(spec, checkpoint.state(prefix), centre=centre)).model()
+    )
     for norm in spec.gauged:
         gain = Checkpoint.open(folded).state(prefix)[norm.gain]
         assert torch.equal(gain, torch.ones_like(gain))

@@ -9,26 +9,24 @@ from itertools import permutations
 
 import pytest
 import torch
-from conftest import FIRST, TINY, as_stored, distance, moved_copy, other_seed, same_tensors
+from conftest import FIRST, TINY, distance, moved_copy, other_seed, same_tensors, store_ties_like
 from torch import nn
 
 from hf_rebasin import Alignment, Checkpoint, Problem, Status, Table, align, registry, spec_for
 from hf_rebasin.errors import CheckpointError, MismatchError, OptionError, UnknownNameError
-from hf_rebasin.registry import knobs_of
+from hf_rebasin.registry import keywords_of
 from hf_rebasin.solving.solvers.weight_matching import Solver as WeightMatching
 from hf_rebasin.symmetries.table import table_for
 
 SOLVERS = [  # those that look at activations alone have laws in test_activations.py
-    name
-    for name in registry.names("solvers")
-    if not getattr(registry.find("solvers", name).Solver, "NEEDS_DATA", False)
+    name for name in registry.names("solver") if registry.solver(name).data != "required"
 ]
 
 
 def quick(name):
     """A solver; of those that go by steps, a few are enough for what is a law."""
-    kind = registry.find("solvers", name).Solver
-    return kind(**({"steps": 4, "check_every": 2} if "steps" in knobs_of(kind) else {}))
+    kind = registry.solver(name)
+    return kind(**({"steps": 4, "check_every": 2} if "steps" in keywords_of(kind) else {}))
 
 
 @pytest.fixture(params=SOLVERS)
@@ -53,23 +51,23 @@ def drawn_pair(request):
 
 
 @cache
-def of_another_seed(model):
+def with_another_seed(model):
     """A model, and its tensors when it was made."""
     other = other_seed(model)
     return other, {key: tensor.clone() for key, tensor in Checkpoint.open(other).tensors.items()}
 
 
 @cache
-def solved(solver, model, groups):
+def align_once(solver, model, groups):
     """A model aligned with one of another seed, for all the laws that look at it."""
-    return align(model, of_another_seed(model)[0], solver=solver, groups=groups)
+    return align(model, with_another_seed(model)[0], solver=solver, groups=groups)
 
 
 @pytest.mark.parametrize("groups", ["permutation", "full"])
 def test_two_unrelated_models_get_closer_and_keep_their_function(drawn_pair, groups):
     solver, family = drawn_pair
-    other, before = of_another_seed(family)
-    solution = solved(solver, family, groups)
+    other, before = with_another_seed(family)
+    solution = align_once(solver, family, groups)
     assert solution.objective == solution.history[-1] > solution.history[0]
     assert list(solution.history[1:]) == sorted(solution.history[1:])
     assert solution.status in (Status.CONVERGED, Status.SETTLED, Status.STEP_LIMIT)
@@ -79,7 +77,7 @@ def test_two_unrelated_models_get_closer_and_keep_their_function(drawn_pair, gro
     if groups == "permutation":
         assert same_tensors(back, other)
     else:
-        assert distance(as_stored(other, back), back) <= 1e-6
+        assert distance(store_ties_like(other, back), back) <= 1e-6
 
 
 def test_models_of_one_base_come_back_untouched(drawn_pair):
@@ -102,30 +100,30 @@ def test_models_of_one_base_come_back_untouched(drawn_pair):
 
 def test_the_same_seed_gives_the_same_alignment(solver, bert):
     other = other_seed(bert)
-    one, same = (align(bert, other, solver=solver, seed=3) for _ in range(2))
-    assert one.history == same.history
-    assert same_tensors(one.apply(other), same.apply(other))
+    first, second = (align(bert, other, solver=solver, seed=3) for _ in range(2))
+    assert first.history == second.history
+    assert same_tensors(first.apply(other), second.apply(other))
 
 
 HASHED = """
 import sys, torch, zoo
 from hf_rebasin import align, infer_spec, registry
 from hf_rebasin.alignment.exactness import tiny_models
-from hf_rebasin.registry import knobs_of
+from hf_rebasin.registry import keywords_of
 
 model = next(model for name, model in tiny_models() if name == "bert-1-BertForMaskedLM")
 torch.manual_seed(1000); other = type(model)(model.config).double().eval()
 for name in sys.argv[2:]:
-    kind = registry.find("solvers", name).Solver
-    knobs = {"steps": 4, "check_every": 2} if "steps" in knobs_of(kind) else {}
-    align(model, other, solver=name, **knobs).alignment.save(f"{sys.argv[1]}/{name}")
+    kind = registry.solver(name)
+    options = {"steps": 4, "check_every": 2} if "steps" in keywords_of(kind) else {}
+    align(model, other, solver=name, **options).alignment.save(f"{sys.argv[1]}/{name}")
 spec = infer_spec(zoo.HF["t5"].build(), zoo.HF["t5"].inputs())
 open(f"{sys.argv[1]}/spec", "w").write(f"{spec.table} {spec.pins} {spec.activations}")
 """
 
 
 @pytest.mark.slow
-def test_neither_alignments_nor_inferred_names_hang_on_the_hash_seed(tmp_path):
+def test_neither_alignments_nor_inferred_names_depend_on_the_hash_seed(tmp_path):
     running = []
     for seed in ("1", "2"):
         environment = os.environ | {
@@ -168,8 +166,8 @@ def test_a_symmetry_twice_in_one_tensor(solver, generator):
 
 def test_history_rises_and_ends_at_the_objective(drawn_pair):
     solver, family = drawn_pair
-    solution = solved(solver, family, "permutation")
-    moved, fixed = solution.apply(Checkpoint.open(of_another_seed(family)[0])), Checkpoint.open(family)
+    solution = align_once(solver, family, "permutation")
+    moved, fixed = solution.apply(Checkpoint.open(with_another_seed(family)[0])), Checkpoint.open(family)
     spec = spec_for(family)
     a, b = fixed.state(spec.table.prefix), moved.state(spec.table.prefix)
     matched = [t for t in spec.tensors if not t.names.isdisjoint(spec.free) and not t.measures]
@@ -192,7 +190,7 @@ def test_weight_matching_is_optimal_where_one_symmetry_is_all_there_is(generator
     assert align(a, b, spec=table).objective == pytest.approx(best, rel=1e-5)
 
 
-def test_the_sweep_limit_is_said(bert):
+def test_the_status_tells_of_the_sweep_limit(bert):
     solution = align(bert, other_seed(bert), max_sweeps=0, starts=1)
     assert solution.status is Status.SWEEP_LIMIT
     assert "max_sweeps" in solution.status.value
@@ -207,8 +205,8 @@ def test_no_solution_is_below_the_identity(solver, generator):
         generator.manual_seed(seed)
         a, b = ({f"{i}": torch.randn(sizes[i + 1], sizes[i], generator=generator) for i in range(5)} for _ in range(2))
         b |= {"2": a["2"] + 0.1 * torch.randn(12, 12, generator=generator)}
-        one = replace(solver, starts=1) if "starts" in knobs_of(type(solver)) else solver
-        solution = align(a, b, spec=table, solver=one)
+        single = replace(solver, starts=1) if "starts" in keywords_of(type(solver)) else solver
+        solution = align(a, b, spec=table, solver=single)
         assert solution.objective >= solution.history[0]
 
 
@@ -239,7 +237,7 @@ def test_a_model_with_nothing_to_move():
     assert solution.status is Status.IDENTITY
 
 
-def test_unknown_solvers_and_knobs_name_the_nearest(bert):
+def test_unknown_solvers_and_options_name_the_nearest(bert):
     with pytest.raises(UnknownNameError, match="no solver 'weight_matchin'; did you mean 'weight_matching'"):
         align(bert, bert, solver="weight_matchin")
     with pytest.raises(OptionError, match="max_sweep: no such parameter; did you mean 'max_sweeps'"):
@@ -263,7 +261,7 @@ def test_broken_or_unfitting_models_are_refused(bert, resnet):
         align(checkpoint, replace(checkpoint, tensors=less))
     with pytest.raises(MismatchError, match="another architecture"):
         align(bert, resnet)
-    with pytest.raises(MismatchError, match="only tensors, without a forward pass"):
+    with pytest.raises(MismatchError, match="tensors only, and no forward pass"):
         align({"x": torch.ones(2)}, {"x": torch.ones(2)})
 
 
@@ -273,9 +271,8 @@ def test_an_alignment_refuses_another_model(bert, family, tmp_path):
         with pytest.raises(MismatchError, match=r"another architecture|symmetry '.*' is .* in .*, .* alignment"):
             alignment.apply(family)
     wider = type(bert)(type(bert.config)(**(bert.config.to_dict() | {"intermediate_size": 28})))
-    with pytest.raises(
-        MismatchError, match=r"symmetry 'ff.0' is permutation of size 28 in BertForMaskedLM, permutation of size 20 in"
-    ):
+    says = r"symmetry 'ff.0' is permutation of size 28 in BertForMaskedLM, but permutation of size 20 in"
+    with pytest.raises(MismatchError, match=says):
         alignment.apply(wider)
 
 
@@ -283,15 +280,15 @@ def test_an_alignment_of_a_plain_state_dict_names_the_first_difference(generator
     table = Table({"a": "h, _", "b": "h"}, {"h": "permutation"})
     state = {"a": torch.randn(4, 2), "b": torch.randn(4)}
     g = Alignment.random(spec_for(state, table), generator)
-    with pytest.raises(MismatchError, match=r"'b', which carries 'h', is \(5,\), in the alignment \(4,\)"):
+    with pytest.raises(MismatchError, match=r"'b', which carries 'h', is \(5,\), but \(4,\) in the alignment"):
         g.apply({"a": torch.randn(4, 2), "b": torch.randn(5)})
     with pytest.raises(MismatchError, match="has no tensor 'b', which carries 'h'"):
         g.apply({"a": torch.randn(4, 2)})
-    with pytest.raises(MismatchError, match="has a tensor 'c', of which the alignment knows nothing"):
+    with pytest.raises(MismatchError, match="has a tensor 'c' that the alignment does not know"):
         g.apply(state | {"c": torch.randn(1)})
 
 
-def test_a_table_of_ones_own_is_used_though_the_family_has_one(bert):
+def test_a_table_that_is_given_is_used_though_the_family_has_one(bert):
     own = table_for(bert.config)
     still = replace(own, groups={**own.groups, "residual": "held"})
     assert same_tensors(align(bert, bert, spec=still).apply(bert), bert)
@@ -324,9 +321,9 @@ def test_rounding_does_not_keep_a_solver_going(solver):
 def test_alignments_of_other_models_do_not_compose(bert):
     wider = type(bert)(type(bert.config)(**(bert.config.to_dict() | {"intermediate_size": 28})))
     g, h = (Alignment.random(spec_for(model), torch.Generator()) for model in (bert, wider))
-    for one, other in ((g, h), (h, g)):
+    for outer, inner in ((g, h), (h, g)):
         with pytest.raises(MismatchError, match=r"symmetry 'ff.0' is permutation of size"):
-            one.compose(other)
+            outer.compose(inner)
 
 
 def test_going_outwards_finds_what_random_orders_miss(generator):

@@ -7,7 +7,7 @@ import torch
 
 from hf_rebasin import Table
 from hf_rebasin.alignment.groups.permutation import Element
-from hf_rebasin.solving.units import Nested, solve, value
+from hf_rebasin.solving.units import Nested, solve_unit, total_similarity
 from hf_rebasin.symmetries.binding import bind
 
 
@@ -29,7 +29,7 @@ def everything(spec):
         for g in itertools.product(orders(2), repeat=2)
         for v in itertools.product(orders(3), repeat=2)
     ]
-    return [{"kv": Element(kv), **one} for kv in orders(2) for one in inner]
+    return [{"kv": Element(kv), **elements} for kv in orders(2) for elements in inner]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -42,8 +42,8 @@ def test_heads_with_units_are_solved_exactly(seed):
         ("kv",): torch.randn(2, 2, generator=generator, dtype=torch.float64),
     }
     nested = Nested.of(spec, spec.units[0])
-    best = max(value(nested, similarity, elements) for elements in everything(spec))
-    assert value(nested, similarity, solve(nested, similarity)) == pytest.approx(best, abs=1e-12)
+    best = max(total_similarity(nested, similarity, elements) for elements in everything(spec))
+    assert total_similarity(nested, similarity, solve_unit(nested, similarity)) == pytest.approx(best, abs=1e-12)
 
 
 def test_the_value_of_a_unit_is_the_product_with_the_moved_tensors(generator):
@@ -54,7 +54,7 @@ def test_the_value_of_a_unit_is_the_product_with_the_moved_tensors(generator):
         kv, group, ov = (elements[n].order for n in ("kv", "group", "ov"))
         moved = torch.stack([b[kv[i]][group[i]][:, ov[i]] for i in range(2)])
         nested = Nested.of(spec, spec.units[0])
-        assert value(nested, similarity, elements) == pytest.approx((a * moved).sum().item())
+        assert total_similarity(nested, similarity, elements) == pytest.approx((a * moved).sum().item())
 
 
 def test_what_is_shared_side_by_side_is_found_by_the_coordinate_loop(generator):
@@ -75,7 +75,7 @@ def test_what_is_shared_side_by_side_is_found_by_the_coordinate_loop(generator):
         ("kv", "group"): torch.einsum("kgr,xyr->kgxy", q, p),
     }
     nested = Nested.of(spec, spec.units[0])
-    found = solve(nested, similarity)
+    found = solve_unit(nested, similarity)
     assert all(torch.equal(found[name].order, planted[name].order) for name in planted)
 
 
@@ -86,6 +86,6 @@ def test_a_held_context_stays_while_what_is_in_it_moves(generator):
     a = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
     b = a.flip(1)
     nested = Nested.of(spec, spec.units[0])
-    found = solve(nested, {("tile", "inner"): torch.einsum("tir,xyr->tixy", a, b)})
+    found = solve_unit(nested, {("tile", "inner"): torch.einsum("tir,xyr->tixy", a, b)})
     assert found["tile"].is_identity()
     assert found["inner"].order.tolist() == [[2, 1, 0], [2, 1, 0]]

@@ -1,6 +1,6 @@
 """Every architecture merges without alignment, from file keys alone.
 
-What is right is said here without the package: files are read with safetensors, and means are rounded by hand.
+Expected results are computed without the package: files are read with safetensors, and means are rounded by hand.
 """
 
 import json
@@ -32,7 +32,7 @@ def build(name):
 
 @torch.no_grad()
 def randomise(model, seed):
-    """All that is stored is random, over many orders of magnitude: adding two values loses bits of one of them."""
+    """Make all stored values random over many orders of magnitude, so that adding two loses bits of one of them."""
     generator = torch.Generator().manual_seed(seed)
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point():
@@ -59,7 +59,7 @@ def read(folder):
 
 
 def rounded_mean(a, b):
-    """The number nearest to (a + b) / 2 that the dtype has, ties to even: rounded once, on the bits of float64.
+    """Return the number of the dtype nearest to (a + b) / 2, ties to even, rounded once on the bits of float64.
 
     Two values of at most 11 bits whose exponents differ by less than 42 add up without loss in the 53 of float64, and
     so do most of float32; what an addition loses is itself a float64 (Knuth's TwoSum), and has to be 0 here, or else
@@ -73,15 +73,15 @@ def rounded_mean(a, b):
     back = total - x
     exact = (x - (total - back)) + (y - back) == 0
     drop = np.uint64(52 - FRACTION[dtype])
-    one, bits = np.uint64(1), (total / 2).view(np.uint64)
-    rounded = (bits + (one << (drop - one)) - one + (bits >> drop & one)) >> drop << drop
+    unit, bits = np.uint64(1), (total / 2).view(np.uint64)
+    rounded = (bits + (unit << (drop - unit)) - unit + (bits >> drop & unit)) >> drop << drop
     mean = rounded.view(np.float64)
     assert ((mean == 0) | (np.abs(mean) >= torch.finfo(dtype).tiny)).all()
     return torch.from_numpy(mean).reshape(a.shape).to(dtype), torch.from_numpy(exact).reshape(a.shape)
 
 
 def expected(a, b):
-    """The merge of two tensors of one dtype."""
+    """Return the expected merge of two tensors of one dtype."""
     if not a.is_floating_point():
         return a
     # Float64 has more than twice the bits of float32 and two more, so rounding a sum first to it changes nothing.
@@ -99,16 +99,16 @@ def same_bits(a, b):
 
 
 def wrong(merged, a, b):
-    """What is wrong with the merge of `a` and `b`, all three `{key: tensor}`; an empty list if nothing is."""
-    said = [f"{key} is missing" for key in sorted(a.keys() - merged.keys())]
-    said += [f"{key} is new" for key in sorted(merged.keys() - a.keys())]
+    """List the errors in the merge of `a` and `b`, all three `{key: tensor}`."""
+    errors = [f"{key} is missing" for key in sorted(a.keys() - merged.keys())]
+    errors += [f"{key} is new" for key in sorted(merged.keys() - a.keys())]
     for key in sorted(a.keys() & merged.keys()):
         got, want = merged[key], expected(a[key], b[key])
         if (got.shape, got.dtype) != (want.shape, want.dtype):
-            said.append(f"{key} is {tuple(got.shape)} {got.dtype}, not {tuple(want.shape)} {want.dtype}")
+            errors.append(f"{key} is {tuple(got.shape)} {got.dtype}, not {tuple(want.shape)} {want.dtype}")
         elif not same_bits(got, want):
-            said.append(f"{key} is not the mean in {(got != want).sum()} places of {got.numel()}")
-    return said
+            errors.append(f"{key} is not the mean in {(got != want).sum()} places of {got.numel()}")
+    return errors
 
 
 class Pair(NamedTuple):
@@ -148,7 +148,7 @@ def test_the_merge_has_the_keys_of_the_first_and_the_mean_of_both(pair, tmp_path
     assert json.loads((out / "config.json").read_text()) == json.loads((pair.a / "config.json").read_text())
 
     model, info = pair.owner.from_pretrained(out, dtype=pair.dtype, output_loading_info=True)
-    assert {what: keys for what, keys in info.items() if keys} == {}, "it loads clean"
+    assert {problem: keys for problem, keys in info.items() if keys} == {}, "it loads clean"
     model.save_pretrained(tmp_path / "again")
     again = read(tmp_path / "again")
     assert again.keys() == merged.keys()  # with the values of the file; a few classes widen some to float32
@@ -157,18 +157,20 @@ def test_the_merge_has_the_keys_of_the_first_and_the_mean_of_both(pair, tmp_path
 
 
 def merges_with(settings, folders, copies):
-    """Whether two folders merge when their configurations say something else beside the same weights."""
+    """Whether two folders merge with other settings in their configurations and the same weights."""
     a, b = (shutil.copytree(folder, copies / folder.name) for folder in folders)
     for folder in (a, b):
-        said = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({k: x for k, x in (said | settings).items() if x is not None}))
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(
+            json.dumps({k: x for k, x in (config | settings).items() if x is not None})
+        )
     out = merge([a, b]).save(copies / "out")
     assert json.loads((out / "config.json").read_text()) == json.loads((a / "config.json").read_text())
     return wrong(read(out), read(a), read(b)) == []
 
 
 def test_it_takes_no_class(pair, tmp_path):
-    """The same files under a name that no transformers knows."""
+    """Files with a model type that transformers does not know."""
     assert merges_with({"model_type": "of-tomorrow", "architectures": ["New"]}, (pair.a, pair.b), tmp_path)
 
 
@@ -185,7 +187,7 @@ def test_it_takes_no_class(pair, tmp_path):
     ids=["needs timm", "needs natten", "unknown setting", "unknown class", "no class", "another class"],
 )
 def test_what_cannot_be_built_here_merges(name, settings, tmp_path):
-    """Transformers knows the type, and cannot build the model; a mean needs none."""
+    """Transformers knows the type but cannot build the model; a mean does not need one."""
     assert merges_with(settings, saved(build(name), tmp_path / "as built"), tmp_path)
 
 
@@ -195,7 +197,7 @@ def test_there_are_many_architectures():
 
 
 def test_what_is_wrong_would_be_seen(tmp_path):
-    """Negative controls, one for every way to be wrong."""
+    """Negative controls, one for every kind of error."""
     a, b = ({k: t.clone() for k, t in randomise(build("resnet"), seed).state_dict().items()} for seed in (3, 4))
     good = {key: expected(a[key], b[key]) for key in a}
     assert wrong(good, a, b) == []
@@ -219,7 +221,7 @@ def test_what_is_wrong_would_be_seen(tmp_path):
 
 
 def test_the_mean_is_rounded_to_the_nearest_and_ties_to_even():
-    """1 has the neighbours 1 + 2^-7 and 1 + 2^-6 in bfloat16; what lies between two of them is known on paper."""
+    """In bfloat16, 1 is followed by 1 + 2^-7 and 1 + 2^-6, so means between them are easy to round by hand."""
     step = 2.0**-7
     for a, b, mean in (
         (1, 1, 1),
@@ -241,9 +243,9 @@ def test_the_mean_is_rounded_to_the_nearest_and_ties_to_even():
 
 @pytest.mark.parametrize("dtype", [*DTYPES.values(), torch.float16], ids=[*DTYPES, "float16"])
 def test_the_mean_of_three_is_within_half_a_step(dtype):
-    """A sum of two and a half of it are rounded once in any arithmetic; of three, not in that of the dtype itself.
+    """The mean of two is rounded once in any arithmetic, but the mean of three is not in the arithmetic of the dtype.
 
-    A wider format rounds, too; what it may do is a 512th of a step.
+    A wider format rounds, too, by up to a 512th of a step.
     """
     states = [{k: t.to(dtype) for k, t in randomise(build("bert"), seed).state_dict().items()} for seed in (3, 4, 5)]
     states = [{k: t for k, t in state.items() if t.is_floating_point()} for state in states]
@@ -259,14 +261,14 @@ def test_the_mean_of_three_is_within_half_a_step(dtype):
 @pytest.mark.parametrize("dtype", [*DTYPES.values(), torch.float16], ids=[*DTYPES, "float16"])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_what_is_as_large_as_can_be_is_the_mean_of_itself(dtype, sign):
-    """Masks hold the lowest number there is; the sum of two of them is out of range in the same format."""
+    """Masks hold the lowest number of the dtype, and the sum of two of them overflows."""
     lowest = {"mask": torch.full((4,), sign * torch.finfo(dtype).max, dtype=dtype)}
     assert same_bits(merge([lowest, lowest]).tensors["mask"], lowest["mask"])
 
 
 @pytest.mark.parametrize("name", ["bert", "mixtral"])
 def test_shards_merge_with_one_file(name, tmp_path):
-    """How a model is cut into files is nothing that it is."""
+    """How a model is split into files does not matter."""
     for seed, (folder, size) in enumerate((("a", "8KB"), ("b", "5GB")), 3):
         randomise(build(name), seed).save_pretrained(tmp_path / folder, max_shard_size=size)
     a, b = tmp_path / "a", tmp_path / "b"
@@ -298,5 +300,5 @@ def test_weights_alone_are_enough(tmp_path):
     for folder in (a, b):
         (folder / "config.json").unlink()
     out = merge([a, b]).save(tmp_path / "out")
-    assert not list(out.glob("*config*")), "none is made up"
+    assert not list(out.glob("*config*")), "no configuration is made up"
     assert wrong(read(out), read(a), read(b)) == []

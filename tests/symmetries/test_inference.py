@@ -1,4 +1,4 @@
-"""Symmetries read off the forward pass: the laws over every model of the zoo, and over modules composed at random."""
+"""Symmetries inferred from the forward pass: laws over every model of the zoo, and over randomly composed modules."""
 
 import copy
 import logging
@@ -8,62 +8,62 @@ import pytest
 import torch
 import transformers
 import zoo
-from conftest import ONE_OF_EACH, TINY, forward_pass, same_tensors
+from conftest import ONE_OF_EACH, TINY, infer_or_skip, same_tensors
 from hypothesis import HealthCheck, assume, given, settings
 from torch import nn
 
 from hf_rebasin import Alignment, Checkpoint, Status, align, check, infer_spec, merge, spec_for
-from hf_rebasin.alignment.exactness import outputs
+from hf_rebasin.alignment.exactness import compute_outputs
 from hf_rebasin.errors import CheckpointError, MismatchError, SpecError
-from hf_rebasin.symmetries.detection import written
+from hf_rebasin.symmetries.detection import render_spec
 from hf_rebasin.symmetries.table import table_for
 
 ZOO = zoo.HF | zoo.MODULES
 
 
 @cache
-def built(name):
-    """A model of the zoo, and the spec that its forward pass shows. Neither is to be changed."""
+def build_and_infer(name):
+    """Return a model of the zoo and the spec inferred from its forward pass, neither of which may be changed."""
     model = ZOO[name].build()
     return model, infer_spec(model, ZOO[name].inputs())
 
 
 @pytest.fixture(params=ZOO)
 def case(request):
-    """(model, inputs, what it is expected to have)"""
-    return built(request.param)[0], ZOO[request.param].inputs(), ZOO[request.param]
+    """A (model, inputs, `Family` with the expected symmetries) triple."""
+    return build_and_infer(request.param)[0], ZOO[request.param].inputs(), ZOO[request.param]
 
 
 @pytest.fixture
-def shown(request, case):
-    """The spec that its forward pass shows."""
-    return built(request.node.callspec.params["case"])[1]
+def inferred(request, case):
+    """The spec inferred from the forward pass of the case."""
+    return build_and_infer(request.node.callspec.params["case"])[1]
 
 
 EXAMPLES = pytest.mark.parametrize("examples", [100, pytest.param(400, marks=pytest.mark.slow)])
 
 
-def composed_at_random(examples):
-    """A test of so many modules that are composed at random, the same ones each time."""
-    more = dict(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
-    return lambda law: settings(max_examples=examples, **more)(given(zoo.modules())(law))
+def over_random_modules(examples):
+    """Run the decorated test on this many randomly composed modules, the same ones each time."""
+    options = dict(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+    return lambda law: settings(max_examples=examples, **options)(given(zoo.modules())(law))
 
 
 # --- the laws -----------------------------------------------------------------------------------------------------
 
 
-def test_what_is_inferred_moves_without_changing_the_function(case, shown):
+def test_inferred_symmetries_keep_the_function(case, inferred):
     model, inputs, family = case
-    assert len(shown.free) >= family.free, f"expected {family.why}; found {sorted(shown.free)}"
+    assert len(inferred.free) >= family.free, f"expected {family.why}; found {sorted(inferred.free)}"
     for seed in range(2):
-        result = check(model, spec=shown, inputs=inputs, seed=seed)
+        result = check(model, spec=inferred, inputs=inputs, seed=seed)
         assert result.holds, str(result)
-        assert result.moved or len(shown.free) < 2
+        assert result.moved or len(inferred.free) < 2
 
 
-def test_planted_alignments_come_back_exactly(case, shown):
+def test_planted_alignments_come_back_exactly(case, inferred):
     model = case[0]
-    planted = Alignment.random(shown.restricted(), torch.Generator().manual_seed(7))
+    planted = Alignment.random(inferred.restricted(), torch.Generator().manual_seed(7))
     moved = planted.apply(model)
     assert same_tensors(model, moved) == (not planted.moved)
     solution = align(model, moved, spec=planted.spec)
@@ -71,46 +71,46 @@ def test_planted_alignments_come_back_exactly(case, shown):
     assert same_tensors(solution.apply(moved), model)
 
 
-def test_what_is_found_can_be_written_as_a_spec_file(case, shown):
-    """`written` refuses a text that does not mean the same; here it must not be longer than what it was made of."""
-    text = written(shown, Checkpoint.open(case[0]))
+def test_an_inferred_spec_can_be_written_as_a_spec_file(case, inferred):
+    """`render_spec` refuses a text that does not mean the same; here it must not have more rows than the table."""
+    text = render_spec(inferred, Checkpoint.open(case[0]))
     assert "def table(config):" in text
-    said = text[text.index("def table") : text.index("def groups")].count("\n        ")
-    assert said <= len(shown.table.rows)
+    rows = text[text.index("def table") : text.index("def groups")].count("\n        ")
+    assert rows <= len(inferred.table.rows)
     compile(text, "<spec file>", "exec")
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_a_written_table_is_as_short_as_one_by_hand(name):
     checkpoint = Checkpoint.open(TINY[name])
-    text = written(forward_pass(TINY[name]), checkpoint)
-    mine = text[text.index("def table") : text.index("def groups")].count("\n        ")
-    used = {tensor.row for tensor in spec_for(checkpoint).tensors}
-    assert mine <= 2 * len(used)
+    text = render_spec(infer_or_skip(TINY[name]), checkpoint)
+    rows = text[text.index("def table") : text.index("def groups")].count("\n        ")
+    rows_by_hand = {tensor.row for tensor in spec_for(checkpoint).tensors}
+    assert rows <= 2 * len(rows_by_hand)
 
 
 @EXAMPLES
-def test_modules_composed_at_random_keep_their_function(examples):
-    found = []  # the law would hold for an inference that pins everything
+def test_randomly_composed_modules_keep_their_function(examples):
+    free = []  # number of free symmetries: the law would hold for an inference that pins everything
 
-    @composed_at_random(examples)
+    @over_random_modules(examples)
     def law(composed):
         model, inputs = composed
-        assume(outputs(model, inputs)[0].any())  # dead units on the way
+        assume(compute_outputs(model, inputs)[0].any())  # not so where all units of a layer are dead
         spec = infer_spec(model, inputs)
-        found.append(len(spec.free))
+        free.append(len(spec.free))
         result = check(model, spec=spec, inputs=inputs)
         assert result.holds, f"{result}\n{model.structure}\n{dict(spec.table.rows)}"
 
     law()
-    assert sum(found) > len(found)
+    assert sum(free) > len(free)
 
 
-# --- what a spec says ---------------------------------------------------------------------------------------------
+# --- the contents of a spec ---------------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
-    """Queries, keys and values by hand; `mix` is what is done to the activations with their heads and units."""
+    """Attention written out, in which `mix` acts on queries and keys of shape (batch, heads, tokens, units)."""
 
     def __init__(self, mix=None):
         super().__init__()
@@ -150,31 +150,31 @@ def test_activations_carry_symmetries():
     spec = infer_spec(Attention(), TOKENS)
     assert spec.activations["embed"] == "_, _, residual"
     assert spec.activations["v"] == "_, _, (head ov)"
-    assert "head" not in spec.activations, "the output carries none"
+    assert "head" not in spec.activations, "outputs carry no symmetry"
     model = TINY["bert-1-BertForMaskedLM"]
-    seen = infer_spec(model).activations
-    assert seen["bert.encoder.layer.1.intermediate"] == "_, _, intermediate.1"
-    assert seen["bert.encoder.layer.1.attention.self.query"] == "_, _, (head.1 qk.1)"
+    activations = infer_spec(model).activations
+    assert activations["bert.encoder.layer.1.intermediate"] == "_, _, intermediate.1"
+    assert activations["bert.encoder.layer.1.attention.self.query"] == "_, _, (head.1 qk.1)"
 
 
-def test_activations_move_as_it_is_said():
-    """The output of a module, permuted along its symmetry, is that of the moved model's module."""
+def test_activations_move_along_their_symmetries():
+    """The output of a module, permuted along its symmetry, equals the output of the moved model's module."""
     model = Attention().double()
     spec = infer_spec(model, TOKENS).restricted()
     moved = (g := Alignment.random(spec, torch.Generator().manual_seed(1))).apply(model)
-    seen = {}
-    for which, one in (("before", model), ("after", moved)):
-        one.embed.register_forward_hook(lambda m, a, out, which=which: seen.setdefault(which, out))
-        one(TOKENS.double())
-    torch.testing.assert_close(seen["after"], seen["before"][..., g["residual"].order])
-    assert not torch.equal(seen["after"], seen["before"])
+    activations = {}
+    for name, network in (("before", model), ("after", moved)):
+        network.embed.register_forward_hook(lambda m, a, out, name=name: activations.setdefault(name, out))
+        network(TOKENS.double())
+    torch.testing.assert_close(activations["after"], activations["before"][..., g["residual"].order])
+    assert not torch.equal(activations["after"], activations["before"])
 
 
 @pytest.mark.parametrize(
     ("mix", "group"),
     [
-        (lambda x: x * torch.arange(3), None),  # units told apart
-        (lambda x: x + x.mean(1, keepdim=True), "invertible"),  # heads see each other's units
+        (lambda x: x * torch.arange(3), None),  # tells units apart
+        (lambda x: x + x.mean(1, keepdim=True), "invertible"),  # mixes the units of different heads
         (lambda x: x.softmax(1), "permutation"),
         (lambda x: x - x.cumsum(1), "permutation"),
         (lambda x: x + x.flip(1), "permutation"),
@@ -193,8 +193,8 @@ def test_inner_axes_are_nested_only_where_no_activation_mixes_the_outer_ones(mix
         assert check(model, spec=spec, inputs=TOKENS, seed=seed).holds
 
 
-class Odd(nn.Module):
-    """Something that has no rule, between two layers."""
+class Between(nn.Module):
+    """Two linear layers with an operation between them."""
 
     def __init__(self, op):
         super().__init__()
@@ -205,7 +205,7 @@ class Odd(nn.Module):
 
 
 def test_an_unknown_operation_pins_and_is_named():
-    model = Odd(lambda x: torch.fft.fft(x).real)
+    model = Between(lambda x: torch.fft.fft(x).real)
     spec = infer_spec(model, torch.randn(2, 5))
     assert spec.free == frozenset()
     assert "_fft_r2c in the model, which has no rule" in spec.pins["first.bias"][0]
@@ -213,7 +213,7 @@ def test_an_unknown_operation_pins_and_is_named():
 
 
 @pytest.mark.parametrize(
-    ("op", "said"),
+    ("op", "reason"),
     [
         (lambda x: x.roll(1, -1), "roll in the model: has an order"),
         (lambda x: x[..., torch.tensor([1, 0, 2, 3, 4, 5, 6, 7])], "index in the model: rows are looked up by number"),
@@ -221,18 +221,18 @@ def test_an_unknown_operation_pins_and_is_named():
         (lambda x: x.sort(-1).values, "sort in the model"),
     ],
 )
-def test_reasons_name_the_operation(op, said):
-    spec = infer_spec(Odd(op), torch.randn(2, 5))
+def test_reasons_name_the_operation(op, reason):
+    spec = infer_spec(Between(op), torch.randn(2, 5))
     assert spec.free == frozenset()
-    assert spec.pins["first.bias"] == (said,)
+    assert spec.pins["first.bias"] == (reason,)
     assert spec.pins["second.bias"] == ("an output of the model",)
 
 
-# --- what is easily taken for a symmetry -----------------------------------------------------------------------------
+# --- what is easily mistaken for a symmetry --------------------------------------------------------------------------
 
 
 class Net(nn.Module):
-    """Any forward pass over some layers and parameters."""
+    """An arbitrary forward pass over the given layers and parameters."""
 
     def __init__(self, forward, **parts):
         super().__init__()
@@ -260,8 +260,8 @@ def one_hot(s, x):
 
 def sinusoid(s, x):
     table = torch.zeros(x.shape[1], 6, dtype=x.dtype)
-    where = torch.arange(x.shape[1], dtype=x.dtype)[:, None] * torch.arange(1, 4)
-    table[:, 0::2], table[:, 1::2] = where.sin(), where.cos()
+    angle = torch.arange(x.shape[1], dtype=x.dtype)[:, None] * torch.arange(1, 4)
+    table[:, 0::2], table[:, 1::2] = angle.sin(), angle.cos()
     return s.o((s.a(x) + table).relu())
 
 
@@ -282,7 +282,7 @@ def diagonal(s, x):
     return s.o(s.a(x).relu() @ z)
 
 
-def out_of_sight(s, x):
+def written_by_numpy(s, x):
     z = x.new_zeros(6)
     z.numpy()[:] = range(6)
     return s.o(s.a(x).relu() * z)
@@ -334,7 +334,7 @@ VIEW = dict(a=(L, 3, 4), w=(P, 4, 6), b=(L, 3, 6), o=(L, 6, 2))
         (scattered, LAYER, X, 0),
         (put, LAYER, X, 0),
         (diagonal, LAYER, X, 0),
-        (out_of_sight, LAYER, X, 0),
+        (written_by_numpy, LAYER, X, 0),
         (summed(lambda y: y.amax(1)), dict(a=(L, 3, 12)), X, 2),
         (summed(lambda y: y.mean(1)), dict(a=(L, 3, 12)), X, 2),
         (summed(lambda y: y.max(1).values), dict(a=(L, 3, 12)), X, 1),
@@ -383,8 +383,8 @@ def test_common_operations_keep_their_symmetries(forward, parts):
         assert check(model, spec=spec, inputs=SEQUENCE, seed=seed).holds, dict(spec.table.rows)
 
 
-def test_what_other_inputs_would_read_is_held():
-    """The end of a table of positions: free on short inputs, it would not fit on longer ones."""
+def test_positions_that_only_longer_inputs_read_are_held():
+    """On short inputs the last rows of a position table could be permuted, but longer inputs read them."""
     model = Net(lambda s, x: s.o((s.e(x) + s.p[: x.shape[1]]).relu().mean(1)), e=(L, 3, 6), p=(P, 7, 6), o=(L, 6, 2))
     spec = infer_spec(model, SEQUENCE[:, :3])
     assert spec.pins["p"][0] is not None
@@ -393,7 +393,7 @@ def test_what_other_inputs_would_read_is_held():
         assert check(model, spec=spec, inputs=SEQUENCE, seed=seed).holds
 
 
-def test_layers_may_be_called_like_rows_matched_by_string():
+def test_layers_may_have_the_names_of_axes_matched_by_string():
     model = Net(lambda s, x: s.o(s.label(x).relu() * s.vocab(x)), label=(L, 3, 6), vocab=(L, 3, 6), o=(L, 6, 2))
     assert not {"label", "vocab"} & set(infer_spec(model, X).symmetries)
 
@@ -403,65 +403,65 @@ def test_inputs_caches_and_random_numbers_are_left_alone():
     model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 4), nn.Linear(4, 2)).double()
     assert len(infer_spec(model, x).free) == 1
     assert torch.equal(x, X)
-    kept = {}
+    cache = {}
 
     def masked(s, x):
-        if "mask" not in kept:
-            kept["mask"] = torch.full((6, 6), 0.5).triu(1)
-        return s.o(s.a(x).relu() @ kept["mask"].double() + torch.rand(6))
+        if "mask" not in cache:
+            cache["mask"] = torch.full((6, 6), 0.5).triu(1)
+        return s.o(s.a(x).relu() @ cache["mask"].double() + torch.rand(6))
 
     model = Net(masked, **LAYER)
     state = torch.random.get_rng_state()
     infer_spec(model, X)
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert not kept["mask"].is_meta
+    assert not cache["mask"].is_meta
     assert model(X).isfinite().all()
 
 
-def test_what_cannot_be_read_is_said():
+def test_unreadable_modules_are_refused():
     with pytest.raises(SpecError, match="compiled"):
         infer_spec(torch.jit.script(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))), X.float())
-    with pytest.raises(CheckpointError, match=r"has no 0.weight, 0.bias yet; run it once"):
+    with pytest.raises(CheckpointError, match=r"has not initialised 0.weight, 0.bias yet; run it once"):
         infer_spec(nn.Sequential(nn.LazyLinear(3)), X.float())
     odd = nn.Sequential()
     odd.add_module("a{b}", nn.Linear(3, 4))
-    with pytest.raises(SpecError, match=r"'a\{b\}.weight', 'a\{b\}.bias': names with .* cannot be said in a table"):
+    with pytest.raises(SpecError, match=r"'a\{b\}.weight', 'a\{b\}.bias': names with .* cannot be written in a table"):
         infer_spec(odd, X.float())
 
 
-# --- what it needs, and what it leaves alone ----------------------------------------------------------------------
+# --- what inference needs, and what it leaves alone ---------------------------------------------------------------
 
 
-def test_a_value_that_hangs_on_the_weights_is_refused():
-    model = Odd(lambda x: x if x.sum() > 0 else -x)
-    with pytest.raises(SpecError, match=r"asks for a value in the model .* that hangs on the weights"):
+def test_a_value_that_depends_on_the_weights_is_refused():
+    model = Between(lambda x: x if x.sum() > 0 else -x)
+    with pytest.raises(SpecError, match=r"asks for a value in the model .* that depends on the weights"):
         infer_spec(model, torch.randn(2, 5))
 
 
 def test_a_value_of_the_inputs_may_be_asked_for():
-    class Branches(Odd):
+    class Branches(Between):
         def forward(self, x):
             return super().forward(x if x.sum() > 0 else x[:1])
 
     assert infer_spec(Branches(torch.relu), torch.ones(2, 5)).free == {"first"}
 
 
-def test_a_forward_pass_that_fails_is_said():
-    with pytest.raises(SpecError, match=r"Odd cannot be inferred: its forward pass.*fails in first: RuntimeError"):
-        infer_spec(Odd(torch.relu), torch.randn(2, 7))
+def test_a_forward_pass_that_fails_is_reported():
+    with pytest.raises(SpecError, match=r"Between cannot be inferred: its forward pass.*fails in first: RuntimeError"):
+        infer_spec(Between(torch.relu), torch.randn(2, 7))
 
 
-def test_inputs_have_to_be_given_where_none_are_known():
+def test_inputs_are_required_where_none_are_known():
     with pytest.raises(MismatchError, match="give inputs"):
-        infer_spec(Odd(torch.relu))
-    with pytest.raises(MismatchError, match="only tensors, without a forward pass"):
-        spec_for(Odd(torch.relu).state_dict())
+        infer_spec(Between(torch.relu))
+    with pytest.raises(MismatchError, match="tensors only, and no forward pass"):
+        spec_for(Between(torch.relu).state_dict())
     with pytest.raises(MismatchError, match="inputs"):
-        check(Odd(torch.relu))
+        check(Between(torch.relu))
 
 
-def test_what_the_forward_pass_does_not_use_is_held_and_said(caplog):
-    model = Odd(torch.relu)
+def test_unused_tensors_are_held_and_reported(caplog):
+    model = Between(torch.relu)
     model.spare = nn.Linear(8, 8)
     with caplog.at_level(logging.WARNING):
         spec = infer_spec(model, torch.randn(2, 5))
@@ -475,13 +475,13 @@ def test_the_model_is_left_alone(case):
     training = model.training
     model.train()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    seen = {id(p) for p in model.parameters()}
+    parameters = {id(p) for p in model.parameters()}
     names = [sorted(vars(part)) for part in model.modules()]
     hooks = [len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules()]
     infer_spec(model, inputs)
     assert all(part.training for part in model.modules())
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
-    assert seen == {id(p) for p in model.parameters()}
+    assert parameters == {id(p) for p in model.parameters()}
     assert names == [sorted(vars(part)) for part in model.modules()]
     assert hooks == [len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules()]
     assert torch.backends.mha.get_fastpath_enabled()
@@ -493,11 +493,11 @@ def test_no_weights_are_needed():
         model = transformers.BertForMaskedLM(TINY["bert-1-BertForMaskedLM"].config)
     assert infer_spec(model).table.rows == infer_spec(TINY["bert-1-BertForMaskedLM"]).table.rows
     with torch.device("meta"):
-        plain = Odd(torch.relu)
+        plain = Between(torch.relu)
     assert infer_spec(plain, torch.randn(2, 5)).free == {"first"}
 
 
-# --- everything else works on it ----------------------------------------------------------------------------------
+# --- everything else works with inferred specs --------------------------------------------------------------------
 
 
 def test_a_family_without_a_table_from_folder_to_merge(tmp_path):
@@ -514,8 +514,8 @@ def test_a_family_without_a_table_from_folder_to_merge(tmp_path):
     assert same_tensors(aligned, a)
     merged = merge([a, aligned]).save(tmp_path / "m")
     assert same_tensors(transformers.BioGptForCausalLM.from_pretrained(merged, dtype=torch.float64), model)
-    again = Alignment.load(solution.alignment.save(tmp_path / "alignment.safetensors"))
-    assert same_tensors(again.apply(moved), a)
+    loaded = Alignment.load(solution.alignment.save(tmp_path / "alignment.safetensors"))
+    assert same_tensors(loaded.apply(moved), a)
 
 
 def test_a_state_dict_beside_a_module():
@@ -537,11 +537,11 @@ def test_modules_merge_to_modules():
     torch.testing.assert_close(merged.embed.weight, 2 * a.embed.weight)
 
 
-def test_a_file_with_more_than_its_class_keeps_it(tmp_path):
+def test_tensors_beyond_those_of_the_class_are_kept(tmp_path):
     model = zoo.HF["biogpt"].build()
     checkpoint = Checkpoint.open(model)
-    more = Checkpoint({**checkpoint.tensors, "extra.weight": torch.ones(3, 3)}, checkpoint.config)
-    spec = spec_for(more.save(tmp_path / "more"))
+    larger = Checkpoint({**checkpoint.tensors, "extra.weight": torch.ones(3, 3)}, checkpoint.config)
+    spec = spec_for(larger.save(tmp_path / "larger"))
     assert spec.pins["extra.weight"] == ("no part of its class",) * 2
     assert spec.free == spec_for(checkpoint).free
 
@@ -551,62 +551,63 @@ def test_tokens_and_labels_keep_their_names():
     assert infer_spec(TINY["vit-0-ViTForImageClassification"]).table.rows["classifier.bias"] == "label"
 
 
-# --- traps that other packages fall into: each with the naive treatment, which must be seen -----------------------
+# --- traps that other packages fall into: each with the naive treatment, which must be detected -------------------
 
 
-def changed(model, inputs, state):
-    """How much the function of a model changes with another state, relative to its outputs."""
-    before, _ = outputs(model, inputs)
+def relative_change(model, inputs, state):
+    """The largest change of a model's outputs under another state dict, relative to the largest output."""
+    before, _ = compute_outputs(model, inputs)
     other = copy.deepcopy(model)
     other.load_state_dict(state)
-    after, _ = outputs(other, inputs)
+    after, _ = compute_outputs(other, inputs)
     return ((before - after).abs().max() / before.abs().max()).item()
 
 
-def moved_state(name, seed=0):
+def move_model(name, seed=0):
+    """Return a model of the zoo, its inputs, a random alignment, and the state dict moved by it."""
     model, inputs = zoo.MODULES[name].build(), zoo.MODULES[name].inputs()
     spec = infer_spec(model, inputs).restricted()  # the traps are those of permutations
     g = Alignment.random(spec, torch.Generator().manual_seed(seed))
     state = {key: tensor.clone() for key, tensor in g.apply(model).state_dict().items()}
-    assert changed(model, inputs, state) < 1e-10
+    assert relative_change(model, inputs, state) < 1e-10
     return model, inputs, g, state
 
 
 def test_trap_running_statistics_stay_behind():
-    model, inputs, _, state = moved_state("mlp")
-    stays = {key: tensor for key, tensor in model.state_dict().items() if "running" in key}
-    assert stays
-    assert changed(model, inputs, state | stays) > 1e-3
+    model, inputs, _, state = move_model("mlp")
+    unmoved = {key: tensor for key, tensor in model.state_dict().items() if "running" in key}
+    assert unmoved
+    assert relative_change(model, inputs, state | unmoved) > 1e-3
 
 
 def test_trap_flattened_places_taken_for_channels():
     """conv → flatten → linear: columns are (channel, place), not (place, channel)."""
-    model, inputs, g, state = moved_state("vgg")
+    model, inputs, g, state = move_model("vgg")
     (key,) = (k for k, row in g.spec.table.rows.items() if "(" in row)
-    name, places = next(leaf for leaf in g.spec.table.rows[key].split(", ")[1].strip("()").split(" ")), 0
+    name = next(leaf for leaf in g.spec.table.rows[key].split(", ")[1].strip("()").split(" "))
     order = g[name.rstrip("'")].order
     weight = model.state_dict()[key]
     places = weight.shape[1] // len(order)
     assert places > 1
     rows = next(g[n].order for n in [g.spec.table.rows[key].split(",")[0]] if n in g.elements)
     naive = weight[rows].view(len(weight), places, len(order))[:, :, order].reshape(weight.shape)
-    assert changed(model, inputs, state | {key: naive}) > 1e-3
+    assert relative_change(model, inputs, state | {key: naive}) > 1e-3
 
 
 def test_trap_grouped_convolutions_permuted_freely():
-    """Channels that go into a grouped convolution stay in their groups, in one order for all that a group writes."""
-    model, inputs, _, state = moved_state("grouped_conv")
+    """Input channels of a grouped convolution stay in their groups, in one order for all outputs of a group."""
+    model, inputs, _, state = move_model("grouped_conv")
     first, grouped = model[0], model[2]
     assert grouped.groups > 1
     order = torch.randperm(grouped.in_channels, generator=torch.Generator().manual_seed(1))
-    naive = {f"0.{what}": tensor[order] for what, tensor in first.state_dict().items()}
-    assert changed(model, inputs, model.state_dict() | naive) > 1e-3
+    naive = {f"0.{name}": tensor[order] for name, tensor in first.state_dict().items()}
+    assert relative_change(model, inputs, model.state_dict() | naive) > 1e-3
     swapped = {"2.weight": state["2.weight"].flip(1)}
-    assert changed(model, inputs, state | swapped) > 1e-3
+    assert relative_change(model, inputs, state | swapped) > 1e-3
 
 
 def test_trap_tied_weights_moved_apart():
-    model, inputs, g, state = moved_state("char_gpt")
+    model, inputs, g, state = move_model("char_gpt")
     (target,) = g.spec.ties
     assert g.spec.ties[target] in g.spec.shapes
     assert target not in g.spec.shapes
@@ -614,9 +615,9 @@ def test_trap_tied_weights_moved_apart():
     untied = copy.deepcopy(model)
     owner, _, name = target.rpartition(".")
     setattr(untied.get_submodule(owner), name, nn.Parameter(naive.clone()))
-    before, _ = outputs(untied, inputs)
+    before, _ = compute_outputs(untied, inputs)
     untied.load_state_dict(state | {target: naive})
-    after, _ = outputs(untied, inputs)
+    after, _ = compute_outputs(untied, inputs)
     assert (before - after).abs().max() > 1e-3 * before.abs().max()
 
 
@@ -634,15 +635,16 @@ def test_trap_queries_permuted_across_heads():
             weight.mul_(10)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
     state = model.state_dict()
-    naive = {f"{part}.{what}": state[f"{part}.{what}"][order] for part in "qk" for what in ("weight", "bias")}
-    assert changed(model, TOKENS.double(), state | naive) > 1e-2
-    inside = torch.cat([3 * h + torch.randperm(3, generator=torch.Generator().manual_seed(h)) for h in range(4)])
-    right = {f"{part}.{what}": state[f"{part}.{what}"][inside] for part in "qk" for what in ("weight", "bias")}
-    assert changed(model, TOKENS.double(), state | right) < 1e-10
+    keys = [f"{module}.{name}" for module in "qk" for name in ("weight", "bias")]
+    naive = {key: state[key][order] for key in keys}
+    assert relative_change(model, TOKENS.double(), state | naive) > 1e-2
+    within = torch.cat([3 * h + torch.randperm(3, generator=torch.Generator().manual_seed(h)) for h in range(4)])
+    correct = {key: state[key][within] for key in keys}
+    assert relative_change(model, TOKENS.double(), state | correct) < 1e-10
 
 
 def test_trap_class_tokens_and_positions_move_and_merge():
-    model, _, g, state = moved_state("fused_vit")
+    model, _, g, state = move_model("fused_vit")
     for key in ("cls_token", "pos_embed"):
         assert torch.equal(state[key], model.state_dict()[key][..., g["residual"].order])
         assert not torch.equal(state[key], model.state_dict()[key])
@@ -650,15 +652,15 @@ def test_trap_class_tokens_and_positions_move_and_merge():
     torch.testing.assert_close(merged.tensors["cls_token"], 2 * model.state_dict()["cls_token"])
 
 
-def test_trap_a_better_moved_model_is_a_mistake(case, shown):
-    """Aligning a model to another one changes nothing about its own function."""
+def test_trap_alignment_changes_no_outputs(case, inferred):
+    """Aligning a model to another one does not change its own function."""
     model, inputs, _ = case
     other = copy.deepcopy(Checkpoint.open(model).model())
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
-    solution = align(other, model, spec=shown)
-    before, float32_inside = outputs(model, inputs)
-    after, _ = outputs(solution.apply(model), inputs)
+    solution = align(other, model, spec=inferred)
+    before, float32_inside = compute_outputs(model, inputs)
+    after, _ = compute_outputs(solution.apply(model), inputs)
     assert (before - after).abs().max() <= (1e-5 if float32_inside else 1e-10) * before.abs().max()

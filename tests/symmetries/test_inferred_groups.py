@@ -1,4 +1,4 @@
-"""Groups larger than permutations, read off the forward pass: they keep the function, and none of them is made up."""
+"""Groups larger than permutations, inferred from the forward pass: they keep the function, and none is invented."""
 
 import copy
 from dataclasses import replace
@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 import zoo
-from conftest import TINY, forward_pass
+from conftest import TINY, infer_or_skip
 from hypothesis import assume
-from test_inference import EXAMPLES, IDS, SEQUENCE, L, Net, P, composed_at_random
+from test_inference import EXAMPLES, IDS, SEQUENCE, L, Net, P, over_random_modules
 from test_marks import unit_norms
 from test_tables_and_inference import SCALED_SOMEWHERE
 from torch import nn
@@ -16,39 +16,41 @@ from torch.nn import functional as F
 
 from hf_rebasin import Alignment, Checkpoint, infer_spec, spec_for
 from hf_rebasin.alignment.alignment import act
-from hf_rebasin.alignment.exactness import example_inputs, outputs
+from hf_rebasin.alignment.exactness import compute_outputs, example_inputs
+from hf_rebasin.checkpoints.canonical import CanonicalView
 from hf_rebasin.symmetries.binding import bind_to
-from hf_rebasin.symmetries.detection import written
-from hf_rebasin.symmetries.infer.spec_file import _module
-from hf_rebasin.symmetries.patterns import READER, leaves, parse
+from hf_rebasin.symmetries.detection import render_spec
+from hf_rebasin.symmetries.infer.spec_file import _load_text
+from hf_rebasin.symmetries.patterns import READER, leaves, parse_pattern
 from hf_rebasin.symmetries.table import Table
 
 LARGER = {"invertible", "orthogonal", "centred"}
 
 
-def kinds(spec):
+def larger_groups(spec):
+    """The symmetries whose groups are larger than permutations, with these groups."""
     return {name: s.group for name, s in spec.symmetries.items() if s.kind in LARGER}
 
 
-def change(model, inputs, spec, seed=0):
-    """(relative change of the outputs under a random element of every group, what is allowed)"""
+def relative_change(model, inputs, spec, seed=0):
+    """Move a model by a random element of every group; return the relative change of its outputs, and its bound."""
     checkpoint, prefix = Checkpoint.open(model), spec.table.prefix
     elements = Alignment.random(spec, torch.Generator().manual_seed(seed)).elements
-    state = checkpoint.state(prefix)
-    moved = checkpoint.with_state(act(spec, elements, state), prefix).model()
-    before, float32_inside = outputs(model, inputs)
-    after, _ = outputs(moved, inputs)
+    view = CanonicalView(checkpoint, prefix)
+    moved = view.with_state(act(spec, elements, view.state)).model()
+    before, float32_inside = compute_outputs(model, inputs)
+    after, _ = compute_outputs(moved, inputs)
     return ((before - after).abs().max() / before.abs().max()).item(), 1e-5 if float32_inside else 1e-10
 
 
-# --- they keep the function ---------------------------------------------------------------------------------------
+# --- inferred groups keep the function ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", list(TINY))
 def test_the_inferred_groups_keep_the_function(name):
     model = unit_norms(TINY[name])
     inputs = example_inputs(model.config, torch.Generator().manual_seed(0))
-    relative, bound = change(model, inputs, forward_pass(TINY[name]))  # which does not look at weights
+    relative, bound = relative_change(model, inputs, infer_or_skip(TINY[name]))  # inference sees no weights
     assert relative <= bound
 
 
@@ -56,46 +58,46 @@ def test_the_inferred_groups_keep_the_function(name):
 def test_the_groups_inferred_in_the_zoo_keep_the_function(name):
     family = (zoo.HF | zoo.MODULES)[name]
     model, inputs = unit_norms(family.build()), family.inputs()
-    relative, bound = change(model, inputs, infer_spec(model, inputs))
+    relative, bound = relative_change(model, inputs, infer_spec(model, inputs))
     assert relative <= bound
 
 
 @EXAMPLES
-def test_modules_composed_at_random_keep_their_function_under_matrices(examples):
-    found = []  # the law would hold for an inference that finds no larger group
+def test_randomly_composed_modules_keep_their_function_under_matrices(examples):
+    larger = []  # number of larger groups: the law would hold for an inference that finds none
 
-    @composed_at_random(examples)
+    @over_random_modules(examples)
     def law(composed):
         model, inputs = unit_norms(composed[0]), composed[1]
-        assume(outputs(model, inputs)[0].abs().max() > 1e-6)  # the mean of what a norm gives is nothing but rounding
+        assume(compute_outputs(model, inputs)[0].abs().max() > 1e-6)  # the mean of a norm's outputs is only rounding
         spec = infer_spec(model, inputs)
-        found.append(len(kinds(spec)))
-        relative, bound = change(model, inputs, spec)
-        said = f"{composed[0].structure}\n{dict(spec.table.rows)}\n{dict(spec.table.groups)}"
-        assert relative <= 100 * bound, said
+        larger.append(len(larger_groups(spec)))
+        relative, bound = relative_change(model, inputs, spec)
+        message = f"{composed[0].structure}\n{dict(spec.table.rows)}\n{dict(spec.table.groups)}"
+        assert relative <= 100 * bound, message
 
     law()
-    assert sum(found) > 10
+    assert sum(larger) > 10
 
 
 @pytest.mark.parametrize(
     "name", ["gpt2-0-GPT2LMHeadModel", "gpt_neox-0-GPTNeoXForCausalLM", "t5-0-T5ForConditionalGeneration"]
 )
-def test_a_group_that_is_too_large_would_be_seen(name):
-    """Units of a hidden layer taken for what can be mixed, and a mark left out."""
+def test_a_group_that_is_too_large_would_be_detected(name):
+    """The outputs change if the units of a hidden layer are declared invertible, or if a mark is left out."""
     model = unit_norms(TINY[name])
     inputs = example_inputs(model.config, torch.Generator().manual_seed(0))
-    spec = forward_pass(model)
+    spec = infer_or_skip(model)
     units = next(n for n in spec.free if spec.symmetries[n].group == "permutation" and "head" not in n)
     wrong = replace(spec.table, groups={**spec.table.groups, units: "invertible"})
-    assert change(model, inputs, bind_to(wrong, Checkpoint.open(model)))[0] > 1e-4
-    for inner in (n for n in kinds(spec) if "qk" in n or "ov" in n):
+    assert relative_change(model, inputs, bind_to(wrong, Checkpoint.open(model)))[0] > 1e-4
+    for inner in (n for n in larger_groups(spec) if "qk" in n or "ov" in n):
         rows = {key: row.replace(f"{inner}'", inner) for key, row in spec.table.rows.items()}
         unmarked = bind_to(replace(spec.table, rows=rows), Checkpoint.open(model))
-        assert change(model, inputs, unmarked)[0] > 1e-4
+        assert relative_change(model, inputs, unmarked)[0] > 1e-4
 
 
-# --- what the tables say ------------------------------------------------------------------------------------------
+# --- the contents of inferred tables ------------------------------------------------------------------------------
 
 
 STREAMS = {
@@ -105,57 +107,58 @@ STREAMS = {
     "gpt_neox-0-GPTNeoXForCausalLM": "centred",
     "llama-0-LlamaForCausalLM": "orthogonal",
     "t5-4-T5ForTokenClassification": "orthogonal",
-    "t5-0-T5ForConditionalGeneration": "permutation",  # a scale goes with its tied head
+    "t5-0-T5ForConditionalGeneration": "permutation",  # a scale depends on its tied head
     "bert-1-BertForMaskedLM": "permutation",
     "opt-1-OPTForCausalLM": "permutation",
 }
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_streams_turn_where_norms_alone_read_them(name):
-    spec = forward_pass(TINY[name])
+def test_streams_rotate_where_only_norms_read_them(name):
+    spec = infer_or_skip(TINY[name])
     assert spec.symmetries["residual"].kind == STREAMS[name]
     assert bool(spec.norms) == (STREAMS[name] != "permutation")
 
 
 def readers(spec):
+    """`{gain of a norm: (its bias, its readers)}`"""
     return {norm.gain: (norm.bias, sorted(norm.readers)) for norm in spec.norms}
 
 
-def test_norms_and_their_readers_are_those_of_the_table(tiny):
-    """Of a glob of heads those that do read it: behind a projection the head does not."""
-    spec, table = forward_pass(tiny), spec_for(tiny)
+def test_norms_have_the_readers_that_the_table_gives(tiny):
+    """Readers in a glob of the table count only if they read the stream: behind a projection the head does not."""
+    spec, table = infer_or_skip(tiny), spec_for(tiny)
     if type(tiny).__name__ in SCALED_SOMEWHERE:
-        pytest.skip("whether its stream turns hangs on the version of transformers")
-    said = {}
+        pytest.skip("whether its stream rotates depends on the version of transformers")
+    expected = {}
     for norm in table.norms:
         if table.symmetries[norm.stream].kind in ("orthogonal", "centred"):
-            mine = [key for key in norm.readers if norm.stream in table.table.rows[key]]
-            said[norm.gain] = (norm.bias, sorted(mine))
-    assert readers(spec) == said
+            of_stream = [key for key in norm.readers if norm.stream in table.table.rows[key]]
+            expected[norm.gain] = (norm.bias, sorted(of_stream))
+    assert readers(spec) == expected
 
 
-def test_a_written_table_says_the_same_groups_and_norms(tiny):
+def test_a_written_table_has_the_same_groups_and_norms(tiny):
     checkpoint = Checkpoint.open(tiny)
-    spec = forward_pass(tiny)
-    again = bind_to(Table.of(_module(written(spec, checkpoint)), checkpoint.config), checkpoint)
-    assert again.symmetries == spec.symmetries
-    assert readers(again) == readers(spec)
+    spec = infer_or_skip(tiny)
+    read_back = bind_to(Table.of(_load_text(render_spec(spec, checkpoint)), checkpoint.config), checkpoint)
+    assert read_back.symmetries == spec.symmetries
+    assert readers(read_back) == readers(spec)
 
 
 def test_queries_and_values_are_written_and_keys_are_read():
-    rows = forward_pass(TINY["gpt2-0-GPT2LMHeadModel"]).table.rows
+    rows = infer_or_skip(TINY["gpt2-0-GPT2LMHeadModel"]).table.rows
     assert rows["h.1.attn.c_attn.weight"] == "residual', (head.1 qk.1) + (head.1 qk.1') + (head.1 ov.1)"
     assert rows["h.1.attn.c_proj.weight"] == "(head.1 ov.1'), residual"
     assert (rows["wte.weight"], rows["lm_head.weight"]) == ("vocab, residual", "vocab, residual'")
     assert (rows["ln_f.weight"], rows["ln_f.bias"]) == ("residual~", "residual")
 
 
-# --- what must not be taken for more than a permutation -----------------------------------------------------------
+# --- what must not be mistaken for more than a permutation --------------------------------------------------------
 
 
 def between(mix):
-    """A layer, something, a layer."""
+    """A forward pass through a layer, a function and a layer."""
     return lambda s, x: s.o(mix(s.a(x)))
 
 
@@ -197,26 +200,26 @@ BENT = [
 ]
 
 
-def seen_to_hold(model, inputs, spec):
-    relative, bound = change(model, inputs, spec)
+def assert_function_kept(model, inputs, spec):
+    relative, bound = relative_change(model, inputs, spec)
     assert relative <= bound, (dict(spec.table.rows), dict(spec.table.groups))
 
 
 @pytest.mark.parametrize("mix", LINEAR)
-def test_what_is_linear_is_invertible(mix):
+def test_linear_functions_leave_an_axis_invertible(mix):
     model = Net(between(mix), **WIDE)
     spec = infer_spec(model, SEQUENCE)
-    assert set(kinds(spec).values()) == {"invertible"}
+    assert set(larger_groups(spec).values()) == {"invertible"}
     assert spec.table.rows["o.weight"] in ("_, a'", "_, qk'")
-    seen_to_hold(model, SEQUENCE, spec)
+    assert_function_kept(model, SEQUENCE, spec)
 
 
 @pytest.mark.parametrize("mix", BENT)
-def test_what_is_bent_can_be_permuted_and_no_more(mix):
+def test_other_functions_allow_only_permutations(mix):
     model = Net(between(mix), **WIDE)
     spec = infer_spec(model, SEQUENCE)
-    assert kinds(spec) == {}
-    seen_to_hold(model, SEQUENCE, spec)
+    assert larger_groups(spec) == {}
+    assert_function_kept(model, SEQUENCE, spec)
 
 
 ATTENTION = dict(q=(L, 3, 4), k=(L, 3, 4), v=(L, 3, 5), o=(L, 5, 2))
@@ -235,10 +238,10 @@ def k(s, x):
 
 
 @pytest.mark.parametrize(
-    ("forward", "parts", "found"),
+    ("forward", "parts", "names"),
     [
         (attention(q, k), ATTENTION, {"qk", "ov"}),
-        (attention(q, q), ATTENTION, {"ov"}),  # contracted with itself
+        (attention(q, q), ATTENTION, {"ov"}),  # contracted with themselves
         (attention(q, lambda s, x: s.q(x) + s.k(x)), ATTENTION, {"ov"}),  # on both sides
         (attention(q, lambda s, x: s.k(x).tanh()), ATTENTION, {"ov"}),
         (attention(q, k, lambda s, x: s.v(x).sigmoid()), ATTENTION, {"qk"}),
@@ -255,11 +258,12 @@ def k(s, x):
         (lambda s, x: s.o(F.bilinear(s.a(x), s.b(x), s.w)), WIDE | dict(b=(L, 3, 4), w=(P, 6, 6, 4)), set()),
     ],
 )
-def test_both_sides_have_to_be_told_apart(forward, parts, found):
+def test_both_sides_have_to_be_distinct(forward, parts, names):
     model = Net(forward, **parts)
     spec = infer_spec(model, SEQUENCE)
-    assert {name.split(".")[0] for name in kinds(spec)} == found, (dict(spec.table.rows), dict(spec.table.groups))
-    seen_to_hold(model, SEQUENCE, spec)
+    larger = {name.split(".")[0] for name in larger_groups(spec)}
+    assert larger == names, (dict(spec.table.rows), dict(spec.table.groups))
+    assert_function_kept(model, SEQUENCE, spec)
 
 
 class RMSNorm(nn.Module):
@@ -285,7 +289,7 @@ class DividingRMSNorm(RMSNorm):
 
 
 def stream(s, x):
-    """Pre-norm, the last norm before the head."""
+    """A pre-norm residual stream, with a last norm before the head."""
     x = s.a(x)
     x = x + s.down(s.up(s.n(x)).tanh())
     return s.o(s.m(x))
@@ -369,7 +373,7 @@ def a_norm_that_is_not_read(s, x):
 
 
 def tied(scale):
-    """A head that is the embedding, behind the last norm, and perhaps a number."""
+    """A model whose head is tied to the embedding, and whose last norm may be followed by a scale."""
 
     def forward(s, ids):
         x = s.e(ids)
@@ -405,7 +409,7 @@ def shifted(s, x):
 
 
 def flattened(s, x):
-    """Its reader has the stream once for every place of the sequence."""
+    """The reader has the stream once for every position of the sequence."""
     x = s.a(x)
     return s.f(s.n(x).flatten(1))
 
@@ -423,8 +427,8 @@ MORE = dict(p=(L, 6, 2), g=(P, 6), e=(nn.Embedding, 5, 6), f=(L, 42, 2))
 
 def normed(forward, *norms, kind=RMS):
     parts = STREAM | MORE | dict.fromkeys("nmk", kind)
-    used = forward.__code__.co_names
-    return Net(forward, **{name: part for name, part in parts.items() if name in used})
+    names = forward.__code__.co_names
+    return Net(forward, **{name: part for name, part in parts.items() if name in names})
 
 
 @pytest.mark.parametrize(
@@ -439,7 +443,7 @@ def normed(forward, *norms, kind=RMS):
     ],
 )
 @pytest.mark.parametrize("forward", [stream, through_float32])
-def test_a_stream_turns(forward, kind, group):
+def test_a_stream_rotates(forward, kind, group):
     spec = infer_spec(normed(forward, kind=kind), SEQUENCE)
     assert spec.symmetries["residual"].kind == group
     if group != "permutation":
@@ -447,7 +451,7 @@ def test_a_stream_turns(forward, kind, group):
         assert spec.table.rows["n.weight"] == "residual~"
         assert spec.table.rows["up.weight"] == "up, residual'"
         model = unit_norms(normed(forward, kind=kind))
-        seen_to_hold(model, SEQUENCE, infer_spec(model, SEQUENCE))
+        assert_function_kept(model, SEQUENCE, infer_spec(model, SEQUENCE))
 
 
 @pytest.mark.parametrize("kind", [LAYER, RMS])
@@ -468,17 +472,17 @@ def test_a_stream_turns(forward, kind, group):
         ),
     ],
 )
-def test_a_stream_stays_where_anything_else_touches_it(forward, kind):
+def test_a_stream_does_not_rotate_if_anything_else_touches_it(forward, kind):
     spec = infer_spec(normed(forward, kind=kind), SEQUENCE)
     assert not {"orthogonal", "centred"} & {s.kind for s in spec.symmetries.values()}
     assert spec.norms == ()
     model = unit_norms(normed(forward, kind=kind))
-    seen_to_hold(model, SEQUENCE, infer_spec(model, SEQUENCE))
+    assert_function_kept(model, SEQUENCE, infer_spec(model, SEQUENCE))
 
 
-def test_norms_of_two_kinds_turn_nothing():
+def test_a_stream_with_norms_of_two_kinds_does_not_rotate():
     model = Net(stream, **STREAM, n=LAYER, m=RMS)
-    assert kinds(infer_spec(model, SEQUENCE)) == {}
+    assert larger_groups(infer_spec(model, SEQUENCE)) == {}
 
 
 def test_one_gain_in_two_places_is_one_norm():
@@ -491,7 +495,7 @@ def test_one_gain_in_two_places_is_one_norm():
     model = Net(forward, **STREAM, n=RMS)
     spec = infer_spec(model, SEQUENCE)
     assert spec.table.norms == {"n": ["up", "o"]}
-    seen_to_hold(unit_norms(model), SEQUENCE, spec)
+    assert_function_kept(unit_norms(model), SEQUENCE, spec)
 
 
 def test_a_tied_head_reads_the_last_norm():
@@ -500,27 +504,26 @@ def test_a_tied_head_reads_the_last_norm():
     assert spec.table.norms["ln_f"] == ["head"]
 
 
-def test_a_scale_that_goes_with_a_tie_keeps_it():
-    """Without the tie transformers would drop the scale, as in T5."""
-    assert list(kinds(infer_spec(tied(None), IDS)).values()) == ["orthogonal"]
-    assert kinds(infer_spec(tied(0.5), IDS)) == {}
+def test_a_scale_that_depends_on_a_tie_prevents_rotation():
+    """Rotation unties the head, and without the tie transformers would drop the scale, as in T5."""
+    assert list(larger_groups(infer_spec(tied(None), IDS)).values()) == ["orthogonal"]
+    assert larger_groups(infer_spec(tied(0.5), IDS)) == {}
 
 
-def test_marks_are_said_of_every_tensor_with_a_larger_group(tiny):
-    """Each of them has to be both written and read."""
-    spec = forward_pass(tiny)
-    for name in kinds(spec):
+def test_every_larger_group_has_writers_and_readers(tiny):
+    spec = infer_or_skip(tiny)
+    for name in larger_groups(spec):
         marks = {
             leaf.mark
             for row in spec.table.rows.values()
-            for a in parse(row)
+            for a in parse_pattern(row)
             for leaf in leaves(a)
             if leaf.name == name
         }
         assert {"", READER} <= marks
 
 
-def test_models_are_left_as_they_are():
+def test_models_are_not_changed():
     model = normed(stream)
     before = copy.deepcopy(model.state_dict())
     infer_spec(model, SEQUENCE)

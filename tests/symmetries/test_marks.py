@@ -1,4 +1,4 @@
-"""Reader and diagonal marks: permutations cannot notice a wrong one, so the declared groups are drawn here in full.
+"""Reader and diagonal marks, tested in the full groups because permutations do not notice a wrong mark.
 
 The models get unit norms (gain 1, bias 0), so that rotations need no gauge. Then a random element of every declared
 group must keep the function, and every wrong mark must change it.
@@ -8,15 +8,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ALL_OR_SOME, TINY, drawn
-from test_laws import outputs_moved, unmoved
+from conftest import ALL_OR_SOME, TINY, sample_cases
+from moved_outputs import outputs_moved, unmoved
 
 from hf_rebasin import Alignment, Checkpoint, RebasinError, spec_for
 from hf_rebasin.symmetries.binding import bind_to
-from hf_rebasin.symmetries.patterns import leaves, map_leaves, parse, show
+from hf_rebasin.symmetries.patterns import format_pattern, leaves, map_leaves, parse_pattern
 from hf_rebasin.symmetries.table import table_for
 
-# A key bias is cancelled by the softmax, whatever acts on it.
+# The softmax cancels a key bias, whatever acts on it.
 CANCELLED = {
     "encoder.layer.*.attention.self.key.bias": {1},
     "encoder.layer.*.attention.attention.key.bias": {1},
@@ -31,7 +31,7 @@ CANCELLED = {
 
 
 def change(model, table):
-    """Relative change of the outputs under a random element of every declared group."""
+    """Return the relative change of the outputs under random elements of all declared groups, and its bound."""
     checkpoint, _, before, float32_inside = unmoved(model)
     generator = torch.Generator().manual_seed(0)
     spec = bind_to(table, checkpoint)
@@ -57,17 +57,21 @@ def with_mark(axes, at, mark):
 
 
 def wrong_marks(table, row):
-    """(leaf, what was done, the table with one mark changed) for every leaf whose group feels its mark."""
-    axes = parse(table.rows[row])
+    """Yield (leaf, change, table with one wrong mark) for every leaf on which marks matter for its group."""
+    axes = parse_pattern(table.rows[row])
     for at, leaf in enumerate(leaf for axis in axes for leaf in leaves(axis)):
         if leaf.name is None:
             continue
         kind = table.group_of(leaf.name.replace("*", "0"))[0]
         if kind in ("held", "permutation", "centred") or (kind == "orthogonal" and leaf.mark != "~"):
-            continue  # the dual of a rotation is itself, and a centred one keeps a gain of ones as it is
+            continue  # a rotation is its own dual, and a centred one leaves gains of 1 as they are
         for mark in {"", "'", "~"} - {leaf.mark}:
             new = with_mark(axes, at, mark)
-            yield at, f"{leaf} marked {mark or 'nothing'}", replace(table, rows={**table.rows, row: show(tuple(new))})
+            yield (
+                at,
+                f"{leaf} marked {mark or 'nothing'}",
+                replace(table, rows={**table.rows, row: format_pattern(tuple(new))}),
+            )
 
 
 @pytest.mark.parametrize("name", list(TINY))
@@ -87,8 +91,8 @@ def test_every_wrong_mark_is_seen(name, everything):
         spec = spec_for(model)
         kinds |= {symmetry.kind for symmetry in spec.symmetries.values()}
         for row in {tensor.row for tensor in spec.tensors}:
-            for leaf, what, mutant in wrong_marks(table, row):
-                todo.setdefault((row, leaf, what), []).append((model, mutant))
+            for leaf, change_made, mutant in wrong_marks(table, row):
+                todo.setdefault((row, leaf, change_made), []).append((model, mutant))
 
     def is_seen(model, mutant):
         try:
@@ -97,6 +101,6 @@ def test_every_wrong_mark_is_seen(name, everything):
             return True
         return relative > 1e-4
 
-    unseen = [case for case in drawn(todo, everything, models) if not any(is_seen(*way) for way in todo[case])]
+    unseen = [case for case in sample_cases(todo, everything, models) if not any(is_seen(*way) for way in todo[case])]
     assert len(todo) >= 10 or kinds <= {"held", "permutation"}
     assert [case for case in unseen if case[1] not in CANCELLED.get(case[0], ())] == []

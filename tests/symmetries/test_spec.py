@@ -1,10 +1,10 @@
-"""Binding: rows, sizes, groups and contexts against shapes, and what goes wrong, said with key, shape and row."""
+"""Binding rows, sizes, groups and contexts to shapes; errors name the key, shape and row."""
 
 import pytest
 import torch
 
 from hf_rebasin import Alignment, Table
-from hf_rebasin.alignment.alignment import act, act_on
+from hf_rebasin.alignment.alignment import act, act_on_tensor
 from hf_rebasin.errors import SpecError
 from hf_rebasin.symmetries.binding import bind
 
@@ -12,8 +12,8 @@ ROWS = {"0.weight": "hidden, _", "0.bias": "hidden", "1.weight": "_, hidden'"}
 SHAPES = {"0.weight": (6, 4), "0.bias": (6,), "1.weight": (3, 6)}
 
 
-def table(rows=ROWS, groups=None, **said):
-    return Table(rows, groups or {"hidden": "permutation"}, **said)
+def table(rows=ROWS, groups=None, **fields):
+    return Table(rows, groups or {"hidden": "permutation"}, **fields)
 
 
 def test_sizes_are_solved():
@@ -54,7 +54,7 @@ def test_a_block_of_a_slice_is_at_its_place():
 
 
 def test_keys_can_be_an_axis():
-    """Experts are keys: the expert order is a symmetry, and what is inside an expert moves with it."""
+    """Experts are keys: the expert order is a symmetry, and the units of an expert move with it."""
     rows = {"gate": "expert, _", "experts.<expert>.up": "ff, _", "experts.<expert>.down": "_, ff'"}
     groups = {"expert": "permutation", "ff": "permutation in expert"}
     shapes = {"gate": (3, 4)} | {
@@ -83,14 +83,14 @@ def test_ties_must_name_the_same_axes():
 
 def test_a_norm_without_readers_holds_its_stream():
     rows = {"embed": "_, stream", "norm.weight": "stream~", "head.weight": "_, stream'"}
-    said = Table(rows, {"stream": "orthogonal"}, norms={"norm": "head"})
+    normed = Table(rows, {"stream": "orthogonal"}, norms={"norm": "head"})
     shapes = {"embed": (9, 4), "norm.weight": (4,)}
-    assert bind(said, shapes).symmetries["stream"].kind == "held"
-    assert bind(said, shapes | {"head.weight": (2, 4)}).symmetries["stream"].kind == "orthogonal"
+    assert bind(normed, shapes).symmetries["stream"].kind == "held"
+    assert bind(normed, shapes | {"head.weight": (2, 4)}).symmetries["stream"].kind == "orthogonal"
 
 
 @pytest.mark.parametrize(
-    ("said", "shapes", "says"),
+    ("given", "shapes", "says"),
     [
         (table(), SHAPES | {"0.wieght": (6, 4)}, r"no row for 0.wieght \(6, 4\); did you mean '0.weight'"),
         (
@@ -103,17 +103,17 @@ def test_a_norm_without_readers_holds_its_stream():
         (
             table(),
             SHAPES | {"0.bias": (6, 1)},
-            r"0.bias \(6, 1\): row '0.bias' says 1 axes \('hidden'\), the tensor has 2",
+            r"0.bias \(6, 1\): row '0.bias' has 1 axes \('hidden'\), but the tensor 2",
         ),
         (
             table(),
             SHAPES | {"0.bias": (5,)},
-            r"0.bias axis 0: 'hidden' comes to 6 with hidden = 6, but the tensor has 5",
+            r"0.bias axis 0: 'hidden' is 6 with hidden = 6, but the tensor has 5",
         ),
         (
             table(ROWS | {"x": "(hidden _)"}),
             SHAPES | {"x": (13,)},
-            r"x axis 0: '\(hidden _\)' = 13 has no whole solution for _: 13 - 0 = 13 is no multiple of 6; row 'x'",
+            r"x axis 0: '\(hidden _\)' = 13 has no whole solution for _: 13 - 0 = 13 is not a multiple of 6; row 'x'",
         ),
         (
             table(ROWS | {"x": "(a b)"}, {"*": "held", "hidden": "permutation", "a": "held", "b": "held"}),
@@ -133,7 +133,7 @@ def test_a_norm_without_readers_holds_its_stream():
         (
             table({"x.*": "a.*.*"}, {"a.*.*": "held"}),
             {"x.1": (3,)},
-            r"x.1 \(3,\): axis 'a.\*.\*' has 2 stars, its key only 1; row 'x.\*'",
+            r"x.1 \(3,\): axis 'a.\*.\*' has 2 stars, but its key only 1; row 'x.\*'",
         ),
         (
             table(ROWS | {"0.{bias,x}": "hidden"}),
@@ -144,18 +144,18 @@ def test_a_norm_without_readers_holds_its_stream():
         (
             table(ROWS | {"x": "inner"}, {"hidden": "permutation", "inner": "permutation in hidden"}),
             SHAPES | {"x": (2,)},
-            r"x \(2,\): 'inner' is declared in 'hidden', but row 'x' says it without 'hidden'",
+            r"x \(2,\): 'inner' is declared in 'hidden', but row 'x' has it without 'hidden'",
         ),
         (table({"x": "a"}, {"a": "permutation in b"}), {"x": (2,)}, "'a' is declared in 'b', which no tensor has"),
         (
             table({"x": "(a b)", "y": "b"}, {"b": "orthogonal", "a": "permutation in b"}),
             {"x": (4,), "y": (2,)},
-            "mixes its members",
+            "mixes its items",
         ),
         (
             table({"x": "(a b)", "y": "b"}, {"b": "permutation in a", "a": "permutation in b"}),
             {"x": (4,), "y": (2,)},
-            "in a circle",
+            "form a cycle",
         ),
         (
             table({"e.<n>.x": "_"}, {"n": "held"}),
@@ -170,12 +170,12 @@ def test_a_norm_without_readers_holds_its_stream():
         ),
     ],
 )
-def test_errors_name_key_shape_and_row(said, shapes, says):
+def test_errors_name_key_shape_and_row(given, shapes, says):
     if says is None:  # the control: the row with fewer wildcards wins, and nothing is wrong
-        bind(said, shapes)
+        bind(given, shapes)
         return
     with pytest.raises(SpecError, match=says):
-        bind(said, shapes)
+        bind(given, shapes)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_errors_name_key_shape_and_row(said, shapes, says):
     ],
 )
 def test_acting_on_one_key_is_acting_on_all_of_them(rows, groups, sizes, shapes):
-    """Blocks that hang on the key in different ways, and keys whose order hangs on what is in them."""
+    """With blocks that depend on the key in different ways, and keys whose order depends on an axis inside them."""
     shapes = {"r": shapes["r"]} | {f"e.{i}.{w}": shapes[w] for i in range(3) for w in ("up", "down")}
     spec = bind(Table(rows, groups, sizes), shapes)
     state = {key: torch.randn(shape, dtype=torch.float64) for key, shape in shapes.items()}
@@ -210,7 +210,7 @@ def test_acting_on_one_key_is_acting_on_all_of_them(rows, groups, sizes, shapes)
         g = Alignment.random(spec, torch.Generator().manual_seed(seed))
         moved = act(spec, g.elements, state)
         for tensor in spec.tensors:
-            together = act_on(spec, g.elements, tensor, tensor.gather(state))
+            together = act_on_tensor(spec, g.elements, tensor, tensor.gather(state))
             for index, key in tensor.keys.items():
                 assert torch.equal(moved[key], together[index] if index else together)
         back = act(spec, g.inverse().elements, moved)

@@ -1,1 +1,1 @@
-"""Group elements as numbers: permutations, matrices, factors, and their relaxations."""
+"""Group elements as tensors: permutations, matrices, factors, and their relaxations."""

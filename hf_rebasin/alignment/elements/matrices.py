@@ -1,4 +1,4 @@
-"""What elements of several groups share: matrices, and permutations with a factor for every place."""
+"""Matrix groups: the base class of rotations and bases, and their projections."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from ...checkpoints.precision import laid_out
+from ...checkpoints.precision import compute_dtype, in_torch_layout
+from ...registry import Permutations
 from ...symmetries.patterns import DIAGONAL, READER
-from .relaxation import Relaxed, Softening, relaxed_rotation
+from .relaxation import Relaxed, Softening, relax_rotation
 
-LARGE = 256  # from here on eigenvectors are faster than singular values
-TINY = 1e-30  # where a unit has no weights at all, nothing says how it is to be scaled
-
+EIGENVECTORS_FROM = 256  # size from which on eigenvectors are faster than singular values
+NEGLIGIBLE = 1e-30  # a unit whose weights are this small is not scaled: nothing determines its scale
 
 # ⟨x, x⟩, ⟨x, y⟩ and ⟨y, y⟩ of two models along one symmetry
-Sides: TypeAlias = tuple[Tensor, Tensor, Tensor]
+Moments: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
-def _real(tensor: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether it is of that shape, with finite numbers in it that can be computed with."""
+def is_finite_real(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor has that shape and holds finite numbers in float32 or float64."""
     return tensor.shape == shape and tensor.dtype in (torch.float32, torch.float64) and bool(tensor.isfinite().all())
 
 
 @dataclass(frozen=True)
 class Matrices:
-    """(g · x)[i] = Σⱼ matrix[i, j] x[j]; readers by the inverse transpose, and what is diagonal not at all.
+    """(g · x)[i] = Σⱼ matrix[i, j] x[j]; readers use the inverse transpose, diagonal axes stay as they are.
 
     `matrix` is float64 of shape (*batch, n, n).
     """
@@ -38,6 +38,11 @@ class Matrices:
 
     ISOMETRIC: ClassVar[bool] = False  # whether every element is its own inverse transpose
     EXACT: ClassVar[bool] = False
+    PERMUTATIONS: ClassVar[Permutations] = "permutation"
+    ROTATES: ClassVar[bool] = False
+    SIGNED: ClassVar[bool] = False
+    MOVES_ONE: ClassVar[bool] = False
+    SIZE: ClassVar[int | None] = None
 
     @classmethod
     def identity(cls, batch: tuple[int, ...], n: int) -> Self:
@@ -45,60 +50,60 @@ class Matrices:
 
     @classmethod
     def permuting(cls, order: Tensor) -> Self:
-        """The element that only permutes."""
+        """Return the element that only permutes."""
         return cls(torch.eye(order.shape[-1], dtype=torch.float64)[order])
 
     @classmethod
     def random(cls, batch: tuple[int, ...], n: int, generator: torch.Generator) -> Self:
-        """A uniform rotation or reflection."""
+        """Draw a uniform rotation or reflection."""
         return cls(random_rotations(batch, n, generator))
 
     @classmethod
     def project(cls, similarity: Tensor) -> Self:
-        """The orthogonal g that maximises ⟨similarity, g⟩; what else there is of g is left to `balance` and `fit`."""
-        return cls(polar(similarity))
+        """Find the orthogonal g that maximises ⟨similarity, g⟩; stretches are left to `balance` and `fit`."""
+        return cls(polar_factor(similarity))
 
     @classmethod
     def best(cls, similarity: Tensor) -> Tensor:
-        """The sum of the singular values."""
+        """Return the sum of the singular values."""
         return torch.linalg.svdvals(similarity.to("cpu", torch.float64)).sum(-1)
 
     @classmethod
     def moments(cls, x: Tensor, y: Tensor) -> Tensor:
-        """⟨xᵢ, yⱼ⟩ of x and y of shape (*batch, n, rest)."""
+        """Return ⟨xᵢ, yⱼ⟩ for x and y of shape (*batch, n, rest)."""
         return (x.double() @ y.double().mT).cpu()
 
     @classmethod
     def balance(cls, writers: Tensor, readers: Tensor) -> Self:
-        """Nothing to balance in a group that keeps lengths."""
+        """Return the identity: a group that preserves lengths has nothing to balance."""
         return cls.identity(tuple(writers.shape[:-2]), writers.shape[-1])
 
     @classmethod
-    def fit(cls, writers: Sides, readers: Sides) -> Self:
-        """Nothing that `project` would have left."""
+    def fit(cls, writers: Moments, readers: Moments) -> Self:
+        """Return the identity: `project` leaves nothing to fit."""
         return cls.balance(writers[0], readers[0])
 
     @classmethod
     def relax(cls, batch: tuple[int, ...], n: int, softening: Softening) -> Relaxed:
-        return relaxed_rotation(cls, batch, n, softening)
+        return relax_rotation(cls, batch, n, softening)
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor], batch: tuple[int, ...], n: int) -> Self:
         matrix = tensors.get("matrix")
-        if matrix is None or not _real(matrix, (*batch, n, n)):
-            found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-            raise ValueError(f"expected finite matrices of shape {(*batch, n, n)}, found {found}")
+        if matrix is None or not is_finite_real(matrix, (*batch, n, n)):
+            stored = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+            raise ValueError(f"expected finite matrices of shape {(*batch, n, n)}, got {stored}")
         cls.refuse(matrix)
         return cls(matrix)
 
     @classmethod
     def refuse(cls, matrix: Tensor) -> None:
-        """Raise ValueError for a matrix that is not of this group."""
+        """Raise ValueError for a matrix that is not in this group."""
         if cls.ISOMETRIC:
             eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype)
-            far = (matrix @ matrix.mT - eye).abs().amax().item() if matrix.numel() else 0.0
-            if far > 1e-6:
-                raise ValueError(f"the matrix is not orthogonal: |g gᵀ - 1| is up to {far:.2g}")
+            error = (matrix @ matrix.mT - eye).abs().amax().item() if matrix.numel() else 0.0
+            if error > 1e-6:
+                raise ValueError(f"the matrix is not orthogonal: |g gᵀ - 1| is up to {error:.2g}")
         elif torch.linalg.inv_ex(matrix).info.any():
             raise ValueError("the matrix has no inverse")
 
@@ -112,8 +117,10 @@ class Matrices:
             return x
         matrix = self.matrix if mark != READER or self.ISOMETRIC else torch.linalg.inv(self.matrix).mT
         front = self.matrix.dim() - 1
-        kind = x.dtype if x.dtype.itemsize >= 4 else torch.float32
-        moved = laid_out(matrix.to(x.device, kind)) @ laid_out(x.reshape(*x.shape[:front], -1).to(kind))
+        dtype = compute_dtype(x.dtype)
+        moved = in_torch_layout(matrix.to(x.device, dtype)) @ in_torch_layout(
+            x.reshape(*x.shape[:front], -1).to(dtype)
+        )
         return moved.to(x.dtype).reshape(x.shape)
 
     def compose(self, first: Self) -> Self:
@@ -135,19 +142,20 @@ class Matrices:
 
 
 def random_rotations(batch: tuple[int, ...], n: int, generator: torch.Generator) -> Tensor:
-    """Uniform in O(n): the Q of a Gaussian matrix whose R has a positive diagonal (Mezzadri 2007)."""
+    """Draw uniformly from O(n): the Q of a Gaussian matrix whose R has a positive diagonal (Mezzadri 2007)."""
     q, r = torch.linalg.qr(torch.randn(*batch, n, n, generator=generator, dtype=torch.float64))
     return q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
 
 
-def polar(matrix: Tensor) -> Tensor:
-    """The orthogonal factor U Vᵀ of M = U S Vᵀ, which maximises ⟨M, Q⟩ (Schönemann 1966); in float64 on the CPU.
+def polar_factor(matrix: Tensor) -> Tensor:
+    """Return the orthogonal factor U Vᵀ of M = U S Vᵀ, which maximises ⟨M, Q⟩; in float64 on the CPU.
 
-    Large matrices by way of the eigenvectors of MᵀM, some times faster than a singular value decomposition, where M is
-    far enough from singular for that, and with two steps of Newton and Schulz for what squaring lost.
+    It solves the orthogonal Procrustes problem (Schönemann 1966). Large matrices that are far enough from singular use
+    the eigenvectors of MᵀM, several times faster than a singular value decomposition, and two Newton-Schulz steps to
+    restore the precision that squaring lost.
     """
     m = matrix.to("cpu", torch.float64)
-    if m.shape[-1] >= LARGE and m.dim() == 2:
+    if m.shape[-1] >= EIGENVECTORS_FROM and m.dim() == 2:
         squares, v = torch.linalg.eigh(m.mT @ m)
         if squares[0] > 1e-10 * squares[-1]:
             q = (m @ (v / squares.sqrt())) @ v.mT

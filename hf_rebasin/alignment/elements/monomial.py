@@ -1,4 +1,4 @@
-"""Permutations with a factor for each place."""
+"""Monomial matrices: permutations with a factor for every item."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from ...registry import Permutations
 from ...symmetries.patterns import DIAGONAL, READER
-from .matrices import TINY, Sides, _real
-from .permutations import assigned, chosen, order_of, random_orders, taken
-from .relaxation import Relaxed, Softening, relaxed_monomial
+from .matrices import NEGLIGIBLE, Moments, is_finite_real
+from .permutations import gather_matched, permute, random_orders, read_order, solve_assignment
+from .relaxation import Relaxed, Softening, relax_monomial
 
 
-def even(writers: Tensor, readers: Tensor) -> Tensor:
-    """The scales s with |s x|² = |y / s|², given |x|² and |y|²; 1 where one of them is nothing."""
-    sound = (writers > TINY) & (readers > TINY)
-    return torch.where(sound, readers / writers.clamp_min(TINY), 1.0) ** 0.25
+def balance_scales(writers: Tensor, readers: Tensor) -> Tensor:
+    """Return the scales s with |s x|² = |y / s|², given |x|² and |y|²; 1 where either is negligible."""
+    usable = (writers > NEGLIGIBLE) & (readers > NEGLIGIBLE)
+    return torch.where(usable, readers / writers.clamp_min(NEGLIGIBLE), 1.0) ** 0.25
 
 
-def lowest(loss: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
-    """Where functions of one variable each are lowest between log 1/20 and log 20, by a grid and golden sections.
+def minimise_log_scale(loss: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+    """Minimise functions of one log scale each between log 1/20 and log 20, by a grid and golden-section search.
 
-    0 where nothing is lower than there.
+    The result is 0 where no other point is better than that.
     """
     step, ratio = 0.05, (5**0.5 - 1) / 2
     grid = torch.arange(-60, 61, dtype=torch.float64) * step
-    found = torch.stack([loss(torch.full_like(like, at.item())) for at in grid])
-    low = grid[found.argmin(0)] - step
+    losses = torch.stack([loss(torch.full_like(like, point.item())) for point in grid])
+    low = grid[losses.argmin(0)] - step
     high = low + 2 * step
     for _ in range(40):
         a, b = high - ratio * (high - low), low + ratio * (high - low)
@@ -42,10 +43,10 @@ def lowest(loss: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Monomial:
-    """(g · x)[i] = factor[i] · x[order[i]]; readers divide, and what is diagonal is permuted only.
+    """(g · x)[i] = factor[i] · x[order[i]]; readers divide by the factor, diagonal axes are only permuted.
 
-    `order` is int64, `factor` float64, both of shape (*batch, n). Subclasses say by `SIGNED` and `SCALED` which
-    factors there are.
+    `order` is int64 and `factor` float64, both of shape (*batch, n). Subclasses set `SIGNED` and `SCALED`, which say
+    what factors are allowed.
     """
 
     order: Tensor
@@ -53,7 +54,11 @@ class Monomial:
 
     SIGNED: ClassVar[bool]
     SCALED: ClassVar[bool]
-    EXACT: ClassVar[bool] = False  # with signs alone, too: 0 becomes -0
+    EXACT: ClassVar[bool] = False  # not even with signs alone: 0 becomes -0
+    PERMUTATIONS: ClassVar[Permutations] = "permutation"
+    ROTATES: ClassVar[bool] = False
+    MOVES_ONE: ClassVar[bool] = True
+    SIZE: ClassVar[int | None] = None
 
     @classmethod
     def identity(cls, batch: tuple[int, ...], n: int) -> Self:
@@ -61,12 +66,12 @@ class Monomial:
 
     @classmethod
     def permuting(cls, order: Tensor) -> Self:
-        """The element that only permutes."""
+        """Return the element that only permutes."""
         return cls(order, torch.ones(order.shape, dtype=torch.float64))
 
     @classmethod
     def random(cls, batch: tuple[int, ...], n: int, generator: torch.Generator) -> Self:
-        """A uniform permutation; factors between ½ and 2, of either sign where there are signs."""
+        """Draw a uniform permutation, with scales between ½ and 2 and random signs where the group has them."""
         order, factor = random_orders(batch, n, generator), torch.ones(*batch, n, dtype=torch.float64)
         if cls.SCALED:
             factor.uniform_(-1, 1, generator=generator).exp2_()
@@ -76,35 +81,35 @@ class Monomial:
 
     @classmethod
     def project(cls, similarity: Tensor, diagonal: Tensor | None = None) -> Self:
-        """The best permutation with signs, if there are signs; scales are left to `balance` and `fit`."""
+        """Find the best permutation, with signs if the group has them; scales are left to `balance` and `fit`."""
         if diagonal is None:
             diagonal = torch.zeros_like(similarity)
         if not cls.SIGNED:
-            order = assigned(similarity + diagonal)
+            order = solve_assignment(similarity + diagonal)
             return cls(order, torch.ones(order.shape, dtype=torch.float64))
-        order = assigned(similarity.abs() + diagonal)
-        return cls(order, torch.where(chosen(similarity, order) < 0, -1.0, 1.0).double().cpu())
+        order = solve_assignment(similarity.abs() + diagonal)
+        return cls(order, torch.where(gather_matched(similarity, order) < 0, -1.0, 1.0).double().cpu())
 
     @classmethod
     def best(cls, similarity: Tensor, diagonal: Tensor | None = None) -> Tensor:
-        found = cls.project(similarity, diagonal)
-        value = found.contract(similarity)
-        return value if diagonal is None else value + found.contract(diagonal, True)
+        element = cls.project(similarity, diagonal)
+        value = element.contract(similarity)
+        return value if diagonal is None else value + element.contract(diagonal, True)
 
     @classmethod
     def moments(cls, x: Tensor, y: Tensor) -> Tensor:
-        """⟨xᵢ, yᵢ⟩ of x and y of shape (*batch, n, rest)."""
+        """Return ⟨xᵢ, yᵢ⟩ for x and y of shape (*batch, n, rest)."""
         return (x.double() * y.double()).sum(-1).cpu()
 
     @classmethod
     def balance(cls, writers: Tensor, readers: Tensor) -> Self:
-        """Scales that make every unit's writers as large as its readers, if there are scales."""
+        """Find the scales that make every unit's writers as large as its readers, if the group has scales."""
         order = torch.arange(writers.shape[-1]).expand(writers.shape).contiguous()
-        return cls(order, even(writers, readers) if cls.SCALED else torch.ones_like(writers))
+        return cls(order, balance_scales(writers, readers) if cls.SCALED else torch.ones_like(writers))
 
     @classmethod
-    def fit(cls, writers: Sides, readers: Sides) -> Self:
-        """The best scales between 1/20 and 20, if there are scales."""
+    def fit(cls, writers: Moments, readers: Moments) -> Self:
+        """Find the best scales between 1/20 and 20, if the group has scales."""
         (_, xy, yy), (_, uv, vv) = writers, readers
         order = torch.arange(xy.shape[-1]).expand(xy.shape).contiguous()
 
@@ -112,29 +117,29 @@ class Monomial:
             s = log.exp()
             return s * s * yy - 2 * s * xy + vv / (s * s) - 2 * uv / s
 
-        return cls(order, lowest(loss, xy).exp() if cls.SCALED else torch.ones_like(xy))
+        return cls(order, minimise_log_scale(loss, xy).exp() if cls.SCALED else torch.ones_like(xy))
 
     @classmethod
     def relax(cls, batch: tuple[int, ...], n: int, softening: Softening) -> Relaxed:
-        return relaxed_monomial(cls, batch, n, softening, signed=cls.SIGNED, scaled=cls.SCALED)
+        return relax_monomial(cls, batch, n, softening, signed=cls.SIGNED, scaled=cls.SCALED)
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor], batch: tuple[int, ...], n: int) -> Self:
-        order, factor = order_of(tensors, batch, n), tensors.get("factor")
-        if factor is None or not _real(factor, order.shape) or not factor.all():
-            raise ValueError(f"expected {order.shape} finite factors other than 0")
+        order, factor = read_order(tensors, batch, n), tensors.get("factor")
+        if factor is None or not is_finite_real(factor, order.shape) or not factor.all():
+            raise ValueError(f"expected finite non-zero factors of shape {tuple(order.shape)}")
         if (not cls.SIGNED and (factor < 0).any()) or (not cls.SCALED and (factor.abs() != 1).any()):
-            raise ValueError("the factors have signs or scales that this group has not")
+            raise ValueError("the factors have signs or scales that this group does not have")
         return cls(order, factor)
 
     def contract(self, similarity: Tensor, diagonal: bool = False) -> Tensor:
-        picked = chosen(similarity, self.order).double()
+        picked = gather_matched(similarity, self.order).double()
         if not diagonal:
             picked = picked * self.factor.reshape(*self.factor.shape, *[1] * (picked.dim() - self.factor.dim()))
         return picked.sum(self.order.dim() - 1)
 
     def act(self, x: Tensor, mark: str = "") -> Tensor:
-        moved = taken(x, self.order)
+        moved = permute(x, self.order)
         if mark == DIAGONAL:
             return moved
         factor = self.factor.to(x.device, x.dtype).reshape(*self.factor.shape, *[1] * (x.dim() - self.factor.dim()))

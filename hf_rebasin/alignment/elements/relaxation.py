@@ -1,8 +1,9 @@
-"""Group elements with gradients: what solvers that descend a loss move, and how it becomes an exact element again.
+"""Differentiable group elements, for solvers that minimise a loss, and their rounding to exact elements.
 
-Everything starts at the identity, as a solver moves the model to where it starts from first. What permutes is relaxed
-to doubly stochastic matrices (Sinkhorn), or taken as it is with the gradient passed straight through; rotations are
-exponentials of skew matrices, turns of logarithms; bases are themselves and scales exponentials.
+Every relaxed element starts at the identity, since a solver first moves the model to its starting point. Permutations
+are relaxed to doubly stochastic matrices (Sinkhorn), or used as they are with a straight-through gradient. Rotations
+are exponentials of skew-symmetric matrices, RoPE turns exponentials of complex logarithms, and scales exponentials;
+bases are parametrised by their entries.
 """
 
 from __future__ import annotations
@@ -15,26 +16,26 @@ import torch
 from torch import Tensor
 
 from ...symmetries.patterns import DIAGONAL, READER
-from .permutations import assigned, chosen
+from .permutations import gather_matched, solve_assignment
 from .sinkhorn import sinkhorn
 
 Permuting: TypeAlias = Literal["sinkhorn", "straight_through", "kept"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Softening:
-    """How elements are relaxed.
+    """Settings of the relaxation of group elements.
 
     Args:
-        generator: of the noise.
+        generator: random generator of the noise.
         permuting: "sinkhorn" for doubly stochastic matrices, "straight_through" for the best assignment with the
             gradient of the identity map, "kept" for no permutation but the identity.
-        temperature: of the Sinkhorn operator.
-        iterations: of the same.
-        implicit: its gradient, from the equations of its fixed point or else through all iterations.
-        noise: standard deviation of what is added to a latent matrix I.
-        device: where latents are.
-        dtype: of latent matrices of permutations; all else is in float64.
+        temperature: temperature of the Sinkhorn operator.
+        iterations: number of its iterations.
+        implicit: whether its gradient comes from the equations of its fixed point instead of unrolled iterations.
+        noise: standard deviation of the noise added to an initial latent matrix I.
+        device: device of the latents.
+        dtype: dtype of the latent matrices of permutations; all other latents are float64.
     """
 
     generator: torch.Generator
@@ -47,7 +48,7 @@ class Softening:
     dtype: torch.dtype = torch.float32
 
     def latent(self, batch: tuple[int, ...], n: int) -> Tensor | None:
-        """A latent matrix near I for every index of `batch`; None where nothing permutes."""
+        """Return a latent matrix near I for every index of `batch`; None where nothing can be permuted."""
         if self.permuting == "kept" or n == 1:
             return None
         noise = torch.randn(*batch, n, n, generator=self.generator, dtype=torch.float64) if self.noise else 0.0
@@ -55,33 +56,33 @@ class Softening:
         return start.to(self.device, self.dtype, copy=True).requires_grad_()
 
     def zeros(self, *shape: int) -> Tensor:
-        """Latent numbers of what does not permute."""
+        """Return latents of zeros, for elements other than permutations."""
         return torch.zeros(*shape, dtype=torch.float64, device=self.device, requires_grad=True)
 
     def permutation(self, scores: Tensor) -> Tensor:
-        """The matrix of a latent one, as `permuting` says."""
+        """Return the relaxed permutation matrix of a latent matrix, as `permuting` says."""
         if self.permuting == "sinkhorn":
             return sinkhorn(scores, self.temperature, self.iterations, implicit=self.implicit)
         n = scores.shape[-1]
-        hard = torch.eye(n, dtype=scores.dtype)[assigned(scores.detach())].to(scores.device)
+        hard = torch.eye(n, dtype=scores.dtype)[solve_assignment(scores.detach())].to(scores.device)
         return hard + (scores - scores.detach())
 
 
 class Acting(Protocol):
-    """What acts along an axis: an element of a group, or a relaxed one."""
+    """Protocol of anything that acts along an axis: a group element or its relaxation."""
 
     def act(self, x: Tensor, mark: str = "") -> Tensor: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Relaxed:
-    """An element to be found by gradients.
+    """A group element that is optimised by gradient descent.
 
     Args:
-        permuting: latents of what permutes.
+        permuting: latents of permutations and signs.
         smooth: latents of rotations, bases and scales.
-        soft: the relaxed element of the present latents; gradients flow through its action to the latents.
-        hard: the nearest exact element, on the CPU.
+        soft: returns the relaxed element for the current latents; gradients flow through its action to the latents.
+        hard: returns the nearest exact element, on the CPU.
     """
 
     permuting: tuple[Tensor, ...]
@@ -92,9 +93,10 @@ class Relaxed:
 
 @dataclass(frozen=True)
 class SoftMonomial:
-    """(g · x)[i] = factor[i] · Σⱼ signed[i, j] x[j]; readers divide, what is diagonal is moved by `plain` alone.
+    """(g · x)[i] = factor[i] · Σⱼ signed[i, j] x[j]; readers divide by the factor, diagonal axes use `plain` alone.
 
-    The relaxed form of `elements.Monomial`: a permutation is its own inverse transpose, and so are its relaxed forms.
+    This is the relaxed form of `Monomial`. A permutation is its own inverse transpose, and relaxed ones are treated as
+    if they were, too.
     """
 
     plain: Tensor | None  # None for the identity
@@ -112,7 +114,7 @@ class SoftMonomial:
         return x / factor if mark == READER else x * factor
 
 
-def relaxed_monomial(
+def relax_monomial(
     make: Callable[[Tensor, Tensor], Any],
     batch: tuple[int, ...],
     n: int,
@@ -121,9 +123,9 @@ def relaxed_monomial(
     signed: bool = False,
     scaled: bool = False,
 ) -> Relaxed:
-    """A relaxed permutation of n things with signs, scales or both; `make` gives the element of (order, factor).
+    """Relax permutations of n items with signs, scales or both; `make` builds the element of (order, factor).
 
-    Signs come with the latent matrix: what |x| permutes has the sign of x, by way of tanh.
+    Signs share the latent matrix: |x| gives the permutation, and the sign of x, through tanh, that of the entry.
     """
     latent = softening.latent(batch, n)
     logs = softening.zeros(*batch, n) if scaled else None
@@ -145,29 +147,32 @@ def relaxed_monomial(
         order = torch.arange(n).expand(*batch, n).contiguous()
         factor = torch.ones(*batch, n, dtype=torch.float64)
         if latent is not None:
-            order = assigned(latent.abs() if signed else latent)
+            order = solve_assignment(latent.abs() if signed else latent)
             if signed:
-                factor = torch.where(chosen(latent.cpu(), order) < 0, -1.0, 1.0).double()
+                factor = torch.where(gather_matched(latent.cpu(), order) < 0, -1.0, 1.0).double()
         if logs is not None:
             factor = factor * logs.exp().cpu()
         return make(order, factor)
 
-    return Relaxed(() if latent is None else (latent,), () if logs is None else (logs,), soft, hard)
+    return Relaxed(
+        permuting=() if latent is None else (latent,),
+        smooth=() if logs is None else (logs,),
+        soft=soft,
+        hard=hard,
+    )
 
 
-def relaxed_matrix(
-    make: Callable[[Tensor], Any], latents: tuple[Tensor, ...], matrix: Callable[[], Tensor]
-) -> Relaxed:
-    """An element that is a matrix computed from latents."""
+def relax_matrix(make: Callable[[Tensor], Any], latents: tuple[Tensor, ...], matrix: Callable[[], Tensor]) -> Relaxed:
+    """Relax a matrix group whose matrix is computed from latents; `make` builds the element of a matrix."""
 
     @torch.no_grad()
     def hard() -> Any:
         return make(matrix().cpu().clone())
 
-    return Relaxed((), latents, lambda: make(matrix()), hard)
+    return Relaxed(permuting=(), smooth=latents, soft=lambda: make(matrix()), hard=hard)
 
 
-def relaxed_rotation(make: Callable[[Tensor], Any], batch: tuple[int, ...], n: int, softening: Softening) -> Relaxed:
-    """exp(L − Lᵀ) of a latent L: the rotations, without reflections."""
+def relax_rotation(make: Callable[[Tensor], Any], batch: tuple[int, ...], n: int, softening: Softening) -> Relaxed:
+    """Relax rotations, without reflections, as exp(L − Lᵀ) of a latent L."""
     latent = softening.zeros(*batch, n, n)
-    return relaxed_matrix(make, (latent,), lambda: torch.matrix_exp(latent - latent.mT))
+    return relax_matrix(make, (latent,), lambda: torch.matrix_exp(latent - latent.mT))

@@ -1,7 +1,7 @@
-"""Groups: how an axis may move. One file each, exporting one class named `Element`.
+"""Groups: how an axis may move. Each file defines one group, as a class named `Element`.
 
-An element carries one group element for every index of its contexts: all its tensors have the contexts as leading
-dimensions. `Alignment` brings a block's dimensions in that order, so a group knows nothing of blocks.
+An instance holds one group element for every index of its contexts: all its tensors have the contexts as leading
+dimensions. `Alignment` moves a block's dimensions into that order, so groups need not know about blocks.
 """
 
 from __future__ import annotations
@@ -14,87 +14,92 @@ if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Self
 
-    from ..elements.matrices import Sides
+    from ...registry import Permutations
+    from ..elements.matrices import Moments
     from ..elements.relaxation import Relaxed, Softening
 
 
 class Element(Protocol):
-    """What every group's `Element` offers."""
+    """The interface of every group's `Element`."""
 
-    EXACT: ClassVar[bool]  # whether acting only changes places, so that nothing is rounded
+    EXACT: ClassVar[bool]  # whether acting only reorders entries, without rounding
+    PERMUTATIONS: ClassVar[Permutations]  # the group of the permutations it contains
+    ROTATES: ClassVar[bool]  # whether norms stand between a moved stream and its readers, so that it needs a gauge
+    SIGNED: ClassVar[bool]  # whether it has signs, which do not act on diagonal axes
+    MOVES_ONE: ClassVar[bool]  # whether it can move an axis of size 1
+    SIZE: ClassVar[int | None]  # the only size it supports, or None
 
     @classmethod
     def identity(cls, batch: tuple[int, ...], n: int) -> Self:
-        """The element that moves nothing, on n things, once per index of `batch`."""
+        """Return the element that moves nothing, on n items, for every index of `batch`."""
         ...
 
     @classmethod
     def permuting(cls, order: Tensor) -> Self:
-        """The element that only permutes; of a group that has the permutations in it."""
+        """Return the element that only permutes; only for groups that contain the permutations."""
         ...
 
     @classmethod
     def random(cls, batch: tuple[int, ...], n: int, generator: torch.Generator) -> Self:
-        """A random element."""
+        """Draw a random element."""
         ...
 
     @classmethod
     def project(cls, similarity: Tensor) -> Self:
-        """The g that keeps lengths and maximises ⟨similarity, g⟩ for (*batch, n, n) matrices ⟨fixed i, moving j⟩.
+        """Find the isometry g that maximises ⟨similarity, g⟩ for (*batch, n, n) matrices ⟨fixed i, moving j⟩.
 
-        A group in `table.SIGNED` also takes `diagonal`, the similarity of what is marked diagonal: signs do not reach
-        it.
+        A `SIGNED` group also takes `diagonal`, the similarity along diagonal axes, on which signs do not act.
         """
         ...
 
     @classmethod
     def best(cls, similarity: Tensor) -> Tensor:
-        """⟨similarity, g⟩ for the g that `project` finds, (*batch) in float64; of the same arguments."""
+        """Return ⟨similarity, g⟩ for the g that `project` finds for these arguments, as (*batch) in float64."""
         ...
 
     @classmethod
     def moments(cls, x: Tensor, y: Tensor) -> Tensor:
-        """What `balance` and `fit` have to know of x and y of shape (*batch, n, rest); adds up over several."""
+        """Return the products of x and y, (*batch, n, rest), that `balance` and `fit` use; they sum over tensors."""
         ...
 
     @classmethod
     def balance(cls, writers: Tensor, readers: Tensor) -> Self:
-        """The g that leaves nothing to lengths: it makes the moments of writers and of readers alike.
+        """Find the g that makes the moments of writers and readers equal.
 
-        Two models that differ by an element of the group differ, once both are balanced, by one that keeps lengths.
-        The identity in a group all of which does.
+        Two models that differ by an element of the group differ by an isometry once both are balanced. In a group of
+        isometries, g is the identity.
         """
         ...
 
     @classmethod
-    def fit(cls, writers: Sides, readers: Sides) -> Self:
-        """The g near the identity of least ‖x - g y‖² + ‖u - g⁻ᵀ v‖², of those that do not permute.
+    def fit(cls, writers: Moments, readers: Moments) -> Self:
+        """Find the g near the identity that minimises ‖x - g y‖² + ‖u - g⁻ᵀ v‖² without permuting.
 
-        Given the moments ⟨x, x⟩, ⟨x, y⟩, ⟨y, y⟩ of writers, and the same of readers. It is what lengths leave to
-        improve once `project` has found the rest.
+        The arguments are the moments ⟨x, x⟩, ⟨x, y⟩, ⟨y, y⟩ of writers, and likewise those of readers. It refines the
+        scales and bases once `project` has found the isometry.
         """
         ...
 
     @classmethod
     def relax(cls, batch: tuple[int, ...], n: int, softening: Softening) -> Relaxed:
-        """The identity with gradients: latent numbers, the relaxed element they give, the nearest exact one."""
+        """Return the identity with gradients: latents, their relaxed element, and the nearest exact element."""
         ...
 
     def contract(self, similarity: Tensor, diagonal: bool = False) -> Tensor:
-        """⟨similarity, g⟩ along two dimensions: (*batch, n, n, *rest) to (*batch, *rest), in float64."""
+        """Return ⟨similarity, g⟩ over two dimensions, (*batch, n, n, *rest) to (*batch, *rest), in float64."""
         ...
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor], batch: tuple[int, ...], n: int) -> Self:
-        """The element whose `tensors()` these are; ValueError if they are no element."""
+        """Build the element whose `tensors()` these are; raise ValueError if there is none."""
         ...
 
     def act(self, x: Tensor, mark: str = "") -> Tensor:
-        """g · x for x of shape (*batch, n, *rest); `mark` as in the pattern language."""
+        """Return g · x for x of shape (*batch, n, *rest); `mark` as in the pattern language."""
         ...
 
     def compose(self, first: Self) -> Self:
-        """The element that acts like `first`, then this one."""
+        """Return the element that acts like `first` and then like this one."""
         ...
 
     def inverse(self) -> Self: ...
@@ -102,9 +107,9 @@ class Element(Protocol):
     def is_identity(self) -> bool: ...
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """What is stored."""
+        """Return the tensors to store, by name."""
         ...
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The element with its tensors changed; used to reorder contexts."""
+        """Return the element with `change` applied to its tensors; used to reorder contexts."""
         ...

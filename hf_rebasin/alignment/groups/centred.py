@@ -1,6 +1,6 @@
-"""Rotations that keep the ones-vector, Q 1 = 1: exact for the residual stream of pre-LayerNorm networks.
+"""Rotations that fix the ones-vector, Q 1 = 1: exact for the residual stream of pre-LayerNorm networks.
 
-A LayerNorm takes the mean off, so it is an RMSNorm on the plane at right angles to 1, and O(n - 1) turns that plane.
+LayerNorm subtracts the mean, so it is an RMSNorm on the hyperplane orthogonal to 1, which O(n - 1) rotates.
 """
 
 from __future__ import annotations
@@ -8,14 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..elements.matrices import Matrices, polar, random_rotations
-from ..elements.relaxation import Relaxed, Softening, relaxed_matrix
+from ..elements.matrices import Matrices, polar_factor, random_rotations
+from ..elements.relaxation import Relaxed, Softening, relax_matrix
 
 
 class Element(Matrices):
     """Orthogonal matrices Q with Q 1 = 1."""
 
     ISOMETRIC = True
+    ROTATES = True
 
     @classmethod
     def random(cls, batch: tuple[int, ...], n: int, generator: torch.Generator) -> Element:
@@ -24,10 +25,10 @@ class Element(Matrices):
 
     @classmethod
     def project(cls, similarity: Tensor) -> Element:
-        """The best Q with Q 1 = 1; what of the similarity is not in the plane is the same for all of them."""
+        """Find the best Q with Q 1 = 1; the rest of the similarity contributes equally to all of them."""
         plane = _plane(similarity.shape[-1])
         whole = similarity.to("cpu", torch.float64)
-        return cls(plane @ polar(plane.mT @ whole @ plane) @ plane.mT + 1 / len(plane))
+        return cls(plane @ polar_factor(plane.mT @ whole @ plane) @ plane.mT + 1 / len(plane))
 
     @classmethod
     def best(cls, similarity: Tensor) -> Tensor:
@@ -35,26 +36,26 @@ class Element(Matrices):
 
     @classmethod
     def relax(cls, batch: tuple[int, ...], n: int, softening: Softening) -> Relaxed:
-        """A rotation of the plane at right angles to the ones-vector."""
+        """Relax rotations of the hyperplane orthogonal to the ones-vector."""
         latent, plane = softening.zeros(*batch, n - 1, n - 1), _plane(n).to(softening.device)
-        one, still = (torch.eye(m, dtype=torch.float64, device=softening.device) for m in (n, n - 1))
+        eye, plane_eye = (torch.eye(m, dtype=torch.float64, device=softening.device) for m in (n, n - 1))
 
         def matrix() -> Tensor:
-            """Exactly I for no turn."""
-            return one + plane @ (torch.matrix_exp(latent - latent.mT) - still) @ plane.mT
+            # exactly I for a latent of 0
+            return eye + plane @ (torch.matrix_exp(latent - latent.mT) - plane_eye) @ plane.mT
 
-        return relaxed_matrix(cls, (latent,), matrix)
+        return relax_matrix(cls, (latent,), matrix)
 
     @classmethod
     def refuse(cls, matrix: Tensor) -> None:
         super().refuse(matrix)
-        far = (matrix.sum(-1) - 1).abs().amax().item()
-        if far > 1e-6:
-            raise ValueError(f"the matrix does not keep the ones-vector: a row sums up to {far:.2g} from 1")
+        error = (matrix.sum(-1) - 1).abs().amax().item()
+        if error > 1e-6:
+            raise ValueError(f"the matrix does not fix the ones-vector: row sums differ from 1 by up to {error:.2g}")
 
 
 def _plane(n: int) -> Tensor:
-    """An orthonormal basis of what is at right angles to the ones-vector, (n, n - 1): a Householder reflection."""
+    """Return an orthonormal basis of the complement of the ones-vector, (n, n - 1), by a Householder reflection."""
     normal = torch.full((n,), n**-0.5, dtype=torch.float64)
     normal[0] += 1
     reflection = torch.eye(n, dtype=torch.float64) - torch.outer(normal, normal) / normal[0]

@@ -1,4 +1,4 @@
-"""Rotations and reflections: exact for the residual stream of RMSNorm networks, once gains are folded into readers.
+"""Rotations and reflections: exact for the residual stream of RMSNorm networks once gains are folded.
 
 Ashkboos et al. 2024 (SliceGPT, arXiv 2401.15024), section 3: RMSNorm(x Q) = RMSNorm(x) Q.
 """
@@ -10,3 +10,4 @@ class Element(Matrices):
     """Orthogonal matrices."""
 
     ISOMETRIC = True
+    ROTATES = True

@@ -9,18 +9,24 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..elements.matrices import Sides
-from ..elements.permutations import assigned, chosen, order_of, random_orders, taken
-from ..elements.relaxation import Relaxed, Softening, relaxed_monomial
+from ...registry import Permutations
+from ..elements.matrices import Moments
+from ..elements.permutations import gather_matched, permute, random_orders, read_order, solve_assignment
+from ..elements.relaxation import Relaxed, Softening, relax_monomial
 
 
 @dataclass(frozen=True)
 class Element:
-    """Permutations of n things: (g · x)[i] = x[order[i]]; `order` is int64 of shape (*batch, n)."""
+    """Permutations of n items: (g · x)[i] = x[order[i]]; `order` is int64 of shape (*batch, n)."""
 
     order: Tensor
 
     EXACT: ClassVar[bool] = True
+    PERMUTATIONS: ClassVar[Permutations] = "permutation"
+    ROTATES: ClassVar[bool] = False
+    SIGNED: ClassVar[bool] = False
+    MOVES_ONE: ClassVar[bool] = False
+    SIZE: ClassVar[int | None] = None
 
     @classmethod
     def identity(cls, batch: tuple[int, ...], n: int) -> Element:
@@ -36,8 +42,8 @@ class Element:
 
     @classmethod
     def project(cls, similarity: Tensor) -> Element:
-        """The best assignment."""
-        return cls(assigned(similarity))
+        """Solve the linear assignment problem."""
+        return cls(solve_assignment(similarity))
 
     @classmethod
     def best(cls, similarity: Tensor) -> Tensor:
@@ -49,30 +55,30 @@ class Element:
 
     @classmethod
     def balance(cls, writers: Tensor, readers: Tensor) -> Element:
-        """Nothing to balance."""
+        """Return the identity: there is nothing to balance."""
         return cls.identity(tuple(writers.shape[:-1]), writers.shape[-1])
 
     @classmethod
-    def fit(cls, writers: Sides, readers: Sides) -> Element:
-        """Nothing that `project` would have left."""
+    def fit(cls, writers: Moments, readers: Moments) -> Element:
+        """Return the identity: `project` leaves nothing to fit."""
         return cls.balance(writers[0], readers[0])
 
     @classmethod
     def relax(cls, batch: tuple[int, ...], n: int, softening: Softening) -> Relaxed:
-        """A doubly stochastic matrix."""
-        return relaxed_monomial(lambda order, factor: cls(order), batch, n, softening)
+        """Relax permutations to doubly stochastic matrices."""
+        return relax_monomial(lambda order, factor: cls(order), batch, n, softening)
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor], batch: tuple[int, ...], n: int) -> Element:
-        return cls(order_of(tensors, batch, n))
+        return cls(read_order(tensors, batch, n))
 
     def contract(self, similarity: Tensor, diagonal: bool = False) -> Tensor:
-        """Σᵢ similarity[..., i, order[..., i], ...]."""
-        return chosen(similarity, self.order).sum(self.order.dim() - 1, dtype=torch.float64)
+        """Return Σᵢ similarity[..., i, order[..., i], ...]."""
+        return gather_matched(similarity, self.order).sum(self.order.dim() - 1, dtype=torch.float64)
 
     def act(self, x: Tensor, mark: str = "") -> Tensor:
-        """x of shape (*batch, n, *rest); a permutation is its own dual, so marks change nothing."""
-        return taken(x, self.order)
+        """Permute x of shape (*batch, n, *rest); a permutation is its own dual, so marks make no difference."""
+        return permute(x, self.order)
 
     def compose(self, first: Element) -> Element:
         return Element(first.order.gather(-1, self.order))

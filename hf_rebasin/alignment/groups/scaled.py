@@ -4,6 +4,6 @@ from ..elements.monomial import Monomial
 
 
 class Element(Monomial):
-    """Permutations with a positive scale for every place."""
+    """Permutations with a positive scale for every item."""
 
     SIGNED, SCALED = False, True

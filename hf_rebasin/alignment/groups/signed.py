@@ -4,6 +4,6 @@ from ..elements.monomial import Monomial
 
 
 class Element(Monomial):
-    """Permutations with a sign for every place."""
+    """Permutations with a sign for every item."""
 
     SIGNED, SCALED = True, False

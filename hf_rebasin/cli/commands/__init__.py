@@ -1,1 +1,1 @@
-"""The verbs of the command line, one file each. They import what they need when they run."""
+"""Commands, one file each; they import what they need when they run."""

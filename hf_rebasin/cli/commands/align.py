@@ -1,4 +1,4 @@
-"""hf-rebasin align"""
+"""The command `hf-rebasin align`."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from ..options import (
     Overwrite,
     Seed,
     SolverName,
-    assumed,
-    batches_for,
-    described,
-    found_device,
-    opened_models,
+    find_device,
+    load_batches,
+    open_checkpoints,
+    read_assumptions,
+    read_data_options,
     refuse_out,
-    saved,
+    save_with_record,
     say,
-    shown,
+    shows_progress,
 )
 
 
 def align(
-    fixed: Annotated[str, typer.Argument(help="The model that stays. " + MODEL)],
-    moving: Annotated[str, typer.Argument(help="The model that is moved.")],
+    fixed: Annotated[str, typer.Argument(help="Model that stays as it is. " + MODEL)],
+    moving: Annotated[str, typer.Argument(help="Model to move.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the moved model.")] = None,
     alignment: Annotated[Path | None, typer.Option(help="File for the alignment itself (safetensors).")] = None,
     solver: SolverName = "weight_matching",
@@ -49,9 +49,9 @@ def align(
     overwrite: Overwrite = False,
 ) -> None:
     """Bring one model to the coordinates of another; its function stays exactly the same."""
-    from ...modules.distributed import is_first
-    from ...publishing.record import Record, inputs_of, recorded, settings_of
-    from ...solving.align import align as find
+    from ...modules.distributed import is_main_process
+    from ...publishing.record import MergeRecord, make_provenance, pinned_settings, record_inputs
+    from ...solving.align import align as align_models
     from .. import output
 
     if out is None and alignment is None:
@@ -59,30 +59,30 @@ def align(
             "nothing would be written: give --out for the moved model, --alignment for the alignment, or both"
         )
     if alignment is not None and (alignment.is_dir() or (alignment.exists() and not overwrite)):
-        raise OptionError(f"{alignment} is already there; name another file, or overwrite a file (--overwrite)")
+        raise OptionError(f"{alignment} already exists; name another file, or overwrite a file (--overwrite)")
     if alignment is not None and out is not None and alignment.resolve() == out.resolve():
         raise OptionError(f"{out} cannot be both the moved model and the alignment; name two")
-    a, b = opened_models([fixed, moving])
+    a, b = open_checkpoints([fixed, moving])
     if out is not None:
         refuse_out(out, overwrite, (*a.sources, *b.sources))
-    batches, device = batches_for(described(data, data_option, "--data"), a), found_device()
+    batches, device = load_batches(read_data_options(data, data_option, "--data"), a), find_device()
     settings = {
         "solver": solver,
         "seed": seed,
-        "assume": assumed(assume),
+        "assume": read_assumptions(assume),
         "backbone_only": backbone_only,
         "groups": groups,
         "keep_tied": keep_tied,
         "hold": hold or [],
     }
-    solution = find(a, b, data=batches, device=device, progress=shown(), **settings)
-    for line in output.solved(solution, moving):
+    solution = align_models(a, b, data=batches, device=device, progress=shows_progress(), **settings)
+    for line in output.describe_solution(solution, moving):
         say(line)
-    if alignment is not None and is_first():
+    if alignment is not None and is_main_process():
         say(f"alignment: {solution.alignment.save(alignment)}")
     if out is not None:
-        said = settings | {"data": None if batches is None else settings_of(batches)}
-        inputs, looked = inputs_of([a, b]), {"looked at": batches}
-        provenance = recorded("align", said, inputs, looked, notes=solution.notes, device=device)
-        record = Record(provenance, [solution.alignment])
-        say(f"moved model: {saved(solution.apply(b), out, overwrite, record)}/")
+        settings |= {"data": None if batches is None else pinned_settings(batches)}
+        inputs, data_uses = record_inputs([a, b]), {"looked at": batches}
+        provenance = make_provenance("align", settings, inputs, data_uses, notes=solution.notes, device=device)
+        record = MergeRecord(provenance, [solution.alignment])
+        say(f"moved model: {save_with_record(solution.apply(b), out, overwrite, record)}/")

@@ -1,4 +1,4 @@
-"""hf-rebasin apply"""
+"""The command `hf-rebasin apply`."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ from typing import Annotated
 
 import typer
 
-from ..options import MODEL, Overwrite, opened_model, refuse_out, saved, say
+from ..options import MODEL, Overwrite, open_checkpoint, refuse_out, save_with_record, say
 
 
 def apply(
     alignment: Annotated[
-        str, typer.Argument(help="What align --alignment wrote, or the id of a repository on the Hub with one.")
+        str, typer.Argument(help="File that align --alignment wrote, or id of a Hub repository that holds one.")
     ],
     model: Annotated[str, typer.Argument(help=MODEL)],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the moved model.")],
-    file: Annotated[str | None, typer.Option(help="Of a repository with several alignments, which one.")] = None,
+    file: Annotated[str | None, typer.Option(help="File to take from a repository with several alignments.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Move a model by a saved alignment; its function stays exactly the same."""
-    from ...publishing.artefacts import alignment_of, artefact_name
-    from ...publishing.record import Record, inputs_of, recorded
+    from ...publishing.artefacts import artefact_name, load_alignment
+    from ...publishing.record import MergeRecord, make_provenance, record_inputs
 
-    found, checkpoint = alignment_of(alignment, file), opened_model(model)
-    place = Path(alignment).expanduser()
-    refuse_out(out, overwrite, (*checkpoint.sources, *([place] if place.exists() else [])))
-    record = Record(recorded("apply", {"alignment": artefact_name(alignment)}, inputs_of([checkpoint])), [found])
-    say(f"moved model: {saved(found.apply(checkpoint), out, overwrite, record)}/")
+    loaded, checkpoint = load_alignment(alignment, file), open_checkpoint(model)
+    path = Path(alignment).expanduser()
+    refuse_out(out, overwrite, (*checkpoint.sources, *([path] if path.exists() else [])))
+    record = MergeRecord(
+        make_provenance("apply", {"alignment": artefact_name(alignment)}, record_inputs([checkpoint])), [loaded]
+    )
+    say(f"moved model: {save_with_record(loaded.apply(checkpoint), out, overwrite, record)}/")

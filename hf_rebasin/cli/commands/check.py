@@ -1,4 +1,4 @@
-"""hf-rebasin check"""
+"""The command `hf-rebasin check`."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from typing import Annotated
 
 import typer
 
-from ..options import MODEL, Seed, opened_model, say
+from ..options import MODEL, Seed, open_checkpoint, say
 
 
 def check(
-    model: Annotated[str | None, typer.Argument(help=MODEL + " Without one: the small model of every table.")] = None,
+    model: Annotated[str | None, typer.Argument(help=MODEL + " By default a small model of every table.")] = None,
     seed: Seed = 0,
 ) -> None:
-    """Move a model at random and compare its outputs: your own proof that moving changes nothing."""
+    """Move a model at random and compare its outputs, as your own proof that moving does not change its function."""
     from ...alignment.exactness import check as run_check
     from ...alignment.exactness import tiny_models
 
     failed = 0
-    checks = [(None, opened_model(model))] if model else tiny_models()
-    for name, one in checks:
-        result = run_check(one, seed=seed)
+    models = [(None, open_checkpoint(model))] if model else tiny_models()
+    for name, candidate in models:
+        result = run_check(candidate, seed=seed)
         say(f"{name}: {str(result).partition(': ')[2]}" if name else str(result))
         failed += not result.holds
     if failed:

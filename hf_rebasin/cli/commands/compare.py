@@ -1,4 +1,4 @@
-"""hf-rebasin compare"""
+"""The command `hf-rebasin compare`."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from typing import Annotated
 
 import typer
 
-from ..options import MODEL, found_device, opened_models, say, shown
+from ..options import MODEL, find_device, open_checkpoints, say, shows_progress
 
 
 def compare(
     fixed: Annotated[str, typer.Argument(help=MODEL)],
     moving: Annotated[str, typer.Argument(help="The other model.")],
 ) -> None:
-    """Are two models of one base, trained apart, or different? One screen, and a verdict."""
-    from ...evaluation.comparison import compare as look
+    """Tell whether two models share a base, were trained apart or differ, on one screen with a verdict."""
+    from ...evaluation.comparison import compare as compare_models
     from .. import output
 
-    a, b = opened_models([fixed, moving])
-    comparison = look(a, b, device=found_device(), progress=shown())
-    for line in output.side_by_side(a, b, comparison):
+    a, b = open_checkpoints([fixed, moving])
+    comparison = compare_models(a, b, device=find_device(), progress=shows_progress())
+    for line in output.describe_comparison(a, b, comparison):
         say(line)

@@ -1,4 +1,4 @@
-"""hf-rebasin demo"""
+"""The command `hf-rebasin demo`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import typer
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where the models go.")] = Path("demo"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the models.")] = Path("demo"),
     kinds: Annotated[
-        list[str] | None, typer.Option("--kind", help="mlp, mlp512, resnet or vit; may be repeated.")
+        list[str] | None, typer.Option("--kind", help="Kind of models: mlp, mlp512, resnet or vit. May be repeated.")
     ] = None,
-    seeds: Annotated[int, typer.Option(help="How many of each are trained; every pair of them is merged.")] = 3,
+    seeds: Annotated[int, typer.Option(help="Number of models of each kind; every pair of them is merged.")] = 3,
 ) -> None:
-    """Train small models apart, align them, merge them, report. Three minutes on 2 cores, no download."""
-    from ...demo import experiments as demonstration
+    """Train small models apart, align, merge and report on them, in three minutes on 2 cores without downloads."""
+    from ...demo import experiments
 
-    demonstration.run(out, kinds or demonstration.DEMO, seeds, say=typer.echo)
+    experiments.run_demo(out, kinds or experiments.DEFAULT_KINDS, seeds, say=typer.echo)

@@ -1,4 +1,4 @@
-"""hf-rebasin evaluate"""
+"""The command `hf-rebasin evaluate`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..options import MODEL, DataOption, Metric, data_for, found_device, opened_model, say, shown
+from ..options import MODEL, DataOption, Metric, find_device, load_data, open_checkpoint, say, shows_progress
 
 
 def evaluate(
@@ -14,17 +14,17 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Dataset with labels, or text for a language model.")],
     data_option: DataOption = None,
     metric: Metric = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Loss and metrics of models on data."""
-    from ...evaluation.metrics import evaluate as measure
+    """Measure the loss and metrics of models on data."""
+    from ...evaluation.metrics import evaluate as evaluate_model
     from .. import output
 
-    found = {}
+    measurements = {}
     for name in models:
-        checkpoint = opened_model(name)
-        batches = data_for(data, data_option, checkpoint)
-        module = checkpoint.model().to(found_device())
-        found[name] = measure(module, batches, metrics=metric, progress=shown())
-    for line in output.measured(found, as_json):
+        checkpoint = open_checkpoint(name)
+        batches = load_data(data, data_option, checkpoint)
+        module = checkpoint.model().to(find_device())
+        measurements[name] = evaluate_model(module, batches, metrics=metric, progress=shows_progress())
+    for line in output.describe_measurements(measurements, as_json):
         say(line)

@@ -1,4 +1,4 @@
-"""hf-rebasin inspect"""
+"""The command `hf-rebasin inspect`."""
 
 from __future__ import annotations
 
@@ -8,37 +8,39 @@ from typing import Annotated
 import typer
 
 from ...errors import OptionError
-from ..options import MODEL, opened_model, say
+from ..options import MODEL, open_checkpoint, say
 
 
 def inspect(
     model: Annotated[str, typer.Argument(help=MODEL)],
-    every: Annotated[bool, typer.Option("--all", help="One line per symmetry instead of one per family.")] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="Show every symmetry in a line of its own, instead of one line per family.")
+    ] = False,
     infer: Annotated[
-        bool, typer.Option("--infer", help="Read them off the forward pass, also where there is a table.")
+        bool, typer.Option("--infer", help="Infer the symmetries from the forward pass, even if there is a table.")
     ] = False,
     write_table: Annotated[
-        Path | None, typer.Option(help="With --infer: write what was found as a spec file, to be kept or edited.")
+        Path | None, typer.Option(help="With --infer: write the inferred symmetries as a spec file, to keep or edit.")
     ] = None,
 ) -> None:
     """Show the symmetries of a model: name, group, size, tensors."""
-    from ...symmetries.detection import inferred, spec_of, written
+    from ...symmetries.detection import detect_spec, infer_checkpoint, render_spec
     from .. import output
 
     if write_table is not None and not infer:
-        raise OptionError("--write-table writes what was inferred; give --infer, too")
+        raise OptionError("--write-table writes inferred symmetries; give --infer, too")
     if write_table is not None and write_table.exists():
-        raise OptionError(f"{write_table} is already there; name another file")
-    checkpoint = opened_model(model)
-    spec = inferred(checkpoint) if infer else spec_of(checkpoint)
-    how = ", inferred from its forward pass" if spec.pins else ""
-    say(f"{model} ({type(checkpoint.config).__name__.removesuffix('Config')}): {spec}{how}\n")
-    for line in output.symmetries(spec, every):
+        raise OptionError(f"{write_table} already exists; name another file")
+    checkpoint = open_checkpoint(model)
+    spec = infer_checkpoint(checkpoint) if infer else detect_spec(checkpoint)
+    origin = ", inferred from its forward pass" if spec.pins else ""
+    say(f"{model} ({type(checkpoint.config).__name__.removesuffix('Config')}): {spec}{origin}\n")
+    for line in output.describe_symmetries(spec, every):
         say(line)
-    for line in output.held(spec):
+    for line in output.describe_held_axes(spec):
         say(line)
     for target, kept in spec.ties.items():
         say(f"\ntied: {target} is {kept}")
     if write_table is not None:
-        write_table.write_text(written(spec, checkpoint), encoding="utf-8")
+        write_table.write_text(render_spec(spec, checkpoint), encoding="utf-8")
         say(f"\ntable: {write_table}")

@@ -1,4 +1,4 @@
-"""hf-rebasin interpolate"""
+"""The command `hf-rebasin interpolate`."""
 
 from __future__ import annotations
 
@@ -13,64 +13,65 @@ from ..options import (
     Metric,
     Overwrite,
     Points,
-    batches_for,
-    data_for,
-    described,
-    found_device,
-    opened_models,
+    find_device,
+    load_batches,
+    load_data,
+    open_checkpoints,
+    read_data_options,
     refuse_out,
-    saved,
+    save_with_record,
     say,
-    shown,
+    shows_progress,
 )
 
 
 def interpolate(
-    fixed: Annotated[str, typer.Argument(help="The model at λ = 0. " + MODEL)],
-    moving: Annotated[str, typer.Argument(help="The model at λ = 1, in the same coordinates (align it first).")],
+    fixed: Annotated[str, typer.Argument(help="Model at λ = 0. " + MODEL)],
+    moving: Annotated[str, typer.Argument(help="Model at λ = 1, in the same coordinates (align it first).")],
     data: Annotated[str, typer.Option(help="Dataset with labels, or text for a language model.")],
     data_option: DataOption = None,
     points: Points = 25,
     metric: Metric = None,
     recalibrate: Annotated[
-        str | None, typer.Option(help="Dataset for BatchNorm statistics of every model on the line.")
+        str | None, typer.Option(help="Dataset to recompute the BatchNorm statistics of every model on the line.")
     ] = None,
     recalibrate_option: Annotated[
-        list[str] | None, typer.Option(help="As -d; without --recalibrate of the dataset of --data.")
+        list[str] | None,
+        typer.Option(help="Setting of that dataset, as with -d; without --recalibrate, of the dataset of --data."),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the best model on the line.")] = None,
-    by: Annotated[str, typer.Option(help="What the best model is best by: loss or a metric.")] = "loss",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    by: Annotated[str, typer.Option(help="Criterion of the best model: loss or a metric.")] = "loss",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Measure the models on the line between two, and keep the best one."""
     from functools import partial
 
     from ...evaluation.interpolation import between
-    from ...evaluation.interpolation import interpolate as along
-    from ...evaluation.metrics import evaluate as measure
-    from ...merging.recalibration import recalibrate as renew
-    from ...publishing.record import Record, inputs_of, recorded, settings_of
+    from ...evaluation.interpolation import interpolate as interpolate_models
+    from ...evaluation.metrics import evaluate as evaluate_model
+    from ...merging.recalibration import recalibrate as recalibrate_model
+    from ...publishing.record import MergeRecord, make_provenance, pinned_settings, record_inputs
     from .. import output
 
-    a, b = opened_models([fixed, moving])
+    a, b = open_checkpoints([fixed, moving])
     if out is not None:
         refuse_out(out, overwrite, (*a.sources, *b.sources))
-    batches, device = data_for(data, data_option, a), found_device()
-    prepare = renewing = None
-    if other := described(recalibrate, recalibrate_option, "--recalibrate"):
-        like = described(data, data_option, "--data") if recalibrate is None else None
-        renewing = batches_for({**(like or {}), **other}, a)
-        prepare = partial(renew, batches=renewing, device=device)
-    measured = partial(measure, data=batches, metrics=metric)
-    curve = along(a, b, measured, points=points, prepare=prepare, device=device, progress=shown())
-    for line in output.curve(curve, as_json):
+    batches, device = load_data(data, data_option, a), find_device()
+    prepare = statistics_data = None
+    if options := read_data_options(recalibrate, recalibrate_option, "--recalibrate"):
+        defaults = read_data_options(data, data_option, "--data") if recalibrate is None else None
+        statistics_data = load_batches({**(defaults or {}), **options}, a)
+        prepare = partial(recalibrate_model, batches=statistics_data, device=device)
+    measure = partial(evaluate_model, data=batches, metrics=metric)
+    curve = interpolate_models(a, b, measure, points=points, prepare=prepare, device=device, progress=shows_progress())
+    for line in output.describe_curve(curve, as_json):
         say(line)
     if out is not None:
         best = curve.best_by(by)
-        new = between(a, b, best, prepare=prepare, device=device)
-        settings = {"at": best, "recalibrate": None if renewing is None else settings_of(renewing)}
-        inputs, looked = inputs_of([a, b]), {"measured on": batches, "statistics of": renewing}
-        record = Record(recorded("interpolate", settings, inputs, looked, device=device))
-        folder = saved(new, out, overwrite, record)
+        model = between(a, b, best, prepare=prepare, device=device)
+        settings = {"at": best, "recalibrate": None if statistics_data is None else pinned_settings(statistics_data)}
+        inputs, data_uses = record_inputs([a, b]), {"measured on": batches, "statistics of": statistics_data}
+        record = MergeRecord(make_provenance("interpolate", settings, inputs, data_uses, device=device))
+        folder = save_with_record(model, out, overwrite, record)
         say(f"best model by {by} (λ = {best:.3g}): {folder}/", err=as_json)

@@ -1,4 +1,4 @@
-"""hf-rebasin publish"""
+"""The command `hf-rebasin publish`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ..options import (
     Public,
     Revision,
     Template,
-    publish_settings,
-    said_of_publishing,
+    publish_options,
+    read_publish_settings,
     say,
-    shown,
+    shows_progress,
 )
 
 
 def publish(
-    source: Annotated[Path, typer.Argument(help="Folder that a verb of ours wrote, or an alignment (.safetensors).")],
-    repository: Annotated[str, typer.Argument(help="ORG/NAME on the Hub; made if it is not there.")],
+    source: Annotated[Path, typer.Argument(help="Folder that hf-rebasin wrote, or an alignment (.safetensors).")],
+    repository: Annotated[str, typer.Argument(help="Repository ORG/NAME on the Hub; created if it does not exist.")],
     public: Public = False,
     license: License = None,
     revision: Revision = None,
@@ -34,18 +34,18 @@ def publish(
         bool,
         typer.Option(
             "--dry-run",
-            help="Check everything and look at the repository; print the card and what would be done, but do nothing.",
+            help="Check everything, print the card and what would be sent, but send nothing.",
         ),
     ] = False,
 ) -> None:
-    """Publish a model to the Hub, with a card, the recipe, the alignment and what was measured."""
-    from ...modules.distributed import is_first
-    from ...publishing.upload import publish_as
+    """Publish a model to the Hub, with a card, the recipe, the alignment and all measurements."""
+    from ...modules.distributed import is_main_process
+    from ...publishing.upload import publish_from_settings
     from .. import output
 
-    if not is_first():
+    if not is_main_process():
         return
-    settings = publish_settings(said_of_publishing(repository, public, license, revision, create_pr, commit_message))
-    published = publish_as(settings, source, template=template, dry_run=dry_run, progress=shown())
-    for line in output.published(published, dry_run):
+    settings = read_publish_settings(publish_options(repository, public, license, revision, create_pr, commit_message))
+    published = publish_from_settings(settings, source, template=template, dry_run=dry_run, progress=shows_progress())
+    for line in output.describe_publication(published, dry_run):
         say(line)

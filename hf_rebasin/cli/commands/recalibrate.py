@@ -1,4 +1,4 @@
-"""hf-rebasin recalibrate"""
+"""The command `hf-rebasin recalibrate`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..options import (
     MODEL,
     DataOption,
     Overwrite,
-    data_for,
-    found_device,
-    opened_models,
+    find_device,
+    load_data,
+    open_checkpoints,
     refuse_out,
-    saved,
+    save_with_record,
     say,
-    shown,
+    shows_progress,
 )
 
 
@@ -30,35 +30,39 @@ def recalibrate(
     like: Annotated[
         list[str] | None,
         typer.Option(
-            help="REPAIR: give every unit the mean and deviation that these models have on average, those that were "
-            "merged, in the coordinates of the merge. Give it once for each."
+            help="REPAIR: model that was merged, in the coordinates of the merge. Give it once for each; every unit "
+            "gets the mean and deviation that these models have on average."
         ),
     ] = None,
     exact: Annotated[
-        bool, typer.Option("--exact", help="One pass for every BatchNorm layer: as of one big batch.")
+        bool, typer.Option("--exact", help="Make one pass per BatchNorm layer, as if all data were one batch.")
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Recompute BatchNorm statistics of a model on data, or repair a merge of networks without BatchNorm."""
     from ...merging.recalibration import has_statistics, repair
-    from ...publishing.record import Record, inputs_of, recorded, settings_of
-    from ...recipes.runner import recalibrated
+    from ...publishing.record import MergeRecord, make_provenance, pinned_settings, record_inputs
+    from ...recipes.runner import recalibrate_checkpoint
     from .. import output
 
-    checkpoint, *sources = opened_models([model, *(like or [])])
-    refuse_out(out, overwrite, (*checkpoint.sources, *(path for one in sources for path in one.sources)))
+    checkpoint, *sources = open_checkpoints([model, *(like or [])])
+    refuse_out(out, overwrite, (*checkpoint.sources, *(path for source in sources for path in source.sources)))
     if not sources and not has_statistics(checkpoint):
         raise OptionError(
-            f"{model} has no running statistics; to repair a merge, name what was merged (--like A --like B)"
+            f"{model} has no running statistics; to repair a merge, name the models that were merged "
+            "(--like A --like B)"
         )
-    batches = data_for(data, data_option, checkpoint)
+    batches = load_data(data, data_option, checkpoint)
     say(f"data: {batches.describe()}")
-    device = found_device()
+    device = find_device()
     if sources:
-        new = repair(checkpoint, sources, batches, device=device, progress=shown())
+        recalibrated = repair(checkpoint, sources, batches, device=device, progress=shows_progress())
     else:
-        new = recalibrated(checkpoint, batches, exact=exact, device=device, progress=shown())
-    settings = {"data": settings_of(batches), "exact": exact}
-    inputs, looked = inputs_of([checkpoint, *sources]), {"statistics of": batches}
-    record = Record(recorded("recalibrate", settings, inputs, looked, device=device))
-    say(f"recalibrated model: {saved(new, out, overwrite, record)}/, {output.size(new)}")
+        recalibrated = recalibrate_checkpoint(
+            checkpoint, batches, exact=exact, device=device, progress=shows_progress()
+        )
+    settings = {"data": pinned_settings(batches), "exact": exact}
+    inputs, data_uses = record_inputs([checkpoint, *sources]), {"statistics of": batches}
+    record = MergeRecord(make_provenance("recalibrate", settings, inputs, data_uses, device=device))
+    folder = save_with_record(recalibrated, out, overwrite, record)
+    say(f"recalibrated model: {folder}/, {output.describe_size(recalibrated)}")

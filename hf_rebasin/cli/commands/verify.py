@@ -1,4 +1,4 @@
-"""hf-rebasin verify"""
+"""The command `hf-rebasin verify`."""
 
 from __future__ import annotations
 
@@ -8,41 +8,42 @@ from typing import Annotated
 import typer
 
 from ...errors import OptionError
-from ..options import found_device, say, shown
+from ..options import MODEL, find_device, say, shows_progress
 
 
 def verify(
-    source: Annotated[str, typer.Argument(help="Folder, or id on the Hub; id@revision pins a commit, branch or tag.")],
+    source: Annotated[str, typer.Argument(help=MODEL)],
     rebuild: Annotated[
-        bool, typer.Option("--rebuild", help="Make it again with the stored alignments, and compare bit by bit.")
+        bool,
+        typer.Option("--rebuild", help="Make the model again with the stored alignments, and compare bit by bit."),
     ] = False,
     resolve: Annotated[
-        bool, typer.Option("--resolve", help="Make it again, look for the alignments anew, too, and compare.")
+        bool, typer.Option("--resolve", help="Make the model again, also finding the alignments anew, and compare.")
     ] = False,
     model: Annotated[
         list[str] | None,
-        typer.Option(help="Folder of an input that is not on the Hub; told by its sha256. May be repeated."),
+        typer.Option(help="Folder of an input that is not on the Hub, recognised by its sha256. May be repeated."),
     ] = None,
     data: Annotated[str | None, typer.Option(help="Folder or file of data that are not on the Hub.")] = None,
 ) -> None:
-    """Recompute the hashes of what was written or published; make it again, if asked to."""
-    from ...publishing.verification import verify as look
+    """Recompute the hashes of a model that was written or published, and make it again on request."""
+    from ...publishing.verification import verify as verify_model
     from .. import output
 
-    places = [Path(place).expanduser() for place in model or ()]
-    for place in places:
-        if not place.is_dir():
-            raise OptionError(f"--model {place} is no folder that is there; name the one with the model that was read")
-    found = look(
+    folders = [Path(folder).expanduser() for folder in model or ()]
+    for folder in folders:
+        if not folder.is_dir():
+            raise OptionError(f"--model {folder} is not a folder; name the one with the model that was read")
+    verification = verify_model(
         source,
         rebuild=rebuild,
         resolve=resolve,
-        models=[str(place) for place in places],
+        models=[str(folder) for folder in folders],
         data=data,
-        device=found_device() if rebuild or resolve else None,
-        progress=shown(),
+        device=find_device() if rebuild or resolve else None,
+        progress=shows_progress(),
     )
-    for line in output.verified(found):
+    for line in output.describe_verification(verification):
         say(line)
-    if not found.holds:
+    if not verification.holds:
         raise typer.Exit(1)

@@ -1,10 +1,6 @@
-"""Merge methods: one file each, exporting a function `merge(tensors, *, knobs)` of one key's tensors.
+"""Merge methods, one file each; `MergeMethod` in registry.py describes what a file may contain.
 
-The tensors arrive in at least float32 (float64 where the models are float32 or wider), in the order of the models; the
-result is rounded once, to the dtype of the output. The keyword arguments are the knobs, their defaults the defaults.
-
-`ELEMENTWISE = True` promises that every element of the result hangs on the same element of the tensors alone; such a
-method is streamed chunk by chunk, and gets flat pieces of the tensors. One that has to know some numbers of the whole
-tensors first is streamed, too, if these add up over pieces: a function `sums(tensors)` gives those of a piece, and
-`merge(tensors, sums, *, knobs)` gets what they add up to.
+A file has at least a function `merge(tensors, *, …)` that merges the tensors of one key. They arrive in at least
+float32 (float64 if the models are float32 or wider), in the order of the models; the result is rounded once, to the
+dtype of the output. A method never sees a parameter that varies by tensor: it is called with the tensor's numbers.
 """

@@ -1,8 +1,9 @@
-"""Distil: go on training a merge, all of it, to say what the merged models say to unlabelled inputs.
+"""Distil: train the whole merge to match the predictions of the merged models on unlabelled inputs.
 
-What goes down is KL(Σ wᵢ pᵢ ‖ p): pᵢ is the softmax of what model i says, p that of the merge; see `divergence`. This
-is the ensemble distillation of federated learning (FedDF, Lin et al. 2020, arXiv 2006.07242), from where aligning has
-led. Minutes of gradients end lower than any fit of single layers, from a plain average, too: look at that control.
+The loss is KL(Σ wᵢ pᵢ ‖ p), where pᵢ is the softmax of the outputs of model i and p the merge's; see `divergence`.
+This is the ensemble distillation of federated learning (FedDF, Lin et al. 2020, arXiv 2006.07242), started from
+aligned models. Minutes of training reach a lower loss than any fit of single layers, also from a plain average:
+compare with that control.
 """
 
 from __future__ import annotations
@@ -19,37 +20,40 @@ from tqdm import tqdm
 
 from ...checkpoints.checkpoint import Checkpoint
 from ...errors import OptionError
-from ...modules.distributed import averaged, endless, mean_of_all
-from ...modules.divergence import apart, numbers_in
-from ...modules.forward import evaluating, no_classes, refuse_read_once, run
-from ...modules.functional import by_batch_statistics, there
+from ...modules.distributed import all_reduce_gradients, all_reduce_mean, cycle_batches
+from ...modules.divergence import comparable_outputs, divergence_per_sample
+from ...modules.forward import evaluation_mode, has_no_classes, refuse_read_once, run_module
+from ...modules.functional import move_batch, use_batch_statistics
 from ...modules.layerwise import keeps_statistics
-from ..fitting import computing, shares_of, with_changes, with_values
+from ..fitting import change_layers, load_modules, normalise_weights, with_module_values
 
 logger = logging.getLogger(__name__)
 
 STEPS, RATE = 300, 3e-4
-CHECKED = 8  # batches on which the merge before and after is measured
+CHECK_BATCHES = 8  # batches that the merge is measured on, before and after
 ELEMENTWISE = True
-WORDS = ("distilling", "distilled")
-COPIES = 3  # of the merge: its gradients and their two moments
+VERB = ("distilling", "distilled")
+EXTRA_COPIES = 3  # the gradients of the merge and their two moments
 
 
 def merge(
     tensors: Sequence[Tensor], *, weights: Sequence[float] | None = None, steps: int = STEPS, rate: float = RATE
 ) -> Tensor:
-    """The weighted average, of which training begins.
+    """Average tensors with weights; training starts from the average.
 
     Args:
-        tensors: one per model, all of one shape.
-        weights: of the models, in the average and in what is said, 0 or more; by default equal.
-        steps: of Adam.
-        rate: how far a step goes at first.
+        tensors: one tensor per model, all of one shape.
+        weights: weights of the models in the average and in the mean prediction, 0 or more; by default equal.
+        steps: number of steps of Adam.
+        rate: learning rate at the start.
 
     Raises:
-        OptionError: weights that are not one per model with a sum, or below 0; steps or a rate that are not above 0.
+        OptionError: weights that are not one per model, are negative or have no positive sum; steps or a rate that
+            are not above 0.
     """
-    terms = [w * tensor for w, tensor in zip(_shares(weights, len(tensors), steps, rate), tensors, strict=True)]
+    terms = [
+        w * tensor for w, tensor in zip(_checked_shares(weights, len(tensors), steps, rate), tensors, strict=True)
+    ]
     return torch.stack(terms).sum(0)
 
 
@@ -64,69 +68,70 @@ def distil(
     device: Any = None,
     progress: bool = False,
 ) -> Checkpoint:
-    """Train all of a merge to say what the merged models say, by KL, without labels.
+    """Train the whole merge to match the predictions of the merged models, by KL divergence, without labels.
 
-    Adam, down to 0 by a cosine, gradients cut at a norm of 1; without dropout, BatchNorm by the batch. Where the merge
-    is no nearer afterwards to what the models say, on the first eight batches and rounded to its dtypes, it stays as
-    it is, and a warning tells so. BatchNorm statistics become those of the data.
+    The optimiser is Adam with a cosine schedule down to 0 and gradients clipped to a norm of 1; dropout is off, and
+    BatchNorm normalises by the batch. If training does not lower the divergence on the first eight batches, measured
+    after rounding to the dtypes of the merge, the merge is returned as it was, with a warning. BatchNorm statistics
+    are recomputed on the data.
 
     Args:
-        merged: the merge; it stays as it is.
-        models: what was merged: any models whose outputs mean the same.
-        data: unlabelled batches that can be read again and again, as training needs them: thousands of samples rather
-            than hundreds. Labels in them do not count. Under `accelerate launch` every process takes its share, and a
-            step is one batch of each.
-        weights: of the models in what is said, 0 or more; by default equal.
-        steps: of Adam.
-        rate: how far a step goes at first; less for models that are wide.
-        device: where it is computed.
+        merged: the merge, which is not modified.
+        models: models that were merged; any models whose outputs have the same meaning will do.
+        data: unlabelled batches that can be read again and again, thousands of samples rather than hundreds. Labels in
+            them are ignored. Under `accelerate launch` every process takes its share, and a step is one batch of each.
+        weights: weights of the models in the mean prediction, 0 or more; by default equal.
+        steps: number of steps of Adam.
+        rate: learning rate at the start; wide models need a lower one.
+        device: device of the computation.
         progress: show a progress bar (on a terminal).
 
     Returns:
-        The distilled merge, with the keys and dtypes it had; what was tied is tied.
+        The distilled merge, with the same keys, dtypes and ties.
 
     Raises:
-        OptionError: no data, or such as can be read once; weights that are not one per model with a sum, or below 0;
-            steps or a rate that are not above 0; what the models say is not finite.
-        CheckpointError: no class is known that could be run.
+        OptionError: no data, or data that can be read only once; weights that are not one per model, are negative or
+            have no positive sum; steps or a rate that are not above 0; predictions that are not finite.
+        CheckpointError: a model without a known class.
 
-    Example: one bias, 0 in the merge, and two models that say p = 0.2 and 0.4 of the first of two classes: the bias
-    goes to where p = 0.3, which is log(0.3 / 0.7), and not to the mean of theirs.
+    Example: a model is one bias, 0 in the merge, and the two merged models give the first of two classes p = 0.2 and
+    0.4. The bias becomes log(0.3 / 0.7), which gives p = 0.3, and not the mean of the two biases.
 
         >>> better = distil(merge([a, moved]), [Checkpoint.open(a), Checkpoint.open(moved)], batches)
     """
-    shares = _shares(weights, len(models), steps, rate)
+    shares = _checked_shares(weights, len(models), steps, rate)
     refuse_read_once(data)
-    (module, *ends), dtype = computing([merged, *models], device)
-    batches = (there(batch, device, dtype) for batch in endless(data))
-    checked, classes = list(islice(batches, CHECKED)), not no_classes(module)
+    (module, *teachers), dtype = load_modules([merged, *models], device)
+    batches = (move_batch(batch, device, dtype) for batch in cycle_batches(data))
+    check_batches, classes = list(islice(batches, CHECK_BATCHES)), not has_no_classes(module)
 
-    def off(module: nn.Module, batch: Any) -> Tensor:
-        said = []
-        for end in ends:
-            with evaluating(end):
-                said.append(numbers_in(run(end, batch), batch))
-        found = apart(said, run(module, batch), shares, batch, classes)
-        return found.sum() / max(len(found), 1)
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        targets = []
+        for teacher in teachers:
+            with evaluation_mode(teacher):
+                targets.append(comparable_outputs(run_module(teacher, batch), batch))
+        divergences = divergence_per_sample(targets, run_module(module, batch), shares, batch, classes)
+        return divergences.sum() / max(len(divergences), 1)
 
-    def measured(module: nn.Module) -> float:
-        by_batch_statistics(module)
+    def measure(module: nn.Module) -> float:
+        use_batch_statistics(module)
         with torch.no_grad():
-            return _mean(torch.stack([off(module, batch) for batch in checked]), "before and after training")
+            losses = torch.stack([loss(module, batch) for batch in check_batches])
+            return _finite_mean(losses, "before and after training")
 
-    before = measured(module)
-    _descend(module, batches, off, steps, rate, progress)
-    trained, after = merged, measured(module)
+    before = measure(module)
+    _train(module, batches, loss, steps, rate, progress)
+    trained, after = merged, measure(module)
     if after < before:
-        trained = with_values(merged, module)
-        after = measured(trained.model(dtype).to(device).eval())  # rounded to the dtypes of the merge
+        trained = with_module_values(merged, module)
+        after = measure(trained.model(dtype).to(device).eval())  # rounded to the dtypes of the merge
     if after < before:
-        logger.info("what the merge says was %.3g nats from what the models say, and is %.3g now", before, after)
+        logger.info("the divergence of the merge from the models went from %.3g to %.3g nats", before, after)
         merged = trained
     else:
         logger.warning(
-            "%d steps at a rate of %g brought the merge no nearer to what the models say (%.3g before, %.3g after), "
-            "so it stays as it is; if there is something to learn, take a lower rate, or more data",
+            "%d steps at a rate of %g did not bring the predictions of the merge closer to the models' (%.3g nats "
+            "before, %.3g after), so it stays as it is; if there is something to learn, try a lower rate or more data",
             steps,
             rate,
             before,
@@ -134,57 +139,57 @@ def distil(
         )
     if not any(keeps_statistics(part) for part in module.modules()):
         return merged
-    return with_changes(merged, (), data, lambda step: None, device=device)
+    return change_layers(merged, (), data, lambda step: None, device=device)
 
 
-finish = distil  # of the average that `merge` gives
+finish = distil  # called on the average that `merge` gives
 
 
-def _descend(
+def _train(
     module: nn.Module,
     batches: Iterable[Any],
-    off: Callable[[nn.Module, Any], Tensor],
+    loss: Callable[[nn.Module, Any], Tensor],
     steps: int,
     rate: float,
     progress: bool,
 ) -> None:
-    trained = [parameter for parameter in module.parameters() if parameter.is_floating_point()]
-    for parameter in trained:
+    parameters = [parameter for parameter in module.parameters() if parameter.is_floating_point()]
+    for parameter in parameters:
         parameter.requires_grad_()
-    optimizer = torch.optim.Adam(trained, lr=rate, betas=(0.9, 0.98))
+    optimizer = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     quiet = None if progress else True
     bar = tqdm(islice(batches, steps), "distilling", steps, unit="step", leave=False, disable=quiet)
     for step, batch in enumerate(bar, start=1):
         with torch.enable_grad():
             optimizer.zero_grad()
-            value = off(module, batch)
+            value = loss(module, batch)
             value.backward()
-        _mean(value.detach(), f"in step {step}, at a rate of {rate:g}")
-        averaged(trained)
-        nn.utils.clip_grad_norm_(trained, 1.0)
+        _finite_mean(value.detach(), f"in step {step}, at a rate of {rate:g}")
+        all_reduce_gradients(parameters)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
 
 
-def _mean(values: Tensor, when: str) -> float:
-    """Over all processes; OptionError unless it is finite."""
-    mean = mean_of_all(values.double().mean()).item()
+def _finite_mean(values: Tensor, when: str) -> float:
+    """Return the mean over all processes; OptionError unless it is finite."""
+    mean = all_reduce_mean(values.double().mean()).item()
     if not math.isfinite(mean):
         raise OptionError(
-            f"what the models say to these data is not finite ({mean} {when}); look at the models and at the data, or "
-            "take a lower rate, if that comes of training"
+            f"the divergence between the models on these data is not finite ({mean} {when}); check the models and the "
+            "data, or take a lower rate if it became so in training"
         )
     return mean
 
 
-def _shares(weights: Sequence[float] | None, count: int, steps: int, rate: float) -> list[float]:
-    """Of each model; OptionError where a knob does not fit."""
+def _checked_shares(weights: Sequence[float] | None, count: int, steps: int, rate: float) -> list[float]:
+    """Return the share of each model; OptionError if a parameter does not fit."""
     if steps < 1:
         raise OptionError(f"steps = {steps}; give 1 or more")
     if not 0 < rate < math.inf:
         raise OptionError(f"rate = {rate}; give a number above 0, such as {RATE}")
-    shares = shares_of(weights, count)
+    shares = normalise_weights(weights, count)
     if min(shares) < 0:
-        raise OptionError(f"weights = {weights}; what is said is a mixture, so give weights of 0 or more")
+        raise OptionError(f"weights = {weights}; predictions are mixed, so give weights of 0 or more")
     return shares

@@ -14,10 +14,10 @@ ELEMENTWISE = True
 
 
 def merge(tensors: Sequence[Tensor], *, t: float = 0.5) -> Tensor:
-    """(1 − t) θ_A + t θ_B; t = 0 is A and t = 1 is B, bit for bit.
+    """Interpolate linearly, (1 − t) θ_A + t θ_B; t = 0 is A and t = 1 is B, bit for bit.
 
     Raises:
-        OptionError: not two models, or a t that is no finite number.
+        OptionError: more or fewer than two models, or a t that is not finite.
 
     Example: t = 0.25 between 2 and 6 is 0.75 * 2 + 0.25 * 6 = 3.
     """

@@ -12,15 +12,15 @@ ELEMENTWISE = True
 
 
 def merge(tensors: Sequence[Tensor], *, weights: Sequence[float] | None = None, normalize: bool = True) -> Tensor:
-    """Σ wᵢ θᵢ, divided by Σ wᵢ if `normalize`.
+    """Return Σ wᵢ θᵢ, divided by Σ wᵢ if `normalize`.
 
     Args:
-        tensors: one per model, all of one shape.
-        weights: one per model; by default the plain mean.
+        tensors: one tensor per model, all of one shape.
+        weights: one weight per model; by default equal.
         normalize: divide by the sum of the weights.
 
     Raises:
-        OptionError: another number of weights than models, or weights that sum to 0 and are to be normalised.
+        OptionError: weights that are not one per model, or that sum to 0 and cannot be normalised.
 
     Example: weights 3 and 1 of the values 2 and 6 give (3 * 2 + 1 * 6) / 4 = 3.
     """

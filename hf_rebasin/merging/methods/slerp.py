@@ -15,7 +15,7 @@ COLLINEAR = 0.9995  # beyond this cosine the sine is too small to divide by, and
 
 
 def sums(tensors: Sequence[Tensor]) -> Tensor:
-    """(‖a‖², ‖b‖², ⟨a, b⟩) in float64, in pieces, so that there is no float64 copy of a large tensor."""
+    """Return (‖a‖², ‖b‖², ⟨a, b⟩) in float64, summed in pieces to avoid float64 copies of large tensors."""
     total = torch.zeros(3, dtype=torch.float64)
     for a, b in zip(*(tensor.reshape(-1).split(PIECE) for tensor in tensors), strict=True):
         x, y = a.double(), b.double()
@@ -24,13 +24,13 @@ def sums(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def merge(tensors: Sequence[Tensor], whole: Tensor | None = None, *, t: float = 0.5) -> Tensor:
-    """sin((1 − t)Ω)/sin Ω · θ_A + sin(tΩ)/sin Ω · θ_B, with Ω the angle between the two tensors as vectors.
+    """Return sin((1 − t)Ω)/sin Ω · θ_A + sin(tΩ)/sin Ω · θ_B, with Ω the angle between the tensors as vectors.
 
-    The angle is that of the whole tensors, given by their `sums`, also where a piece of them is merged. Tensors that
-    are zero, or point the same or opposite ways, are interpolated linearly. t = 0 is A, t = 1 is B.
+    Pieces of tensors are merged by the angle between the whole tensors, which follows from their `sums`. Tensors that
+    are zero or collinear are interpolated linearly. t = 0 is A, t = 1 is B.
 
     Raises:
-        OptionError: not two models, or a t that is no finite number.
+        OptionError: more or fewer than two models, or a t that is not finite.
 
     Example: halfway between (1, 0) and (0, 1), at a right angle: sin 45° / sin 90° = 0.7071 of each.
     """

@@ -1,1 +1,1 @@
-"""Solvers: one file each, exporting a frozen dataclass `Solver` (its fields are the knobs) with `solve(problem)`."""
+"""Solvers, one file each, with a class `Solver`; `SolverClass` in registry.py is its contract."""

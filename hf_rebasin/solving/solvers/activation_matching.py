@@ -1,8 +1,9 @@
-"""Activation matching: the alignment under which two models say the same of the same inputs, without labels.
+"""Activation matching: the alignment under which two models have similar activations on the same inputs, unlabelled.
 
-Permutations by the correlation of units, as in Git Re-Basin (Ainsworth, Hayase, Srinivasa 2022, arXiv 2209.04836,
-section 3.1); rotations by Procrustes on the normalised stream (2506.22712). How much weights have a say in it, and
-whether all samples count the same, is told by what is on the line between the two then (docs/log.md).
+Permutations are found by the correlation of units, as in Git Re-Basin (Ainsworth, Hayase, Srinivasa 2022, arXiv
+2209.04836, section 3.1), rotations by Procrustes on the normalised stream (arXiv 2506.22712). How much weights count
+beside activations, and whether all samples count the same, is chosen by the divergence on the line between the two
+aligned models (docs/log.md).
 """
 
 from __future__ import annotations
@@ -19,32 +20,34 @@ from torch import Tensor
 
 from ...alignment.alignment import act
 from ...alignment.groups import Element
+from ...checkpoints.precision import widen
 from ...errors import OptionError
-from ...modules.distributed import shared_out, sum_of_all
+from ...modules.distributed import all_reduce_sum, shard_batches
 from ...modules.divergence import Divergence
+from ...registry import DataUse
 from ...symmetries.spec import Unit
-from ..activations import Statistics, collect
-from ..canonical import in_full
+from ..activations import ActivationStatistics, collect_statistics
+from ..canonical import solve_over_full_groups
 from ..coordinate_ascent import coordinate_ascent
-from ..problem import Problem, bound, objective
+from ..problem import Problem, objective, objective_bound
 from ..similarity import weight_similarity
 from ..solution import Clock, Solution, Status
-from ..units import Elements, Nested, Similarity, value
+from ..units import Elements, Nested, Similarity, total_similarity
 
-SHARES = (0.0, 0.5, 1.0)  # of weight matching, that are tried
-LOOKED_AT = (0.25, 0.5, 0.75)  # on the line: halfway alone may leave a hill beside the middle
+TRIED_SHARES = (0.0, 0.5, 1.0)  # of weight matching
+LINE_POINTS = (0.25, 0.5, 0.75)  # halfway alone would miss a hill beside the middle
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Solver:
-    """Knobs of activation matching.
+    """Options of activation matching.
 
     Args:
-        weights: the share of weight matching in what is maximised, from 0 to 1. By default 0, ½ and 1 are tried, and
-            what is kept is that after which the line between the two says most nearly what they say; see `divergence`.
-        sensitive: whether samples count as much as the outputs depend on them; see `activations.collect`. By default
-            both are tried.
-        batches: how many are looked at; by default all that the data have.
+        weights: share of weight matching in the objective, from 0 to 1. By default 0, ½ and 1 are tried, and the
+            alignment is kept under which the line between the models diverges least from them; see `line_divergence`.
+        sensitive: whether samples count as much as the outputs depend on them; see `activations.collect_statistics`.
+            By default both are tried.
+        batches: number of batches that are used; by default all of the data.
         starts: as in weight matching, for every mix; one is enough where weights have no share.
         max_sweeps: as in weight matching.
     """
@@ -55,8 +58,7 @@ class Solver:
     starts: int = 2
     max_sweeps: int = 100
 
-    TAKES_DATA: ClassVar[bool] = True
-    NEEDS_DATA: ClassVar[bool] = True
+    data: ClassVar[DataUse] = "required"
 
     def __post_init__(self) -> None:
         if self.weights is not None and not 0 <= self.weights <= 1:
@@ -64,33 +66,37 @@ class Solver:
         if self.batches is not None and self.batches < 1:
             raise OptionError(f"batches = {self.batches}; give 1 or more")
 
+    @staticmethod
+    def memory(model: int, *, data: bool) -> int:
+        return 4 * model  # both models, the one between them, and a moved copy
+
     def solve(self, problem: Problem) -> Solution:
         if problem.forward is None:
-            raise OptionError("activation_matching looks at what models say to data, and there are none; give data=")
-        return in_full(problem, self._ascend, self._glance)
+            raise OptionError("activation_matching compares activations on data, but no data is given; give data=")
+        return solve_over_full_groups(problem, self._ascend, self._solve_quickly)
 
-    def _glance(self, problem: Problem) -> Solution:
+    def _solve_quickly(self, problem: Problem) -> Solution:
         return coordinate_ascent(problem, partial(weight_similarity, problem), 1, min(2, self.max_sweeps))
 
     def _ascend(self, problem: Problem) -> Solution:
-        """By every mix that is asked for; the one is kept after which the line between the two diverges least."""
+        """Solve with every mix, and keep the alignment under which the line between the models diverges least."""
         clock = Clock()
         with clock("activations"):
-            seen = {sensitive: _collected(problem, self.batches, sensitive) for sensitive in self._sensitive}
+            statistics = {sensitive: _collect(problem, self.batches, sensitive) for sensitive in self._sensitive}
         best, least = None, math.inf
-        mixes, chance = self._mixes, problem.generator.get_state()
+        mixes, random_state = self._mixes, problem.generator.get_state()
         for share, sensitive in mixes:
-            problem.generator.set_state(chance)  # the same as if this mix alone were asked for
-            mixed = _Mixed(problem, seen[sensitive], share)
-            found = coordinate_ascent(problem, mixed, self.starts, self.max_sweeps, mixed.score)
-            for what, seconds in found.seconds.items():
-                clock.seconds[what] = clock.seconds.get(what, 0.0) + seconds
-            if len(mixes) == 1 or found.status in (Status.EQUAL, Status.IDENTITY):
-                return replace(found, seconds=clock.seconds)
+            problem.generator.set_state(random_state)  # as if this were the only mix
+            mixed = _MixedSimilarity(problem, statistics[sensitive], share)
+            solution = coordinate_ascent(problem, mixed, self.starts, self.max_sweeps, mixed.score)
+            for activity, seconds in solution.seconds.items():
+                clock.seconds[activity] = clock.seconds.get(activity, 0.0) + seconds
+            if len(mixes) == 1 or solution.status in (Status.EQUAL, Status.IDENTITY):
+                return replace(solution, seconds=clock.seconds)
             with clock("line"):
-                apart = divergence(problem, found.alignment.elements, self.batches)
-            if best is None or apart < least:  # the first of equals
-                best, least = found, apart
+                divergence = line_divergence(problem, solution.alignment.elements, self.batches)
+            if best is None or divergence < least:  # of equals, the first
+                best, least = solution, divergence
         assert best is not None
         return replace(best, seconds=clock.seconds)
 
@@ -100,93 +106,98 @@ class Solver:
 
     @property
     def _mixes(self) -> list[tuple[float, bool]]:
-        """(share of weights, whether samples are weighted); of weights alone, once."""
-        shares = SHARES if self.weights is None else (self.weights,)
-        return [(share, yes) for share in shares for yes in (self._sensitive if share < 1 else self._sensitive[:1])]
+        """(share of weights, whether samples are weighted) of every mix; weights alone are tried once."""
+        shares = TRIED_SHARES if self.weights is None else (self.weights,)
+        return [
+            (share, sensitive)
+            for share in shares
+            for sensitive in (self._sensitive if share < 1 else self._sensitive[:1])
+        ]
 
 
-def _collected(problem: Problem, count: int | None, sensitive: bool) -> Statistics:
+def _collect(problem: Problem, count: int | None, sensitive: bool) -> ActivationStatistics:
     assert problem.forward is not None
     module, names = problem.forward.module()
     module = module.to(problem.device).eval()
     batches = islice(problem.forward.data, count)
-    return collect(problem.spec, module, names, _states(problem), batches, problem.device, sensitive)
+    return collect_statistics(problem.spec, module, names, _widen_states(problem), batches, problem.device, sensitive)
 
 
-def divergence(problem: Problem, elements: Mapping[str, Element], count: int | None = None) -> float:
-    """How far what is on the line between two models is from saying what the two say, without labels.
-
-    The mean over samples, or tokens, and over λ = ¼, ½, ¾ of what `hf_rebasin.modules.divergence` says of each.
+def line_divergence(problem: Problem, elements: Mapping[str, Element], count: int | None = None) -> float:
+    """Measure how far the outputs of models on the line between two models are from those of the two, without labels.
 
     Args:
-        problem: the models and the batches.
-        elements: of g.
-        count: how many batches are looked at; by default all.
+        problem: problem with the models and the batches.
+        elements: elements of g, which moves the moving model first.
+        count: number of batches that are used; by default all.
+
+    Returns:
+        The divergence of `hf_rebasin.modules.divergence`, averaged over samples (or tokens) and over λ = ¼, ½, ¾.
+
+    Raises:
+        OptionError: the outputs are not finite.
     """
     assert problem.forward is not None
-    fixed, moving = _states(problem)
+    fixed, moving = _widen_states(problem)
     moved = act(problem.spec, elements, moving)
     module, names = problem.forward.module()
-    diverging = Divergence(module.to(problem.device).eval(), names, (fixed, moving), problem.device)
+    divergence = Divergence(module.to(problem.device).eval(), names, (fixed, moving), problem.device)
     line = {
         at: {k: x.lerp(moved[k].to(x), at) if x.is_floating_point() else x for k, x in fixed.items()}
-        for at in LOOKED_AT
+        for at in LINE_POINTS
     }
     total = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
-        for batch in shared_out(islice(problem.forward.data, count)):
-            said = diverging.said(batch)
+        for batch in shard_batches(islice(problem.forward.data, count)):
+            ends = divergence.outputs_of_ends(batch)
             for at, state in line.items():
-                apart = diverging.of(state, (1 - at, at), batch, said)
-                total += torch.tensor([apart.double().sum().item(), apart.numel()], dtype=torch.float64)
-    summed, samples = sum_of_all(total).tolist()
+                samples = divergence.per_sample(state, (1 - at, at), batch, ends)
+                total += torch.tensor([samples.double().sum().item(), samples.numel()], dtype=torch.float64)
+    summed, samples_seen = all_reduce_sum(total).tolist()
     if not math.isfinite(summed):
-        raise OptionError(f"what the models say to these data is not finite ({summed}); look at both, and at the data")
-    return summed / samples if samples else 0.0
+        raise OptionError(
+            f"the models' outputs on these data are not finite ({summed}); check both models and the data"
+        )
+    return summed / samples_seen if samples_seen else 0.0
 
 
-def _states(problem: Problem) -> list[dict[str, Tensor]]:
-    """Of the fixed and the moving model."""
+def _widen_states(problem: Problem) -> list[dict[str, Tensor]]:
+    """Return the tensors of the fixed and of the moving model, widened, on the device."""
     both = (problem.fixed, problem.moving)
-    return [{key: _wide(tensor).to(problem.device) for key, tensor in state.items()} for state in both]
+    return [{key: widen(tensor).to(problem.device) for key, tensor in state.items()} for state in both]
 
 
-def _wide(x: Tensor) -> Tensor:
-    """In float32 or its own wider dtype."""
-    return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
+class _MixedSimilarity:
+    """Mix of the similarities of activations and of weights; of weights alone for units that no activation carries."""
 
-
-class _Mixed:
-    """Similarity of activations and of weights; where no activation carries a unit, of its weights alone."""
-
-    def __init__(self, problem: Problem, statistics: Statistics, weights: float):
+    def __init__(self, problem: Problem, statistics: ActivationStatistics, weights: float):
         self.problem, self.weights = problem, weights
-        self.alike = {unit: statistics.similarity(unit) for unit in problem.spec.units}
-        scale = sum(t.abs().max().item() * t.shape[0] for s in self.alike.values() for t in s.values())
-        self.share = weights * scale / max(bound(problem), 1e-30)  # of weights, in units of activations
+        self.activation_similarity = {unit: statistics.similarity(unit) for unit in problem.spec.units}
+        scale = sum(t.abs().max().item() * t.shape[0] for s in self.activation_similarity.values() for t in s.values())
+        self.share = weights * scale / max(objective_bound(problem), 1e-30)  # of weights, on the scale of activations
 
     def __call__(
         self, unit: Unit, elements: Mapping[str, Element], known: set[str] | None = None
     ) -> tuple[Similarity, bool]:
-        alike = self.alike[unit]
-        if alike and not self.weights:
-            return {names: tensor.clone() for names, tensor in alike.items()}, True
-        similarity, exact = weight_similarity(self.problem, unit, elements, known)
-        if not alike:
-            return similarity, exact
-        total = {names: (1 - self.weights) * tensor for names, tensor in alike.items()}
-        for names, tensor in similarity.items():
+        of_activations = self.activation_similarity[unit]
+        if of_activations and not self.weights:
+            return {names: tensor.clone() for names, tensor in of_activations.items()}, True
+        of_weights, exact = weight_similarity(self.problem, unit, elements, known)
+        if not of_activations:
+            return of_weights, exact
+        total = {names: (1 - self.weights) * tensor for names, tensor in of_activations.items()}
+        for names, tensor in of_weights.items():
             part = self.share * tensor
             total[names] = total[names] + part if names in total else part
         return total, exact
 
     def score(self, elements: Elements) -> float:
-        """What rises: how alike activations are, and the share of weights; these alone where nothing is carried."""
-        if not any(self.alike.values()):
+        """Return the objective, a mix of both similarities; that of weights alone if activations carry no unit."""
+        if not any(self.activation_similarity.values()):
             return objective(self.problem, elements)
         total = self.share * objective(self.problem, elements) if self.share else 0.0
-        for unit, alike in self.alike.items():
+        for unit, similarity in self.activation_similarity.items():
             nested = Nested.of(self.problem.spec, unit)
-            everything = {name: elements.get(name) or nested.identity(name) for name in nested.contexts}
-            total += (1 - self.weights) * value(nested, alike, everything)
+            complete = {name: elements.get(name) or nested.identity(name) for name in nested.contexts}
+            total += (1 - self.weights) * total_similarity(nested, similarity, complete)
         return total

@@ -1,7 +1,7 @@
-"""Learned matching: rotations, bases and scales by gradients, from where another solver ended; permutations are kept.
+"""Learned matching: rotations, bases and scales by gradients, from another solver's alignment; permutations are kept.
 
-Generalized linear mode connectivity for transformers (2025, arXiv 2506.22712), section 4.2. Moving both ends adds
-nothing that moving one could not reach, as all groups act linearly, but is found more easily.
+Generalized linear mode connectivity for transformers (2025, arXiv 2506.22712), section 4.2. As all groups act
+linearly, moving both ends reaches nothing that moving one could not, but it is easier to optimise.
 """
 
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from ...alignment.elements.relaxation import Permuting
 from ..gradient_descent import Cost, Descent
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Solver(Descent):
-    """Knobs of learned matching: those of `Descent`.
+    """Options of learned matching: those of `Descent`, with other defaults.
 
-    By the loss at random places: halfway alone, what is found is good there and may be bad beside it, where one of the
-    models is much better than the other.
+    The loss is taken at random points: an alignment learned halfway only is good there, and may be bad beside it where
+    one of the models is much better than the other.
     """
 
     permuting: Permuting = "kept"
@@ -27,4 +27,4 @@ class Solver(Descent):
     interval: tuple[float, float] = (0.2, 0.8)
     both_ends: bool = True
 
-    ON_DATA: ClassVar[Cost] = "rnd"
+    DATA_COST: ClassVar[Cost] = "rnd"

@@ -1,7 +1,7 @@
 """Sinkhorn re-basin: permutations by gradient descent through doubly stochastic matrices, on any cost.
 
 Re-basin via implicit Sinkhorn differentiation (Guerrero Peña, Medeiros, Dubail, Aminbeidokhti, Granger, Pedersoli
-2023, arXiv 2212.12042). Larger groups than permutations descend along with them.
+2023, arXiv 2212.12042). Groups larger than permutations are optimised along with them.
 """
 
 from dataclasses import dataclass
@@ -9,6 +9,6 @@ from dataclasses import dataclass
 from ..gradient_descent import Descent
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Solver(Descent):
-    """Knobs of Sinkhorn re-basin: those of `Descent`."""
+    """Options of Sinkhorn re-basin: those of `Descent`."""

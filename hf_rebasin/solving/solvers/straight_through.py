@@ -1,4 +1,4 @@
-"""Straight-through matching: the forward pass takes the best assignment, the gradient passes untouched.
+"""Straight-through matching: the forward pass uses the best assignment, the gradient passes unchanged.
 
 Git Re-Basin (Ainsworth, Hayase, Srinivasa 2022, arXiv 2209.04836), section 3.3, with latent matrices in place of
 latent weights.
@@ -11,9 +11,9 @@ from ...alignment.elements.relaxation import Permuting
 from ..gradient_descent import Descent
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Solver(Descent):
-    """Knobs of straight-through matching: those of `Descent`."""
+    """Options of straight-through matching: those of `Descent`, with other defaults."""
 
     permuting: Permuting = "straight_through"
     steps: int = 1000

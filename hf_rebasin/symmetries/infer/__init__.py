@@ -1,1 +1,1 @@
-"""Reading the symmetries of any module off its own forward pass, and writing them down as a table."""
+"""Read the symmetries of any module off its own forward pass, and write them down as a table."""

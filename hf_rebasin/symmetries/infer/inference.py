@@ -1,4 +1,4 @@
-"""The table of a model nobody described, from its own forward pass."""
+"""Infer the table of a model that no spec file describes, from its own forward pass."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Any
 
 from torch import nn
 
-from ..patterns import DIAGONAL, READER, Leaf, Node, Product, Sum, show
+from ..patterns import DIAGONAL, READER, Leaf, Node, Product, Sum, format_pattern
 from ..table import Table
-from .larger_groups import Named, larger
-from .naming import Origin, names_for
-from .nesting import nested
-from .tracing import Blocks, Traced, trace, wanted_blocks
-from .unification import Atom, Axis, flat, leaves, parts_of, size_of
+from .larger_groups import KeyResolver, find_larger_groups
+from .naming import Origin, choose_names
+from .nesting import find_nesting
+from .tracing import InitialBlocks, Trace, missing_blocks, trace_module
+from .unification import Atom, Axis, axis_size, flat_atoms, leaf_atoms, summands
 
-HELD = ("vocab", "label")  # rows that are matched by string; no symmetry is called so
+RESERVED_NAMES = ("vocab", "label")  # axes that are matched by string; no symmetry may have these names
 
 
-@dataclass(frozen=True)
-class Inferred:
-    """What a forward pass says.
+@dataclass(frozen=True, kw_only=True)
+class InferredTable:
+    """A table inferred from a forward pass, and the reasons for it.
 
     Args:
-        table: rows for every tensor of the module, by the keys that were asked for.
-        pins: `{key: for each axis why it is held, or None}`, for what is held.
+        table: rows for every tensor of the module, by the given keys.
+        pins: `{key: for each axis the reason why it is held, or None}`, for tensors with held axes.
         activations: `{module: pattern of its output}`, for outputs that carry a symmetry.
-        unused: keys of floating-point tensors with axes that the forward pass did not look at.
+        unused: keys of floating-point tensors with axes that the forward pass did not use.
     """
 
     table: Table
@@ -37,86 +37,93 @@ class Inferred:
     unused: tuple[str, ...]
 
 
-def infer(module: nn.Module, inputs: Any, keys: Mapping[str, str], ties: Mapping[str, str] | None = None) -> Inferred:
+def infer_table(
+    module: nn.Module, inputs: Any, keys: Mapping[str, str], ties: Mapping[str, str] | None = None
+) -> InferredTable:
     """Infer which axes of which tensors may move, and how.
 
     Args:
-        module: any module; it is neither changed nor are its weights read.
-        inputs: of its forward pass: a tensor, positional arguments or keyword arguments.
+        module: any module; it is not changed, and its weights are not read.
+        inputs: inputs of its forward pass: a tensor, positional arguments or keyword arguments.
         keys: `{module key: key in the table}`, for the tensors that are stored.
-        ties: `{key that is not stored: the key whose tensor it shares}`, both as the table has them.
+        ties: `{key that is not stored: key of the tensor it shares}`, both as in the table.
 
     Raises:
         SpecError: the forward pass cannot be run without weights.
     """
-    blocks: Blocks = {}
+    blocks: InitialBlocks = {}
     while True:
-        traced = trace(module, inputs, set(keys), blocks)
-        more = wanted_blocks(traced, blocks)
-        if not more:
+        trace = trace_module(module, inputs, set(keys), blocks)
+        missing = missing_blocks(trace, blocks)
+        if not missing:
             break
-        blocks |= more
-    contexts = nested(traced.record.relations, traced.parameters.values())
-    parameters = {key: traced.parameters[name] for name, key in keys.items()}
+        blocks |= missing
+    contexts = find_nesting(trace.record.relations, trace.parameters.values())
+    parameters = {key: trace.parameters[name] for name, key in keys.items()}
     used: dict[Atom, None] = {}
     for axes in parameters.values():
         for axis in axes:
-            for atom in leaves(axis):
+            for atom in leaf_atoms(axis):
                 if atom.pin is None:
                     used.update(dict.fromkeys([*contexts[atom], atom]))
-    names = dict(zip(used, names_for(_origins(list(used), traced, keys, contexts), HELD), strict=True))
+    origins = _find_origins(list(used), trace, keys, contexts)
+    names = dict(zip(used, choose_names(origins, RESERVED_NAMES), strict=True))
     outer = {context for atom in names for context in contexts[atom]}
-    beyond = larger(traced, names, contexts, _named(traced, keys, ties or {}))
-    marks = _marks(traced, keys)
-    ids = {name: i for i, name in traced.names.items()}
+    larger = find_larger_groups(trace, names, contexts, _key_resolver(trace, keys, ties or {}))
+    marks = _find_marks(trace, keys)
+    ids = {name: i for i, name in trace.names.items()}
 
-    def marked(name: str, key: str, d: int, axis: Axis) -> Iterator[str]:
-        """The marks of the named leaves of an axis, in order."""
-        for n, atom in enumerate(leaves(axis)):
-            if atom in beyond.kinds:
-                yield beyond.marks[ids[name], None, d, n]
+    def marks_of(name: str, key: str, d: int, axis: Axis) -> Iterator[str]:
+        """Iterate over the marks of the named leaves of an axis, in order."""
+        for n, atom in enumerate(leaf_atoms(axis)):
+            if atom in larger.kinds:
+                yield larger.marks[ids[name], None, d, n]
             elif atom in names:
                 yield "" if atom in outer else marks.get((key, d), "")
 
-    rows = {
-        key: show(tuple(_node(axis, names, marked(name, key, d, axis)) for d, axis in enumerate(parameters[key])))
-        for name, key in keys.items()
-    }
+    rows = {}
+    for name, key in keys.items():
+        by_dim = enumerate(parameters[key])
+        rows[key] = format_pattern(
+            tuple(_axis_pattern(axis, names, marks_of(name, key, d, axis)) for d, axis in by_dim)
+        )
     groups = {}
     for atom, name in names.items():
         inside = [names[context] for context in contexts[atom] if context in names]
-        kind = beyond.kinds.get(atom, "permutation") if atom.pin is None else "held"
+        kind = larger.kinds.get(atom, "permutation") if atom.pin is None else "held"
         groups[name] = f"{kind} in {' '.join(inside)}" if inside else kind
     sizes = {name: atom.size for atom, name in names.items()}
-    return Inferred(
-        Table(rows, groups, sizes, beyond.norms),
-        {key: reasons for key, axes in parameters.items() if any(reasons := tuple(map(_reason, axes)))},
-        dict(_activations(traced, names)),
-        tuple(key for name, key in keys.items() if name in traced.unused),
+    return InferredTable(
+        table=Table(rows=rows, groups=groups, sizes=sizes, norms=larger.norms),
+        pins={key: reasons for key, axes in parameters.items() if any(reasons := tuple(map(_pin_reason, axes)))},
+        activations=dict(_activation_patterns(trace, names)),
+        unused=tuple(key for name, key in keys.items() if name in trace.unused),
     )
 
 
-def _reason(axis: Axis) -> str | None:
-    reason = next((atom.pin for atom in leaves(axis) if atom.pin is not None), None)
-    return reason or (None if not axis or any(leaves(axis)) else "its places are taken one by one")
+def _pin_reason(axis: Axis) -> str | None:
+    """The reason why an axis, or a part of it, is held; None for one that moves or has size one."""
+    reason = next((atom.pin for atom in leaf_atoms(axis) if atom.pin is not None), None)
+    return reason or (None if not axis or any(leaf_atoms(axis)) else "its indices are used one by one")
 
 
-def _activations(traced: Traced, names: Mapping[Atom, str]) -> Iterator[tuple[str, str]]:
-    for module, axes in traced.outputs.items():
-        if any(atom in names and atom.pin is None for axis in axes for atom in leaves(axis)):
-            yield module, show(tuple(_node(axis, names, itertools.repeat("")) for axis in axes))
+def _activation_patterns(trace: Trace, names: Mapping[Atom, str]) -> Iterator[tuple[str, str]]:
+    """Iterate over (module, pattern of its output), where the output carries a symmetry."""
+    for module, axes in trace.outputs.items():
+        if any(atom in names and atom.pin is None for axis in axes for atom in leaf_atoms(axis)):
+            yield module, format_pattern(tuple(_axis_pattern(axis, names, itertools.repeat("")) for axis in axes))
 
 
-def _node(axis: Axis, names: Mapping[Atom, str], marks: Iterator[str]) -> Node:
-    """An axis as a pattern; held neighbours are one number, a wholly held axis is `_`."""
-    if not any(atom in names for atom in leaves(axis)):
+def _axis_pattern(axis: Axis, names: Mapping[Atom, str], marks: Iterator[str]) -> Node:
+    """An axis as a pattern: adjacent held factors are one number, an axis that is held as a whole is `_`."""
+    if not any(atom in names for atom in leaf_atoms(axis)):
         return Leaf(None)
     items: list[Node] = []
-    for atom in flat(axis):
+    for atom in flat_atoms(axis):
         if atom in names:
             items.append(Leaf(names[atom], next(marks)))
-        elif atom.parts is not None and any(leaf in names for leaf in leaves((atom,))):
-            items.append(_sum([_part(part, names, marks) for part in parts_of(atom)]))
+        elif atom.parts is not None and any(leaf in names for leaf in leaf_atoms((atom,))):
+            items.append(_sum_pattern([_part_pattern(part, names, marks) for part in summands(atom)]))
         elif items and isinstance(items[-1], Leaf) and items[-1].size is not None:
             items[-1] = Leaf(None, size=items[-1].size * atom.size)
         else:
@@ -124,13 +131,14 @@ def _node(axis: Axis, names: Mapping[Atom, str], marks: Iterator[str]) -> Node:
     return items[0] if len(items) == 1 else Product(tuple(items))
 
 
-def _part(part: Axis, names: Mapping[Atom, str], marks: Iterator[str]) -> Node:
-    node = _node(part, names, marks)
-    return Leaf(None, size=size_of(part)) if node == Leaf(None) else node
+def _part_pattern(part: Axis, names: Mapping[Atom, str], marks: Iterator[str]) -> Node:
+    """A term of a sum as a pattern, with its size if it is held."""
+    node = _axis_pattern(part, names, marks)
+    return Leaf(None, size=axis_size(part)) if node == Leaf(None) else node
 
 
-def _sum(terms: list[Node]) -> Sum:
-    """Terms end to end; held neighbours are one."""
+def _sum_pattern(terms: list[Node]) -> Sum:
+    """A sum as a pattern: adjacent held terms are merged."""
     merged: list[Node] = []
     for term in terms:
         last = merged[-1] if merged else None
@@ -141,62 +149,66 @@ def _sum(terms: list[Node]) -> Sum:
     return Sum(tuple(merged))
 
 
-def _named(traced: Traced, keys: Mapping[str, str], ties: Mapping[str, str]) -> Named:
-    """A tensor that is looked up has another name where it is read: that of the tie whose module reads it."""
+def _key_resolver(trace: Trace, keys: Mapping[str, str], ties: Mapping[str, str]) -> KeyResolver:
+    """Make the function that finds the key of a parameter for the module that reads it.
+
+    A table whose rows are looked up may be read under another key, too: the tied one of the module that reads it.
+    """
 
     def key_of(parameter: int, where: str) -> str | None:
-        key = keys[traced.names[parameter]]
-        if parameter not in traced.record.looked_up:
+        key = keys[trace.names[parameter]]
+        if parameter not in trace.record.looked_up:
             return key
-        said = f".{where}.weight"
-        mine = [target for target, kept in ties.items() if kept == key and said.endswith(f".{target}")]
-        return mine[0] if len(mine) == 1 else None
+        read_as = f".{where}.weight"
+        targets = [target for target, kept in ties.items() if kept == key and read_as.endswith(f".{target}")]
+        return targets[0] if len(targets) == 1 else None
 
     return key_of
 
 
-def _marks(traced: Traced, keys: Mapping[str, str]) -> dict[tuple[str, int], str]:
-    """Which axes of which tensors are read by the map they are the weight of, and which tensors only scale."""
+def _find_marks(trace: Trace, keys: Mapping[str, str]) -> dict[tuple[str, int], str]:
+    """Find the marks of (key, axis): READER where a linear map reads the axis of its weight, DIAGONAL for gains."""
     marks: dict[tuple[str, int], str] = {}
-    for parameter, axis in traced.record.readers:
-        key, axes = keys.get(traced.names[parameter]), traced.record.axes[parameter]
-        same = [d for d, one in enumerate(axes) if one is axis] or [
-            d for d, one in enumerate(axes) if flat(one) == flat(axis)
+    for parameter, axis in trace.record.readers:
+        key, axes = keys.get(trace.names[parameter]), trace.record.axes[parameter]
+        same = [d for d, other in enumerate(axes) if other is axis] or [
+            d for d, other in enumerate(axes) if flat_atoms(other) == flat_atoms(axis)
         ]
-        if key is not None and same and parameter not in traced.record.looked_up:
+        if key is not None and same and parameter not in trace.record.looked_up:
             marks[key, same[-1]] = READER
-    for parameter in traced.record.gains:
-        key, axes = keys.get(traced.names[parameter]), traced.record.axes[parameter]
+    for parameter in trace.record.gains:
+        key, axes = keys.get(trace.names[parameter]), trace.record.axes[parameter]
         if key is not None:
             marks |= {(key, d): DIAGONAL for d in range(len(axes))}
     return marks
 
 
-def _origins(
-    atoms: list[Atom], traced: Traced, keys: Mapping[str, str], contexts: Mapping[Atom, list[Atom]]
+def _find_origins(
+    atoms: list[Atom], trace: Trace, keys: Mapping[str, str], contexts: Mapping[Atom, list[Atom]]
 ) -> list[Origin]:
+    """Find the role and the writers of each atom."""
     roles: dict[Atom, dict[str, None]] = {}
-    for part, axis in traced.record.roles:
-        for atom in leaves(axis):
-            roles.setdefault(atom, {})[part] = None
+    for role, axis in trace.record.roles:
+        for atom in leaf_atoms(axis):
+            roles.setdefault(atom, {})[role] = None
     outer = {context for atom in atoms for context in contexts[atom]}
-    read = {(traced.names[parameter], tuple(map(id, flat(axis)))) for parameter, axis in traced.record.readers}
-    written: dict[Atom, list[str]] = {atom: [] for atom in atoms}
-    seen: dict[Atom, str] = {}
-    for name, axes in traced.parameters.items():
+    read = {(trace.names[parameter], tuple(map(id, flat_atoms(axis)))) for parameter, axis in trace.record.readers}
+    writers: dict[Atom, list[str]] = {atom: [] for atom in atoms}
+    first_users: dict[Atom, str] = {}
+    for name, axes in trace.parameters.items():
         for axis in axes if name in keys else ():
-            reads = (name, tuple(map(id, flat(axis)))) in read
-            for atom in leaves(axis):
-                seen.setdefault(atom, keys[name])
-                if atom in written and not reads and len(axes) > 1:
-                    written[atom].append(keys[name])
+            reads = (name, tuple(map(id, flat_atoms(axis)))) in read
+            for atom in leaf_atoms(axis):
+                first_users.setdefault(atom, keys[name])
+                if atom in writers and not reads and len(axes) > 1:
+                    writers[atom].append(keys[name])
     origins = []
     for atom in atoms:
-        mine = roles.get(atom, {})
-        role: str | None = next((r for r in ("head", "qk", "ov") if r in mine), None)
-        if role is None and "residual" in mine and len({key.rpartition(".")[0] for key in written[atom]}) > 1:
-            role = "residual"
-        if (atom in outer and role != "head") or (role == "head" and contexts[atom]):
-            role = "group"
-        origins.append(Origin(role, written[atom] or [seen[atom]]))
+        possible = roles.get(atom, {})
+        chosen: str | None = next((role for role in ("head", "qk", "ov") if role in possible), None)
+        if chosen is None and "residual" in possible and len({key.rpartition(".")[0] for key in writers[atom]}) > 1:
+            chosen = "residual"
+        if (atom in outer and chosen != "head") or (chosen == "head" and contexts[atom]):
+            chosen = "group"
+        origins.append(Origin(chosen, writers[atom] or [first_users[atom]]))
     return origins

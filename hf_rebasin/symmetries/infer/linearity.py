@@ -1,8 +1,8 @@
-"""A second reading of the operations: which of them are linear, along which axes.
+"""A second pass over the operations: which of them are linear, along which axes.
 
-Every operation has been read once, for the axes that it moves together. Now that all axes are known, it is asked for
-more: whether a matrix might act where so far a permutation does. What is not said here to be linear bends all it
-touches, so that a larger group may be missed and none is made up.
+The first pass found the axes that every operation moves together. Now that all axes are known, each operation is asked
+whether a matrix may act where so far a permutation does. An operation without a rule here bends all axes it touches,
+so a larger group may be missed, but none is invented.
 """
 
 from __future__ import annotations
@@ -13,252 +13,274 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from .norms import Norms
-from .record import Seen, Step
-from .sides import Place, Sides
+from .record import Snapshot, TracedStep
+from .sides import AtomPlace, Sides
 from .unification import Atom
 
-Terms: TypeAlias = list[tuple[Seen, str]]
+Terms: TypeAlias = list[tuple[Snapshot, str]]
 
 
-@dataclass(frozen=True)
-class Contracted:
-    """One sum over an axis of two tensors."""
+@dataclass(frozen=True, kw_only=True)
+class Contraction:
+    """One sum over an axis that two tensors share."""
 
-    places: tuple[Place, Place]
-    parameters: tuple[int | None, int | None]
-    where: str
-    scaled: bool  # one of them is times a number
+    places: tuple[AtomPlace, AtomPlace]  # the atom in either tensor
+    parameters: tuple[int | None, int | None]  # the parameter that either tensor is a view of
+    where: str  # the module that contracts
+    scaled: bool  # whether one of the tensors has been multiplied by a number
 
 
-@dataclass
-class Reading:
-    """What the operations say."""
+@dataclass(kw_only=True)
+class LinearityAnalysis:
+    """What has been found in the operations so far: linked places, norms and contractions."""
 
     sides: Sides = field(default_factory=Sides)
     norms: Norms = field(init=False)
-    contracted: dict[Atom, list[Contracted]] = field(default_factory=dict)
-    rows: list[tuple[Place, Place]] = field(default_factory=list)  # of a parameter, of its rows found by number
-    scaled: set[int] = field(default_factory=set)  # what was multiplied by a number, and what is made of it alone
+    contractions: dict[Atom, list[Contraction]] = field(default_factory=dict)
+    looked_up_rows: list[tuple[AtomPlace, AtomPlace]] = field(
+        default_factory=list
+    )  # (in a table, in rows read from it)
+    scaled: set[int] = field(default_factory=set)  # tensors multiplied by a number, and those computed from them alone
 
     def __post_init__(self) -> None:
-        self.norms = Norms(self.sides)
+        self.norms = Norms(sides=self.sides)
 
-    def read(self, step: Step) -> None:
-        name = step.name if step.name in READERS else step.name.removesuffix("_")
-        reader = READERS.get(name, _bent)
-        if name != step.name and reader in (_viewed, _permuted):
-            reader = _bent  # its axes are others now
-        for one in (*step.seen, *step.outs):
-            self.sides.collapsed(one)
-            if one.tensor in self.norms.squares and reader not in (_reduced, _copied):
-                self.sides.bend(one)
-        reader(self, step)
-        if len(step.seen) == 1 and (name in ("mul", "div") or step.seen[0].tensor in self.scaled):
+    def read(self, step: TracedStep) -> None:
+        """Apply the rule of one operation."""
+        name = step.name if step.name in LINEARITY_RULES else step.name.removesuffix("_")
+        apply = LINEARITY_RULES.get(name, _bend_all)
+        if name != step.name and apply in (_view, _permute):
+            apply = _bend_all  # in place: the snapshot of the input has the axes of the output
+        for tensor in (*step.inputs, *step.outs):
+            self.sides.track_stack(tensor)
+            if tensor.tensor in self.norms.squares and apply not in (_reduce, _copy):
+                self.sides.bend(tensor)
+        apply(self, step)
+        if len(step.inputs) == 1 and (name in ("mul", "div") or step.inputs[0].tensor in self.scaled):
             self.scaled |= {out.tensor for out in step.outs}
-        alone = len(step.seen) == len(step.outs) == 1 and step.out.shape == step.seen[0].shape
-        if alone and step.seen[0].tensor in self.norms.lengths:
+        is_unary = len(step.inputs) == len(step.outs) == 1 and step.out.shape == step.inputs[0].shape
+        if is_unary and step.inputs[0].tensor in self.norms.lengths:
             self.norms.lengths.add(step.out.tensor)
 
-    def broadcast(self, step: Step, terms: Sequence[Seen], product: bool) -> None:
-        """A sum or a product: linear along an axis that all terms of a sum have, or exactly one factor."""
+    def broadcast(self, step: TracedStep, terms: Sequence[Snapshot], product: bool) -> None:
+        """Apply an elementwise sum or product, linear along an axis that all summands or exactly one factor have."""
         for d in range(-len(step.out.shape), 0):
-            have = [(t, len(t.shape) + d) for t in terms if len(t.shape) >= -d and t.has(len(t.shape) + d)]
+            operands = [(t, len(t.shape) + d) for t in terms if len(t.shape) >= -d and t.has(len(t.shape) + d)]
             out = step.out, len(step.out.shape) + d
-            if have and len(have) == (1 if product else len(terms)):
-                for t, e in have:
-                    self.sides.same(t, e, *out)
+            if operands and len(operands) == (1 if product else len(terms)):
+                for t, e in operands:
+                    self.sides.link_axes(t, e, *out)
             else:
-                for t, e in (*have, out):
+                for t, e in (*operands, out):
                     self.sides.bend(t, [e])
 
-    def contract(self, step: Step, factors: Terms, out: tuple[Seen, str], added: Terms) -> None:
-        """A sum of products over the labels that the output lacks, and what is added to it."""
+    def contract(self, step: TracedStep, factors: Terms, out: tuple[Snapshot, str], added: Terms) -> None:
+        """Apply a sum of products over the labels that the output lacks, to which other terms may be added."""
         for label in dict.fromkeys("".join(labels for _, labels in (*factors, out))):
-            have, plus = (
-                [(t, s.index(label)) for t, s in terms if label in s and t.has(s.index(label))]
+            multiplied, summed = (
+                [(t, labels.index(label)) for t, labels in terms if label in labels and t.has(labels.index(label))]
                 for terms in (factors, added)
             )
-            there = [(out[0], out[1].index(label))] if label in out[1] else []
-            if not there and len(have) == 2:
-                self._contracted(step, *have)
-            elif there and len(have) == 1 and len(plus) == len(added):
-                for t, d in (*have, *plus):
-                    self.sides.same(t, d, *there[0])
+            kept = [(out[0], out[1].index(label))] if label in out[1] else []
+            if not kept and len(multiplied) == 2:
+                self._add_contraction(step, *multiplied)
+            elif kept and len(multiplied) == 1 and len(summed) == len(added):
+                for t, d in (*multiplied, *summed):
+                    self.sides.link_axes(t, d, *kept[0])
             else:
-                for t, d in (*have, *plus, *there):
+                for t, d in (*multiplied, *summed, *kept):
                     self.sides.bend(t, [d])
 
-    def _contracted(self, step: Step, one: tuple[Seen, int], two: tuple[Seen, int]) -> None:
-        a, b = self.sides.at(*one), self.sides.at(*two)
-        self.sides.together(a, b, opposite=True)
+    def _add_contraction(self, step: TracedStep, first: tuple[Snapshot, int], second: tuple[Snapshot, int]) -> None:
+        """Link two axes that are contracted: each moves as the inverse transpose of the other."""
+        a, b = self.sides.places_at(*first), self.sides.places_at(*second)
+        self.sides.link_places(a, b, opposite=True)
+        tensors = first[0], second[0]
         for (atom, x), (_, y) in zip(a, b, strict=False):
-            origins, scaled = (one[0].origin, two[0].origin), bool({one[0].tensor, two[0].tensor} & self.scaled)
-            self.contracted.setdefault(atom, []).append(Contracted((x, y), origins, step.where, scaled))
+            contraction = Contraction(
+                places=(x, y),
+                parameters=(tensors[0].origin, tensors[1].origin),
+                where=step.where,
+                scaled=any(t.tensor in self.scaled for t in tensors),
+            )
+            self.contractions.setdefault(atom, []).append(contraction)
 
 
-Reader: TypeAlias = Callable[[Reading, Step], None]
-READERS: dict[str, Reader] = {}
+LinearityRule: TypeAlias = Callable[[LinearityAnalysis, TracedStep], None]
+LINEARITY_RULES: dict[str, LinearityRule] = {}
 
 
-def reads(names: str) -> Callable[[Reader], Reader]:
-    def register(function: Reader) -> Reader:
-        READERS.update(dict.fromkeys(names.split(), function))
+def linearity_rule(names: str) -> Callable[[LinearityRule], LinearityRule]:
+    """Register the decorated function as the rule of these ATen operations."""
+
+    def register(function: LinearityRule) -> LinearityRule:
+        LINEARITY_RULES.update(dict.fromkeys(names.split(), function))
         return function
 
     return register
 
 
-def _bent(reading: Reading, step: Step) -> None:
-    for one in (*step.seen, *step.outs):
-        reading.sides.bend(one)
+def _bend_all(analysis: LinearityAnalysis, step: TracedStep) -> None:
+    for tensor in (*step.inputs, *step.outs):
+        analysis.sides.bend(tensor)
 
 
 # --- one output element for each input element -----------------------------------------------------------------------
 
 
-@reads("_to_copy alias clone contiguous detach lift lift_fresh lift_fresh_copy neg zero")
-def _copied(reading: Reading, step: Step) -> None:
-    """The same numbers, perhaps in another precision, perhaps all of them negative."""
-    x, out = step.seen[0], step.out
+@linearity_rule("_to_copy alias clone contiguous detach lift lift_fresh lift_fresh_copy neg zero")
+def _copy(analysis: LinearityAnalysis, step: TracedStep) -> None:
+    """The values are kept, up to precision and sign."""
+    x, out = step.inputs[0], step.out
     if not out.floating:
-        return _bent(reading, step)
-    for kept in (reading.norms.squares, reading.norms.normalised):
-        if x.tensor in kept:
-            kept.add(out.tensor)
+        return _bend_all(analysis, step)
+    for tensors in (analysis.norms.squares, analysis.norms.normalised):
+        if x.tensor in tensors:
+            tensors.add(out.tensor)
     for d in range(len(x.shape)):
-        reading.sides.same(x, d, out, d)
+        analysis.sides.link_axes(x, d, out, d)
     return None
 
 
-@reads("copy")
-def _written(reading: Reading, step: Step) -> None:
-    reading.broadcast(step, [step["src"]], product=False)
+@linearity_rule("copy")
+def _copy_into(analysis: LinearityAnalysis, step: TracedStep) -> None:
+    analysis.broadcast(step, [step["src"]], product=False)
 
 
-@reads("add sub")
-def _added(reading: Reading, step: Step) -> None:
-    if len(step.seen) < 2:  # a number to every element
-        return _bent(reading, step)
-    return reading.broadcast(step, step.seen, product=False)
+@linearity_rule("add sub")
+def _add(analysis: LinearityAnalysis, step: TracedStep) -> None:
+    if len(step.inputs) < 2:  # a number is added to every element
+        return _bend_all(analysis, step)
+    return analysis.broadcast(step, step.inputs, product=False)
 
 
-@reads("mul")
-def _multiplied(reading: Reading, step: Step) -> None:
-    """By a number, or by a tensor that is the same everywhere along the axis; or a square, or the gain of a norm."""
-    factors = step.seen
+@linearity_rule("mul")
+def _multiply(analysis: LinearityAnalysis, step: TracedStep) -> None:
+    """Linear for a number, or a tensor constant along the axis; may also be a square, or the gain of a norm."""
+    factors = step.inputs
     if len({t.tensor for t in factors}) < len(factors):
-        return _squared(reading, step)
-    normalised = any(t.tensor in reading.norms.normalised for t in factors)
-    if normalised and len(factors) == 2 and reading.norms.gained(step, *sorted(factors, key=lambda t: len(t.shape))):
+        return _square(analysis, step)
+    normalised = any(t.tensor in analysis.norms.normalised for t in factors)
+    if (
+        normalised
+        and len(factors) == 2
+        and analysis.norms.note_gain(step, *sorted(factors, key=lambda t: len(t.shape)))
+    ):
         return None
-    reading.broadcast(step, factors, product=True)
-    if any(t.tensor in reading.norms.lengths for t in factors) or (normalised and len(factors) == 1):
-        reading.norms.normalised.add(step.out.tensor)
+    analysis.broadcast(step, factors, product=True)
+    if any(t.tensor in analysis.norms.lengths for t in factors) or (normalised and len(factors) == 1):
+        analysis.norms.normalised.add(step.out.tensor)
     return None
 
 
-@reads("div")
-def _divided(reading: Reading, step: Step) -> None:
-    """By a number, or by a tensor that is the same everywhere along the axis."""
-    if step["rounding_mode"] is not None or not isinstance(step["self"], Seen):
-        return _bent(reading, step)
-    for by in step.seen[1:]:
-        reading.sides.bend(by)
-        if by.tensor in reading.norms.lengths:
-            reading.norms.normalised.add(step.out.tensor)
-    return reading.broadcast(step, step.seen, product=True)
+@linearity_rule("div")
+def _divide(analysis: LinearityAnalysis, step: TracedStep) -> None:
+    """Linear for a number, or a tensor constant along the axis."""
+    if step["rounding_mode"] is not None or not isinstance(step["self"], Snapshot):
+        return _bend_all(analysis, step)
+    for divisor in step.inputs[1:]:
+        analysis.sides.bend(divisor)
+        if divisor.tensor in analysis.norms.lengths:
+            analysis.norms.normalised.add(step.out.tensor)
+    return analysis.broadcast(step, step.inputs, product=True)
 
 
-@reads("zeros zeros_like new_zeros")
-def _zeros(reading: Reading, step: Step) -> None:
-    """Nothing is everywhere zero in any coordinates."""
+@linearity_rule("zeros zeros_like new_zeros")
+def _zeros(analysis: LinearityAnalysis, step: TracedStep) -> None:
+    """Zeros stay zero under every matrix, so they restrict nothing."""
 
 
 # --- norms -----------------------------------------------------------------------------------------------------------
 
 
-@reads("square pow")
-def _squared(reading: Reading, step: Step) -> None:
-    """Σ x² is what an orthogonal matrix keeps: nothing else may be made of squares."""
-    if not reading.norms.square(step):
-        _bent(reading, step)
+@linearity_rule("square pow")
+def _square(analysis: LinearityAnalysis, step: TracedStep) -> None:
+    """An orthogonal matrix keeps Σ x², but nothing else that is computed from squares."""
+    if not analysis.norms.note_square(step):
+        _bend_all(analysis, step)
 
 
-@reads("mean sum")
-def _reduced(reading: Reading, step: Step) -> None:
-    """Linear along what stays; of squares, along the whole of their axis, it is a length."""
-    x, out, n = step.seen[0], step.out, len(step.seen[0].shape)
+@linearity_rule("mean sum")
+def _reduce(analysis: LinearityAnalysis, step: TracedStep) -> None:
+    """Linear along the axes that are kept; the mean or sum of squares over the whole last axis is a length."""
+    x, out, n = step.inputs[0], step.out, len(step.inputs[0].shape)
     dims = step["dim"]
     dims = range(n) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     gone = {d % n for d in dims if n}
-    if x.tensor in reading.norms.squares and gone == {n - 1}:
-        reading.norms.lengths.add(out.tensor)
+    if x.tensor in analysis.norms.squares and gone == {n - 1}:
+        analysis.norms.lengths.add(out.tensor)
     else:
-        reading.sides.bend(x, range(n) if x.tensor in reading.norms.squares else sorted(gone))
+        analysis.sides.bend(x, range(n) if x.tensor in analysis.norms.squares else sorted(gone))
     kept = [d for d in range(n) if step["keepdim"] or d not in gone]
     for e, d in enumerate(kept):
         if d not in gone:
-            reading.sides.same(x, d, out, e)
+            analysis.sides.link_axes(x, d, out, e)
 
 
-@reads("native_layer_norm _fused_rms_norm")
-def _layer_norm(reading: Reading, step: Step) -> None:
-    if not reading.norms.fused(step):
-        _bent(reading, step)
+@linearity_rule("native_layer_norm _fused_rms_norm")
+def _layer_norm(analysis: LinearityAnalysis, step: TracedStep) -> None:
+    if not analysis.norms.note_fused(step):
+        _bend_all(analysis, step)
 
 
 # --- contractions ----------------------------------------------------------------------------------------------------
 
 
-def _product(factors: dict[str, str], out: str, added: str = "") -> Reader:
-    """Factors by their names, with their labels; what is added has the last labels of the output."""
+def _product_rule(factors: dict[str, str], out: str, added: str = "") -> LinearityRule:
+    """Make the rule of a product.
 
-    def reader(reading: Reading, step: Step) -> None:
-        plus = [(step[added], out[len(out) - len(step[added].shape) :])] if added else []
-        reading.contract(step, [(step[name], labels) for name, labels in factors.items()], (step.out, out), plus)
+    Args:
+        factors: labels of each factor by the name of its argument.
+        out: labels of the output.
+        added: name of the summand, which has the last labels of the output.
+    """
 
-    return reader
+    def apply(analysis: LinearityAnalysis, step: TracedStep) -> None:
+        summands = [(step[added], out[len(out) - len(step[added].shape) :])] if added else []
+        analysis.contract(step, [(step[name], labels) for name, labels in factors.items()], (step.out, out), summands)
+
+    return apply
 
 
-READERS |= {
-    "mm": _product({"self": "ik", "mat2": "kj"}, "ij"),
-    "bmm": _product({"self": "nik", "mat2": "nkj"}, "nij"),
-    "mv": _product({"self": "ik", "vec": "k"}, "i"),
-    "addmm": _product({"mat1": "ik", "mat2": "kj"}, "ij", "self"),
-    "baddbmm": _product({"batch1": "nik", "batch2": "nkj"}, "nij", "self"),
+LINEARITY_RULES |= {
+    "mm": _product_rule({"self": "ik", "mat2": "kj"}, "ij"),
+    "bmm": _product_rule({"self": "nik", "mat2": "nkj"}, "nij"),
+    "mv": _product_rule({"self": "ik", "vec": "k"}, "i"),
+    "addmm": _product_rule({"mat1": "ik", "mat2": "kj"}, "ij", "self"),
+    "baddbmm": _product_rule({"batch1": "nik", "batch2": "nkj"}, "nij", "self"),
 }
 
 
-@reads("linear")
-def _linear(reading: Reading, step: Step) -> None:
+@linearity_rule("linear")
+def _linear(analysis: LinearityAnalysis, step: TracedStep) -> None:
     x, bias = step["input"], step["bias"]
     before = "abcdefgh"[: len(x.shape) - 1]
     added = [(bias, "j")] if bias is not None else []
-    reading.contract(step, [(x, before + "k"), (step["weight"], "jk")], (step.out, before + "j"), added)
+    analysis.contract(step, [(x, before + "k"), (step["weight"], "jk")], (step.out, before + "j"), added)
 
 
-@reads("convolution")
-def _convolution(reading: Reading, step: Step) -> None:
-    """Channels are contracted; along places and kernels nothing is."""
+@linearity_rule("convolution")
+def _convolution(analysis: LinearityAnalysis, step: TracedStep) -> None:
+    """Channels are contracted; nothing is linear along positions and kernels."""
     if step["groups"] != 1 or step["transposed"]:
-        return _bent(reading, step)
+        return _bend_all(analysis, step)
     n, bias = len(step["input"].shape) - 2, step["bias"]
     factors = [(step["input"], "ni" + "pqr"[:n]), (step["weight"], "oi" + "uvw"[:n])]
-    return reading.contract(step, factors, (step.out, "no" + "xyz"[:n]), [(bias, "o")] if bias is not None else [])
+    return analysis.contract(step, factors, (step.out, "no" + "xyz"[:n]), [(bias, "o")] if bias is not None else [])
 
 
-# --- other brackets, other places ------------------------------------------------------------------------------------
+# --- views and indices -----------------------------------------------------------------------------------------------
 
 
-@reads("view _unsafe_view reshape _reshape_alias unflatten squeeze unsqueeze")
-def _viewed(reading: Reading, step: Step) -> None:
+@linearity_rule("view _unsafe_view reshape _reshape_alias unflatten squeeze unsqueeze")
+def _view(analysis: LinearityAnalysis, step: TracedStep) -> None:
     if math.prod(step["self"].shape) != math.prod(step.out.shape):
-        return _bent(reading, step)
-    return reading.sides.viewed(step["self"], step.out)
+        return _bend_all(analysis, step)
+    return analysis.sides.link_view(step["self"], step.out)
 
 
-@reads("t transpose permute")
-def _permuted(reading: Reading, step: Step) -> None:
+@linearity_rule("t transpose permute")
+def _permute(analysis: LinearityAnalysis, step: TracedStep) -> None:
     x, n = step["self"], len(step["self"].shape)
     order = list(range(n))
     if step.name == "permute":
@@ -267,100 +289,106 @@ def _permuted(reading: Reading, step: Step) -> None:
         i, j = (0, 1) if step.name == "t" else (step["dim0"], step["dim1"])
         order[i], order[j] = order[j], order[i]
     for e, d in enumerate(order):
-        reading.sides.same(x, d, step.out, e)
+        analysis.sides.link_axes(x, d, step.out, e)
 
 
-@reads("expand")
-def _expanded(reading: Reading, step: Step) -> None:
-    """What is repeated is the same everywhere along the new axis, which a matrix would not keep."""
+@linearity_rule("expand")
+def _expand(analysis: LinearityAnalysis, step: TracedStep) -> None:
+    """Expanded values are constant along the new axis, which a matrix would not preserve."""
     x, out = step["self"], step.out
     new = len(out.shape) - len(x.shape)
     for d, size in enumerate(out.shape):
         if d >= new and x.shape[d - new] == size:
-            reading.sides.same(x, d - new, out, d)
+            analysis.sides.link_axes(x, d - new, out, d)
         else:
-            reading.sides.bend(out, [d])
+            analysis.sides.bend(out, [d])
 
 
-def _cut(reading: Reading, step: Step, dim: int, start: int, out: Seen, gone: bool = False) -> None:
-    """A piece of an axis from `start` on; or a slice, whose axis is gone."""
-    x, sides = step["self"], reading.sides
+def _link_slice(
+    analysis: LinearityAnalysis, step: TracedStep, dim: int, start: int, out: Snapshot, gone: bool = False
+) -> None:
+    """Link an output that is a slice of an axis from `start` on; with `gone`, one index of it, without that axis."""
+    x, sides = step["self"], analysis.sides
     for d in range(len(x.shape)):
         e = d - (gone and d > dim)
         if x.stack is not None and x.stack.dim == dim:
-            for face in out.faces:
+            for slice_index in out.slices:
                 if d != dim:
-                    sides.together(sides.at(x, d, start + (face or 0)), sides.at(out, e, face))
+                    sides.link_places(
+                        sides.places_at(x, d, start + (slice_index or 0)), sides.places_at(out, e, slice_index)
+                    )
         elif d != dim:
-            sides.same(x, d, out, e)
+            sides.link_axes(x, d, out, e)
         elif not gone:
-            sides.part(x, out, d, start)
+            sides.link_part(x, out, d, start)
 
 
-@reads("slice")
-def _sliced(reading: Reading, step: Step) -> None:
+@linearity_rule("slice")
+def _slice(analysis: LinearityAnalysis, step: TracedStep) -> None:
     dim, start = step["dim"] % len(step["self"].shape), step["start"] or 0
     size = step["self"].shape[dim]
     if step["step"] not in (None, 1):
-        return _bent(reading, step)
-    return _cut(reading, step, dim, min(max(start + size if start < 0 else start, 0), size), step.out)
+        return _bend_all(analysis, step)
+    return _link_slice(analysis, step, dim, min(max(start + size if start < 0 else start, 0), size), step.out)
 
 
-@reads("split split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk")
-def _split(reading: Reading, step: Step) -> None:
+@linearity_rule("split split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk")
+def _split(analysis: LinearityAnalysis, step: TracedStep) -> None:
     dim, start = step["dim"] % len(step["self"].shape), 0
     for out in step.outs:
-        _cut(reading, step, dim, start, out)
+        _link_slice(analysis, step, dim, start, out)
         start += out.shape[dim]
 
 
-@reads("select unbind")
-def _selected(reading: Reading, step: Step) -> None:
+@linearity_rule("select unbind")
+def _select(analysis: LinearityAnalysis, step: TracedStep) -> None:
     dim = step["dim"] % len(step["self"].shape)
     size = step["self"].shape[dim]
     for i, out in enumerate(step.outs):
-        _cut(reading, step, dim, step["index"] % size if step.name == "select" else i, out, gone=True)
+        _link_slice(analysis, step, dim, step["index"] % size if step.name == "select" else i, out, gone=True)
 
 
-@reads("cat")
-def _concatenated(reading: Reading, step: Step) -> None:
+@linearity_rule("cat")
+def _cat(analysis: LinearityAnalysis, step: TracedStep) -> None:
     dim, start = step["dim"] % len(step.out.shape), 0
     for t in step["tensors"]:
-        if len(t.shape) < len(step.out.shape):  # nothing, as old code says it
+        if len(t.shape) < len(step.out.shape):  # a legacy empty tensor, of shape (0,)
             continue
         for d in range(len(t.shape)):
             if d == dim:
-                reading.sides.part(step.out, t, d, start)
+                analysis.sides.link_part(step.out, t, d, start)
             else:
-                reading.sides.same(t, d, step.out, d)
+                analysis.sides.link_axes(t, d, step.out, d)
         start += t.shape[dim]
 
 
-@reads("stack")
-def _stacked(reading: Reading, step: Step) -> None:
+@linearity_rule("stack")
+def _stack(analysis: LinearityAnalysis, step: TracedStep) -> None:
     dim = step["dim"] % len(step.out.shape)
-    for face, t in zip(step.out.faces, step["tensors"], strict=True):
+    for slice_index, t in zip(step.out.slices, step["tensors"], strict=True):
         for d in range(len(t.shape)):
-            reading.sides.together(reading.sides.at(t, d), reading.sides.at(step.out, d + (d >= dim), face))
+            analysis.sides.link_places(
+                analysis.sides.places_at(t, d), analysis.sides.places_at(step.out, d + (d >= dim), slice_index)
+            )
 
 
-@reads("embedding")
-def _looked_up(reading: Reading, step: Step) -> None:
-    """Rows by their number. What else is done with the table is told apart from that: it may be a tied head."""
-    weight, out = step["weight"], step.out
-    found = zip(reading.sides.at(weight, 1), reading.sides.at(out, len(out.shape) - 1), strict=True)
-    reading.rows += [(row, there) for (_, row), (_, there) in found]
+@linearity_rule("embedding")
+def _embedding(analysis: LinearityAnalysis, step: TracedStep) -> None:
+    """Rows are looked up by number; they are not linked to the table yet, which may be a tied head, too."""
+    weight, out, sides = step["weight"], step.out, analysis.sides
+    places = zip(sides.places_at(weight, 1), sides.places_at(out, len(out.shape) - 1), strict=True)
+    analysis.looked_up_rows += [(in_table, in_rows) for (_, in_table), (_, in_rows) in places]
 
 
-@reads("index _unsafe_index index_select")
-def _indexed(reading: Reading, step: Step) -> None:
-    """Rows by their number; the axes that are not indexed go through."""
+@linearity_rule("index _unsafe_index index_select")
+def _index(analysis: LinearityAnalysis, step: TracedStep) -> None:
+    """Indexed dimensions are read by number; the others are kept."""
     n, indices = len(step["self"].shape), step["indices"]
     if indices is None:
         indices = [None] * (step["dim"] % n) + [step["index"]]
-    at = [d for d, i in enumerate(indices) if i is not None]
-    new = max(len(indices[d].shape) for d in at)
-    place = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
-    kept = [d for d in range(n) if d not in at]
+    indexed = [d for d, index in enumerate(indices) if index is not None]
+    new = max(len(indices[d].shape) for d in indexed)
+    first = indexed[0] if indexed == list(range(indexed[0], indexed[-1] + 1)) else 0  # where the new axes go
+    kept = [d for d in range(n) if d not in indexed]
     for e, d in enumerate(kept):
-        reading.sides.same(step["self"], d, step.out, e + (new if e >= place else 0))
+        analysis.sides.link_axes(step["self"], d, step.out, e + (new if e >= first else 0))

@@ -1,9 +1,9 @@
-"""Which symmetries are nested: where an inner axis may move differently for every place of an outer one.
+"""Which symmetries are nested: where an inner axis may move differently for every index of an outer one.
 
-Unification gives every atom one element. It may have one for every place of another atom, as the units of a head for
-every head, where no operation ever sees it without that other one, on an activation any less than on a parameter, and
-all tensors of an operation that share the inner index share the outer one too. That is read off the relations after
-the last unification, when it is known which atoms there are.
+Unification gives every atom one group element. An atom may have one for every index of another atom (units of a head,
+for every head) if no operation uses it without that outer atom, neither on a parameter nor on an activation, and all
+tensors of an operation that share the inner index share the outer one, too. That is read off the relations after the
+last unification, when the atoms are known.
 """
 
 from __future__ import annotations
@@ -13,34 +13,38 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .record import Operand
-from .unification import Atom, Axis, flat, leaves, parts_of
+from .unification import Atom, Axis, flat_atoms, leaf_atoms, summands
 
-# One block of an operand: the parts chosen of its sums, and (atom, place among the operation's indices, axis).
-Place = tuple[Any, ...]
-Block = tuple[dict[Place, int], list[tuple[Atom, Place, int]]]
-LIMIT = 4096  # pairs of blocks of one relation, beyond which nothing in it is taken to be nested
+IndexPlace = tuple[Any, ...]  # index of an operation, position among the atoms there, and the chosen parts of sums
+# One block of an operand: the part chosen of each of its sums, and its (atom, place, axis of the operand) triples.
+OperandBlock = tuple[dict[IndexPlace, int], list[tuple[Atom, IndexPlace, int]]]
+MAX_BLOCK_PAIRS = 4096  # of two operands; beyond that nothing in them is taken to be nested
 
 
-def nested(relations: Iterable[tuple[Operand, ...]], parameters: Iterable[list[Axis]]) -> dict[Atom, list[Atom]]:
-    """`{atom: the atoms it may hang on}` for the atoms of the parameters, outermost first, each nested in those
-    before it."""
+def find_nesting(relations: Iterable[tuple[Operand, ...]], parameters: Iterable[list[Axis]]) -> dict[Atom, list[Atom]]:
+    """For every atom of the parameters, find the atoms it is nested in: outermost first, each nested in those before.
+
+    Args:
+        relations: the operands of every operation.
+        parameters: the axes of every parameter, in order of first use.
+    """
     parameters = list(parameters)
     rank: dict[Atom, int] = {}
     for axes in parameters:
         for axis in axes:
-            for atom in leaves(axis):
+            for atom in leaf_atoms(axis):
                 rank.setdefault(atom, len(rank))
     contexts: dict[Atom, set[Atom]] = {}
-    alone = [(tuple(((d, axis),) for d, axis in enumerate(axes)),) for axes in parameters]
-    seen = set()
-    for operands in itertools.chain(alone, relations):
-        cut = [list(_blocks(operand)) for operand in operands]
-        said = tuple(tuple((tuple(c.items()), tuple(a)) for c, a in blocks) for blocks in cut)
-        if said not in seen:
-            seen.add(said)
-            _narrow(contexts, rank, cut)
+    single_parameters = [(tuple(((d, axis),) for d, axis in enumerate(axes)),) for axes in parameters]
+    done = set()
+    for operands in itertools.chain(single_parameters, relations):
+        blocks_of_operands = [list(_blocks(operand)) for operand in operands]
+        key = tuple(tuple((tuple(c.items()), tuple(a)) for c, a in blocks) for blocks in blocks_of_operands)
+        if key not in done:
+            done.add(key)
+            _narrow(contexts, rank, blocks_of_operands)
     chains: dict[Atom, list[Atom]] = {}
-    for atom in rank:  # of two that are always together, the one that comes first is the outer one
+    for atom in rank:  # of two atoms that always occur together, the first is the outer one
         outer = sorted(
             (a for a in contexts[atom] if rank[a] < rank[atom] or atom not in contexts[a]), key=rank.__getitem__
         )
@@ -52,71 +56,74 @@ def nested(relations: Iterable[tuple[Operand, ...]], parameters: Iterable[list[A
     return chains
 
 
-def _blocks(operand: Operand) -> Iterator[Block]:
-    """One for every choice of a part of every sum."""
+def _blocks(operand: Operand) -> Iterator[OperandBlock]:
+    """Iterate over the blocks of an operand, one for every choice of a part of every sum."""
     counts: dict[Any, int] = {}
-    pieces: list[list[Block]] = []
+    pieces: list[list[OperandBlock]] = []
     for d, axis in enumerate(operand):
         for label, atoms in axis:
-            for atom in flat(atoms):
+            for atom in flat_atoms(atoms):
                 place = (label, counts.setdefault(label, 0))
                 counts[label] += 1
                 pieces.append(list(_choices(atom, place, d)))
     for combination in itertools.product(*pieces):
-        choice: dict[Place, int] = {}
+        choice: dict[IndexPlace, int] = {}
         for chosen, _ in combination:
             choice |= chosen
-        yield choice, [one for _, atoms in combination for one in atoms]
+        yield choice, [entry for _, atoms in combination for entry in atoms]
 
 
-def _choices(atom: Atom, place: Place, axis: int) -> Iterator[Block]:
-    parts = parts_of(atom)
+def _choices(atom: Atom, place: IndexPlace, axis: int) -> Iterator[OperandBlock]:
+    """Iterate over the blocks of one atom: itself or, for a sum, those of each part."""
+    parts = summands(atom)
     if not parts:
         yield {}, [(atom, place, axis)]
     for k, part in enumerate(parts):
-        inside = [list(_choices(a, (*place, k, i), axis)) for i, a in enumerate(flat(part))]
+        inside = [list(_choices(a, (*place, k, i), axis)) for i, a in enumerate(flat_atoms(part))]
         for combination in itertools.product(*inside):
             choice = {place: k}
             for chosen, _ in combination:
                 choice |= chosen
-            yield choice, [one for _, atoms in combination for one in atoms]
+            yield choice, [entry for _, atoms in combination for entry in atoms]
 
 
-def _narrow(contexts: dict[Atom, set[Atom]], rank: dict[Atom, int], operands: list[list[Block]]) -> None:
-    """What one operation leaves of the contexts."""
-    placed = []  # per operand and block: the choice, and for every (atom, place) where its possible contexts are
+def _narrow(contexts: dict[Atom, set[Atom]], rank: dict[Atom, int], operands: list[list[OperandBlock]]) -> None:
+    """Remove the contexts that one operation rules out."""
+    located = []  # per operand and block: the choice, and the places of the possible contexts of every (atom, place)
     for blocks in operands:
-        placed.append([(choice, _contexts_in(atoms, rank)) for choice, atoms in blocks])
-    for _, where in itertools.chain.from_iterable(placed):
-        for (atom, _), there in where.items():
-            contexts[atom] = contexts[atom] & there.keys() if atom in contexts else set(there)
-    for one, other in itertools.combinations(placed, 2):
-        if len(one) * len(other) > LIMIT:
-            for _, where in (*one, *other):
-                contexts.update({atom: set() for atom, _ in where})
+        located.append([(choice, _contexts_in(atoms, rank)) for choice, atoms in blocks])
+    for _, possible in itertools.chain.from_iterable(located):
+        for (atom, _), places in possible.items():
+            contexts[atom] = contexts[atom] & places.keys() if atom in contexts else set(places)
+    for first, second in itertools.combinations(located, 2):
+        if len(first) * len(second) > MAX_BLOCK_PAIRS:
+            for _, possible in (*first, *second):
+                contexts.update({atom: set() for atom, _ in possible})
             continue
-        for (choice, where), (second, elsewhere) in itertools.product(one, other):
-            if any(second.get(place, part) != part for place, part in choice.items()):
+        for (choice, possible), (other_choice, other_possible) in itertools.product(first, second):
+            if any(other_choice.get(place, part) != part for place, part in choice.items()):
                 continue
-            for key, there in where.items():
-                if key in elsewhere:
-                    same = elsewhere[key]
-                    contexts[key[0]] &= {a for a, place in there.items() if same.get(a) == place}
+            for key, places in possible.items():
+                if key in other_possible:
+                    other_places = other_possible[key]
+                    contexts[key[0]] &= {a for a, place in places.items() if other_places.get(a) == place}
 
 
 def _contexts_in(
-    atoms: list[tuple[Atom, Place, int]], rank: dict[Atom, int]
-) -> dict[tuple[Atom, Place], dict[Atom, Place]]:
-    """For every atom in a block: the place of each other atom that it could hang on. On its own axis before any
-    other; two equally good places are none."""
-    atoms = [one for one in atoms if one[0] in rank]
-    found = {}
+    atoms: list[tuple[Atom, IndexPlace, int]], rank: dict[Atom, int]
+) -> dict[tuple[Atom, IndexPlace], dict[Atom, IndexPlace]]:
+    """For every atom in a block, find the place of each other atom in which it could be nested.
+
+    A place on the same axis comes first; an atom with several places on other axes has none.
+    """
+    atoms = [entry for entry in atoms if entry[0] in rank]
+    contexts = {}
     for atom, place, axis in atoms:
-        there: dict[Atom, Place] = {}
+        places: dict[Atom, IndexPlace] = {}
         for other in {a for a, _, _ in atoms if a is not atom and not a.numbers}:
-            own = [p for a, p, d in atoms if a is other and d == axis]
-            all_ = [p for a, p, _ in atoms if a is other]
-            if own or len(all_) == 1:
-                there[other] = (own or all_)[0]
-        found[atom, place] = there
-    return found
+            on_axis = [p for a, p, d in atoms if a is other and d == axis]
+            anywhere = [p for a, p, _ in atoms if a is other]
+            if on_axis or len(anywhere) == 1:
+                places[other] = (on_axis or anywhere)[0]
+        contexts[atom, place] = places
+    return contexts

@@ -1,8 +1,8 @@
 """Which places of tensors move alike, and which as each other's inverse transpose.
 
-A permutation is its own inverse transpose; a matrix is not. A *place* is one atom in one axis of one tensor. Linear
-operations link places: what is added moves alike, what is contracted moves as the inverse transpose. What an operation
-does that is not linear along an axis bends its atoms: they can be permuted, and no more.
+A permutation is its own inverse transpose; a general matrix is not. A *place* is one atom in one axis of one tensor.
+Linear operations link places: summands move alike, contracted axes move as each other's inverse transpose. An
+operation that is not linear along an axis *bends* its atoms: they can be permuted, but not more than that.
 """
 
 from __future__ import annotations
@@ -10,159 +10,165 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
-from .record import Seen
-from .unification import Atom, Axis, flat, leaves, parts_of, size_of
+from .record import Snapshot
+from .unification import Atom, Axis, axis_size, flat_atoms, leaf_atoms, summands
 
-Place: TypeAlias = tuple[int, int | None, int, int]  # tensor, slice of a stack, axis, leaf of that axis
-Piece: TypeAlias = tuple[int, tuple[tuple[int, Atom, int], ...]]  # offset; (leaf, atom, stride) of each factor
+AtomPlace: TypeAlias = tuple[int, int | None, int, int]  # tensor, slice of a stack, axis, leaf of that axis
+PlainBlock: TypeAlias = tuple[int, tuple[tuple[int, Atom, int], ...]]  # offset; (leaf, atom, stride) of each factor
 
 
 class Sides:
-    """Places with the side they are on: links between them, and what is bent."""
+    """Places, the links between them (a union-find in which every place is on one of two sides), and bent atoms."""
 
     def __init__(self) -> None:
         self.bent: set[Atom] = set()
-        self.places: dict[Atom, dict[Place, None]] = {}
-        self.torn: set[Place] = set()  # roots of places that would have to be on both sides
-        self._above: dict[Place, tuple[Place, bool]] = {}
+        self.places: dict[Atom, dict[AtomPlace, None]] = {}
+        self.inconsistent: set[AtomPlace] = set()  # roots of places that would have to be on both sides
+        self._parents: dict[AtomPlace, tuple[AtomPlace, bool]] = {}
         self._leaves: dict[Axis, list[Atom]] = {}
-        self._pieces: dict[Axis, list[Piece]] = {}
-        self._stacked: dict[int, Seen] = {}
+        self._plain_blocks: dict[Axis, list[PlainBlock]] = {}
+        self._stacks: dict[int, Snapshot] = {}
 
     # --- places --------------------------------------------------------------------------------------------------
 
     def leaves(self, axis: Axis) -> list[Atom]:
+        """The leaf atoms of an axis, cached."""
         if axis not in self._leaves:
-            self._leaves[axis] = list(leaves(axis))
+            self._leaves[axis] = list(leaf_atoms(axis))
         return self._leaves[axis]
 
-    def at(self, seen: Seen, d: int, face: int | None = None) -> list[tuple[Atom, Place]]:
+    def places_at(self, snapshot: Snapshot, d: int, slice_index: int | None = None) -> list[tuple[Atom, AtomPlace]]:
         """The free atoms of an axis with their places."""
-        found = []
-        for n, atom in enumerate(self.leaves(seen.axis(face, d))):
+        places = []
+        for n, atom in enumerate(self.leaves(snapshot.axis(slice_index, d))):
             if atom.pin is None:
-                place = (seen.tensor, face, d, n)
+                place = (snapshot.tensor, slice_index, d, n)
                 self.places.setdefault(atom, {})[place] = None
-                found.append((atom, place))
-        return found
+                places.append((atom, place))
+        return places
 
-    def whole(self, seen: Seen, face: int | None = None) -> list[tuple[Atom, Place]]:
-        """The same of all axes, in row-major order."""
-        return [one for d in range(len(seen.shape)) for one in self.at(seen, d, face)]
+    def all_places(self, snapshot: Snapshot, slice_index: int | None = None) -> list[tuple[Atom, AtomPlace]]:
+        """The free atoms of all axes with their places, in row-major order."""
+        return [entry for d in range(len(snapshot.shape)) for entry in self.places_at(snapshot, d, slice_index)]
 
-    def bend(self, seen: Seen, dims: Iterable[int] | None = None) -> None:
-        for face in seen.faces:
-            for d in range(len(seen.shape)) if dims is None else dims:
-                self.bent.update(atom for atom, _ in self.at(seen, d, face))
+    def bend(self, snapshot: Snapshot, dims: Iterable[int] | None = None) -> None:
+        """Record that an operation is not linear along these dimensions of a tensor, by default along all of them."""
+        for slice_index in snapshot.slices:
+            for d in range(len(snapshot.shape)) if dims is None else dims:
+                self.bent.update(atom for atom, _ in self.places_at(snapshot, d, slice_index))
 
     # --- links ---------------------------------------------------------------------------------------------------
 
-    def root(self, place: Place) -> tuple[Place, bool]:
-        """The place that stands for all that this one is linked with, and whether this one is on its other side."""
-        path, other = [], False
-        while place in self._above:
+    def root(self, place: AtomPlace) -> tuple[AtomPlace, bool]:
+        """The place that represents all those linked to this one, and whether this one is on the opposite side."""
+        path, opposite = [], False
+        while place in self._parents:
             path.append(place)
-            place = self._above[place][0]
-        for step in reversed(path):  # shorter for whoever asks next
-            other ^= self._above[step][1]
-            self._above[step] = place, other
-        return place, other
+            place = self._parents[place][0]
+        for child in reversed(path):  # path compression
+            opposite ^= self._parents[child][1]
+            self._parents[child] = place, opposite
+        return place, opposite
 
-    def link(self, one: Place, two: Place, opposite: bool = False) -> None:
-        (a, x), (b, y) = self.root(one), self.root(two)
+    def link(self, first: AtomPlace, second: AtomPlace, opposite: bool = False) -> None:
+        """Link two places: they move alike or, if opposite, as each other's inverse transpose."""
+        (a, x), (b, y) = self.root(first), self.root(second)
         if a != b:
-            self._above[a] = b, x ^ y ^ opposite
-            if a in self.torn:
-                self.torn.add(b)
+            self._parents[a] = b, x ^ y ^ opposite
+            if a in self.inconsistent:
+                self.inconsistent.add(b)
         elif x ^ y != opposite:
-            self.torn.add(a)
+            self.inconsistent.add(a)
 
-    def together(self, one: list[tuple[Atom, Place]], two: list[tuple[Atom, Place]], opposite: bool = False) -> None:
-        """Link places one by one; what does not fit is bent."""
-        if [atom for atom, _ in one] != [atom for atom, _ in two]:
-            self.bent.update(atom for atom, _ in (*one, *two))
+    def link_places(
+        self, first: list[tuple[Atom, AtomPlace]], second: list[tuple[Atom, AtomPlace]], opposite: bool = False
+    ) -> None:
+        """Link places pairwise; bend all atoms where they do not match."""
+        if [atom for atom, _ in first] != [atom for atom, _ in second]:
+            self.bent.update(atom for atom, _ in (*first, *second))
             return
-        for (_, a), (_, b) in zip(one, two, strict=True):
+        for (_, a), (_, b) in zip(first, second, strict=True):
             self.link(a, b, opposite)
 
-    def same(self, one: Seen, d: int, two: Seen, e: int) -> None:
-        """An axis of one tensor is that of another, slice by slice where both are stacks."""
-        if len(one.faces) != len(two.faces):
-            self.bend(one, [d])
-            self.bend(two, [e])
+    def link_axes(self, first: Snapshot, d: int, second: Snapshot, e: int) -> None:
+        """Link dimension d of one tensor to dimension e of another, slice by slice where both are stacks."""
+        if len(first.slices) != len(second.slices):
+            self.bend(first, [d])
+            self.bend(second, [e])
             return
-        for f, g in zip(one.faces, two.faces, strict=True):
-            self.together(self.at(one, d, f), self.at(two, e, g))
+        for i, j in zip(first.slices, second.slices, strict=True):
+            self.link_places(self.places_at(first, d, i), self.places_at(second, e, j))
 
-    def part(self, whole: Seen, part: Seen, d: int, start: int) -> None:
-        """A part of an axis begins at `start` of it: a slice, or a term of a concatenation."""
-        there = {
+    def link_part(self, whole: Snapshot, part: Snapshot, d: int, start: int) -> None:
+        """Link dimension d of a slice (or a term of a concatenation) to the whole, in which it begins at `start`."""
+        leaves_in_whole = {
             (offset, tuple((atom, stride) for _, atom, stride in items)): [n for n, _, _ in items]
-            for offset, items in self.pieces(whole.axis(None, d))
+            for offset, items in self.plain_blocks(whole.axis(None, d))
         }
-        for offset, items in self.pieces(part.axis(None, d)):
-            found = there.get((offset + start, tuple((atom, stride) for _, atom, stride in items)))
-            if found is None:
+        for offset, items in self.plain_blocks(part.axis(None, d)):
+            leaves_there = leaves_in_whole.get((offset + start, tuple((atom, stride) for _, atom, stride in items)))
+            if leaves_there is None:
                 self.bent.update(atom for _, atom, _ in items if atom.pin is None)
                 continue
-            for (n, atom, _), m in zip(items, found, strict=True):
+            for (n, atom, _), m in zip(items, leaves_there, strict=True):
                 if atom.pin is None:
                     places = (part.tensor, None, d, n), (whole.tensor, None, d, m)
                     self.places.setdefault(atom, {}).update(dict.fromkeys(places))
                     self.link(*places)
 
-    def viewed(self, one: Seen, two: Seen) -> None:
-        """The same numbers in other brackets: the same places in the same order."""
-        if len(one.faces) == len(two.faces):
-            for f, g in zip(one.faces, two.faces, strict=True):
-                self.together(self.whole(one, f), self.whole(two, g))
+    def link_view(self, first: Snapshot, second: Snapshot) -> None:
+        """Link two tensors of which one is a view of the other: they have the same places in the same order."""
+        if len(first.slices) == len(second.slices):
+            for i, j in zip(first.slices, second.slices, strict=True):
+                self.link_places(self.all_places(first, i), self.all_places(second, j))
             return
-        stacked, plain = (one, two) if one.stack is not None else (two, one)
+        stacked, plain = (first, second) if first.stack is not None else (second, first)
         if plain.stack is not None or stacked.stack is None:
-            self.bend(one)
-            self.bend(two)
+            self.bend(first)
+            self.bend(second)
             return
-        # [before, block 0, block 1, …, after] of one are [before, block k, after] of every slice of the other
-        every, faces = self.whole(plain), [self.whole(stacked, f) for f in stacked.faces]
-        before = sum(len(self.at(stacked, d, 0)) for d in range(stacked.stack.dim))
-        after = (sum(map(len, faces)) - len(every)) // (len(faces) - 1) - before
-        first = before
-        for face in faces:
-            last = first + len(face) - before - after
-            self.together([*every[:before], *every[first:last], *every[len(every) - after :]], face)
-            first = last
+        # the plain tensor has [before, block 0, block 1, …, after], slice k of the stack has [before, block k, after]
+        every, slices = self.all_places(plain), [self.all_places(stacked, i) for i in stacked.slices]
+        before = sum(len(self.places_at(stacked, d, 0)) for d in range(stacked.stack.dim))
+        after = (sum(map(len, slices)) - len(every)) // (len(slices) - 1) - before
+        start = before
+        for places in slices:
+            stop = start + len(places) - before - after
+            self.link_places([*every[:before], *every[start:stop], *every[len(every) - after :]], places)
+            start = stop
 
-    def collapsed(self, seen: Seen) -> None:
-        """A stack whose slices have become one: those move alike."""
-        if seen.stack is not None:
-            self._stacked[seen.tensor] = seen
-        elif seen.axes is not None and seen.tensor in self._stacked:
-            was = self._stacked.pop(seen.tensor)
-            for face in was.faces:
-                for d in range(len(seen.shape)):
-                    if was.stack is not None and d != was.stack.dim:
-                        self.together(self.at(seen, d), self.at(was, d, face))
+    def track_stack(self, snapshot: Snapshot) -> None:
+        """Link the slices of a stack that has since collapsed into ordinary axes: they move alike."""
+        if snapshot.stack is not None:
+            self._stacks[snapshot.tensor] = snapshot
+        elif snapshot.axes is not None and snapshot.tensor in self._stacks:
+            earlier = self._stacks.pop(snapshot.tensor)
+            for slice_index in earlier.slices:
+                for d in range(len(snapshot.shape)):
+                    if earlier.stack is not None and d != earlier.stack.dim:
+                        self.link_places(self.places_at(snapshot, d), self.places_at(earlier, d, slice_index))
 
-    def pieces(self, axis: Axis) -> list[Piece]:
-        """An axis as blocks that have no sums in them."""
-        if axis not in self._pieces:
-            self._pieces[axis] = _pieces(axis, iter(range(len(self.leaves(axis)))))
-        return self._pieces[axis]
+    def plain_blocks(self, axis: Axis) -> list[PlainBlock]:
+        """The blocks of an axis that have no sums in them, cached."""
+        if axis not in self._plain_blocks:
+            self._plain_blocks[axis] = _plain_blocks(axis, iter(range(len(self.leaves(axis)))))
+        return self._plain_blocks[axis]
 
 
-def _pieces(axis: Axis, count: Iterator[int]) -> list[Piece]:
-    found: list[Piece] = [(0, ())]
-    for atom in flat(axis):
-        inside: list[Piece] = []
+def _plain_blocks(axis: Axis, count: Iterator[int]) -> list[PlainBlock]:
+    """The blocks of an axis that have no sums in them; `count` numbers its leaves."""
+    blocks: list[PlainBlock] = [(0, ())]
+    for atom in flat_atoms(axis):
+        inside: list[PlainBlock] = []
         start = 0
-        for part in parts_of(atom):
-            inside += [(start + offset, items) for offset, items in _pieces(part, count)]
-            start += size_of(part)
+        for part in summands(atom):
+            inside += [(start + offset, items) for offset, items in _plain_blocks(part, count)]
+            start += axis_size(part)
         if atom.parts is None:
             inside = [(0, ((next(count), atom, 1),))]
-        found = [
+        blocks = [
             (offset * atom.size + more, (*((n, a, stride * atom.size) for n, a, stride in items), *further))
-            for offset, items in found
+            for offset, items in blocks
             for more, further in inside
         ]
-    return found
+    return blocks

@@ -1,10 +1,11 @@
-"""One file per architecture family; each is data.
+"""Spec files, one per architecture family, as data.
 
-A file says `MODEL_TYPES` (of the configurations it describes), `PREFIX`, `sizes(config)`, `table(config)`,
-`groups(config)`, `norms(config)` and `TINY`: configurations small enough for the laws in tests/, which pick up every
-file here by themselves. The language is that of `hf_rebasin.symmetries.patterns`; CONTRIBUTING.md walks through one.
+A file defines `MODEL_TYPES` (the model types it describes), `PREFIX`, `sizes(config)`, `table(config)`,
+`groups(config)`, `norms(config)` and `TINY`, configurations small enough for the laws in tests/, which pick up every
+file here automatically. Rows are written in the language of `hf_rebasin.symmetries.patterns`; CONTRIBUTING.md walks
+through an example.
 
-Two held names mean rows that are counted by something outside the weights: `vocab` (the tokenizer) and `label`
-(the configuration's labels). They never move by themselves, but two models that order them differently can be matched
-by their strings.
+Two held names stand for rows that are numbered outside the weights: `vocab` (by the tokenizer) and `label` (by the
+configuration's labels). Alignments do not move them, but if two models order them differently, their rows are matched
+by string.
 """

@@ -1,4 +1,4 @@
-"""BERT, RoBERTa, XLM-RoBERTa: post-LayerNorm encoders, so the residual stream takes permutations only."""
+"""BERT, RoBERTa, XLM-RoBERTa: post-LayerNorm encoders, so the residual stream can only be permuted."""
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta")
 PREFIX = ("bert.", "roberta.")

@@ -1,4 +1,4 @@
-"""CLIP: a text tower, pre-LayerNorm, and a vision tower, whose stream begins with a norm. Either may stand alone."""
+"""CLIP: a pre-LayerNorm text tower, and a vision tower whose stream starts with a norm; also each tower alone."""
 
 MODEL_TYPES = ("clip", "clip_text_model", "clip_vision_model")
 FREE = ("CLIPModel", "CLIPForImageClassification")
@@ -13,7 +13,7 @@ def prefix(config):
 
 
 def _towers(config):
-    """{tower: (its configuration, what its keys begin with)}"""
+    """Return {tower: (its configuration, prefix of its keys)}."""
     if config.model_type == "clip":
         return {"text": (config.text_config, "text_model."), "vision": (config.vision_config, "vision_model.")}
     return {config.model_type.split("_")[1]: (config, "")}
@@ -23,8 +23,8 @@ def sizes(config):
     return {f"{name}.head.*": tower.num_attention_heads for name, (tower, _) in _towers(config).items()}
 
 
-def _layers(t, at):
-    layer = f"{at}encoder.layers.*."
+def _layers(t, prefix):
+    layer = f"{prefix}encoder.layers.*."
     return {
         layer + "{layer_norm1,layer_norm2}.weight": f"{t}.residual~",
         layer + "{layer_norm1,layer_norm2}.bias": f"{t}.residual",
@@ -71,9 +71,9 @@ def table(config):
 
 
 def groups(config):
-    # the last hidden states are what a tower alone computes, with or without a projection, and any other class may
+    # a tower alone outputs its last hidden states, with or without a projection, and so may any other class
     free = (config.architectures or [None])[0] in FREE
-    # what begins with a norm keeps its gain: no reader could take it, as it writes to the stream
+    # a norm that writes to the stream keeps its gain, which no reader could absorb
     kinds = {"vocab": "held", "label": "held"}
     for t, (tower, _) in _towers(config).items():
         stream = "centred" if t == "text" else "permutation"
@@ -88,14 +88,14 @@ def groups(config):
 
 
 def norms(config):
-    said = {}
+    readers = {}
     for tower, (_, at) in _towers(config).items():
         layer = f"{at}encoder.layers.*."
-        said[layer + "layer_norm1"] = layer + "self_attn.{q,k,v}_proj"
-        said[layer + "layer_norm2"] = layer + "mlp.fc1"
+        readers[layer + "layer_norm1"] = layer + "self_attn.{q,k,v}_proj"
+        readers[layer + "layer_norm2"] = layer + "mlp.fc1"
         if tower == "text":
-            said[at + "final_layer_norm"] = "text_projection"
-    return said
+            readers[at + "final_layer_norm"] = "text_projection"
+    return readers
 
 
 def reasons(config):

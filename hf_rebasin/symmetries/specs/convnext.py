@@ -1,4 +1,4 @@
-"""ConvNeXt: one stream per stage, through depthwise convolutions, LayerNorm over channels and gated MLP branches."""
+"""ConvNeXt: one stream per stage, through depthwise convolutions, channel LayerNorm and scaled MLP branches."""
 
 MODEL_TYPES = ("convnext",)
 PREFIX = "convnext."
@@ -23,7 +23,7 @@ def table(config):
         "classifier.bias": "label",
         "hidden_states_norms.stage*.{weight,bias}": "_",
     }
-    for stage in range(1, len(config.depths)):  # a stage begins by reading the stage before
+    for stage in range(1, len(config.depths)):  # a stage first reads the previous stage
         start, before = f"encoder.stages.{stage}.downsampling_layer.", f"stage.{stage - 1}"
         rows[start + "0.{weight,bias}"] = before
         rows[start + "1.weight"] = f"stage.{stage}, {before}', _, _"
@@ -32,8 +32,8 @@ def table(config):
 
 
 def groups(config):
-    features = [name.removeprefix("stage") for name in config.out_features or ()]  # the stem is in the first stream
-    outputs = {  # feature maps are what these compute; an unknown class is taken for a bare model
+    features = [name.removeprefix("stage") for name in config.out_features or ()]  # the stem shares the first stream
+    outputs = {  # classes that output feature maps; an unknown class is treated as a bare model
         "ConvNextForImageClassification": [],
         "ConvNextBackbone": [0 if name == "stem" else int(name) - 1 for name in features],
     }

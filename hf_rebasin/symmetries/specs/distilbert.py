@@ -1,4 +1,4 @@
-"""DistilBERT: post-LayerNorm encoder, so the residual stream takes permutations only."""
+"""DistilBERT: post-LayerNorm encoder, so the residual stream can only be permuted."""
 
 MODEL_TYPES = ("distilbert",)
 PREFIX = "distilbert."
@@ -51,7 +51,7 @@ def table(config):
 
 
 def groups(config):
-    # the hidden states are what a bare model computes, and any other class may
+    # a bare model outputs the hidden states, and so may any other class
     free = "permutation" if _architecture(config) in HEADS else "held"
     return {
         "vocab": "held",

@@ -38,7 +38,7 @@ def table(config):
 
 
 def groups(config):
-    # the hidden states are what a bare model computes, and any other class may
+    # a bare model outputs the hidden states, and so may any other class
     free = (config.architectures or ["GPT2Model"])[0] in HEADS
     return {
         "vocab": "held",

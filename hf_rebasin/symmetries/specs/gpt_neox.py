@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: queries, keys and values interleaved per head; RoPE turns the first part of every head only."""
+"""GPT-NeoX and Pythia: queries, keys and values interleaved per head; RoPE rotates only part of every head."""
 
 MODEL_TYPES = ("gpt_neox",)
 PREFIX = "gpt_neox."
@@ -10,20 +10,20 @@ HEADS = (
 )
 
 
-def _turning(config):
-    """How many pairs of a head's query-key units RoPE turns; the rest of them can be permuted."""
+def _rotary_pairs(config):
+    """Return the number of query-key pairs per head that RoPE rotates; the other units are free."""
     head = config.hidden_size // config.num_attention_heads
     return int(head * (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)) // 2
 
 
 def sizes(config):
-    return {"head.*": config.num_attention_heads, "pair.*": _turning(config)}
+    return {"head.*": config.num_attention_heads, "pair.*": _rotary_pairs(config)}
 
 
 def table(config):
     attn = "layers.*.attention."
     query, key = "turn.* pair.*", "turn.*' pair.*"
-    if 2 * _turning(config) * config.num_attention_heads < config.hidden_size:
+    if 2 * _rotary_pairs(config) * config.num_attention_heads < config.hidden_size:
         query, key = f"{query} + qk.*", f"{key} + qk.*'"
     qkv = f"(head.* ({query} + {key} + ov.*))"
     return {
@@ -46,7 +46,7 @@ def table(config):
 
 
 def groups(config):
-    # the hidden states are what a bare model computes, and any other class may
+    # a bare model outputs the hidden states, and so may any other class
     free = (config.architectures or ["GPTNeoXModel"])[0] in HEADS
     return {
         "vocab": "held",

@@ -1,4 +1,4 @@
-"""Mixtral: a Llama with experts, one key each on disk. Router rows follow their order; each has units of its own."""
+"""Mixtral: a Llama whose experts are separate keys; router rows follow their order, and each has its own units."""
 
 MODEL_TYPES = ("mixtral",)
 PREFIX = ("model.", "transformer.")  # the question-answering class has another base prefix
@@ -36,7 +36,7 @@ def table(config):
 
 
 def groups(config):
-    # the hidden states are what a bare model computes, and any other class may
+    # a bare model outputs the hidden states, and so may any other class
     free = (config.architectures or ["MixtralModel"])[0] in HEADS
     return {
         "vocab": "held",
@@ -71,7 +71,7 @@ _TINY = dict(
     vocab_size=97,
     bos_token_id=0,
     eos_token_id=0,
-    experts_implementation="eager",  # products of groups know no float64
+    experts_implementation="eager",  # grouped matrix products do not support float64
 )
 TINY = [
     dict(architectures=["MixtralForCausalLM"], **_TINY),

@@ -9,22 +9,22 @@ _STRIDES = (2, 1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1)
 
 
 def _width(config, channels):
-    step, wanted = config.depth_divisible_by, round(channels * config.depth_multiplier)
-    found = max(config.min_depth or step, int(wanted + step / 2) // step * step)
-    return found + step if found < 0.9 * wanted else found
+    step, exact = config.depth_divisible_by, round(channels * config.depth_multiplier)
+    width = max(config.min_depth or step, int(exact + step / 2) // step * step)
+    return width + step if width < 0.9 * exact else width
 
 
 def _streams(config):
-    """The number of the stream before every block, and of the last: adding a block's input to its output keeps it."""
-    widths, streams, shrunk = [_width(config, channels) for channels in _WIDTHS], [0], 2
-    for i, said in enumerate(_STRIDES):
-        stride = 1 if shrunk == config.output_stride else said
-        shrunk *= stride
+    """Number the streams before every block and after the last: a block with a skip connection keeps its stream."""
+    widths, streams, reduction = [_width(config, channels) for channels in _WIDTHS], [0], 2
+    for i, full_stride in enumerate(_STRIDES):
+        stride = 1 if reduction == config.output_stride else full_stride
+        reduction *= stride
         streams.append(streams[-1] if stride == 1 and widths[i] == widths[i + 1] else i + 1)
     return streams
 
 
-def _normed(keys, axis):
+def _norm_rows(keys, axis):
     return {
         f"{keys}.normalization.{{weight,bias}}": axis,
         f"{keys}.normalization.{{running_mean,running_var}}": f"{axis}~",
@@ -55,7 +55,7 @@ def table(config):
         rows[f"layer.{i}.reduce_1x1.convolution.weight"] = f"stream.{after}~, wide.{i}', _, _"
     for stream in dict.fromkeys(streams[1:]):
         written = ",".join(str(i) for i, after in enumerate(streams[1:]) if after == stream)
-        rows |= _normed(f"layer.{{{written}}}.reduce_1x1", f"stream.{stream}")
+        rows |= _norm_rows(f"layer.{{{written}}}.reduce_1x1", f"stream.{stream}")
     for keys, axis in (
         ("conv_stem.first_conv", "first"),
         ("conv_stem.{expand_1x1,conv_3x3}", stem),
@@ -64,14 +64,14 @@ def table(config):
         ("conv_1x1", "last"),
         *((f"segmentation_head.conv_{part}", part) for part in ("pool", "aspp", "projection")),
     ):
-        rows |= _normed(keys, axis)
+        rows |= _norm_rows(keys, axis)
     return rows
 
 
 def groups(config):
-    # ReLU6 lets no scales through; a stream has no activation, and lets signs through, too
+    # ReLU6 does not commute with scales; a stream has no activation, so it may change sign, too
     wide = "scaled" if config.hidden_act == "relu" else "permutation"
-    # the last feature maps are what a bare model computes, and any other class may; for segmentation nobody reads them
+    # a bare model outputs the last feature maps, and so may any other class; the segmentation class does not use them
     free = (config.architectures or [None])[0] == "MobileNetV2ForImageClassification"
     return {
         "label": "held",

@@ -10,11 +10,11 @@ def _class(config):
 
 
 def _words(config):
-    """What the embedding writes; what comes out at the end, with its mark where it is written and where it is read."""
+    """Return the axis the embedding writes, and the final output axis as it is written and as it is read."""
     if config.word_embed_proj_dim == config.hidden_size:
         return "residual", "residual", "residual'"
     if _class(config) == "OPTForCausalLM" and config.tie_word_embeddings:
-        return "word", "word'", "word"  # the head is the embedding: what it reads moves as the dual
+        return "word", "word'", "word"  # the head is the embedding, so its input moves as the dual
     return "word", "said", "said'"
 
 
@@ -24,7 +24,7 @@ def sizes(config):
 
 def table(config):
     layer = "decoder.layers.*."
-    word, said, heard = _words(config)
+    word, written, read = _words(config)
     return {
         "decoder.embed_tokens.weight": f"vocab, {word}",
         "decoder.embed_positions.weight": "_, residual",
@@ -44,19 +44,19 @@ def table(config):
         layer + "{self_attn.out_proj,fc2}.bias": "residual",
         "decoder.final_layer_norm.weight": "residual~",
         "decoder.final_layer_norm.bias": "residual",
-        "decoder.project_out.weight": f"{said}, residual'",
-        "lm_head.weight": f"vocab, {heard}",
-        "score.weight": f"label, {heard}",
-        "qa_outputs.weight": f"_, {heard}",
+        "decoder.project_out.weight": f"{written}, residual'",
+        "lm_head.weight": f"vocab, {read}",
+        "score.weight": f"label, {read}",
+        "qa_outputs.weight": f"_, {read}",
         "qa_outputs.bias": "_",
     }
 
 
 def groups(config):
-    # a norm without a gain cannot be named, and without the last norm the heads read the stream itself
+    # norms are named by their gains, and without a final norm the heads read the stream itself
     normed = config.do_layer_norm_before and not config._remove_final_layer_norm
     stream = "centred" if normed and config.layer_norm_elementwise_affine else "permutation"
-    # the hidden states are what a bare model computes, and any other class may
+    # a bare model outputs the hidden states, and so may any other class
     free, projected = _class(config) in HEADS, config.word_embed_proj_dim != config.hidden_size
     return {
         "vocab": "held",

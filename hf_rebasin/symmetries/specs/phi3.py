@@ -1,4 +1,4 @@
-"""Phi-3: a Llama with fused projections; RoPE may turn only the first part of every head."""
+"""Phi-3: a Llama with fused projections; RoPE may rotate only the first part of every head."""
 
 MODEL_TYPES = ("phi3",)
 PREFIX = "model."
@@ -9,8 +9,8 @@ def _head(config):
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _turning(config):
-    """How many pairs of a head's query-key units RoPE turns; the rest of them can be permuted."""
+def _rotary_pairs(config):
+    """Return the number of query-key pairs per head that RoPE rotates; the other units are free."""
     return int(_head(config) * (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)) // 2
 
 
@@ -18,14 +18,14 @@ def sizes(config):
     return {
         "kv.*": config.num_key_value_heads,
         "group.*": config.num_attention_heads // config.num_key_value_heads,
-        "pair.*": _turning(config),
+        "pair.*": _rotary_pairs(config),
     }
 
 
 def table(config):
     attn, mlp = "layers.*.self_attn.", "layers.*.mlp."
     query, key = "turn.* pair.*", "turn.*' pair.*"
-    if 2 * _turning(config) < _head(config):
+    if 2 * _rotary_pairs(config) < _head(config):
         query, key = f"({query} + qk.*)", f"({key} + qk.*')"
     return {
         "embed_tokens.weight": "vocab, residual",
@@ -41,7 +41,7 @@ def table(config):
 
 
 def groups(config):
-    # the hidden states are what a bare model computes, and any other class may
+    # a bare model outputs the hidden states, and so may any other class
     free = (config.architectures or ["Phi3Model"])[0] in HEADS
     return {
         "vocab": "held",

@@ -1,12 +1,12 @@
-"""ResNet: one stream per stage; BatchNorm follows its convolution; ReLU lets positive scales through."""
+"""ResNet: one stream per stage; BatchNorm follows its convolution; ReLU commutes with positive scales."""
 
 MODEL_TYPES = ("resnet",)
 PREFIX = "resnet."
 
 
-def _conv(key, out, into):
+def _conv(key, out, source):
     return {
-        f"{key}.convolution.weight": f"{out}~, {into}, _, _",
+        f"{key}.convolution.weight": f"{out}~, {source}, _, _",
         f"{key}.normalization.{{weight,bias}}": out,
         f"{key}.normalization.{{running_mean,running_var}}": f"{out}~",
         f"{key}.normalization.num_batches_tracked": "",
@@ -25,7 +25,7 @@ def table(config):
         rows |= _conv(layer + f"layer.{i}", f"mid{i}.*.*", f"mid{i - 1}.*.*'")
     rows |= _conv(layer + f"layer.{last}", "stage.*", f"mid{last - 1}.*.*'")
     rows |= _conv(layer + "shortcut", "stage.*", "stage.*'")
-    for stage in range(len(config.depths)):  # a stage begins by reading the stage before
+    for stage in range(len(config.depths)):  # a stage first reads the previous stage
         start, before = f"encoder.stages.{stage}.layers.0.", f"stage.{stage - 1}'" if stage else f"{stem}'"
         rows[start + "layer.0.convolution.weight"] = f"mid0.{stage}.0~, {before}, _, _"
         rows[start + "shortcut.convolution.weight"] = f"stage.{stage}~, {before}, _, _"
@@ -34,7 +34,7 @@ def table(config):
 
 def groups(config):
     kind = "scaled" if config.hidden_act == "relu" else "permutation"
-    outputs = {  # feature maps are what these compute; an unknown class is taken for a bare model
+    outputs = {  # classes that output feature maps; an unknown class is treated as a bare model
         "ResNetForImageClassification": {},
         "ResNetBackbone": {"stem": "held", **{f"stage.{i}": "held" for i in range(len(config.depths))}},
     }

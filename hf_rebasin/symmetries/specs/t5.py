@@ -1,4 +1,4 @@
-"""T5 and mT5: two stacks of one stream; all layers of a stack share their heads, as they share one position bias."""
+"""T5 and mT5: two stacks with one stream; all layers of a stack share their heads, as they share a position bias."""
 
 MODEL_TYPES = ("t5", "mt5")
 PREFIX = "transformer."
@@ -14,7 +14,7 @@ def sizes(config):
 
 
 def _attention(key, head, inside):
-    """Rows of one attention; `inside` tells its query-key and value-output units from those of others."""
+    """Return the rows of one attention; `inside` distinguishes its query-key and value-output units from others."""
     return {
         f"{key}.q.weight": f"({head} {inside}_qk.*), residual'",
         f"{key}.k.weight": f"({head} {inside}_qk.*'), residual'",
@@ -49,13 +49,13 @@ def table(config):
 
 
 def _scaled(config):
-    """Whether transformers scales the outputs of a tied head; untied, it would not."""
+    """Whether transformers scales the inputs of a tied head, which it does not if the head is untied."""
     tied = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
     return tied and "ForConditionalGeneration" in str(config.architectures)
 
 
 def groups(config):
-    # the hidden states are what a bare model computes, and any other class may
+    # a bare model outputs the hidden states, and so may any other class
     free = (config.architectures or ["T5Model"])[0] in HEADS
     stream = "permutation" if _scaled(config) else "orthogonal"
     ff = "nonzero" if config.is_gated_act else "scaled" if config.dense_act_fn == "relu" else "permutation"
@@ -103,7 +103,7 @@ _TINY = dict(
     relative_attention_max_distance=10,
     pad_token_id=0,
     decoder_start_token_id=0,
-    initializer_factor=0.1,  # its attention is not scaled, and would round float32 away where weights are ×10
+    initializer_factor=0.1,  # its attention is not scaled: with weights × 10, float32 would round too much
 )
 TINY = [
     dict(architectures=["T5ForConditionalGeneration"], **_TINY),
