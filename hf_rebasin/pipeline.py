@@ -50,8 +50,8 @@ def run_recipe(
     command: str = "",
     device: Device = None,
     progress: bool = False,
-    on_merge: Callable[[MergeResult], object] = lambda _: None,
-    on_report: Callable[[Report], object] = lambda _: None,
+    merged: Callable[[MergeResult], object] = lambda _: None,
+    judge: Callable[[Report], object] = lambda _: None,
 ) -> RecipeResult:
     """Run a recipe, as `hf-rebasin merge RECIPE -o OUT` does.
 
@@ -70,8 +70,8 @@ def run_recipe(
         command: command that repeats the run, for the report.
         device: device of all computations.
         progress: show progress bars (on a terminal).
-        on_merge: called with the merge, once it is written.
-        on_report: called with the report.
+        merged: called with the merge, once it is written.
+        judge: called with the report.
 
     Returns:
         A `RecipeResult`.
@@ -101,12 +101,12 @@ def run_recipe(
         save = partial(result.checkpoint.save, overwrite=overwrite, max_shard_size=max_shard_size)
         save(target, progress=progress, beside=record.write)
     wait_for_everyone()
-    on_merge(result)
+    merged(result)
     assessment = None
     if recipe.evaluate is not None or report:
         saved = Checkpoint.open(target)
         assessment = assess(recipe, result, saved, created=created, command=command, device=device, progress=progress)
-        on_report(assessment)
+        judge(assessment)
         if is_main_process():
             add_report(target, assessment, recipe, result)
     published = None

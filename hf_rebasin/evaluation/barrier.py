@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from ..errors import OptionError, nearest, listed
+from ..errors import OptionError, listed, nearest
 
 
 @dataclass(frozen=True)

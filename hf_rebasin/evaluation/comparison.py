@@ -14,12 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..alignment.compatibility import (
-    match_labels,
     make_compatible,
+    match_labels,
+    match_vocabularies,
     refuse_other_architecture,
     refuse_other_settings,
     same_tokenizer,
-    match_vocabularies,
 )
 from ..alignment.correspondence import match_keys, tensors_equal, untie_like
 from ..checkpoints.checkpoint import Checkpoint, Source
@@ -227,7 +227,9 @@ def _compare_descriptions(fixed: Checkpoint, moving: Checkpoint, findings: dict[
         return None
     try:
         refuse_other_architecture(fixed, moving)
-        findings["architecture"] = " ".join(fixed.raw_config.get("architectures") or [fixed.raw_config.get("model_type", "")])
+        findings["architecture"] = " ".join(
+            fixed.raw_config.get("architectures") or [fixed.raw_config.get("model_type", "")]
+        )
         refuse_other_settings(fixed, moving)
         findings["settings"] = "the same, but for what does not change the function"
     except MismatchError as error:

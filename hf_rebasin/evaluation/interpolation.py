@@ -132,7 +132,9 @@ def _assume_unchanged(checkpoint: Checkpoint) -> Checkpoint:
 
     Nobody changes them while the line is measured.
     """
-    parts = {k: replace(part, own=True) if isinstance(part, InMemory) else part for k, part in checkpoint.parts.items()}
+    parts = {
+        k: replace(part, own=True) if isinstance(part, InMemory) else part for k, part in checkpoint.parts.items()
+    }
     return replace(checkpoint, tensors=Tensors(parts))
 
 

@@ -176,8 +176,8 @@ def merge(
         command=command_line(),
         device=find_device(),
         progress=shows_progress(),
-        on_merge=print_merge,
-        on_report=print_report,
+        merged=print_merge,
+        judge=print_report,
     )
     if done.published is not None:
         for line in output.describe_publication(done.published):
