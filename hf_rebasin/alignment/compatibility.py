@@ -19,7 +19,7 @@ from ..errors import MismatchError, SpecError, listed
 from ..symmetries.detection import detect_spec
 from ..symmetries.spec import Spec
 from ..symmetries.table import canonical_view, table_for
-from .alignment import act
+from .action import act
 from .groups import Element
 from .groups.permutation import Element as Permutation
 

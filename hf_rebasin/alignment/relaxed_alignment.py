@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..symmetries.spec import LabelledTensor, Spec
-from .alignment import Alignment, act_on_block, element_class, element_shape
+from .action import act_on_block, element_class, element_shape
+from .alignment import Alignment
 from .elements.relaxation import Acting, Relaxed, Softening
 
 

@@ -17,7 +17,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..alignment.alignment import Alignment, act, element_class
+from ..alignment.action import act, element_class
+from ..alignment.alignment import Alignment
 from ..alignment.gauge import find_gauges, fold_state, gauge_vectors
 from ..alignment.groups import Element
 from ..checkpoints.lazy import InMemory, Tensors

@@ -9,7 +9,8 @@ from typing import Protocol, TypeAlias
 import torch
 from tqdm import tqdm
 
-from ..alignment.alignment import Alignment, identity_element
+from ..alignment.action import identity_element
+from ..alignment.alignment import Alignment
 from ..alignment.groups import Element
 from ..symmetries.spec import Spec, Unit
 from .problem import Problem, all_tensors_equal, matched_tensors, objective, objective_bound

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..alignment.alignment import Alignment, act_on_block
+from ..alignment.action import act_on_block
+from ..alignment.alignment import Alignment
 from ..alignment.elements.relaxation import Acting, Permuting, Softening
 from ..alignment.gauge import find_gauges, fold_state, gauge_vectors
 from ..alignment.relaxed_alignment import RelaxedAlignment, act_with_gradients, split_keys

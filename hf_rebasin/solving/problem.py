@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import registry
-from ..alignment.alignment import Alignment, act_on_tensor, identity_element
+from ..alignment.action import act_on_tensor, identity_element
+from ..alignment.alignment import Alignment
 from ..alignment.groups import Element
 from ..checkpoints.precision import compute_dtype
 from ..modules.functional import Device

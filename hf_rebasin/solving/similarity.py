@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..alignment.alignment import act_on_block
+from ..alignment.action import act_on_block
 from ..alignment.groups import Element
 from ..symmetries.patterns import DIAGONAL
 from ..symmetries.spec import Block, Unit

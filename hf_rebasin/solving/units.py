@@ -16,7 +16,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..alignment.alignment import element_class
+from ..alignment.action import element_class
 from ..alignment.groups import Element
 from ..symmetries.patterns import DIAGONAL
 from ..symmetries.spec import Spec, Unit

@@ -12,7 +12,7 @@ from moved_outputs import outputs_moved, unmoved
 from mutating_tables import mutations
 
 from hf_rebasin import Alignment, Checkpoint, RebasinError, Status, align, check, merge, registry, spec_for
-from hf_rebasin.alignment.alignment import act
+from hf_rebasin.alignment.action import act
 from hf_rebasin.alignment.exactness import compute_outputs, example_inputs
 from hf_rebasin.alignment.gauge import find_gauges, gauge_vectors
 from hf_rebasin.alignment.groups.permutation import Element as Permutation

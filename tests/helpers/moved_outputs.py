@@ -5,7 +5,7 @@ from functools import cache
 import torch
 
 from hf_rebasin import Checkpoint
-from hf_rebasin.alignment.alignment import act
+from hf_rebasin.alignment.action import act
 from hf_rebasin.alignment.exactness import compute_outputs, example_inputs
 from hf_rebasin.errors import CheckpointError
 from hf_rebasin.symmetries.table import canonical_view

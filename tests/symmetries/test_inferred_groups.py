@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_rebasin import Alignment, Checkpoint, infer_spec, spec_for
-from hf_rebasin.alignment.alignment import act
+from hf_rebasin.alignment.action import act
 from hf_rebasin.alignment.exactness import compute_outputs, example_inputs
 from hf_rebasin.checkpoints.canonical import CanonicalView
 from hf_rebasin.symmetries.binding import bind_to

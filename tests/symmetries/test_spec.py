@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_rebasin import Alignment, Table
-from hf_rebasin.alignment.alignment import act, act_on_tensor
+from hf_rebasin.alignment.action import act, act_on_tensor
 from hf_rebasin.errors import SpecError
 from hf_rebasin.symmetries.binding import bind
 

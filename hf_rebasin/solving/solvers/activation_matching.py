@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...alignment.alignment import act
+from ...alignment.action import act
 from ...alignment.groups import Element
 from ...checkpoints.precision import widen
 from ...errors import OptionError
