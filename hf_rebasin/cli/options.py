@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 MODEL = "Folder or Hub id; id@revision pins a commit, branch or tag."
 Assume = Annotated[
     list[str] | None,
-    typer.Option(help="Aspect to take as equal without checking: config, labels or vocabulary. May be repeated."),
+    typer.Option(help="Property to take as equal without checking: config, labels or vocabulary. May be repeated."),
 ]
 Seed = Annotated[
-    int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random; the same seed gives the same bytes.")
+    int, typer.Option(min=0, max=2**63 - 1, help="Random seed; the same seed gives the same result, byte for byte.")
 ]
 SolverName = Annotated[
-    str, typer.Option(help=f"Method that finds the coordinates: {', '.join(registry.names('solver'))}.")
+    str, typer.Option(help=f"Solver that finds the alignment: {', '.join(registry.names('solver'))}.")
 ]
 BackboneOnly = Annotated[
     bool,
@@ -38,26 +38,31 @@ GroupsName = Annotated[
     str,
     typer.Option(
         "--groups",
-        help="Allowed changes of coordinates: full (also rotations and scales, where exact) or permutation.",
+        help="What aligning may do to units: full (permute and, where exact, rotate and scale) or permutation.",
     ),
 ]
 KeepTied = Annotated[
     bool,
     typer.Option(
-        "--keep-tied", help="Keep the head tied to the embedding; the residual stream is then only permuted."
+        "--keep-tied", help="Keep the head tied to the embedding; the residual stream is then permuted, not rotated."
     ),
 ]
 Hold = Annotated[
-    list[str] | None, typer.Option(help="Symmetry to leave as it is, or a pattern such as 'ff.*'. May be repeated.")
+    list[str] | None,
+    typer.Option(help="Symmetry to leave as it is, by its name in `inspect` or as 'ff.*'. May be repeated."),
 ]
 DataName = Annotated[
     str | None,
-    typer.Option(help="Dataset to use: Hub id, folder or file. Labels are not needed."),
+    typer.Option(
+        help="Dataset to run the models on while aligning or merging: Hub id, folder or file; labels are optional."
+    ),
 ]
 DataOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--data-option", "-d", help="Setting of the data, such as split=train or samples=256. May be repeated."
+        "--data-option",
+        "-d",
+        help="Setting of the --data dataset, such as split=train or samples=256. May be repeated.",
     ),
 ]
 Metric = Annotated[
@@ -70,7 +75,8 @@ Points = Annotated[
 RecalibrateHow = Annotated[
     str,
     typer.Option(
-        help="With data: statistics (of BatchNorm layers), repair (means and deviations of all units) or none."
+        help="What to recompute if there are data: statistics (of BatchNorm layers), repair (the mean and standard "
+        "deviation of every unit, as in REPAIR) or none."
     ),
 ]
 Public = Annotated[bool, typer.Option("--public", help="Make a new repository public instead of private.")]

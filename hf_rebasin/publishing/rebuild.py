@@ -1,4 +1,4 @@
-"""Rebuilding models from their records: one function per verb, given its settings and inputs."""
+"""Rebuild models from their records: one function per verb, the command that made the model."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from .record import alignment_files
 
 
 @dataclass(frozen=True, kw_only=True)
-class RebuildContext:
-    """Settings and inputs for rebuilding a model.
+class RebuildInputs:
+    """What a model is rebuilt from: recorded settings, input models, alignments and data.
 
     Args:
         settings: recorded settings of the verb.
-        models: models that it reads.
-        alignments: stored alignments; None to solve for them anew.
-        data: place of the data, instead of a recorded dataset that is not on the Hub.
+        models: input models, in the order of the record.
+        alignments: stored alignments; None if they are to be found anew.
+        data: folder or file that replaces a recorded dataset, unless that is on the Hub.
         device: device to compute on.
         progress: whether to show progress bars.
     """
@@ -44,21 +44,21 @@ class RebuildContext:
     progress: bool = False
 
     def data_settings(self, key: str) -> dict[str, Any] | None:
-        """Return recorded data settings, with the place where the data are now."""
+        """Return the recorded settings of a dataset, with its present location; None if none are recorded."""
         recorded = self.settings.get(key)
         if recorded is None or self.data is None or recorded.get("revision") is not None:
             return None if recorded is None else dict(recorded)
         return {**recorded, "dataset": self.data, "files": None}
 
     def open_batches(self, key: str = "data") -> Batches | None:
-        """Open recorded data; None where there are none."""
+        """Open a recorded dataset; None if none is recorded."""
         settings = self.data_settings(key)
         return None if settings is None else open_data(DataSettings.model_validate(settings), self.models[0])
 
     def stored_alignment(self) -> Alignment:
-        """Return the first stored alignment; raise CheckpointError where there is none."""
+        """Return the first stored alignment; raise CheckpointError if there is none."""
         if not self.alignments:
-            raise CheckpointError("the alignment that moved it is not stored beside it")
+            raise CheckpointError("the alignment that moved the model is not stored beside it")
         return self.alignments[0]
 
 
@@ -77,11 +77,11 @@ def rebuild_model(
 
     Args:
         provenance: record of the model.
-        models: its inputs, in order.
-        folder: folder with its stored alignments.
+        models: input models, in the order of the record.
+        folder: folder of the recorded model, with its stored alignments.
         out: folder to write.
-        resolve: whether to solve for the alignments anew, and write them, too.
-        data: place of the data, if they are not on the Hub.
+        resolve: whether to solve the alignments again instead of loading them; those that are found are written, too.
+        data: folder or file with the data, if they are not on the Hub.
         device: device to compute on.
         progress: whether to show progress bars.
 
@@ -89,10 +89,12 @@ def rebuild_model(
         CheckpointError: the verb is unknown, its settings are invalid, or an alignment is missing.
     """
     if provenance.verb not in REBUILDERS:
-        raise CheckpointError(f"{PROVENANCE} names an unknown verb, {provenance.verb!r}, so it cannot be rebuilt")
-    number = sum(name.startswith("alignment") for name in provenance.outputs)
-    stored = [Alignment.load(folder / name) for name in alignment_files(number)]
-    context = RebuildContext(
+        raise CheckpointError(
+            f"{PROVENANCE} names an unknown verb, {provenance.verb!r}, so the model cannot be rebuilt"
+        )
+    count = sum(name.startswith("alignment") for name in provenance.outputs)
+    stored = [Alignment.load(folder / name) for name in alignment_files(count)]
+    inputs = RebuildInputs(
         settings=provenance.recipe,
         models=models,
         alignments=None if resolve else stored,
@@ -101,76 +103,81 @@ def rebuild_model(
         progress=progress,
     )
     try:
-        checkpoint, alignments = REBUILDERS[provenance.verb](context)
+        checkpoint, found = REBUILDERS[provenance.verb](inputs)
     except RebasinError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:  # a record that was edited by hand
         raise CheckpointError(f"{PROVENANCE} has settings that cannot be used: {error!r}") from error
     checkpoint.save(out, max_shard_size=provenance.shard, progress=progress)
-    for name, alignment in zip(alignment_files(len(alignments)), alignments, strict=True):
+    for name, alignment in zip(alignment_files(len(found)), found, strict=True):
         alignment.save(out / name)
 
 
-Rebuilt = tuple[Checkpoint, Sequence[Alignment]]
+Rebuilt = tuple[Checkpoint, Sequence[Alignment]]  # the model, and the alignments that were found anew for it
 
 
-def _rebuild_merge(context: RebuildContext) -> Rebuilt:
-    content = dict(context.settings)
-    places = [
+def _rebuild_merge(inputs: RebuildInputs) -> Rebuilt:
+    """Run the recorded recipe again, with models and data where they are now."""
+    recorded = dict(inputs.settings)
+    locations = [
         {"model": model.name.rpartition("@")[0] or model.name, "revision": model.commit}
         if model.commit
         else {"model": str(model.folder)}
-        for model in context.models
+        for model in inputs.models
     ]
-    content["models"] = [
-        {**place, "parameters": entry.get("parameters", {})}
-        for place, entry in zip(places, content["models"], strict=True)
+    recorded["models"] = [
+        {**location, "parameters": entry.get("parameters", {})}
+        for location, entry in zip(locations, recorded["models"], strict=True)
     ]
-    if "data" in content:
-        content["data"] = context.data_settings("data")
-    if "base_model" in content:
-        content["base_model"] = places[0]["model"]
-    recipe = Recipe.from_dict(content, name="the recipe of the record")
-    opened = open_models(recipe, with_evaluation=False, progress=context.progress)
-    alignments, device = context.alignments, context.device
-    merged = run_merge(recipe, opened=opened, alignments=alignments, device=device, progress=context.progress)
+    if "data" in recorded:
+        recorded["data"] = inputs.data_settings("data")
+    if "base_model" in recorded:
+        recorded["base_model"] = locations[0]["model"]
+    recipe = Recipe.from_dict(recorded, name="the recorded recipe")
+    opened = open_models(recipe, with_evaluation=False, progress=inputs.progress)
+    alignments, device = inputs.alignments, inputs.device
+    merged = run_merge(recipe, opened=opened, alignments=alignments, device=device, progress=inputs.progress)
     return merged.checkpoint, [solution.alignment for solution in merged.solutions]
 
 
-def _rebuild_aligned(context: RebuildContext) -> Rebuilt:
-    fixed, moving = context.models
-    if context.alignments is not None:
-        return context.stored_alignment().apply(moving), ()
-    settings = {key: value for key, value in context.settings.items() if key != "data"}
-    data = context.open_batches()
-    solution = align(fixed, moving, data=data, device=context.device, progress=context.progress, **settings)
+def _rebuild_aligned(inputs: RebuildInputs) -> Rebuilt:
+    """Move the second model by the stored alignment, or by one that is found anew."""
+    fixed, moving = inputs.models
+    if inputs.alignments is not None:
+        return inputs.stored_alignment().apply(moving), ()
+    settings = {key: value for key, value in inputs.settings.items() if key != "data"}
+    data = inputs.open_batches()
+    solution = align(fixed, moving, data=data, device=inputs.device, progress=inputs.progress, **settings)
     return solution.apply(moving), [solution.alignment]
 
 
-def _rebuild_applied(context: RebuildContext) -> Rebuilt:
-    (moving,) = context.models
-    return context.stored_alignment().apply(moving), ()
+def _rebuild_applied(inputs: RebuildInputs) -> Rebuilt:
+    """Move the model by the stored alignment."""
+    (moving,) = inputs.models
+    return inputs.stored_alignment().apply(moving), ()
 
 
-def _rebuild_recalibrated(context: RebuildContext) -> Rebuilt:
-    model, *like = context.models
-    data = context.open_batches()
+def _rebuild_recalibrated(inputs: RebuildInputs) -> Rebuilt:
+    """Recompute the statistics of the first model or, if others follow, repair it to be like them."""
+    model, *like = inputs.models
+    data = inputs.open_batches()
     if data is None:
         raise CheckpointError("the record does not say on which data the statistics were computed")
     if like:
-        return repair(model, like, data, device=context.device, progress=context.progress), ()
-    exact = bool(context.settings.get("exact"))
-    return recalibrate_checkpoint(model, data, exact=exact, device=context.device, progress=context.progress), ()
+        return repair(model, like, data, device=inputs.device, progress=inputs.progress), ()
+    exact = bool(inputs.settings.get("exact"))
+    return recalibrate_checkpoint(model, data, exact=exact, device=inputs.device, progress=inputs.progress), ()
 
 
-def _rebuild_interpolated(context: RebuildContext) -> Rebuilt:
-    data = context.open_batches("recalibrate")
-    prepare = None if data is None else partial(recalibrate, batches=data, device=context.device)
-    fixed, moving = context.models
-    return between(fixed, moving, float(context.settings["at"]), prepare=prepare, device=context.device), ()
+def _rebuild_interpolated(inputs: RebuildInputs) -> Rebuilt:
+    """Take the model at the recorded λ, with BatchNorm statistics recomputed if data for that are recorded."""
+    data = inputs.open_batches("recalibrate")
+    prepare = None if data is None else partial(recalibrate, batches=data, device=inputs.device)
+    fixed, moving = inputs.models
+    return between(fixed, moving, float(inputs.settings["at"]), prepare=prepare, device=inputs.device), ()
 
 
-REBUILDERS: Mapping[str, Callable[[RebuildContext], Rebuilt]] = {
+REBUILDERS: Mapping[str, Callable[[RebuildInputs], Rebuilt]] = {
     "merge": _rebuild_merge,
     "align": _rebuild_aligned,
     "apply": _rebuild_applied,

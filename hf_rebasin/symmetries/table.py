@@ -58,7 +58,7 @@ class Table:
     def of(file: TableFile | ModuleType | SimpleNamespace, config: Any = None) -> Table:
         """Build the table of a spec file for a configuration."""
         if not isinstance(file, TableFile):
-            file = read_plugin(file, "table", getattr(file, "__name__", "table"), TableFile)
+            file = read_plugin(file, "table", "given", TableFile)
         return Table(
             rows=file.table(config),
             groups=file.groups(config),

@@ -140,13 +140,13 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from hf_rebasin import Recipe
-from hf_rebasin.recipes.plan import planned
-from hf_rebasin.recipes.runner import run
+from hf_rebasin.recipes.plan import make_plan
+from hf_rebasin.recipes.runner import run_merge
 recipe, out, only = Recipe.from_dict(json.loads(sys.argv[1])), Path(sys.argv[2]), sys.argv[3] == "plan"
 if only:
-    print(planned(recipe, out).memory)
+    print(make_plan(recipe, out).memory)
 else:
-    run(recipe).checkpoint.save(out)
+    run_merge(recipe).checkpoint.save(out)
     print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 MAKE = """

@@ -11,7 +11,7 @@ from torch import nn
 from hf_rebasin import Alignment, Checkpoint, Status, align, infer_spec, spec_for
 from hf_rebasin.errors import CheckpointError, OptionError
 from hf_rebasin.modules.forward import attended_outputs
-from hf_rebasin.solving.activations import collect_statistics, find_slots
+from hf_rebasin.solving.activations import collect_statistics, find_activation_blocks
 from hf_rebasin.solving.problem import Forward, Problem
 from hf_rebasin.solving.solvers import activation_matching
 from hf_rebasin.solving.solvers.activation_matching import LINE_POINTS, line_divergence
@@ -94,9 +94,9 @@ def test_statistics_do_not_depend_on_the_batch_size(sensitive):
         )
         for size in (1, 64)
     )
-    for (slot, a), (_, b) in zip(one.slots, many.slots, strict=True):
-        assert sensitive or a.count == 64 * 8, slot.module
-        assert a.count == pytest.approx(b.count, rel=1e-6 if sensitive else 0), slot.module
+    for (block, a), (_, b) in zip(one.blocks, many.blocks, strict=True):
+        assert sensitive or a.total_weight == 64 * 8, block.module
+        assert a.total_weight == pytest.approx(b.total_weight, rel=1e-6 if sensitive else 0), block.module
         for part in ("sums", "squares", "cross"):
             torch.testing.assert_close(getattr(a, part), getattr(b, part), rtol=1e-10, atol=1e-10)
 
@@ -116,9 +116,9 @@ def test_positions_that_a_mask_leaves_out_do_not_count(sensitive):
         )
         for x in (tokens, other)
     ]
-    for (slot, a), (_, b) in zip(*(f.slots for f in found), strict=True):
-        if slot.module.startswith("bert.encoder"):
-            torch.testing.assert_close(a.cross, b.cross, msg=slot.module)
+    for (block, a), (_, b) in zip(*(f.blocks for f in found), strict=True):
+        if block.module.startswith("bert.encoder"):
+            torch.testing.assert_close(a.cross, b.cross, msg=block.module)
 
 
 class OneIsRead(nn.Module):
@@ -142,8 +142,8 @@ def test_samples_count_as_much_as_the_outputs_depend_on_them():
 
     def cross(batch, sensitive):
         states = [a.state_dict(), b.state_dict()]
-        ((_, sums),) = collect_statistics(spec, a, names, states, [batch], None, sensitive).slots
-        return sums.cross / sums.count
+        ((_, sums),) = collect_statistics(spec, a, names, states, [batch], None, sensitive).blocks
+        return sums.cross / sums.total_weight
 
     assert not torch.allclose(cross(x, False), cross(unread, False))
     torch.testing.assert_close(cross(x, True), cross(unread, True))
@@ -227,11 +227,17 @@ def test_where_activations_carry_symmetries():
     model = TINY[FIRST["gpt2"]]
     spec, module, names, _ = spec_and_module(model)
     assert spec.gauged
-    assert {slot.module.rpartition(".")[2] for slot in find_slots(spec, module, names)} == {"ln_1", "ln_2", "ln_f"}
-    fused = [s for s in find_slots(spec.restricted(), module, names) if s.module.endswith("h.0.attn.c_attn")]
+    assert {block.module.rpartition(".")[2] for block in find_activation_blocks(spec, module, names)} == {
+        "ln_1",
+        "ln_2",
+        "ln_f",
+    }
+    fused = [
+        s for s in find_activation_blocks(spec.restricted(), module, names) if s.module.endswith("h.0.attn.c_attn")
+    ]
     assert [s.names for s in fused] == [{"head.0", "qk.0"}, {"head.0", "qk.0"}, {"head.0", "ov.0"}]
     width = model.config.n_embd
-    assert [s.places.flatten()[0].item() for s in fused] == [0, width, 2 * width]
+    assert [s.channels.flatten()[0].item() for s in fused] == [0, width, 2 * width]
 
 
 def test_invalid_input_is_refused(bert):

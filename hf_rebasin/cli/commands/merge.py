@@ -55,18 +55,20 @@ def merge(
     models: Annotated[list[str], typer.Argument(help="Two or more models, or one recipe (.yaml). " + MODEL)],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the merged model.")],
     method: Annotated[
-        str, typer.Option(help=f"Merge method: {', '.join(registry.names('merge method'))}; some use --data.")
+        str,
+        typer.Option(help=f"Merge method: {', '.join(registry.names('merge method'))}; one that fits layers needs --data."),
     ] = "linear",
     parameter: Annotated[
         list[str] | None,
         typer.Option(
             "--parameter",
             "-p",
-            help="Parameter of the method: t=0.3, t=[0,1] over the layers, weights=[1,3] … May be repeated.",
+            help="Parameter of the method, such as t=0.3, weights=[1,3] or, from the first layer to the last, "
+            "t=[0,1]. May be repeated.",
         ),
     ] = None,
     align: Annotated[
-        bool, typer.Option(help="Bring the models to the first one's coordinates before merging.")
+        bool, typer.Option(help="Before merging, move the other models into the first model's coordinates.")
     ] = True,
     solver: SolverName = "weight_matching",
     seed: Seed = 0,
@@ -82,25 +84,30 @@ def merge(
     data: DataName = None,
     data_option: DataOption = None,
     refit: Annotated[
-        bool, typer.Option("--refit", help="Fit the layers of the merge to the models' outputs on the data.")
+        bool,
+        typer.Option(
+            "--refit", help="After merging, fit every layer to the mean of its outputs in the models, on --data."
+        ),
     ] = False,
     recalibrate: RecalibrateHow = "statistics",
     evaluate: Annotated[
-        str | None, typer.Option(help="Dataset to measure on; with -e, by default the dataset of --data.")
+        str | None, typer.Option(help="Dataset to measure the merge on; if only -e is given, the dataset of --data.")
     ] = None,
     evaluate_option: Annotated[
         list[str] | None,
         typer.Option(
             "--evaluate-option",
             "-e",
-            help="Setting of that dataset, as with -d, or points=11 on the line. May be repeated.",
+            help="Setting of the --evaluate dataset, as with -d, or points=11: the number of points measured on the "
+            "line between two models. May be repeated.",
         ),
     ] = None,
     report: Annotated[
         Path | None, typer.Option(help="HTML file for the report; its numbers and plots are written beside it.")
     ] = None,
     push_to: Annotated[
-        str | None, typer.Option("--push-to", help="Repository ORG/NAME to publish the merge to, with a model card.")
+        str | None,
+        typer.Option("--push-to", help="Hub repository ORG/NAME to publish the merge to, with a model card."),
     ] = None,
     public: Public = False,
     license: License = None,
@@ -108,13 +115,13 @@ def merge(
     create_pr: CreatePr = False,
     commit_message: CommitMessage = None,
     template: Template = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest size of a file of weights.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="Maximum size of one file of weights.")] = "5GB",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and say what would be done, but write nothing.")
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Merge models that were trained apart into one that from_pretrained loads."""
+    """Align models that were trained apart and merge them into one that from_pretrained loads."""
     from ...modules.distributed import is_main_process
     from ...pipeline import run_recipe
     from .. import output
@@ -159,13 +166,13 @@ def merge(
                 say(line)
         say(f"merged model ({recipe.merge_method}): {out}/, {output.describe_size(merged.checkpoint)}")
 
-    def print_report(assessment: Report) -> None:
-        for line in output.describe_report(assessment):
+    def print_report(measured: Report) -> None:
+        for line in output.describe_report(measured):
             say(line)
         if report is not None and is_main_process():
-            say(f"report: {assessment.save(report)[-1]}")
+            say(f"report: {measured.save(report)[-1]}")
 
-    done = run_recipe(
+    result = run_recipe(
         recipe,
         out,
         overwrite=overwrite,
@@ -179,6 +186,6 @@ def merge(
         merged=print_merge,
         judge=print_report,
     )
-    if done.published is not None:
-        for line in output.describe_publication(done.published):
+    if result.published is not None:
+        for line in output.describe_publication(result.published):
             say(line)
