@@ -27,7 +27,7 @@ class RebasinError(Exception):
 
 
 class PatternError(RebasinError, ValueError):
-    """A pattern or key that cannot be read; the message points at the place."""
+    """A pattern or key that cannot be read; the message points at the character."""
 
     def __init__(self, message: str, text: str, at: int):
         super().__init__(f"{message}\n  {text}\n  {' ' * at}^")

@@ -1,3 +1,3 @@
-"""The import path that the rebasin package gives `LerpSimple`."""
+"""The import path of `LerpSimple` in the rebasin package."""
 
 from .compat.rebasin_interpolation import LerpSimple as LerpSimple

@@ -1,3 +1,3 @@
-"""The import path that Sinkhorn re-basin gives its losses."""
+"""The import path of the losses in Sinkhorn re-basin."""
 
 from .compat.sinkhorn_rebasin_losses import *  # noqa: F403

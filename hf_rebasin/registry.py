@@ -42,11 +42,11 @@ class TableFile:
         name: name of the file.
         model_types: `MODEL_TYPES`, the `model_type` of every transformers configuration it describes.
         tiny: `TINY`, configuration settings small enough for tests, at least one per supported class.
-        table: `table(config)` gives `{key: pattern}`.
-        groups: `groups(config)` gives `{symmetry: kind}`.
-        sizes: `sizes(config)` gives `{axis: size}` where the shapes leave it open.
-        norms: `norms(config)` gives `{norm: its readers}`.
-        reasons: `reasons(config)` gives `{symmetry: why its group is not larger}`.
+        table: `table(config)` returns `{key: pattern}`.
+        groups: `groups(config)` returns `{symmetry: kind}`.
+        sizes: `sizes(config)` returns `{axis: size}` where the shapes leave it open.
+        norms: `norms(config)` returns `{norm: its readers}`.
+        reasons: `reasons(config)` returns `{symmetry: why its group is not larger}`.
         prefix: `PREFIX`, the prefix or prefixes that keys may have, or a function `prefix(config)`.
     """
 
@@ -101,7 +101,7 @@ class SolverClass(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class MergeMethod:
-    """A file of `merging/methods/`, which merges the tensors of one key and may then work on the whole merge.
+    """A file of `merging/methods/`, which merges the tensors of one key and may then work on the entire merge.
 
     Args:
         name: name of the file.
@@ -109,10 +109,10 @@ class MergeMethod:
             are the parameters of the method, with their defaults.
         sums: `sums(tensors)` returns statistics of whole tensors that add up over pieces of them. A method that has
             it is streamed, and called as `merge(tensors, sums, *, …)`.
-        finish: `finish(merged, models, data, *, …)` works on the whole merge, with data.
+        finish: `finish(merged, models, data, *, …)` works on the entire merge, with data.
         elementwise: `ELEMENTWISE`, whether every element of the result depends only on the same element of the
             tensors; such a method is streamed in chunks, and gets flat pieces of the tensors.
-        extra_copies: `EXTRA_COPIES`, the memory that `finish` takes in addition, in copies of a model.
+        extra_copies: `EXTRA_COPIES`, the additional memory that `finish` needs, in copies of a model.
         verb: `VERB`, two words for `finish`: while it runs, and afterwards ("refitting", "refitted").
     """
 

@@ -42,7 +42,7 @@ def byte_size(total: int) -> str:
 
 
 def printable(text: str) -> str:
-    """Escape control characters: names in a file may hold sequences that move a terminal's cursor.
+    r"""Escape control characters: names in a file may hold sequences that move a terminal's cursor.
 
     Example:
         >>> printable("a\x1b[2J")
@@ -67,6 +67,12 @@ def layer_of(key: str) -> tuple[str, int] | None:
     return (match[1], int(match[2])) if match else None
 
 
+def layer_name(key: str) -> str:
+    """Return the layer of a tensor, such as `encoder.layer.3`, or its module if no layer has a number: `pooler`."""
+    layer = layer_of(key)
+    return f"{layer[0]}{layer[1]}" if layer else key.rpartition(".")[0] or key
+
+
 def spread(items: Sequence[Item], limit: int) -> list[Item]:
     """Return at most `limit` items, evenly spaced, the first and the last one among them."""
     k = min(limit, len(items))
@@ -77,7 +83,7 @@ def shorten_path(name: str) -> str:
     """Cut an absolute path, which means nothing elsewhere, to its last two components; leave any other name as it is.
 
     Example:
-        >>> without_place("/data/runs/vit/seed-0"), without_place("me/vit-seed-0")
+        >>> shorten_path("/data/runs/vit/seed-0"), shorten_path("me/vit-seed-0")
         ('vit/seed-0', 'me/vit-seed-0')
     """
     bare = name.removeprefix("file://")

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import registry
 from ..checkpoints.lazy import Computed, Tensors, lazy_parts
 from ..symmetries.spec import Block, Dim, LabelledTensor, Spec
-from .elements.relaxation import Acting
+from .elements.relaxation import SupportsAct
 from .groups import Element
 
 
@@ -29,7 +29,9 @@ def act(spec: Spec, elements: Mapping[str, Element], state: Mapping[str, Tensor]
     for tensor in spec.tensors:
         if tensor.names.isdisjoint(moving):
             continue
-        if _keys_depend_on_data(tensor):  # which key moves here depends on the place inside: all tensors are needed
+        if _keys_depend_on_data(
+            tensor
+        ):  # which key a value comes from depends on its index inside: all tensors are needed
             inputs = [parts[key] for key in tensor.keys.values()]
             for index, key in tensor.keys.items():
                 compute = partial(_act_on_stack, spec, moving, tensor, index)
@@ -51,7 +53,7 @@ def _act_on_one(
 def _keys_depend_on_data(tensor: LabelledTensor) -> bool:
     """Whether an axis over keys has a context that is an axis of the tensors themselves."""
     n = len(next(iter(tensor.keys)))
-    return any(place >= n for block in tensor.blocks for dim in block.dims[:n] for place in dim.contexts)
+    return any(context >= n for block in tensor.blocks for dim in block.dims[:n] for context in dim.contexts)
 
 
 def _act_on_stack(
@@ -73,19 +75,21 @@ def _restrict_to_key(
         return tensor.key, tensor, elements
     n = len(index)
     counts = tensor.shape[:n]
-    places = torch.arange(math.prod(counts)).reshape(counts)
-    for name, place, dim in _ordered_dims(spec, tensor.blocks[0]):  # the same in all blocks, as key axes are not cut
-        if place < n and name in elements:
-            places = act_along(places, elements[name], place, dim.contexts, "")
-    source = tuple(int(i) for i in torch.unravel_index(places[index], counts))
+    sources = torch.arange(math.prod(counts)).reshape(counts)  # {index after: flat index before} of the keys
+    for name, position, dim in _ordered_dims(
+        spec, tensor.blocks[0]
+    ):  # the same in all blocks, as key axes are not cut
+        if position < n and name in elements:
+            sources = act_along(sources, elements[name], position, dim.contexts, "")
+    source = tuple(int(i) for i in torch.unravel_index(sources[index], counts))
     inside = dict(elements)
-    for name, place, dim in (item for block in tensor.blocks for item in _ordered_dims(spec, block)):
-        if place >= n and name in elements and any(context < n for context in dim.contexts):
+    for name, position, dim in (item for block in tensor.blocks for item in _ordered_dims(spec, block)):
+        if position >= n and name in elements and any(context < n for context in dim.contexts):
             selection = tuple(index[context] if context < n else slice(None) for context in dim.contexts)
             inside[name] = elements[name].map(itemgetter(selection))
 
     def without_key_axes(dim: Dim) -> Dim:
-        return replace(dim, axis=dim.axis - n, contexts=tuple(place - n for place in dim.contexts if place >= n))
+        return replace(dim, axis=dim.axis - n, contexts=tuple(context - n for context in dim.contexts if context >= n))
 
     blocks = tuple(Block(offset=b.offset, dims=tuple(map(without_key_axes, b.dims[n:]))) for b in tensor.blocks)
     single = replace(
@@ -103,12 +107,12 @@ def act_on_tensor(spec: Spec, elements: Mapping[str, Element], tensor: LabelledT
 
 
 def act_on_block(
-    spec: Spec, elements: Mapping[str, Acting], block: Block, x: Tensor, skip: Iterable[int] = ()
+    spec: Spec, elements: Mapping[str, SupportsAct], block: Block, x: Tensor, skip: Iterable[int] = ()
 ) -> Tensor:
     """Return g · x for one block; `x` has the block's dimensions, and those in `skip` are not acted on."""
-    for name, place, dim in _ordered_dims(spec, block):
-        if name in elements and place not in skip:
-            x = act_along(x, elements[name], place, dim.contexts, dim.mark)
+    for name, position, dim in _ordered_dims(spec, block):
+        if name in elements and position not in skip:
+            x = act_along(x, elements[name], position, dim.contexts, dim.mark)
     return x
 
 
@@ -117,13 +121,13 @@ def _ordered_dims(spec: Spec, block: Block) -> list[tuple[str, int, Dim]]:
 
     In this order rounding does not depend on the order of keys in a file.
     """
-    dims = [(dim.name, place, dim) for place, dim in enumerate(block.dims) if dim.name]
+    dims = [(dim.name, position, dim) for position, dim in enumerate(block.dims) if dim.name]
     return sorted(dims, key=lambda dim: (len(spec.symmetries[dim[0]].contexts), dim[0], dim[1]))
 
 
-def act_along(x: Tensor, element: Acting, place: int, contexts: tuple[int, ...], mark: str) -> Tensor:
-    """Act on dimension `place` of x, whose contexts are the dimensions `contexts`."""
-    dims = [*contexts, place]
+def act_along(x: Tensor, element: SupportsAct, position: int, contexts: tuple[int, ...], mark: str) -> Tensor:
+    """Act on dimension `position` of x, whose contexts are the dimensions `contexts`."""
+    dims = [*contexts, position]
     front = list(range(len(dims)))
     return element.act(x.movedim(dims, front), mark).movedim(front, dims)
 

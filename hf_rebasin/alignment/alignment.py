@@ -157,7 +157,7 @@ class Alignment:
     def inverse(self) -> Alignment:
         """Return the alignment that undoes this one."""
         elements: dict[str, Element] = {}
-        for name in self.spec.symmetries:  # contexts first: an inverse is indexed by the old places of its contexts
+        for name in self.spec.symmetries:  # contexts first: an inverse is indexed by the old indices of its contexts
             if name in self.elements:
                 elements[name] = self._reindexed(self.elements[name].inverse(), name, elements)
         return Alignment(self.spec, elements, self.origin, self.gauge)
@@ -185,9 +185,9 @@ class Alignment:
         def reindex(tensor: Tensor) -> Tensor:
             for context in outermost_first:
                 if context in outer:
-                    place = contexts.index(context)
+                    position = contexts.index(context)
                     inside = tuple(contexts.index(c) for c in self.spec.symmetries[context].contexts)
-                    tensor = act_along(tensor, outer[context], place, inside, "")
+                    tensor = act_along(tensor, outer[context], position, inside, "")
             return tensor
 
         return element.map(reindex)
@@ -238,7 +238,7 @@ class Alignment:
         precision) and rounded once; norms that read a rotated stream are folded and unfolded.
         """
         moving = {name: element for name, element in self.elements.items() if not element.is_identity()}
-        mixed = {name for name, element in moving.items() if not element.EXACT}
+        mixed = {name for name, element in moving.items() if not element.EXACT}  # these compute new values
         if not mixed:
             return act(spec, moving, state)
         parts = dict(lazy_parts(state))

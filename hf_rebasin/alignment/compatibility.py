@@ -219,8 +219,8 @@ def match_labels(fixed: Checkpoint, moving: Checkpoint) -> list[int] | None:
             f"({listed(shapes) or 'though their shapes are the same'}); the head of {fixed.name} can be kept "
             "(--backbone-only)"
         )
-    for own, other, nameless in ((a, b, fixed), (b, a, moving)):
-        if own != other and all(re.fullmatch(r"LABEL_\d+", label) for label in own):
+    for labels, other, nameless in ((a, b, fixed), (b, a, moving)):
+        if labels != other and all(re.fullmatch(r"LABEL_\d+", label) for label in labels):
             raise MismatchError(
                 f"{nameless.name} does not name its labels, the other does ({listed(map(repr, other))}); if the "
                 "rows match, say so (--assume labels)"

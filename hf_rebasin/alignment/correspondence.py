@@ -26,18 +26,18 @@ def head_keys(checkpoint: Checkpoint, prefix: str) -> set[str]:
 
 
 def untie_like(first: Checkpoint, others: Sequence[Checkpoint]) -> Checkpoint:
-    """Return the first model, with those tensors untied that another model deliberately stores apart.
+    """Return the first model, with those tensors untied that another model deliberately stores separately.
 
-    A tied tensor that a file stores although its own class ignores it is not stored apart deliberately.
+    A tied tensor that a file stores although its own class ignores it is not stored separately on purpose.
     """
-    apart: dict[str, str] = {}
+    to_untie: dict[str, str] = {}
     larger = [other for other in others if not other.parts.keys() <= first.parts.keys()]
-    for target, kept in first.ties.items() if larger else ():
+    for target, source in first.ties.items() if larger else ():
         for other in larger:
-            has_both = target in other.parts and kept in other.parts and target not in other.declared_ties
-            if has_both and not tensors_equal(other.parts[target], other.parts[kept]):
-                apart[target] = kept
-    return first.apart(apart) if apart else first
+            has_both = target in other.parts and source in other.parts and target not in other.declared_ties
+            if has_both and not tensors_equal(other.parts[target], other.parts[source]):
+                to_untie[target] = source
+    return first.apart(to_untie) if to_untie else first
 
 
 def match_keys(
@@ -53,36 +53,38 @@ def match_keys(
     `backbone_only`. If both models have the same keys, neither classes nor configurations are needed.
 
     Raises:
-        MismatchError: tensors are missing, left over, stored apart though tied in the first, or of another shape.
+        MismatchError: tensors are missing, left over, stored separately though tied in the first, or of another shape.
     """
     ties: Mapping[str, str] = {}
     if first.parts.keys() == other.parts.keys():
         disk_keys = {key: key for key, part in first.parts.items() if not is_recomputed(key, part)}
-        theirs = {key: other.parts[key] for key in disk_keys}
+        other_parts = {key: other.parts[key] for key in disk_keys}
     else:
         view = canonical_view(first, table)
         other_view = CanonicalView(other, first.base_prefix if view.prefix is None else view.prefix)
-        disk_keys, theirs, ties = view.keys, dict(other_view.state.parts), view.ties
-        for target, kept in other_view.ties.items():
-            if target in disk_keys and target not in theirs and kept in theirs:
-                theirs[target] = theirs[kept]
+        disk_keys, other_parts, ties = view.keys, dict(other_view.state.parts), view.ties
+        for target, source in other_view.ties.items():
+            if target in disk_keys and target not in other_parts and source in other_parts:
+                other_parts[target] = other_parts[source]
     if backbone_only:
-        disk_keys, theirs = _drop_heads(first, other, disk_keys, theirs)
-    missing = [key for key in disk_keys if key not in theirs]
-    left_over = [key for key in theirs if key not in disk_keys]
+        disk_keys, other_parts = _drop_heads(first, other, disk_keys, other_parts)
+    missing = [key for key in disk_keys if key not in other_parts]
+    left_over = [key for key in other_parts if key not in disk_keys]
     extra = [key for key in left_over if ties.get(key) not in disk_keys]
     untied = [
-        key for key in left_over if ties.get(key) in disk_keys and not tensors_equal(theirs[key], theirs[ties[key]])
+        key
+        for key in left_over
+        if ties.get(key) in disk_keys and not tensors_equal(other_parts[key], other_parts[ties[key]])
     ]
     dtypes = [
-        f"{key} {theirs[key].dtype} instead of {first.parts[disk].dtype}"
+        f"{key} {other_parts[key].dtype} instead of {first.parts[disk].dtype}"
         for key, disk in disk_keys.items()
-        if key in theirs and theirs[key].dtype.is_floating_point != first.parts[disk].dtype.is_floating_point
+        if key in other_parts and other_parts[key].dtype.is_floating_point != first.parts[disk].dtype.is_floating_point
     ]
     shapes = [
-        f"{key} {theirs[key].shape} instead of {first.parts[disk].shape}"
+        f"{key} {other_parts[key].shape} instead of {first.parts[disk].shape}"
         for key, disk in disk_keys.items()
-        if key in theirs and theirs[key].shape != first.parts[disk].shape
+        if key in other_parts and other_parts[key].shape != first.parts[disk].shape
     ]
     problems = [
         f"{problem}: {listed(keys)}"
@@ -100,17 +102,17 @@ def match_keys(
         raise MismatchError(
             f"{other.name} cannot be merged into {first.name}; {'; '.join(problems)}{'' if backbone_only else hint}"
         )
-    return {disk: theirs[key] for key, disk in disk_keys.items()}
+    return {disk: other_parts[key] for key, disk in disk_keys.items()}
 
 
 def _drop_heads(
     first: Checkpoint,
     other: Checkpoint,
     disk_keys: Mapping[str, str],
-    theirs: Mapping[str, Lazy],
+    other_parts: Mapping[str, Lazy],
 ) -> tuple[dict[str, str], dict[str, Lazy]]:
     """Return the keys of the first and the tensors of the other, without the tensors of their heads."""
-    base, theirs = first.base_prefix, dict(theirs)
+    base, other_parts = first.base_prefix, dict(other_parts)
     if not base:
         raise MismatchError(f"no class is known for {first.name}, so its head cannot be told from its backbone")
     heads = head_keys(first, base)
@@ -120,14 +122,14 @@ def _drop_heads(
         tied, kept = canonical.get(target), canonical.get(source)
         if (
             tied in dropped
-            and kept in theirs
+            and kept in other_parts
             and kept not in dropped
             and tensors_equal(first.parts[target], first.parts[source])
         ):
             dropped.discard(tied)
-            theirs[tied] = theirs[kept]
+            other_parts[tied] = other_parts[kept]
     other_head = {id(other.parts[key]) for key in head_keys(other, base)}
     return (
         {key: disk for key, disk in disk_keys.items() if key not in dropped},
-        {key: part for key, part in theirs.items() if key not in dropped and id(part) not in other_head},
+        {key: part for key, part in other_parts.items() if key not in dropped and id(part) not in other_head},
     )

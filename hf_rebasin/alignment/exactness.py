@@ -78,8 +78,8 @@ class Check:
         if self.dtype is torch.float64:
             return ""
         dtype, gap = str(self.dtype).removeprefix("torch."), self.bfloat16 / self.scale
-        beside = "" if math.isnan(gap) else f"; the model itself differs by {gap:.1e} between bfloat16 and float32"
-        return f". Stored in {dtype}, it is the same to {self.stored / self.scale:.1e}{beside}"
+        comparison = "" if math.isnan(gap) else f"; the model itself differs by {gap:.1e} between bfloat16 and float32"
+        return f". Stored in {dtype}, it is the same to {self.stored / self.scale:.1e}{comparison}"
 
 
 def check(source: Source, *, spec: Spec | None = None, inputs: Inputs | None = None, seed: int = 0) -> Check:

@@ -112,11 +112,11 @@ def fold_gains(
     for gauge in gauges:
         norm, element = gauge.norm, elements.get(gauge.norm.stream)
         gain = parts[norm.gain].read().double().cpu()
-        out[norm.gain] = InMemory.of(torch.ones_like(gain), own=True)
+        out[norm.gain] = InMemory.of(torch.ones_like(gain), owned=True)
         if norm.bias is not None:
             bias = parts[norm.bias].read().double().cpu()
-            kept = bias / _divisor(gain) if gauge.keeps else torch.zeros_like(bias)
-            out[norm.bias] = InMemory.of(kept, own=True)
+            kept_bias = bias / _divisor(gain) if gauge.keeps else torch.zeros_like(bias)
+            out[norm.bias] = InMemory.of(kept_bias, owned=True)
             if not gauge.keeps:
                 if target is not None:
                     shift = target[norm.bias] / target[norm.gain]
@@ -136,10 +136,10 @@ def unfold_gains(gauges: Sequence[Gauge], parts: Mapping[str, Lazy], target: Map
     out = dict(parts)
     for gauge in gauges:
         gain = target[gauge.norm.gain]
-        out[gauge.norm.gain] = InMemory.of(gain, own=True)
+        out[gauge.norm.gain] = InMemory.of(gain, owned=True)
         if gauge.norm.bias is not None:
             bias = out[gauge.norm.bias].read() * gain if gauge.keeps else target[gauge.norm.bias]
-            out[gauge.norm.bias] = InMemory.of(bias, own=True)
+            out[gauge.norm.bias] = InMemory.of(bias, owned=True)
         for reader in gauge.readers:
             out[reader.weight] = _multiply(out[reader.weight], reader.axis, 1 / gain)
     return out
@@ -149,7 +149,7 @@ def fold_state(spec: Spec, state: Mapping[str, Tensor], *, centre: bool = False)
     """Fold all gains of a model into their readers, in float32 or the model's own wider dtype.
 
     With `centre`, the means that LayerNorms remove are removed as well. Such a state is for comparisons only, because
-    a bias that a norm keeps is read behind the LayerNorm.
+    a bias that a norm keeps is read after the LayerNorm.
     """
     parts = lazy_parts(state)
     folded = fold_gains(find_gauges(spec), {key: upcast(part) for key, part in parts.items()}, {})
@@ -209,13 +209,13 @@ def _bias_of(key: str) -> str:
 
 def stream_axis(tensor: LabelledTensor, stream: str) -> int:
     """Return the axis of a reader's weight that reads the stream."""
-    own = tensor.axes[len(next(iter(tensor.keys))) :]
-    places = [i for i, axis in enumerate(own) if isinstance(axis, Leaf) and axis.name == stream]
-    if len(places) != 1:
+    axes = tensor.axes[len(next(iter(tensor.keys))) :]  # without the axes over keys
+    positions = [i for i, axis in enumerate(axes) if isinstance(axis, Leaf) and axis.name == stream]
+    if len(positions) != 1:
         raise SpecError(
-            f"{tensor.key} {tensor.shape}: expected one axis {stream!r}, but row {tensor.row!r} has {places}"
+            f"{tensor.key} {tensor.shape}: expected one axis {stream!r}, but row {tensor.row!r} has {positions}"
         )
-    return places[0]
+    return positions[0]
 
 
 def _along(vector: Tensor, x: Tensor, axis: int) -> Tensor:

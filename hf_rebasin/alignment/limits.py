@@ -74,5 +74,5 @@ def untying_note(spec: Spec, streams: Iterable[str]) -> str | None:
     tied = spec.untied_by(set(streams))
     if not tied:
         return None
-    kept = sorted({spec.ties[target] for target in tied})
-    return f"{listed(tied)} is stored apart from {listed(kept)}, as the last norm's gain goes into it"
+    sources = sorted({spec.ties[target] for target in tied})
+    return f"{listed(tied)} is stored apart from {listed(sources)}, as the last norm's gain goes into it"

@@ -10,31 +10,31 @@ from torch import Tensor
 from ..symmetries.spec import LabelledTensor, Spec
 from .action import act_on_block, element_class, element_shape
 from .alignment import Alignment
-from .elements.relaxation import Acting, Relaxed, Softening
+from .elements.relaxation import Relaxation, Relaxed, SupportsAct
 
 
 @dataclass(frozen=True)
 class RelaxedAlignment:
-    """One relaxed element for each symmetry that can move, except those that `softening` keeps.
+    """One relaxed element for each symmetry that can move, except those that `relaxation` keeps.
 
     Example: gradient descent towards a planted alignment g.
 
-        >>> relaxed = RelaxedAlignment.identity(spec, Softening(generator=generator))
+        >>> relaxed = RelaxedAlignment.identity(spec, Relaxation(generator=generator))
         >>> optimizer = torch.optim.AdamW([*relaxed.permuting, *relaxed.smooth], lr=0.1)
         >>> moved = relaxed.apply(state)
         >>> sum((moved[key] - target[key]).square().sum() for key in state).backward()
         >>> optimizer.step()
-        >>> relaxed.hard().apply(state)  # moved by the nearest exact alignment
+        >>> relaxed.hard().apply(state)  # moved by the nearest alignment in the groups
     """
 
     spec: Spec
     elements: Mapping[str, Relaxed]
 
     @staticmethod
-    def identity(spec: Spec, softening: Softening) -> RelaxedAlignment:
+    def identity(spec: Spec, relaxation: Relaxation) -> RelaxedAlignment:
         """Return the relaxed identity, where every descent starts."""
         names = [name for name in spec.symmetries if name in spec.free]  # in an order that does not depend on hashes
-        relaxed = {name: element_class(spec, name).relax(*element_shape(spec, name), softening) for name in names}
+        relaxed = {name: element_class(spec, name).relax(*element_shape(spec, name), relaxation) for name in names}
         return RelaxedAlignment(
             spec, {name: element for name, element in relaxed.items() if element.permuting or element.smooth}
         )
@@ -49,12 +49,12 @@ class RelaxedAlignment:
         """The latents of rotations, bases and scales."""
         return [latent for element in self.elements.values() for latent in element.smooth]
 
-    def soft(self) -> dict[str, Acting]:
+    def soft(self) -> dict[str, SupportsAct]:
         """Return the relaxed elements for the current latents."""
         return {name: element.soft() for name, element in self.elements.items()}
 
     def hard(self) -> Alignment:
-        """Return the nearest exact alignment."""
+        """Return the nearest alignment whose elements are in the groups, not relaxed."""
         return Alignment(self.spec, {name: element.hard() for name, element in self.elements.items()})
 
     def apply(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -69,7 +69,7 @@ class RelaxedAlignment:
         return moved
 
 
-def act_with_gradients(spec: Spec, elements: Mapping[str, Acting], tensor: LabelledTensor, x: Tensor) -> Tensor:
+def act_with_gradients(spec: Spec, elements: Mapping[str, SupportsAct], tensor: LabelledTensor, x: Tensor) -> Tensor:
     """Return g · x for one labelled tensor, with gradients."""
     if tensor.names.isdisjoint(elements):
         return x

@@ -52,20 +52,20 @@ class CanonicalView:
         """`Checkpoint.ties` by canonical keys."""
         rename = self.checkpoint.canonical_key
         return {
-            rename(target, self.prefix): rename(kept, self.prefix) for target, kept in self.checkpoint.ties.items()
+            rename(target, self.prefix): rename(source, self.prefix) for target, source in self.checkpoint.ties.items()
         }
 
     def select(self, parts: Mapping[str, Lazy]) -> Tensors:
-        """Return tensors that are given by disk keys by their canonical keys; those of the model that are there."""
+        """Return those of the given tensors, by disk keys, that the model has, by canonical keys."""
         return Tensors({name: parts[key] for name, key in self.keys.items() if key in parts})
 
     def with_state(self, state: Mapping[str, Tensor]) -> Checkpoint:
-        """Return the checkpoint with other values, given by canonical keys; all its keys must be there."""
+        """Return the checkpoint with other values, given by canonical keys; every one of its keys needs a value."""
         parts = lazy_parts(state)
         return self.checkpoint.with_parts({key: parts[name] for name, key in self.keys.items()})
 
     def untied(self, keys: Collection[str], ties: Mapping[str, str]) -> Checkpoint:
-        """Return the checkpoint with some tied tensors stored apart, by canonical keys; its configuration says so."""
+        """Return the checkpoint with some tied tensors, by canonical keys, stored separately; so says its config."""
         disk = {self._rename(target): target for target in self.checkpoint.declared_ties}
         return self.checkpoint.apart({disk.get(key, key): self.keys[ties[key]] for key in keys})
 
@@ -76,8 +76,8 @@ class CanonicalView:
             CheckpointError: no class is known, or one that does not store its tensors one by one.
         """
         module = self.checkpoint.model(dtype)
-        names = require_module_names(module)
-        return module, {key: names[disk] for key, disk in self.keys.items()}
+        by_disk_key = require_module_names(module)
+        return module, {key: by_disk_key[disk] for key, disk in self.keys.items()}
 
     def _rename(self, key: str) -> str:
         return self.checkpoint.canonical_key(key, self.prefix)

@@ -138,7 +138,7 @@ class Checkpoint:
         except RuntimeError as error:
             raise CheckpointError(f"{source} cannot be a folder: {error}") from error
         if folder.is_dir() and revision is not None:
-            raise CheckpointError(f"{source} is a folder here, which has no revision {revision!r}")
+            raise CheckpointError(f"{source} is a local folder, which has no revision {revision!r}")
         commit, parts = None, None
         if not folder.is_dir():
             folder, commit, parts = hub.fetch_model(str(source), revision, token, values=values, progress=progress)
@@ -164,7 +164,7 @@ class Checkpoint:
     @cached_property
     def ties(self) -> Mapping[str, str]:
         """`{disk key that is not stored: the disk key whose tensor it shares}`."""
-        return {target: kept for target, kept in self.declared_ties.items() if target not in self.tensors}
+        return {target: source for target, source in self.declared_ties.items() if target not in self.tensors}
 
     @cached_property
     def declared_ties(self) -> Mapping[str, str]:
@@ -191,16 +191,16 @@ class Checkpoint:
         Tensors that old versions stored and new ones recompute (attention masks, position ids, rotary frequencies)
         have no canonical key. Two disk keys for one tensor raise CheckpointError.
         """
-        names: dict[str, str] = {}
+        disk_keys: dict[str, str] = {}
         for key, part in self.parts.items():
             if not is_recomputed(key, part):
                 name = self.canonical_key(key, prefix)
-                if name in names:
+                if name in disk_keys:
                     raise CheckpointError(
-                        f"{self.name}: {key!r} and {names[name]!r} are two keys for one tensor, {name!r}"
+                        f"{self.name}: {key!r} and {disk_keys[name]!r} are two keys for one tensor, {name!r}"
                     )
-                names[name] = key
-        return names
+                disk_keys[name] = key
+        return disk_keys
 
     def canonical_key(self, key: str, prefix: Prefix = None) -> str:
         """Return the canonical key of a disk key."""
@@ -243,10 +243,10 @@ class Checkpoint:
         return replace(self, tensors=pin_parts(dict(self.parts) | dict(parts)), **other)
 
     def apart(self, keys: Mapping[str, str]) -> Checkpoint:
-        """Return the model with some tied tensors stored apart: `{disk key to be stored: whose tensor it shared}`."""
-        parts = dict(self.parts) | {target: self.parts[kept] for target, kept in keys.items()}
-        left = {target: kept for target, kept in self.declared_ties.items() if target not in keys}
-        other: dict[str, Any] = {"tensors": Tensors(parts), "given_ties": left}
+        """Return the model with some tied tensors stored separately: `{disk key to store: whose tensor it shared}`."""
+        parts = dict(self.parts) | {target: self.parts[source] for target, source in keys.items()}
+        remaining = {target: source for target, source in self.declared_ties.items() if target not in keys}
+        other: dict[str, Any] = {"tensors": Tensors(parts), "given_ties": remaining}
         if self.given_config is not None:
             other["given_config"] = copy.deepcopy(self.given_config)
             other["given_config"].tie_word_embeddings = False
@@ -302,8 +302,8 @@ class Checkpoint:
         Raises:
             CheckpointError: no class is known, or tensors are missing or of another shape.
         """
-        if self.template is not None and (names := module_names(self.template)) is not None:
-            return fill_module(self.template, self.tensors, names, dtype)
+        if self.template is not None and (module_keys := module_names(self.template)) is not None:
+            return fill_module(self.template, self.tensors, module_keys, dtype)
         if self.config is None:
             raise CheckpointError(
                 f"{self.name} has no configuration that transformers knows, so no module can be built"
@@ -311,10 +311,11 @@ class Checkpoint:
         if dtype is None:
             dtype = next(iter(self.dtypes)) if len(self.dtypes) == 1 else torch.float32
         # transformers makes parameters of the very tensors it is given, which may be somebody else's
-        own = {
-            key: part.kept().tensor if isinstance(part, InMemory) else part.read() for key, part in self.parts.items()
+        tensors = {
+            key: part.owned_copy().tensor if isinstance(part, InMemory) else part.read()
+            for key, part in self.parts.items()
         }
-        return load_module(self.owner, self.config, own, dtype, self.name)
+        return load_module(self.owner, self.config, tensors, dtype, self.name)
 
     def skeleton(self) -> tuple[nn.Module, dict[str, str]]:
         """Return a module of this checkpoint's class, for its forward pass, and `{module key: disk key}`.
@@ -341,7 +342,7 @@ class Checkpoint:
     ) -> Path:
         """Write an ordinary folder: weights in safetensors, configuration, and the other files of `folder`.
 
-        Lazy tensors are computed on the way, a chunk or a tensor at a time. The folder is written beside the target
+        Lazy tensors are computed on the way, a chunk or a tensor at a time. The folder is written next to the target
         and renamed at the end, so the target is complete or absent. Its `SHA256SUMS` is for `sha256sum --check`.
         `beside` is called with the folder when everything else is in it, to write more.
 
@@ -377,9 +378,9 @@ def _of_module(module: nn.Module) -> Checkpoint:
     """Open a module as a checkpoint of its own class."""
     refuse_shapeless(module)
     config = copy_config(module)
-    place = "" if config is None else config.name_or_path or ""
+    origin = "" if config is None else config.name_or_path or ""
     tensors = {key: tensor.detach() for key, tensor in to_disk_keys(module, stored_state(module)).items()}
     # the folder that it was loaded from has its tokenizer
-    folder = Path(place) if place and Path(place).is_dir() else None
-    name = type(module).__name__ + f" of {place}" * bool(place)
+    folder = Path(origin) if origin and Path(origin).is_dir() else None
+    name = type(module).__name__ + f" of {origin}" * bool(origin)
     return Checkpoint(tensors, config, name, find_ties(module), folder, module, sources=(folder,) if folder else ())

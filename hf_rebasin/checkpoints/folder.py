@@ -283,7 +283,7 @@ def write_tensors(folder: Path, parts: Mapping[str, Lazy], max_shard_size: str, 
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file beside its target and rename it, so that the target is complete or absent."""
+    """Write a file next to its target and rename it, so that the target is complete or absent."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_bytes(content)
@@ -310,7 +310,7 @@ def _split_into_shards(parts: Mapping[str, Lazy], max_shard_size: str) -> dict[s
 
 
 def _staging_folders(target: Path) -> tuple[Path, Path]:
-    """Return the folders beside a target for what is being written, and for what it replaces."""
+    """Return the folders next to a target for what is being written, and for what it replaces."""
     return target.parent / f".{target.name}.partial", target.parent / f".{target.name}.old"
 
 
@@ -323,7 +323,7 @@ def restore_leftover(target: Path) -> None:
 
 @contextmanager
 def replace_folder(target: Path) -> Iterator[Path]:
-    """Yield a partial folder beside the target that replaces it at the end, or is removed if anything fails.
+    """Yield a partial folder next to the target that replaces it at the end, or is removed if anything fails.
 
     The previous folder is set aside meanwhile, and put back if the replacement fails. Leftovers of a killed run are
     removed first; those of a run that is still active, or of somebody else, raise TargetExistsError.
@@ -335,10 +335,10 @@ def replace_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir()
     with _lock_folder(partial, target):
-        own = partial.stat().st_ino
+        inode = partial.stat().st_ino
         try:
             yield partial
-            if not partial.exists() or partial.stat().st_ino != own:
+            if not partial.exists() or partial.stat().st_ino != inode:
                 raise TargetExistsError(f"{partial} was removed while it was being written")
             if target.exists():
                 target.rename(old)
@@ -349,7 +349,7 @@ def replace_folder(target: Path) -> Iterator[Path]:
                     old.rename(target)
                 raise
         finally:
-            if partial.exists() and partial.stat().st_ino == own:
+            if partial.exists() and partial.stat().st_ino == inode:
                 shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
 

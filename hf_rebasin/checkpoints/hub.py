@@ -1,6 +1,6 @@
 """Reading from the Hub, always at one commit.
 
-This is the only place that reads models from the Hub. A revision is resolved once, to a commit, and every file is
+This is the only module that reads models from the Hub. A revision is resolved once, to a commit, and every file is
 requested by that commit. What the cache holds at that commit is not requested again, so that it works offline.
 """
 
@@ -192,7 +192,7 @@ def read_headers(repo: str, commit: str, folder: Path, token: str | None = None)
 
 
 def _list_weights(repo: str, commit: str, folder: Path) -> list[str]:
-    """List the weight files of a model; empty for an adapter, whose weights are of no use here."""
+    """List the weight files of a model; empty for an adapter, whose weights are of no use."""
     present = list_files(repo, commit, folder)
     names = _select_weights(folder, present)
     if not names and ADAPTER_FILES[0] not in present:
@@ -215,7 +215,7 @@ def list_files(repo: str, commit: str, folder: Path) -> set[str]:
 
 
 def _select_side_files(names: Iterable[str]) -> list[str]:
-    """Select the files that `folder.list_side_files` would find if the whole repository were here."""
+    """Select the files that `folder.list_side_files` would find if the whole repository were downloaded."""
     folders: dict[str, list[str]] = {}
     for name in names:
         folders.setdefault(name.partition("/")[0] if "/" in name else "", []).append(name)
@@ -276,7 +276,7 @@ def _translated_read_errors(repo: str, revision: str | None, token: str | None) 
                 raise
             hint = "" if isinstance(error, HFValidationError) else f"; if it is private, {LOG_IN}"
             raise CheckpointError(
-                f"{repo!r} is neither a folder here nor a repository on the Hub that can be read "
+                f"{repo!r} is neither a local folder nor a repository on the Hub that can be read "
                 f"({type(error).__name__}){hint}"
             ) from error
         except RevisionNotFoundError as error:

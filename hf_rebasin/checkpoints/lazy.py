@@ -65,27 +65,27 @@ class InMemory(Lazy):
     """A tensor in memory."""
 
     tensor: Tensor
-    own: bool = False
+    owned: bool = False  # whether nobody else can change it
 
     @staticmethod
-    def of(tensor: Tensor, own: bool = False) -> InMemory:
-        """Wrap a tensor; `own` promises that nobody else changes it."""
-        return InMemory(tuple(tensor.shape), tensor.dtype, tensor, own)
+    def of(tensor: Tensor, owned: bool = False) -> InMemory:
+        """Wrap a tensor; `owned` promises that nobody else changes it."""
+        return InMemory(tuple(tensor.shape), tensor.dtype, tensor, owned)
 
     @property
     def lasting(self) -> bool:
-        return self.own
+        return self.owned
 
     def ready(self) -> Lazy:
         plain = self.tensor.detach().resolve_conj().resolve_neg().contiguous()
-        return InMemory(self.shape, self.dtype, plain, self.own)
+        return InMemory(self.shape, self.dtype, plain, self.owned)
 
     def chunk(self, start: int, stop: int) -> Tensor:
         return self.tensor.reshape(-1)[start:stop]
 
-    def kept(self) -> InMemory:
+    def owned_copy(self) -> InMemory:
         """Return a copy that nobody else can change."""
-        return InMemory.of(self.tensor.detach().clone(), own=True)
+        return InMemory.of(self.tensor.detach().clone(), owned=True)
 
     def read(self) -> Tensor:
         return self.tensor
@@ -112,7 +112,7 @@ class Computed(Lazy):
             inputs = [part.ready() for part in self.inputs]
             compute = self.compute if self.prepare is None else self.prepare(inputs)
             return Computed(self.shape, self.dtype, inputs, compute, True)
-        return InMemory.of(self.compute([part.read() for part in self.inputs]), own=True)
+        return InMemory.of(self.compute([part.read() for part in self.inputs]), owned=True)
 
     def chunk(self, start: int, stop: int) -> Tensor:
         return self.compute([part.chunk(start, stop) for part in self.inputs])
@@ -120,11 +120,11 @@ class Computed(Lazy):
     def read(self) -> Tensor:
         if not self.elementwise:
             return self.ready().read()
-        whole, at = torch.empty(self.numel, dtype=self.dtype), 0
+        flat, at = torch.empty(self.numel, dtype=self.dtype), 0
         for chunk in self.chunks():
-            whole[at : at + len(chunk)] = chunk
+            flat[at : at + len(chunk)] = chunk
             at += len(chunk)
-        return whole.reshape(self.shape)
+        return flat.reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,6 @@ def pin_parts(parts: Mapping[str, Lazy]) -> Tensors:
     """Return lazy tensors as a mapping; whatever depends on a tensor that may change is computed now."""
 
     def pin(part: Lazy) -> Lazy:
-        return part if part.lasting or isinstance(part, InMemory) else InMemory.of(part.read(), own=True)
+        return part if part.lasting or isinstance(part, InMemory) else InMemory.of(part.read(), owned=True)
 
     return Tensors({name: pin(part) for name, part in parts.items()})

@@ -21,7 +21,7 @@ from ..errors import CheckpointError, listed, quoted
 from .folder import read_json
 from .lazy import Lazy
 
-# Suffixes of tensors that GPTQ, AWQ, bitsandbytes and compressed-tensors store beside or instead of weights.
+# Suffixes of tensors that GPTQ, AWQ, bitsandbytes and compressed-tensors store alongside or instead of weights.
 QUANTISED_SUFFIXES = (".qweight", ".qzeros", ".weight_packed", ".absmax", ".SCB", ".weight_scale", ".weight_scale_inv")
 
 # Options that make transformers build that many list entries or modules; no model has more than this.
@@ -214,16 +214,18 @@ def _find_module_ties(model: Any) -> dict[str, str]:
     state = model.state_dict()
     if hasattr(model, "all_tied_weights_keys"):  # declared; but loading unequal tensors unties them
         declared = model.all_tied_weights_keys.items()
-        return {target: kept for target, kept in declared if state[target].data_ptr() == state[kept].data_ptr()}
+        return {target: source for target, source in declared if state[target].data_ptr() == state[source].data_ptr()}
     first: dict[Any, str] = {}
     tied = {}
-    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for key, tensor in state.items():
         if tensor.numel():
-            identity = id(own.get(key, tensor)) if tensor.is_meta else tensor.data_ptr()  # meta tensors have no memory
-            kept = first.setdefault((identity, tensor.shape, tensor.stride()), key)
-            if kept != key:
-                tied[key] = kept
+            identity = (
+                id(named.get(key, tensor)) if tensor.is_meta else tensor.data_ptr()
+            )  # meta tensors have no memory
+            source = first.setdefault((identity, tensor.shape, tensor.stride()), key)
+            if source != key:
+                tied[key] = source
     return tied
 
 
@@ -235,8 +237,8 @@ def find_ties(model: Any) -> dict[str, str]:
     state = model.state_dict()
     # Tensors are identified by their ids, so each tied key gets a tensor of its own.
     distinct = {key: torch.empty(1, device="meta") if key in tied else tensor for key, tensor in state.items()}
-    names = {id(tensor): key for key, tensor in to_disk_keys(model, distinct).items()}
-    return {names[id(distinct[target])]: names[id(distinct[kept])] for target, kept in tied.items()}
+    disk_keys = {id(tensor): key for key, tensor in to_disk_keys(model, distinct).items()}
+    return {disk_keys[id(distinct[target])]: disk_keys[id(distinct[source])] for target, source in tied.items()}
 
 
 def find_class_ties(config: Any, tensors: int) -> dict[str, str]:
@@ -262,19 +264,19 @@ def stored_state(model: nn.Module) -> dict[str, Tensor]:
 def module_names(model: nn.Module) -> dict[str, str] | None:
     """Return `{disk key: module key}`; None where the conversion does more than rename."""
     state = stored_state(model)
-    names = {id(tensor): key for key, tensor in state.items()}
+    module_keys = {id(tensor): key for key, tensor in state.items()}
     disk = to_disk_keys(model, state)
-    if len(disk) != len(state) or not all(id(tensor) in names for tensor in disk.values()):
+    if len(disk) != len(state) or not all(id(tensor) in module_keys for tensor in disk.values()):
         return None
-    return {key: names[id(tensor)] for key, tensor in disk.items()}
+    return {key: module_keys[id(tensor)] for key, tensor in disk.items()}
 
 
 def require_module_names(model: nn.Module) -> dict[str, str]:
     """Return the `module_names` of a module, or raise CheckpointError where it has none."""
-    names = module_names(model)
-    if names is None:
+    module_keys = module_names(model)
+    if module_keys is None:
         raise CheckpointError(f"{type(model).__name__} stores its tensors in another layout than it computes with")
-    return names
+    return module_keys
 
 
 def refuse_shapeless(module: nn.Module) -> None:
@@ -305,25 +307,25 @@ def untie(model: Any, keys: Collection[str]) -> dict[str, str]:
 
 
 def fill_module(
-    template: nn.Module, tensors: Mapping[str, Tensor], names: Mapping[str, str], dtype: torch.dtype | None
+    template: nn.Module, tensors: Mapping[str, Tensor], module_keys: Mapping[str, str], dtype: torch.dtype | None
 ) -> nn.Module:
     """Return a copy of a module with other tensors.
 
     Args:
         template: module to copy.
         tensors: its tensors, by disk keys.
-        names: its `module_names`.
+        module_keys: its `module_names`, by disk keys.
         dtype: dtype of its floating-point tensors; by default the dtypes of `tensors`.
     """
     model: Any = copy_module(template)
-    if apart := set(tensors) - names.keys():  # tied in the template alone
-        names = {**names, **untie(model, apart)}
+    if untied := set(tensors) - module_keys.keys():  # tied in the template alone
+        module_keys = {**module_keys, **untie(model, untied)}
     if dtype is torch.float64:  # for checks; else buffers that are not stored (rotary frequencies) keep their dtype
         model = model.double()
-    own = dict(model.named_parameters(remove_duplicate=False))
-    own |= dict(model.named_buffers(remove_duplicate=False))
+    targets = dict(model.named_parameters(remove_duplicate=False))
+    targets |= dict(model.named_buffers(remove_duplicate=False))
     for key, tensor in tensors.items():
-        target = own[names[key]]  # a tied parameter is one object under two names
+        target = targets[module_keys[key]]  # a tied parameter is one object under two names
         kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         target.data = tensor.to(target.device, kind, copy=True)
     return model

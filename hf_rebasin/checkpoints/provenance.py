@@ -1,4 +1,4 @@
-"""Provenance of a model: what was read, done and written, as `rebasin.json` beside the weights.
+"""Provenance of a model: what was read, done and written, as `rebasin.json` next to the weights.
 
 It contains no date, no duration and no local path, so that the same merge is the same bytes. Inputs on the Hub are
 named with their commit; others are identified by their sha256 alone.
@@ -44,8 +44,8 @@ class InputRecord:
     made_of: tuple[str, ...] = ()
 
     @property
-    def place(self) -> str:
-        """`org/name@commit`, or the name of a local folder."""
+    def reference(self) -> str:
+        """The model as `org/name@commit`, or the name of its local folder."""
         return self.name if self.commit is None else f"{self.name}@{self.commit}"
 
 
@@ -70,7 +70,7 @@ class Provenance:
         outputs: `{file: sha256}` of everything that was written except this record and the card.
         machine: machine on which it was made.
         versions: `{package: version}`.
-        notes: remarks on the result, such as a head that is stored apart.
+        notes: remarks on the result, such as a head that is stored separately.
         shard: maximum size of a weight file.
     """
 

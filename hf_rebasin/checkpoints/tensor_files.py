@@ -160,7 +160,7 @@ def read_pickle(path: Path) -> dict[str, Lazy]:
                 )
         offsets = {name: _file_offset(tensor) for name, tensor in state.items()}
         if None in offsets.values():
-            return {name: InMemory.of(tensor, own=True) for name, tensor in _unpickle(path, lazily=False).items()}
+            return {name: InMemory.of(tensor, owned=True) for name, tensor in _unpickle(path, lazily=False).items()}
         return {
             name: Stored(tuple(tensor.shape), tensor.dtype, file=file, offset=cast(int, offsets[name]))
             for name, tensor in state.items()

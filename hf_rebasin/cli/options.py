@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MODEL = "Folder or Hub id; id@revision pins a commit, branch or tag."
 Assume = Annotated[
     list[str] | None,
-    typer.Option(help="Property to take as equal without checking: config, labels or vocabulary. May be repeated."),
+    typer.Option(help="Property to assume equal without checking: config, labels or vocabulary. May be repeated."),
 ]
 Seed = Annotated[
     int, typer.Option(min=0, max=2**63 - 1, help="Random seed; the same seed gives the same result, byte for byte.")
@@ -67,15 +67,15 @@ DataOption = Annotated[
 ]
 Metric = Annotated[
     list[str] | None,
-    typer.Option(help="Metric to compute: accuracy or perplexity; by default what fits. May be repeated."),
+    typer.Option(
+        help="Metric to compute: accuracy or perplexity; by default those that fit the model. May be repeated."
+    ),
 ]
-Points = Annotated[
-    int, typer.Option(min=0, help="Number of points on the line between two models, ends included; 0 for no line.")
-]
+Points = Annotated[int, typer.Option(min=0, help="Number of points on the line between two models, ends included.")]
 RecalibrateHow = Annotated[
     str,
     typer.Option(
-        help="What to recompute if there are data: statistics (of BatchNorm layers), repair (the mean and standard "
+        help="What to recompute with --data: statistics (of BatchNorm layers), repair (the mean and standard "
         "deviation of every unit, as in REPAIR) or none."
     ),
 ]
@@ -228,7 +228,9 @@ def refuse_options_beside_recipe(context: typer.Context) -> None:
     for option in context.params:
         source = context.get_parameter_source(option)
         if source is not None and source.name == "COMMANDLINE" and recipe_field(option) is not None:
-            raise OptionError(f"--{option.replace('_', '-')} is given beside a recipe; write it into the recipe")
+            raise OptionError(
+                f"--{option.replace('_', '-')} is given together with a recipe; write it into the recipe"
+            )
 
 
 def align_settings(solver: str, seed: int, groups: str, keep_tied: bool, hold: list[str] | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..alignment.alignment import Alignment
 from ..alignment.elements.permutations import random_orders, solve_assignment
-from ..alignment.elements.relaxation import Softening
+from ..alignment.elements.relaxation import Relaxation
 from ..alignment.limits import Limits
 from ..alignment.relaxed_alignment import RelaxedAlignment
 from ..checkpoints.checkpoint import Checkpoint
@@ -121,7 +121,7 @@ class RebasinNet(nn.Module):
         first = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
         generated = None if input_shape is None else _random_inputs(input_shape, inputs, first.dtype)
         try:
-            own = _resolve_spec(model, spec, inputs if generated is None else generated)
+            resolved = _resolve_spec(model, spec, inputs if generated is None else generated)
         except SpecError as error:
             if generated is None:
                 raise
@@ -130,15 +130,16 @@ class RebasinNet(nn.Module):
                 "batch; a model that takes anything else needs inputs="
             ) from error
         self._takes_rows = generated is not None and generated.dim() == 2
-        self.spec, _ = Limits("permutation", hold=tuple(hold)).on(own, {})
-        checkpoint, names = Checkpoint.open(model), module_names(model)
+        self.spec, _ = Limits("permutation", hold=tuple(hold)).on(resolved, {})
+        checkpoint, by_disk_key = Checkpoint.open(model), module_names(model)
         checkpoint.refuse_quantised()
-        if names is None:
+        if by_disk_key is None:
             raise CheckpointError(f"{type(model).__name__} stores its tensors in another form than it computes with")
-        self._names = {key: names[disk] for key, disk in canonical_view(checkpoint, self.spec.table).keys.items()}
+        canonical_keys = canonical_view(checkpoint, self.spec.table).keys
+        self._module_keys = {key: by_disk_key[disk] for key, disk in canonical_keys.items()}
         relaxed = RelaxedAlignment.identity(
             self.spec,
-            Softening(
+            Relaxation(
                 generator=generator or torch.default_generator,
                 noise=0.1,
                 device=first.device,
@@ -208,20 +209,20 @@ class RebasinNet(nn.Module):
 
     def _relaxed(self) -> RelaxedAlignment:
         """Return the relaxed alignment of the current latents, on their current device."""
-        softening = _GivenLatents(
+        relaxation = _GivenLatents(
             generator=torch.default_generator,
             temperature=self.tau / self.l,
             iterations=self.n_iter,
             implicit=OPERATORS[self.operator],
             latents=(latent.to(compute_dtype(latent.dtype)) for latent in self.p),
         )
-        return RelaxedAlignment.identity(self.spec, softening)
+        return RelaxedAlignment.identity(self.spec, relaxation)
 
     def _rebased(self) -> nn.Module:
         """Return the permuted module, which shares no tensor with any other."""
         tensors: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
         tensors |= dict(self.model.named_buffers(remove_duplicate=False))
-        state = {key: tensors[name] for key, name in self._names.items()}
+        state = {key: tensors[module_key] for key, module_key in self._module_keys.items()}
         relaxed = self._relaxed()
         moved: Mapping[str, Tensor]
         moved = relaxed.apply(state) if self.training else relaxed.hard().on(self.spec.within(state), state)
@@ -262,8 +263,8 @@ def matching(alpha: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _GivenLatents(Softening):
-    """A softening that takes its latents, one after the other, from an iterator."""
+class _GivenLatents(Relaxation):
+    """A relaxation that takes its latents, one after the other, from an iterator."""
 
     latents: Iterator[Tensor] = field(default_factory=lambda: iter(()))
 

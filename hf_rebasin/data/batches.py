@@ -101,7 +101,7 @@ class _Preparation(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Batches:
-    """Inputs of a model's forward pass, on the CPU; every `iter` gives the same batches, from the first.
+    """Inputs of a model's forward pass, on the CPU; every `iter` yields the same batches, from the first.
 
     Example:
         >>> settings = DataSettings(dataset="corpus.txt", batch_size=4, max_length=128)
@@ -125,7 +125,7 @@ class Batches:
         return self.iter_shard(0, 1)
 
     def iter_shard(self, rank: int, world: int) -> Iterator[dict[str, Tensor]]:
-        """Iterate over the batches numbered `rank`, `rank + world`, … of those that `iter` gives.
+        """Iterate over the batches numbered `rank`, `rank + world`, … of those that `iter` yields.
 
         Rows of the other batches are read, but neither tokenised nor decoded. Only if texts are packed into blocks,
         each of which starts where the last one ends, are all of them tokenised.

@@ -229,7 +229,7 @@ def _find_commit(repository: str, revision: str | None, token: str | None) -> st
         known = [*FILE_READERS, *(str(parent / path.name) for path in (parent.iterdir() if parent.is_dir() else ()))]
         close = nearest(repository, known)
         raise OptionError(
-            f"{repository!r} is neither a file or folder here nor a dataset on the Hub that can be read "
+            f"{repository!r} is neither a local file or folder nor a dataset on the Hub that can be read "
             f"({type(error).__name__}){close if 'did you mean' in close else ''}"
         ) from error
 

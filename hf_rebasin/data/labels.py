@@ -77,9 +77,9 @@ def make_label_reader(config: Any, rows: Rows, column: str) -> ClassLabels | Reg
     if getattr(config, "problem_type", None) == "regression" or config.num_labels == 1:
         if config.num_labels == 1:
             return RegressionTargets(column)
-        raise OptionError(f"the model gives {config.num_labels} numbers per row; leave labels out (labels: false)")
+        raise OptionError(f"the model predicts {config.num_labels} numbers per row; leave labels out (labels: false)")
     if config.problem_type == "multi_label_classification":
-        raise OptionError("the model gives several labels per row; leave labels out (labels: false)")
+        raise OptionError("the model predicts several labels per row; leave labels out (labels: false)")
     known = {str(label): int(number) for number, label in config.id2label.items()}
     names = getattr(rows.features.get(column), "names", None)
     return ClassLabels(column, known, () if names is None else _match_order(rows.name, column, names, known))

@@ -236,7 +236,7 @@ def load_tokenizer(checkpoint: Checkpoint, max_length: int | None, needs: str = 
         raise CheckpointError(f"the tokenizer of {name} has no mask token; leave labels out (labels: false)")
     length = _choose_length(checkpoint, tokenizer, max_length)
     if length <= tokenizer.num_special_tokens_to_add():
-        raise OptionError(f"max_length {length} leaves no room for text beside the special tokens of {name}")
+        raise OptionError(f"max_length {length} leaves no room for text besides the special tokens of {name}")
     return TextTokenizer(pretrained=tokenizer, length=length, pad=pad)
 
 
@@ -258,12 +258,14 @@ def find_decoder_shift(checkpoint: Checkpoint) -> Callable[[Tensor], Tensor] | N
     if "decoder_input_ids" not in signature(checkpoint.owner.forward).parameters:
         return None
     module = build_without_weights(checkpoint.config, len(checkpoint.parts))
-    own = getattr(module, "prepare_decoder_input_ids_from_labels", None) or getattr(module, "_shift_right", None)
-    if own is None:
+    shift_right = getattr(module, "prepare_decoder_input_ids_from_labels", None) or getattr(
+        module, "_shift_right", None
+    )
+    if shift_right is None:
         return None  # BART's bare model shifts the encoder's input by itself
 
     def shift(ids: Tensor) -> Tensor:
-        shifted: Tensor = own(ids)
+        shifted: Tensor = shift_right(ids)
         return shifted
 
     return shift

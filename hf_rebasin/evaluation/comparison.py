@@ -32,7 +32,7 @@ from ..solving.similarity import weight_similarity
 from ..symmetries.detection import detect_spec
 from ..symmetries.spec import Spec, Unit
 from ..symmetries.table import canonical_view
-from ..text import family_of, layer_of, spread
+from ..text import family_of, layer_name, spread
 
 SAME = "the same"
 UNITS_PER_FAMILY = 4  # units compared in every family, spread over the depth; the others are like them
@@ -50,7 +50,7 @@ class Verdict(enum.Enum):
 
 @dataclass(frozen=True)
 class Nearness:
-    """The distance and the cosine between some tensors of two models, taken as one vector each.
+    """Relative distance and cosine between some tensors of two models, flattened into one vector per model.
 
     Args:
         distance: ‖A − B‖ / ‖A‖.
@@ -65,11 +65,11 @@ class Nearness:
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """How similar the units of one symmetry are to those in the same place of the other model, all else unmoved.
+    """How well the units of one symmetry match the same-index units of the other model, with nothing moved.
 
     Args:
         units: number of units, in all contexts.
-        own: number of units that resemble no other unit more than the one in the same place.
+        own: number of units whose most similar unit in the other model has the same index.
         chance: expected value of `own` if the order of the units were random.
         ratio: Σᵢ Sᵢᵢ / Σᵢ maxⱼ Sᵢⱼ, the similarity under the identity over an upper bound; at most 1. NaN if no two
             units are similar at all.
@@ -88,7 +88,7 @@ class Comparison:
     Args:
         findings: `{aspect: finding}` for architecture, settings, labels, tokenizer, tensors and symmetries.
         difference: first difference that forbids a merge; None if there is none.
-        whole: nearness of all matrices (vectors that start from zeros or ones are near in any two models).
+        whole: nearness of all matrices together (vectors that start from zeros or ones are near in any two models).
         parts: nearness of all tensors, by layer, in the order of the file.
         standings: standing of the units, by symmetry; in large families only some.
         rotated: whether the residual stream has a larger group than the permutations.
@@ -112,7 +112,7 @@ class Comparison:
 
     @property
     def own(self) -> int:
-        """The number of units that resemble no other unit more than the one in the same place."""
+        """The number of units whose most similar unit in the other model has the same index."""
         return sum(standing.own for standing in self.standings.values())
 
     @property
@@ -122,7 +122,7 @@ class Comparison:
 
     @property
     def at_home(self) -> float | None:
-        """The share of units that are best left in place, beyond what chance gives; None if there are no units."""
+        """The share of units that match best unmoved, corrected for chance; None if there are no units."""
         return (self.own - self.chance) / (self.units - self.chance) if self.units > self.chance else None
 
     @property
@@ -196,7 +196,7 @@ def compare_checkpoints(
     matrices = [key for key in fixed_parts if len(fixed_parts[key].shape) > 1] or list(fixed_parts)
     layers: dict[str, list[str]] = {}
     for key in fixed_parts:
-        layers.setdefault(_part_of(key), []).append(key)
+        layers.setdefault(layer_name(key), []).append(key)
     standings: dict[str, Standing] = {}
     rotated = False
     try:
@@ -262,19 +262,13 @@ def _reason(error: MismatchError) -> str:
     return str(error).partition("; ")[2].partition(". Where only")[0]
 
 
-def _part_of(key: str) -> str:
-    """The layer of a tensor, such as `encoder.layer.3`, or its module if no layer is numbered, such as `pooler`."""
-    layer = layer_of(key)
-    return f"{layer[0]}{layer[1]}" if layer else key.rpartition(".")[0] or key
-
-
 def _products(fixed: Lazy, moving: Lazy) -> Tensor:
-    """(‖A‖², ‖B‖², ‖A − B‖², ⟨A, B⟩, number of elements)"""
-    total = torch.zeros(5, dtype=torch.float64)
+    """Return (‖A‖², ‖B‖², ‖A − B‖², ⟨A, B⟩, number of elements)."""
+    products = torch.zeros(5, dtype=torch.float64)
     for a, b in zip(fixed.chunks(), moving.chunks(), strict=True):
         x, y = a.double().cpu(), b.double().cpu()
-        total += torch.stack([x.dot(x), y.dot(y), (x - y).square().sum(), x.dot(y), torch.tensor(float(len(x)))])
-    return total
+        products += torch.stack([x.dot(x), y.dot(y), (x - y).square().sum(), x.dot(y), torch.tensor(float(len(x)))])
+    return products
 
 
 def _nearness(products: Mapping[str, Tensor], keys: list[str]) -> Nearness:
@@ -285,12 +279,12 @@ def _nearness(products: Mapping[str, Tensor], keys: list[str]) -> Nearness:
 
 
 def _measure_standings(
-    spec: Spec, fixed: Checkpoint, theirs: Mapping[str, Lazy], device: Device, progress: bool
+    spec: Spec, fixed: Checkpoint, moving_parts: Mapping[str, Lazy], device: Device, progress: bool
 ) -> Iterator[tuple[str, Standing]]:
     view = canonical_view(fixed, spec.table)
-    there = view.select(theirs)
-    matched = spec.within(there).restricted()
-    problem = Problem(matched, view.state, there, torch.Generator(), device)
+    moving = view.select(moving_parts)
+    matched = spec.within(moving).restricted()
+    problem = Problem(matched, view.state, moving, torch.Generator(), device)
     for unit in tqdm(
         _sample_units(matched), desc="symmetries", unit="unit", leave=False, disable=None if progress else True
     ):
@@ -312,15 +306,15 @@ def _ratio(at_home: Tensor, best: Tensor) -> float:
 def _similarity_along(spec: Spec, name: str, similarity: Mapping[tuple[str, ...], Tensor]) -> Tensor | None:
     """The similarity along one symmetry, of shape (*contexts, n, n), with all others at the identity."""
     contexts = spec.symmetries[name].contexts
-    total: Tensor | None = None
+    along: Tensor | None = None
     for names, tensor in similarity.items():
         if name in names:
-            left = dict(zip(names, ascii_letters, strict=False))
-            right = "".join("Z" if other == name else left[other] for other in names)
-            out = "".join(left[context] for context in contexts) + left[name] + "Z"
-            part = torch.einsum(f"{''.join(left.values())}{right}->{out}", tensor)
-            total = part if total is None else total + part
-    return total
+            of_fixed = dict(zip(names, ascii_letters, strict=False))
+            of_moving = "".join("Z" if other == name else of_fixed[other] for other in names)
+            out = "".join(of_fixed[context] for context in contexts) + of_fixed[name] + "Z"
+            part = torch.einsum(f"{''.join(of_fixed.values())}{of_moving}->{out}", tensor)
+            along = part if along is None else along + part
+    return along
 
 
 def _sample_units(spec: Spec) -> list[Unit]:
@@ -334,9 +328,9 @@ def _sample_units(spec: Spec) -> list[Unit]:
 def compare(fixed: Source, moving: Source, *, device: Device = None, progress: bool = False) -> Comparison:
     """Compare two models: are they fine-tunes of one base, trained apart, or of different architectures?
 
-    Every tensor is read once. For some symmetries of every family, the units that are most similar to the unit in the
-    same place are counted. In fine-tunes of one base these are nearly all units, and aligning could only harm; in
-    models that were trained apart they are as few as chance gives.
+    Every tensor is read once. For some symmetries of every family, the units are counted that are most similar to the
+    unit of the same index. In fine-tunes of one base these are nearly all units, and aligning could only harm; in
+    models that were trained apart they are as few as expected by chance.
 
     Args:
         fixed: the first model: a folder, Hub id, module, state dict or checkpoint.
@@ -350,7 +344,7 @@ def compare(fixed: Source, moving: Source, *, device: Device = None, progress: b
     Raises:
         CheckpointError: a model that cannot be read, is quantised, or contains NaN or Inf.
 
-    Example: a model and the same model in other coordinates compute the same, yet hardly a unit is in its place.
+    Example: a model and the same model in other coordinates compute the same, yet hardly any unit has its old index.
 
         >>> g = Alignment.random(spec_for(model), torch.Generator().manual_seed(0))
         >>> compare(model, g.apply(model)).verdict

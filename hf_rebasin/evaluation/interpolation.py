@@ -75,7 +75,9 @@ def interpolate(
             prepare(model.module)
         result = measure(model.module) if callable(measure) else evaluate(model.module, measure)
         if not isinstance(result, Measured):
-            raise OptionError(f"measure gave {type(result).__name__}; it has to return a Measured, as evaluate does")
+            raise OptionError(
+                f"measure returned {type(result).__name__}; it has to return a Measured, as evaluate does"
+            )
         results.append(result)
     metrics = {name: tuple(result.metrics[name] for result in results) for name in results[0].metrics}
     return Curve(tuple(at), tuple(result.loss for result in results), metrics)
@@ -92,7 +94,7 @@ def between(
     """Take one model on the line, as `interpolate` measures it; lazy, except for what `prepare` changes.
 
     Args:
-        fixed: the model at λ = 0, whose configuration and other files the result takes.
+        fixed: the model at λ = 0, which provides the configuration and other files of the result.
         moving: the model at λ = 1.
         t: λ, such as the `best` of a curve.
         prepare: the callable given to `interpolate`, if any; it is applied once more, to a module in memory.
@@ -133,7 +135,7 @@ def _assume_unchanged(checkpoint: Checkpoint) -> Checkpoint:
     Nobody changes them while the line is measured.
     """
     parts = {
-        k: replace(part, own=True) if isinstance(part, InMemory) else part for k, part in checkpoint.parts.items()
+        k: replace(part, owned=True) if isinstance(part, InMemory) else part for k, part in checkpoint.parts.items()
     }
     return replace(checkpoint, tensors=Tensors(parts))
 
@@ -144,39 +146,45 @@ class _MovingModel:
     def __init__(self, ends: Sequence[Checkpoint], device: torch.device | str | None):
         self.ends, self.device = ends, device
         self.module: Any = None
-        self.places: dict[str, Tensor] = {}  # the module's tensors, by disk key
+        self.targets: dict[str, Tensor] = {}  # the module's tensors, by disk key
         self.rest: list[tuple[Tensor, Tensor]] = []  # tensors that are not stored, and their values
 
     def move_to(self, t: float) -> None:
         """Give the module the tensors at λ = `t`, and evaluation mode."""
-        here = combine(self.ends, "lerp", {"t": t})
-        if self.places:
-            self._overwrite(here)
+        checkpoint = combine(self.ends, "lerp", {"t": t})
+        if self.targets:
+            self._overwrite(checkpoint)
         else:
             self.module = None  # freed before the next one is built
-            self.module = here.model().to(self.device)
-            self._find_places(here)
+            self.module = checkpoint.model().to(self.device)
+            self._find_targets(checkpoint)
         self.module.eval()
 
-    def _find_places(self, here: Checkpoint) -> None:
-        """Find where the checkpoint's tensors lie in the module; nowhere if some of them are not tensors of it."""
-        own = [*self.module.parameters(), *self.module.buffers()]
-        memory = {_storage_pointer(tensor) for tensor in own}
-        there = Checkpoint.open(self.module).state()
-        names = {name: key for name, key in here.canonical().items() if name in there or key not in here.declared_ties}
-        if not all(name in there and _storage_pointer(there[name]) in memory for name in names):
+    def _find_targets(self, checkpoint: Checkpoint) -> None:
+        """Find the module's tensor for every disk key; none if the module lacks some of the checkpoint's tensors."""
+        module_tensors = [*self.module.parameters(), *self.module.buffers()]
+        memory = {_storage_pointer(tensor) for tensor in module_tensors}
+        module_state = Checkpoint.open(self.module).state()
+        disk_keys = {
+            name: key
+            for name, key in checkpoint.canonical().items()
+            if name in module_state or key not in checkpoint.declared_ties
+        }
+        if not all(name in module_state and _storage_pointer(module_state[name]) in memory for name in disk_keys):
             return
-        self.places = {key: there[name] for name, key in names.items()}
-        written = set(map(_storage_pointer, self.places.values()))
-        self.rest = [(tensor, tensor.detach().clone()) for tensor in own if _storage_pointer(tensor) not in written]
+        self.targets = {key: module_state[name] for name, key in disk_keys.items()}
+        written = set(map(_storage_pointer, self.targets.values()))
+        self.rest = [
+            (tensor, tensor.detach().clone()) for tensor in module_tensors if _storage_pointer(tensor) not in written
+        ]
 
     @torch.no_grad()
-    def _overwrite(self, here: Checkpoint) -> None:
-        for key, place in self.places.items():
-            place.copy_(here.tensors[key])
-        for place, value in self.rest:
-            if not torch.equal(place, value):  # an expanded buffer cannot be written, and need not be either
-                place.copy_(value)
+    def _overwrite(self, checkpoint: Checkpoint) -> None:
+        for key, target in self.targets.items():
+            target.copy_(checkpoint.tensors[key])
+        for target, value in self.rest:
+            if not torch.equal(target, value):  # an expanded buffer cannot be written, and need not be either
+                target.copy_(value)
 
 
 def _storage_pointer(tensor: Tensor) -> int:

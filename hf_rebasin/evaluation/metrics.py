@@ -17,7 +17,7 @@ from ..modules.distributed import all_reduce_numbers, shard_batches
 from ..modules.forward import evaluation_mode, logits_from_outputs, loss_from_outputs, output_tensors, run_module
 from ..modules.functional import move_batch
 
-IGNORED_LABEL = -100  # label of what does not count
+IGNORED_LABEL = -100  # label of positions that do not count
 BUILT_IN_METRICS = ("accuracy", "perplexity")
 LANGUAGE_MODEL = re.compile(r"ForCausalLM|ForMaskedLM|LMHead|ForConditionalGeneration")
 
@@ -80,13 +80,13 @@ def evaluate(
         >>> measured.loss, measured.metrics["accuracy"], measured.samples
         >>> evaluate(model, pairs, loss=lambda module, pair: cross_entropy(module(pair[0]), pair[1]))
     """
-    totals = _Totals(model, loss, _requested_metrics(metrics))
+    running_means = _RunningMeans(model, loss, _requested_metrics(metrics))
     home = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     target = torch.device(device) if device is not None else home
     with evaluation_mode(model):
         for batch in tqdm(shard_batches(data), desc="evaluating", unit="batch", disable=None if progress else True):
-            totals.add(move_batch(batch, target if device is not None or target.type != "cpu" else None))
-    return totals.reduce(target, default_metrics=metrics is None and loss is None)
+            running_means.add(move_batch(batch, target if device is not None or target.type != "cpu" else None))
+    return running_means.reduce(target, default_metrics=metrics is None and loss is None)
 
 
 def _requested_metrics(metrics: Metrics | None) -> dict[str, str | BatchScore]:
@@ -102,15 +102,15 @@ def _requested_metrics(metrics: Metrics | None) -> dict[str, str | BatchScore]:
     return requested
 
 
-class _Totals:
-    """Sums and counts over the batches of this process, and their means over all processes."""
+class _RunningMeans:
+    """Means of the loss and the metrics: sums and counts over the batches of this process, reduced over all."""
 
     def __init__(self, module: nn.Module, loss: BatchScore | None, requested: Mapping[str, str | BatchScore]):
         self.module, self.loss, self.requested = module, loss, requested
         self.runs_model = loss is None or "accuracy" in requested.values()
         # The same entries in every process, even in one that gets no batch: batches, then a sum and a count each.
         self.batches = 0
-        self.sums = {name: [0.0, 0.0] for name in ("its loss", "its accuracy", *requested)}
+        self.sums_and_counts = {name: [0.0, 0.0] for name in ("its loss", "its accuracy", *requested)}
         self.next_token: bool | None = None  # unknown until a batch has shown it
 
     def add(self, batch: Any) -> None:
@@ -149,9 +149,9 @@ class _Totals:
     def _skips_first_label(self, batch: Mapping[str, Any], labels: Tensor, logits: Tensor) -> bool:
         """Whether the loss compares every token with the next label, as in causal language models.
 
-        Neither shapes nor class names tell: BartForCausalLM, for one, does not. So the model's loss is computed on a
-        batch where only the first labels count, each of them the least likely one: if the loss skips them, it is the
-        mean of nothing.
+        Neither shapes nor class names tell: the loss of BartForCausalLM, for one, does not. So the model's loss is
+        computed on a batch where only the first labels count, each of them the least likely one: if the loss skips
+        them, it is the mean of nothing.
         """
         if self.next_token is None and labels.dim() == 2:
             only_first = torch.full_like(labels, IGNORED_LABEL)
@@ -164,23 +164,23 @@ class _Totals:
     def _add_mean(self, loss: Tensor, count: int) -> None:
         if loss.dim():
             raise OptionError(
-                f"{type(self.module).__name__} gave a loss of shape {tuple(loss.shape)}; it has to be a single number"
+                f"{type(self.module).__name__} returned a loss of shape {tuple(loss.shape)}; it has to be one number"
             )
         self._add("its loss", loss.item() * count if count else 0.0, count)  # the mean of no labels is NaN
 
     def _add(self, name: str, value: float, count: float) -> None:
-        self.sums[name][0] += value
-        self.sums[name][1] += count
+        self.sums_and_counts[name][0] += value
+        self.sums_and_counts[name][1] += count
 
     def reduce(self, device: torch.device, *, default_metrics: bool) -> Measured:
         """Compute the means over all processes; `default_metrics` adds the metrics that fit the model."""
-        numbers = [number for pair in self.sums.values() for number in pair]
+        numbers = [number for pair in self.sums_and_counts.values() for number in pair]
         batches, next_token, *numbers = all_reduce_numbers(
             [self.batches, float(self.next_token or 0), *numbers], device
         )
         means = {
-            name: (total / count if count else None)
-            for name, total, count in zip(self.sums, numbers[::2], numbers[1::2], strict=True)
+            name: (value / count if count else None)
+            for name, value, count in zip(self.sums_and_counts, numbers[::2], numbers[1::2], strict=True)
         }
         if not batches:
             raise OptionError("no batch came, so there is nothing to measure; is the iterator used up?")
@@ -203,7 +203,7 @@ def _metric_value(name: str, metric: str | BatchScore, loss: float, means: Mappi
         return math.exp(loss) if not loss > 700 else math.inf
     mean = means["its accuracy" if metric == "accuracy" else name]
     if mean is None:
-        why = "the model gives no logits that match integer labels" if metric == "accuracy" else "it counted nothing"
+        why = "the model returns no logits that match integer labels" if metric == "accuracy" else "it counted nothing"
         raise OptionError(f"metric {name!r}: {why} in any batch")
     return mean
 

@@ -76,20 +76,20 @@ def with_module_values(merged: Checkpoint, module: nn.Module) -> Checkpoint:
     """
     view = canonical_view(merged)
     prefix = merged.base_prefix if view.prefix is None else view.prefix
-    names, values = view.keys, CanonicalView(Checkpoint.open(module), prefix)
+    disk_keys, values = view.keys, CanonicalView(Checkpoint.open(module), prefix)
     parts: dict[str, Lazy] = {}
     for name, tensor in values.state.items():
-        key = names.get(name)
+        key = disk_keys.get(name)
         if key is None and name in values.ties.values():  # stored under its other name
             continue
         if key is None:
             raise CheckpointError(
-                f"{merged.name}: {name} of the module is not one of its tensors, which are {listed(names)}"
+                f"{merged.name}: {name} of the module is not one of its tensors, which are {listed(disk_keys)}"
             )
         dtype = merged.parts[key].dtype
         if dtype.is_floating_point:
             value = rounded(tensor.detach().cpu(), dtype).clone(memory_format=torch.contiguous_format)
             if not all_finite(value):
                 raise CheckpointError(f"{key} has values that do not fit {dtype}; merge into a wider dtype")
-            parts[key] = InMemory.of(value, own=True)
+            parts[key] = InMemory.of(value, owned=True)
     return merged.with_parts(parts)

@@ -80,7 +80,7 @@ def combine(
             )
             parts[key] = Computed(part.shape, copy.dtype, [part], copy, True)
         if isinstance(part, InMemory) and key not in parts:  # its owner may change it later
-            parts[key] = part.kept()
+            parts[key] = part.owned_copy()
     return first.with_parts(
         parts,
         name=f"{resolved.method.name} of {', '.join(c.name for c in checkpoints)}",

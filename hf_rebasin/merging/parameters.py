@@ -240,7 +240,7 @@ class ResolvedMethod:
         self.refuse_unfit(models)
         functions: dict[str, Callable[..., Tensor]] = {}
         tried: dict[str, Callable[..., Tensor]] = {}
-        for key, values in values_by_key(self.values, keys).items():
+        for key, values in (values_by_key(self.values, keys) if keys else {}).items():
             if (text := repr(values)) not in tried:
                 tried[text] = partial(self.method.merge, **values)
                 try:

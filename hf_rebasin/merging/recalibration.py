@@ -42,7 +42,7 @@ def recalibrate(
         model: any module; its training or evaluation mode is restored.
         batches: inputs of its forward pass: tensors, positional arguments, or mappings of keyword arguments; with
             `exact` they are read once per layer. Under `accelerate launch` every process takes its share.
-        exact: make one pass per layer.
+        exact: make one pass per layer, so that the statistics are those of the data as one batch.
         device: device of the model, to which batches are moved; by default they stay where they are.
         progress: show a progress bar (on a terminal).
 
@@ -99,19 +99,19 @@ def _recalibrate_in_one_pass(
     model: nn.Module, norms: Sequence[NormStatistics], batches: Iterable[Inputs], device: Device, progress: bool
 ) -> None:
     """Sum the inputs of every layer in one pass, in which all layers normalise by the batch."""
-    count = 0
+    batch_count = 0
     with _normalising_by_batch(model, norms):
         for batch in tqdm(
             shard_batches(batches), desc="recalibrating", unit="batch", disable=None if progress else True
         ):
             run_module(model, move_batch(batch, device))
-            count += 1
-    (total,) = all_reduce_numbers([count], norms[0].sums[0].device)
-    if not total:
+            batch_count += 1
+    (batch_count_everywhere,) = all_reduce_numbers([batch_count], norms[0].batch_sums[0].device)
+    if not batch_count_everywhere:
         raise OptionError("there are no batches to take statistics of; is the iterator used up?")
     for norm in norms:
-        norm.sums = [all_reduce_sum(total) for total in norm.sums]
-        refuse_nan(norm.sums, [norm.name])
+        norm.batch_sums = [all_reduce_sum(batch_sum) for batch_sum in norm.batch_sums]
+        refuse_nan(norm.batch_sums, [norm.name])
         norm.write()
 
 
@@ -200,27 +200,30 @@ def repair(
 
 
 class _Rescaling(Change):
-    """Rescale layers by the means and deviations of their outputs, in the merge and in the merged models."""
+    """Rescale layers by the means and standard deviations of their outputs, in the merge and in the merged models."""
 
     def __init__(self, step: LayerStep, shares: Sequence[float]):
         self.layers, self.shares = step.layers, shares
         options: dict[str, Any] = {"dtype": torch.float64, "device": self.layers[0].module.weight.device}
         shapes = [(1 + len(shares), 3, layer.groups, layer.matrix.shape[2]) for layer in self.layers]
-        self.sums = [torch.zeros(shape, **options) for shape in shapes]  # Σ1, Σy, Σy² of every model
+        self.batch_sums = [torch.zeros(shape, **options) for shape in shapes]  # Σ1, Σy, Σy² of every model
 
     def add(self, calls: Sequence[LayerCalls], mask: Tensor | None) -> None:
-        for total, layer in zip(self.sums, self.layers, strict=True):
+        for moments, layer in zip(self.batch_sums, self.layers, strict=True):
             for i, model in enumerate(calls):
                 for _, output in model[layer.name]:
                     y = layer.output_samples(output, mask).double()
-                    total[i] += torch.stack([torch.full_like(total[i, 0], y.shape[1]), y.sum(1), y.square().sum(1)])
+                    moments[i] += torch.stack(
+                        [torch.full_like(moments[i, 0], y.shape[1]), y.sum(1), y.square().sum(1)]
+                    )
 
     def write(self) -> Sequence[str]:
-        called = [(layer, total) for layer, total in zip(self.layers, self.sums, strict=True) if total[:, 0].all()]
-        for layer, total in called:
-            count, sums, squares = total.unbind(1)
-            means = sums / count
-            deviations = (squares / count - means.square()).clamp_min(0).sqrt()
+        moments_by_layer = zip(self.layers, self.batch_sums, strict=True)
+        called = [(layer, moments) for layer, moments in moments_by_layer if moments[:, 0].all()]
+        for layer, moments in called:
+            count, sum_y, sum_y2 = moments.unbind(1)
+            means = sum_y / count
+            deviations = (sum_y2 / count - means.square()).clamp_min(0).sqrt()
             shares = torch.tensor(self.shares, dtype=means.dtype, device=means.device)[:, None, None]
             mean, deviation = (shares * means[1:]).sum(0), (shares * deviations[1:]).sum(0)
             alive = deviations[0] > 1e-6 * means[0].abs()  # the deviation of a constant unit is rounding error

@@ -36,7 +36,7 @@ def cycle_batches(data: Iterable[Any]) -> Iterator[Any]:
             empty = False
             yield batch
         if empty:
-            raise OptionError("the data gave no batch to this process")
+            raise OptionError("the data yielded no batch to this process")
 
 
 def all_reduce_mean(value: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def is_main_process() -> bool:
 
 
 def wait_for_everyone() -> None:
-    """Block until all processes have come here."""
+    """Block until all processes have reached this call."""
     if _is_distributed():
         torch.distributed.barrier()
 

@@ -1,9 +1,9 @@
-"""How far the outputs of a model between others (the ends) are from theirs, without labels.
+"""Divergence of a model's outputs from those of the models it lies between (its ends), without labels.
 
-For a sample, a token or a pixel it is KL(Σ wᵢ pᵢ ‖ p̄): pᵢ is the softmax over classes of the outputs of end i, p̄ that
-of the model between them, whose BatchNorm layers normalise by the batch; wᵢ are the shares of the ends, 1 − λ and λ
-for two. Classes are the last axis, or, in images, the second one. Where there is only one number, the model has no
-head, or its `problem_type` says that its outputs are not classes, it is the mean square of Σ wᵢ yᵢ − ȳ.
+For a sample, a token or a pixel it is KL(p̄ ‖ p): p is the softmax over classes of the model's outputs, and p̄ = Σ wᵢ pᵢ
+mixes those of the ends by their shares wᵢ, which are 1 − λ and λ for two. The model's BatchNorm layers normalise by
+the batch. Classes are the last axis or, in images, the second one. Where there is only one number, the model has no
+head, or its `problem_type` says that its outputs are not classes, it is the mean square of ȳ − y, with ȳ = Σ wᵢ yᵢ.
 """
 
 from __future__ import annotations
@@ -30,14 +30,16 @@ class Divergence:
 
     Args:
         module: module in evaluation mode, on the device; its BatchNorm layers are set to normalise by the batch.
-        names: `{canonical key: key of the module}`.
+        module_keys: `{canonical key: module key}`.
         ends: models to compare with, as state dicts with canonical keys.
         device: device that batches are moved to.
     """
 
-    def __init__(self, module: nn.Module, names: Mapping[str, str], ends: Sequence[StateDict], device: Any = None):
+    def __init__(
+        self, module: nn.Module, module_keys: Mapping[str, str], ends: Sequence[StateDict], device: Any = None
+    ):
         use_batch_statistics(module)
-        self.module, self.ends, self.call = module, ends, FunctionalCall(module, names, run_module, device)
+        self.module, self.ends, self.call = module, ends, FunctionalCall(module, module_keys, run_module, device)
         self.classes = not has_no_classes(module)  # before a forward pass with labels sets `problem_type`
 
     def outputs_of_ends(self, batch: Any) -> EndOutputs:
@@ -54,7 +56,7 @@ class Divergence:
             state: model between the ends, by canonical keys.
             shares: shares of the ends in the mixture.
             batch: inputs of the forward pass.
-            of_ends: what `outputs_of_ends` gave for the batch; computed by default.
+            of_ends: the result of `outputs_of_ends` for the batch; computed by default.
 
         Raises:
             OptionError: the model returns no numbers that could be compared.
@@ -82,7 +84,7 @@ def divergence_per_sample(
     if not tensors:
         raise OptionError(
             f"the model returns a {type(outputs).__name__} without any numbers that could be compared; if there are "
-            "labels or a loss, give these"
+            "labels or a loss, pass these"
         )
     measure = _kl_divergence if classes and not has_no_head(outputs) else _squared_error
     pairs = zip(zip(*of_ends, strict=True), tensors, strict=True)

@@ -16,8 +16,8 @@ from ..errors import CheckpointError, OptionError
 # A tensor, a sequence of positional arguments, or a mapping of keyword arguments.
 Inputs: TypeAlias = "Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]"
 
-# Internal states that transformers models return beside what they compute: moving a model moves these, too. (The
-# auxiliary loss adds up experts of different layers by their number.)
+# Internal states that transformers models return in addition to what they compute: moving a model moves these, too.
+# (The auxiliary loss adds up experts of different layers by their number.)
 INTERNAL_OUTPUTS = re.compile(
     r"(^|_)hidden_states$|attentions$|past_key_values$|cache_params$|_model_output$|router_logits$|^aux_loss$"
 )
@@ -99,7 +99,7 @@ def output_tensors(outputs: Any) -> Iterator[Tensor]:
     """Iterate over the tensors that a model computes, in whatever its forward pass returned.
 
     Internal states of a transformers model (hidden states of every layer, attentions, caches, and the encoder's last
-    state beside logits) do not count where there is anything else.
+    state next to logits) do not count where there is anything else.
 
     Raises:
         CheckpointError: an object in which no tensors can be found.
@@ -127,7 +127,7 @@ def output_tensors(outputs: Any) -> Iterator[Tensor]:
 def attended_outputs(outputs: Any, mask: Tensor | None) -> list[Tensor]:
     """Return the floating-point outputs at the positions that a mask keeps, without scalars such as a loss.
 
-    An output with only one number per position keeps all of them: there, positions are what is chosen among.
+    An output with only one number per position keeps all positions, as the model chooses among them.
     """
     tensors = [x for x in output_tensors(outputs) if x.dim() and x.is_floating_point()]
     if mask is None:

@@ -1,4 +1,4 @@
-"""Forward passes of a module with other tensors in place of its own, which stay as they are."""
+"""Forward passes of a module with other tensors in place of its own, which do not change."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from ..errors import OptionError
 
 
 class FunctionalCall:
-    """A function `call(module, batch)` that is computed with other tensors in the module.
+    """The function `call(module, batch)` as a function of the module's tensors and the batch.
 
     Args:
         module: module to compute with; it is on the device already.
-        names: `{canonical key: key of the module}` of the tensors that are given.
+        module_keys: `{canonical key: module key}` of the tensors that are replaced.
         call: function of (module, batch) to compute.
         device: device that batches are moved to; None leaves them where they are.
     """
 
     def __init__(
-        self, module: nn.Module, names: Mapping[str, str], call: Callable[[nn.Module, Any], Any], device: Any = None
+        self,
+        module: nn.Module,
+        module_keys: Mapping[str, str],
+        call: Callable[[nn.Module, Any], Any],
+        device: Any = None,
     ):
-        self.names, self.device = names, device
+        self.module_keys, self.device = module_keys, device
         self._wrapper = _CallWrapper(module, call)
         self._buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
 
@@ -35,9 +39,9 @@ class FunctionalCall:
         Gradients flow to its parameters; buffers are copied, as the forward pass may write to them.
         """
         tensors = {}
-        for key, name in self.names.items():
+        for key, module_key in self.module_keys.items():
             value = state[key]
-            tensors[f"module.{name}"] = value.detach().clone() if name in self._buffers else value
+            tensors[f"module.{module_key}"] = value.detach().clone() if module_key in self._buffers else value
         return torch.func.functional_call(self._wrapper, tensors, (move_batch(batch, self.device),))
 
 
@@ -60,7 +64,7 @@ def require_scalar_loss(loss: Callable[[nn.Module, Any], Tensor]) -> Callable[[n
         if not isinstance(value, Tensor) or value.dim():
             is_tensor = isinstance(value, Tensor)
             returned = f"a tensor of shape {tuple(value.shape)}" if is_tensor else type(value).__name__
-            raise OptionError(f"the loss gave {returned}; it has to return one number as a tensor")
+            raise OptionError(f"the loss returned {returned}; it has to return one number as a tensor")
         return value
 
     return checked

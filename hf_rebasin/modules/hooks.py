@@ -31,7 +31,7 @@ class RecordedCalls:
         device: device that batches are moved to.
         dtype: dtype that their floating-point tensors are cast to; by default they keep their own.
         cached: whether there will be further passes in which these inputs and outputs are the same. They are then kept
-            if they take little memory, so that the models need not run again.
+            if they need little memory, so that the models need not run again.
     """
 
     models: Sequence[nn.Module]
@@ -70,14 +70,14 @@ class _AllRecorded(Exception):
 def record_calls(module: nn.Module, layers: Sequence[str], batch: Any, calls: int) -> LayerCalls:
     """Record inputs and outputs of layers in a forward pass, which ends after so many calls of them."""
     recorded: dict[str, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
-    left = calls
+    calls_left = calls
 
     def record(layer: str, x: Tensor, y: Tensor) -> None:
-        nonlocal left
-        left -= 1
+        nonlocal calls_left
+        calls_left -= 1
         # what follows may write to these tensors; nothing follows the last call
-        recorded[layer].append((x.clone(), y.clone()) if left else (x, y))
-        if not left:
+        recorded[layer].append((x.clone(), y.clone()) if calls_left else (x, y))
+        if not calls_left:
             raise _AllRecorded
 
     try:

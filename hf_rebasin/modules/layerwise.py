@@ -1,6 +1,6 @@
-"""The layers of a module, changed one after the other, in the order of its forward pass, by streamed sums.
+"""Change the layers of a module one after the other, in the order of its forward pass, by sums over batches.
 
-What a layer is changed to depends on its inputs, and so on all layers before it. So there is one pass over the data
+The change of a layer depends on its inputs, and so on all layers before it. So there is one pass over the data
 for every step in that order, and each pass ends where its step is reached.
 """
 
@@ -37,7 +37,7 @@ class LayerStep:
     norm: _NormBase | None = None
     name: str = ""
     calls: int = 1  # after so many, no layer of the step is called again
-    gives_logits: bool = False  # its one layer gives the model's logits, which softmax makes probabilities of
+    gives_logits: bool = False  # its one layer computes the model's logits, which softmax turns into probabilities
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -45,15 +45,15 @@ class LayerStep:
 
 
 class Change(Protocol):
-    """A change of the layers of one step, by sums over all batches."""
+    """A change of the layers of one step, computed from sums over all batches."""
 
-    sums: list[Tensor]
+    batch_sums: list[Tensor]  # what `add` accumulates, on one process; `write` reads it after the all-reduce
 
     def add(self, calls: Sequence[LayerCalls], mask: Tensor | None) -> None:
         """Add one batch: inputs and outputs of the layers of the step, in every model."""
 
     def write(self) -> Sequence[str]:
-        """Change the layers of the first model, and return their names; `sums` are over all processes by now."""
+        """Change the layers of the first model, and return their names; `batch_sums` are over all processes by now."""
 
     def follow_up(self) -> Change | None:
         """Return the next change of the same step, which gets a pass of its own; None if there is none."""
@@ -85,7 +85,7 @@ def change_in_order(
 
     Raises:
         OptionError: no batches, or batches that can be read only once.
-        CheckpointError: NaN or Inf in what a layer reads or gives; names the layer.
+        CheckpointError: NaN or Inf in the inputs or outputs of a layer, which the message names.
     """
     refuse_read_once(batches)
     changed: list[str] = []
@@ -107,31 +107,31 @@ def change_in_order(
         while current is not None:
             for calls, mask in recorded:
                 current.add(calls, mask)
-            current.sums = [all_reduce_sum(total) for total in current.sums]
-            refuse_nan(current.sums, step.names)
+            current.batch_sums = [all_reduce_sum(batch_sum) for batch_sum in current.batch_sums]
+            refuse_nan(current.batch_sums, step.names)
             changed += current.write()
             current = current.follow_up()
     if any(step.layers for step in steps):
         _log_unplanned_maps(models[0], plan)
-    if left := [name for step in steps for name in step.names if name not in changed]:
-        logger.info("%s read nothing, or not the same in all models, so they stay as they are", listed(left))
+    if unchanged := [name for step in steps for name in step.names if name not in changed]:
+        logger.info("%s read nothing, or not the same in all models, so they stay as they are", listed(unchanged))
     return changed
 
 
 def _log_unplanned_maps(module: nn.Module, plan: Sequence[LayerStep]) -> None:
     maps = [name for name, part in module.named_modules() if is_affine(part)]
     planned = {name for step in plan for name in step.names}
-    if left := [name for name in maps if name not in planned]:
+    if unplanned := [name for name in maps if name not in planned]:
         why = "as their weights are tied or computed, or no pass calls them"
-        logger.info("%d of %d linear maps stay as they are, %s: %s", len(left), len(maps), why, listed(left))
+        logger.info("%d of %d linear maps stay as they are, %s: %s", len(unplanned), len(maps), why, listed(unplanned))
 
 
-def refuse_nan(sums: Iterable[Tensor], names: Sequence[str]) -> None:
+def refuse_nan(batch_sums: Iterable[Tensor], layers: Sequence[str]) -> None:
     """Raise CheckpointError unless the sums over inputs and outputs of layers are all finite."""
-    if not all(all_finite(total) for total in sums):
-        layers = listed(name or "the module" for name in names)
+    if not all(all_finite(batch_sum) for batch_sum in batch_sums):
+        named = listed(layer or "the module" for layer in layers)
         raise CheckpointError(
-            f"{layers}: on these data NaN or Inf occurs in inputs or outputs, in the merge or in a model that was "
+            f"{named}: on these data NaN or Inf occurs in inputs or outputs, in the merge or in a model that was "
             "merged; check the data, and whether each model computes on them by itself"
         )
 
@@ -143,9 +143,9 @@ def _plan_steps(module: nn.Module, batches: Iterable[Any], move: Callable[[Any],
     with_batches, processes = all_reduce_numbers([first is not None, 1.0], device)
     if with_batches < processes:
         raise OptionError(
-            "the data gave no batch"
+            "the data yielded no batch"
             if not with_batches
-            else f"the data gave a batch to {with_batches:.0f} of {processes:.0f} processes; give each one"
+            else f"the data yielded a batch in {with_batches:.0f} of {processes:.0f} processes; each needs one"
         )
     steps = find_steps(module, move(first))
     plan = broadcast_object([(step.names, step.norm is not None, step.calls, step.gives_logits) for step in steps])
@@ -190,10 +190,10 @@ def find_steps(module: nn.Module, batch: Any) -> list[LayerStep]:
     groups: list[list[str]] = []
     for name, numbers in inputs.items():
         previous = groups[-1][0] if groups else name
-        alike = groups and inputs[previous] == numbers and {name, previous} <= layers.keys()
+        same_input = groups and inputs[previous] == numbers and {name, previous} <= layers.keys()
         if name in unexplained:
             continue
-        if alike and is_matrix(layers[name].module) and is_matrix(layers[previous].module):
+        if same_input and is_matrix(layers[name].module) and is_matrix(layers[previous].module):
             groups[-1].append(name)
         else:
             groups.append([name])
@@ -204,13 +204,13 @@ def find_steps(module: nn.Module, batch: Any) -> list[LayerStep]:
 
 
 def _softmax_logits(module: nn.Module, outputs: Any, batch: Any) -> Tensor | None:
-    """Return the logits, if softmax along their last axis is what makes probabilities of them."""
+    """Return the logits, if softmax along their last axis turns them into probabilities."""
     logits = logits_from_outputs(outputs, batch)
     return None if has_no_classes(module) or logits is None or logits.shape[-1] == 1 else logits
 
 
 def _changeable_layers(module: nn.Module) -> dict[str, Affine]:
-    """Return the linear maps whose weight and bias are their own: neither tied nor computed by a parametrisation."""
+    """Return the linear maps whose weight and bias are theirs alone: not tied or computed by a parametrisation."""
     parts = dict(module.named_modules())
     owners: dict[int, int] = {}
     biases: dict[int, int] = {}
@@ -240,7 +240,7 @@ def keeps_statistics(module: nn.Module) -> bool:
 
 
 class NormStatistics(Change):
-    """A `Change` of the running statistics of a BatchNorm to mean and variance of its inputs over all samples.
+    """The `Change` that sets the running statistics of a BatchNorm to the mean and variance of its inputs.
 
     An InstanceNorm gets the means of the statistics of all instances. With a correction of 1 variances are unbiased,
     as torch stores them; with 0 they are those that it normalises by in training.
@@ -249,7 +249,8 @@ class NormStatistics(Change):
     def __init__(self, norm: _NormBase, name: str = "", correction: int = 1):
         assert norm.running_mean is not None
         self.norm, self.name, self.correction = norm, name, correction
-        self.sums = [torch.zeros(3, norm.num_features, dtype=torch.float64, device=norm.running_mean.device)]
+        device = norm.running_mean.device
+        self.batch_sums = [torch.zeros(3, norm.num_features, dtype=torch.float64, device=device)]
 
     def add(self, calls: Sequence[LayerCalls], mask: Tensor | None = None) -> None:
         for x, _ in calls[0][self.name]:
@@ -260,23 +261,23 @@ class NormStatistics(Change):
         x = x.detach().double()
         if isinstance(self.norm, _InstanceNorm):
             x = (x if x.dim() == self.norm._get_no_batch_dim() + 1 else x[None]).flatten(2)
-            sums = torch.full_like(x[0, :, 0], len(x)), x.mean(2).sum(0), x.var(2).sum(0)  # Σ1, Σmean, Σvariance
+            statistics = torch.full_like(x[0, :, 0], len(x)), x.mean(2).sum(0), x.var(2).sum(0)  # Σ1, Σmean, Σvariance
         else:
             x = x.movedim(1, -1).reshape(-1, self.norm.num_features)
-            sums = torch.full_like(x[0], len(x)), x.sum(0), x.square().sum(0)  # Σ1, Σx, Σx²
-        self.sums[0] += torch.stack(sums)
+            statistics = torch.full_like(x[0], len(x)), x.sum(0), x.square().sum(0)  # Σ1, Σx, Σx²
+        self.batch_sums[0] += torch.stack(statistics)
 
     @property
     def samples(self) -> int:
-        return int(self.sums[0][0, 0])
+        return int(self.batch_sums[0][0, 0])
 
     def write(self) -> Sequence[str]:
-        (count, total, squares), norm = self.sums[0], self.norm
+        (count, first, second), norm = self.batch_sums[0], self.norm  # Σ1, then Σx and Σx², or Σmean and Σvariance
         if not self.samples:
             return ()
         assert norm.running_mean is not None
         assert norm.running_var is not None
-        mean, variance = total / count, squares / count
+        mean, variance = first / count, second / count
         if not isinstance(norm, _InstanceNorm):
             variance = (variance - mean.square()).clamp_min(0) * (count / (count - self.correction).clamp_min(1))
         norm.running_mean.copy_(mean)

@@ -60,18 +60,18 @@ class Affine:
             self.module.bias.detach().copy_(bias.reshape(-1))
 
     def input_samples(self, x: Tensor, mask: Tensor | None = None) -> Iterator[Tensor]:
-        """Iterate over the samples of an input, (groups, samples, in), in chunks, as patches take much memory."""
+        """Iterate over the samples of an input, (groups, samples, in), in chunks, as patches need much memory."""
         if not self.is_convolution:
             yield _attended(x, mask)[None]
             return
         x = self._padded(x)
-        places = prod(
+        positions = prod(
             (size - (k - 1) * dilation - 1) // stride + 1
             for size, k, dilation, stride in zip(
                 x.shape[2:], self.module.kernel_size, self.module.dilation, self.module.stride, strict=True
             )
         )
-        images = max(1, CHUNK_ELEMENTS // max(1, places * x.shape[1] * prod(self.module.kernel_size)))
+        images = max(1, CHUNK_ELEMENTS // max(1, positions * x.shape[1] * prod(self.module.kernel_size)))
         yield from map(self._patches, x.split(images))
 
     def output_samples(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -106,7 +106,7 @@ class Affine:
         for i in range(spatial):
             window = conv.dilation[i] * (conv.kernel_size[i] - 1) + 1
             x = x.unfold(2 + i, window, conv.stride[i])[..., :: conv.dilation[i]]
-        # (batch, channels, places …, patch …) to (groups, batch, places …, channels of a group, patch …)
+        # (batch, channels, positions …, patch …) to (groups, batch, positions …, channels of a group, patch …)
         x = x.unflatten(1, (self.groups, -1)).movedim(1, 0).movedim(2, 2 + spatial)
         return x.flatten(1, 1 + spatial).flatten(2)
 
@@ -130,7 +130,7 @@ def _attended(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def is_affine(module: nn.Module) -> bool:
-    """Whether a module is one of the linear maps here; transposed convolutions are not."""
+    """Whether a module is a linear map that `Affine` supports; transposed convolutions are not."""
     if isinstance(module, _ConvNd):
         return not module.transposed
     return is_matrix(module)

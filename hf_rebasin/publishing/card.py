@@ -64,10 +64,10 @@ class Subject:
 
     @property
     def base_models(self) -> list[str]:
-        """Ids on the Hub of its inputs; for an input that is not there, of the models it was made of."""
+        """Ids on the Hub of its inputs; for an input that is not on the Hub, of the models it was made of."""
         inputs = self.provenance.inputs
-        places = [place for model in inputs for place in ([model.place] if model.commit else model.made_of)]
-        matches = [re.fullmatch(r"(.+)@[0-9a-f]{40}", place) for place in places]
+        references = [name for model in inputs for name in ([model.reference] if model.commit else model.made_of)]
+        matches = [re.fullmatch(r"(.+)@[0-9a-f]{40}", reference) for reference in references]
         return list(dict.fromkeys(match[1] for match in matches if match))
 
     @property
@@ -169,7 +169,7 @@ def _measurement_table(pair: Pair | None) -> list[list[str]]:
 
 
 def _recipe_text(subject: Subject) -> str:
-    """Return the recipe as it is beside the weights, else the settings of the verb."""
+    """Return the recipe as it is stored next to the weights, else the settings of the verb."""
     file = (subject.checkpoint.folder or Path()) / RECIPE
     if subject.provenance.verb == "merge" and file.is_file():
         lines = file.read_text(encoding="utf-8").splitlines()

@@ -58,7 +58,7 @@ class RebuildInputs:
     def stored_alignment(self) -> Alignment:
         """Return the first stored alignment; raise CheckpointError if there is none."""
         if not self.alignments:
-            raise CheckpointError("the alignment that moved the model is not stored beside it")
+            raise CheckpointError("the alignment that moved the model is not stored next to it")
         return self.alignments[0]
 
 

@@ -1,4 +1,4 @@
-"""Records that a verb writes beside the weights: recipe, alignments, `rebasin.json`, and measurements in a report."""
+"""Records that a verb writes next to the weights: recipe, alignments, `rebasin.json`, and measurements in a report."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RECIPE, REPORT = "recipe.yaml", "report.json"
 
 @dataclass(frozen=True)
 class MergeRecord:
-    """Records to be written beside the weights of a merged or otherwise derived model.
+    """Records to be written next to the weights of a merged or otherwise derived model.
 
     Args:
         provenance: record of how it was made.
@@ -158,7 +158,7 @@ def _make_input_record(name: str, model: Checkpoint, record: Provenance | None) 
     if record is not None and any(record.outputs.get(file) != digest for file, digest in files.items()):
         record = None  # the files were changed since
     inputs = () if record is None else record.inputs
-    made_of = tuple(place for entry in inputs for place in (entry.made_of or (entry.place,)))
+    made_of = tuple(reference for entry in inputs for reference in (entry.made_of or (entry.reference,)))
     licence = _find_licence(model, record)
     return InputRecord(name=name, commit=model.commit, licence=licence, files=files, made_of=made_of)
 
@@ -227,8 +227,8 @@ def public_names(models: Sequence[Checkpoint]) -> list[str]:
     return names
 
 
-def _bare_name(place: str) -> str:
-    return Path(shorten_path(place)).name or place
+def _bare_name(model: str) -> str:
+    return Path(shorten_path(model)).name or model
 
 
 def pinned_settings(batches: Batches) -> dict[str, Any]:

@@ -144,11 +144,11 @@ def publish_from_settings(
     else:
         names, text = _check_folder(source, settings, template)
         files = {name: source / name for name in names}
-        own = _read_custom_card(source / CARD)
-        if own is not None:
+        custom = _read_custom_card(source / CARD)
+        if custom is not None:
             if template is not None:
                 raise OptionError(f"{source / CARD} is a handwritten card; remove it, or leave out the template")
-            text = own
+            text = custom
     if source.is_dir() and not dry_run:
         write_atomically(source / CARD, text.encode())
     with translated_errors(f"{'look at' if dry_run else 'publish to'} {settings.to}"):
@@ -252,12 +252,12 @@ def _refuse_failed(folder: Path, pair: Pair) -> None:
         bad = [row for row, value in values.items() if value is not None and not math.isfinite(value)]
         if bad:
             raise CheckpointError(f"{folder} has no finite {name} ({listed(bad)}), so it is not published")
-    exact = pair.exactness
-    if exact is None or exact.before is None or exact.after is None:
+    exactness = pair.exactness
+    if exactness is None or exactness.before is None or exactness.after is None:
         return
-    if not abs(exact.before - exact.after) <= 1e-3 * max(1.0, abs(exact.before)):
+    if not abs(exactness.before - exactness.after) <= 1e-3 * max(1.0, abs(exactness.before)):
         raise CheckpointError(
-            f"moving a model of {folder} changed its loss from {exact.before:.6g} to {exact.after:.6g}, which "
+            f"moving a model of {folder} changed its loss from {exactness.before:.6g} to {exactness.after:.6g}, which "
             "must never happen, so it is not published"
         )
 

@@ -76,7 +76,7 @@ def verify(
         rebuild: whether to rebuild it from its record, with the stored alignments, and compare all files bit by bit.
         resolve: whether to rebuild it with alignments that are solved anew.
         models: folders of inputs that are not on the Hub; they are identified by their sha256.
-        data: place of the data, if they are not on the Hub.
+        data: path of the data, if they are not on the Hub.
         device: device to rebuild it on, if it was not made on a CPU.
         progress: whether to show progress bars.
 
@@ -94,8 +94,10 @@ def verify(
     hashes, notes = hash_files(folder, written=True), []
     findings = list(compare_files(folder, provenance, hashes))
     if rebuild or resolve:
-        here = dict(package_versions())
-        differ = [f"{n} {v} (here {here.get(n)})" for n, v in provenance.versions.items() if here.get(n) != v]
+        installed = dict(package_versions())
+        differ = [
+            f"{n} {v} (here {installed.get(n)})" for n, v in provenance.versions.items() if installed.get(n) != v
+        ]
         if differ:
             notes.append(f"it was made with {listed(differ, 9)}; other versions may round differently")
         machine = provenance.machine
@@ -165,7 +167,7 @@ def _check_input(record: InputRecord, files: Mapping[str, str]) -> Finding:
     names = record.files.keys() | files.keys()
     changed = sorted(name for name in names if record.files.get(name) != files.get(name))
     detail = f"has files that differ from those that were read: {listed(changed)}" if changed else ""
-    return Finding(kind="as read", what=record.place, holds=not changed, detail=detail)
+    return Finding(kind="as read", what=record.reference, holds=not changed, detail=detail)
 
 
 def _compare_rebuilt(

@@ -32,7 +32,7 @@ from ..reports.report import Report
 from ..solving.problem import matched_tensors
 from ..solving.solution import Clock, Solution
 from ..symmetries.table import canonical_view
-from ..text import family_of, layer_of
+from ..text import family_of, layer_name
 from .recipe import Recipe, RefitSettings, fits_whole_models
 from .runner import MergeResult, OpenedRecipe, describe_finishing, merge_models, solvers_with_data
 
@@ -299,7 +299,7 @@ def weight_similarities(
         a, *pair = (tensor.gather(state).double().reshape(-1) for state in states)
         products = torch.stack([torch.stack([a @ b, a @ a, b @ b]) for b in pair])
         for name in tensor.names & spec.free:
-            for label in (name, _layer_name(tensor.key)):
+            for label in (name, layer_name(tensor.key)):
                 key = (name, label)
                 sums[key] = sums[key] + products if key in sums else products
     families: dict[str, list[str]] = {}
@@ -315,9 +315,3 @@ def _cosines(sums: Tensor) -> tuple[float, float]:
     """Return the cosines before and after, from ⟨a, b⟩, ‖a‖², ‖b‖² of each."""
     before, after = (float(dot / (x * y).sqrt()) if x * y > 0 else 0.0 for dot, x, y in sums)
     return before, after
-
-
-def _layer_name(key: str) -> str:
-    """Return the layer of a tensor, such as `h.3` for `h.3.attn.c_attn.weight`; the key if it has no number."""
-    layer = layer_of(key)
-    return f"{layer[0]}{layer[1]}" if layer else key.removesuffix(".weight")

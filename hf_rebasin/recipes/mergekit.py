@@ -102,10 +102,10 @@ def _spread_parameters(recipe: dict[Any, Any]) -> None:
 
 def _with_weight(raw: Any, general: Any) -> Any:
     entry = dict(raw) if isinstance(raw, Mapping) else {"model": raw}
-    own = entry.get("parameters", {})
-    if not isinstance(own, Mapping):
+    parameters = entry.get("parameters", {})
+    if not isinstance(parameters, Mapping):
         return entry
-    weight = own.get("weight")
+    weight = parameters.get("weight")
     if weight is None:
         weight = general
     elif isinstance(weight, list) and all(
@@ -113,7 +113,7 @@ def _with_weight(raw: Any, general: Any) -> Any:
     ):
         filtered = isinstance(general, list) and any(isinstance(item, Mapping) for item in general)
         weight = [*weight, *(general if filtered else [{"value": general}])]
-    return entry | {"parameters": {**own, "weight": weight}}
+    return entry | {"parameters": {**parameters, "weight": weight}}
 
 
 def _read_tokenizer(recipe: dict[Any, Any]) -> Iterator[str]:
@@ -140,7 +140,7 @@ def _read_tokenizer(recipe: dict[Any, Any]) -> Iterator[str]:
 
 
 def _read_dtype(recipe: dict[Any, Any]) -> Iterator[str]:
-    """Take `out_dtype`, the dtype of the result; `dtype` beside it is only the one that mergekit computes in."""
+    """Take `out_dtype`, the dtype of the result; a `dtype` next to it is only the one mergekit computes in."""
     out, known = recipe.pop("out_dtype", None), get_args(Dtype)
     if out is not None and out not in known:
         yield f"out_dtype: {out!r} is not one of {', '.join(known)}"

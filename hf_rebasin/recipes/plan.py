@@ -3,7 +3,7 @@
 Memory is estimated from the way things are computed. For streamed merges, weight matching and refits the estimate is
 within a factor of three (a slow test in `tests/recipes/test_plan.py` compares it with processes):
 
-- A streamed merge takes little more than the libraries. A method that needs whole tensors holds those of one key.
+- A streamed merge needs little more than the libraries. A method that needs whole tensors holds those of one key.
 - An alignment holds the similarities of one symmetry at a time, n × n in float64, five times over while the assignment
   is solved; those of symmetries with vectors throughout; and the two largest tensors. If residual streams are rotated,
   it also holds these tensors folded and in float64.
@@ -201,9 +201,9 @@ def output_size(recipe: Recipe, first: Checkpoint) -> int:
 
 def _untied_bytes(spec: Spec, first: Checkpoint) -> int:
     """Return the bytes of heads that rotations untie from their embeddings, and that are then stored separately."""
-    names = canonical_view(first, spec.table).keys
-    kept = [spec.ties[target] for target in spec.untied_by({norm.stream for norm in spec.gauged})]
-    return sum(first.parts[names[key]].nbytes for key in kept if key in names)
+    disk_keys = canonical_view(first, spec.table).keys
+    untied = [spec.ties[target] for target in spec.untied_by({norm.stream for norm in spec.gauged})]
+    return sum(first.parts[disk_keys[key]].nbytes for key in untied if key in disk_keys)
 
 
 def peak_memory(recipe: Recipe, opened: OpenedRecipe, alignment: PlannedAlignment | None) -> int:
@@ -225,7 +225,7 @@ def peak_memory(recipe: Recipe, opened: OpenedRecipe, alignment: PlannedAlignmen
 
 
 def _alignment_memory(spec: Spec, largest: int, narrow: int) -> int:
-    """Estimate the bytes that aligning one model takes."""
+    """Estimate the bytes that aligning one model needs."""
     square = {name: 8 * spec.symmetries[name].size ** 2 for name in spec.free}
     vectors = {
         block.dims[dim].name
@@ -233,9 +233,9 @@ def _alignment_memory(spec: Spec, largest: int, narrow: int) -> int:
         for block in tensor.blocks
         if (dim := sole_free_dim(spec, block)) is not None
     }
-    kept = sum(square.get(name or "", 0) for name in vectors)
+    with_vectors = sum(square.get(name or "", 0) for name in vectors)
     folded = FOLDED * 8 * largest if spec.gauged else 0
-    return SIMILARITIES * max(square.values(), default=0) + kept + 2 * narrow + folded
+    return SIMILARITIES * max(square.values(), default=0) + with_vectors + 2 * narrow + folded
 
 
 def _refuse_small_disk(plan: Plan) -> None:
@@ -250,10 +250,10 @@ def _refuse_small_disk(plan: Plan) -> None:
         cache = Path(constants.HF_HUB_CACHE)
         output = plan.size if _filesystem(cache) == _filesystem(resolve_target(plan.out)) else 0
         if to_download + output > (free := _free_space(cache)):
-            also = f" beside the {output / 1e9:.2f} GB of the merge" if output else ""
+            also = f" in addition to the {output / 1e9:.2f} GB of the merge" if output else ""
             raise NoSpaceError(
                 f"{to_download / 1e9:.2f} GB are to be downloaded to {cache}{also}, and {free / 1e9:.2f} GB are free "
-                "there; make room, or set HF_HOME to a disk that has it"
+                "there; make room, or set HF_HOME to a disk with enough"
             )
 
 

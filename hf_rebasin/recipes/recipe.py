@@ -223,7 +223,7 @@ class Recipe(_StrictModel):
             recipe = Recipe.model_validate(raw)
         except ValidationError as error:
             recipe = None
-            invalid = _mistakes_in(error)  # slices, which are refused already, stand in the place of models
+            invalid = _mistakes_in(error)  # slices, which are refused already, stand in place of models
             mistakes += [mistake for mistake in invalid if not mistakes or mistake != "models: field required"]
         mistakes += [*_unknown_names(raw), *_missing_data(raw)]
         if mistakes or recipe is None:
@@ -362,8 +362,8 @@ def _unknown_names(raw: Mapping[str, Any]) -> Iterator[str]:
     if isinstance(align, Mapping):
         try:
             solver = registry.solver(str(align.get("solver", "weight_matching")))
-            own = AlignSettings.model_fields
-            options, mistakes = read_keywords(solver, {k: v for k, v in align.items() if k not in own})
+            align_fields = AlignSettings.model_fields
+            options, mistakes = read_keywords(solver, {k: v for k, v in align.items() if k not in align_fields})
             for option, message in mistakes.items():
                 yield f"align.{option}: {message}"
             if not mistakes:

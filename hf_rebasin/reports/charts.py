@@ -279,7 +279,7 @@ def _shorten(name: str, most: int = 14) -> str:
 
 
 def render_png(lines: Sequence[Line], title: str) -> bytes:
-    """Render the loss along all curves, and the first metric beside it, as a PNG on white at 160 dpi."""
+    """Render the loss along all curves, and the first metric next to it, as a PNG on white at 160 dpi."""
     from matplotlib.figure import Figure  # pyplot would keep state for the whole process
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 

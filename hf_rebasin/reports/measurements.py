@@ -40,7 +40,7 @@ class Line(Curve):
     Example:
         >>> line = Line("plain average", "plain", at=(0, 0.5, 1), loss=(0.1, 1.2, 0.3))
         >>> line.barrier, line.area, line.middle
-        (1.0, 0.5, {'loss': 1.2})
+        (1.0, 0.5, 1.2)
     """
 
     name: str
@@ -49,6 +49,11 @@ class Line(Curve):
     at: tuple[float, ...]
     loss: tuple[Number, ...]
     metrics: Mapping[str, tuple[Number, ...]] = field(default_factory=dict)
+
+    @property
+    def middle(self) -> float:  # type: ignore[override]
+        """The loss at the point nearest to λ = ½, which is what `middle` is in report.json."""
+        return super().middle["loss"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Likeness:
-    """How alike two models are along their depth, before and after aligning, in one family of symmetries.
+    """How similar two models are along their depth, before and after aligning, in one family of symmetries.
 
     Args:
         family: family of symmetries, such as `ff.*`.
@@ -160,8 +165,8 @@ def with_excess(ends: Sequence[TableRow], rows: Sequence[TableRow]) -> tuple[Tab
     plain = find_plain_average(filled)
     if plain is None or plain.excess is None or not plain.excess > 0:
         return tuple(filled)
-    whole = plain.excess
-    return tuple(row if row.excess is None else replace(row, ratio=row.excess / whole) for row in filled)
+    plain_excess = plain.excess
+    return tuple(row if row.excess is None else replace(row, ratio=row.excess / plain_excess) for row in filled)
 
 
 def least_excess_row(rows: Iterable[TableRow | None]) -> TableRow | None:

@@ -80,12 +80,12 @@ def make_view(pair: Pair, anchor: str, image: str) -> View:
     n = len(pair.ends)
     groups = [RowGroup("The two models", tuple(shown[:n]))] if n else []
     for consumed in CONSUMED:
-        alike = tuple(entry for entry in shown[n:] if entry[0].consumed == consumed)
-        if alike:
+        comparable = tuple(entry for entry in shown[n:] if entry[0].consumed == consumed)
+        if comparable:
             title = f"Merged, using {consumed}" + " but the two models" * (consumed == "nothing")
-            groups.append(RowGroup(title, alike))
+            groups.append(RowGroup(title, comparable))
     legend = tuple(
-        (style, line, tuple(format_column([v], 3)[0] for v in (line.barrier, line.area, line.middle["loss"])))
+        (style, line, tuple(format_column([v], 3)[0] for v in (line.barrier, line.area, line.middle)))
         for style, line in zip(assign_styles(pair.lines), pair.lines, strict=True)
     )
     return View(

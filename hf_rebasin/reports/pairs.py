@@ -84,8 +84,10 @@ def verdict_over(pairs: Sequence[Pair]) -> MergeVerdict:
         ("unchecked", "there is no control to compare with"),
         ("unmeasured", "nothing was measured"),
     ):
-        if alike := by_kind.get(kind):
-            sentences.append(f"In {_count_of(alike, pairs)} {finding}: {listed((pair.name for pair in alike), 4)}.")
+        if matching := by_kind.get(kind):
+            sentences.append(
+                f"In {_count_of(matching, pairs)} {finding}: {listed((pair.name for pair in matching), 4)}."
+            )
     kinds: tuple[Literal["control", "unchecked", "better"], ...] = ("control", "unchecked", "better")
     return MergeVerdict(next(kind for kind in kinds if kind in by_kind), " ".join(sentences))
 

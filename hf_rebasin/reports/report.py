@@ -92,7 +92,9 @@ class Report:
         """
         page = Path(path)
         if page.suffix != ".html":
-            raise OptionError(f"a report is one .html file with others beside it; {page.name!r} does not end in .html")
+            raise OptionError(
+                f"a report is one .html file with others next to it; {page.name!r} does not end in .html"
+            )
         page.parent.mkdir(parents=True, exist_ok=True)
         public = self.public()
         images = public.images(page.stem)
@@ -113,7 +115,7 @@ class Report:
         return images
 
     def html(self, stem: str = "report") -> str:
-        """The page as HTML; `stem` is the name of the files beside it, without a suffix."""
+        """The page as HTML; `stem` is the name of the files next to it, without a suffix."""
         report = self.public()
         names = iter(report.images(stem))
         views = [
@@ -175,7 +177,7 @@ class Report:
 
 # What is computed from the fields, and stands in the JSON as well.
 _DERIVED: dict[type, Callable[[Any], dict[str, Any]]] = {
-    Line: lambda line: {"barrier": line.barrier, "area": line.area, "middle": line.middle["loss"]},
+    Line: lambda line: {"barrier": line.barrier, "area": line.area, "middle": line.middle},
     Pair: lambda pair: {"verdict": pair.verdict},
     Report: lambda report: {"verdict": report.verdict},
 }

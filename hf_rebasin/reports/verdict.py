@@ -89,9 +89,9 @@ def _describe_beaten(best: TableRow, rival: TableRow) -> str:
 def _list_unhelped(rows: Sequence[TableRow], best: TableRow, rival: TableRow | None) -> Iterator[str]:
     """Name the results that do not beat the control with the same inputs, unless `best` and `rival` are that pair."""
     for consumed in CONSUMED:
-        alike = [row for row in rows if row.consumed == consumed]
+        comparable = [row for row in rows if row.consumed == consumed]
         result, control = (
-            least_excess_row(row for row in alike if row.control is control) for control in (False, True)
+            least_excess_row(row for row in comparable if row.control is control) for control in (False, True)
         )
         if result is None or control is None or excess_or_nan(result) < excess_or_nan(control):
             continue

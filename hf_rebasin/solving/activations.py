@@ -232,7 +232,7 @@ def collect_statistics(
         batches: inputs of the forward pass. Labels in them are ignored, and so are positions that an
             `attention_mask` leaves out.
         device: device on which the models run.
-        sensitive: whether to weight samples, which takes a backward pass for every forward pass.
+        sensitive: whether to weight samples, which needs a backward pass for every forward pass.
 
     Returns:
         The statistics, summed over all processes.
@@ -265,7 +265,7 @@ def collect_statistics(
                     weights = (gradient_norms[0] * gradient_norms[1]).sqrt() if gradient_norms else x.new_ones(len(x))
                     total.add(x, y, weights)
     if not any_batch:
-        raise OptionError("the data gave no batch to this process")
+        raise OptionError("the data yielded no batch to this process")
     reduced = [total.all_reduce() for total in totals]
     return ActivationStatistics(
         spec, [(block, total) for block, total in zip(blocks, reduced, strict=True) if total.total_weight]

@@ -1,4 +1,4 @@
-"""Alignment of two models, from whatever users give: paths, names, modules, tensors."""
+"""Alignment of two models, from whatever users pass: paths, names, modules, tensors."""
 
 from __future__ import annotations
 
@@ -58,10 +58,9 @@ def align(
         assume: what to take as equal without checking: "config", "labels", "vocabulary".
         backbone_only: whether to match base models only, whatever their heads are.
         groups: "full" for the largest groups that preserve the function: rotations of the residual stream, bases
-            inside heads, scales. "permutation" for their permutations only, which change the places of values but no
-            value.
-        keep_tied: whether a stream is only permuted where rotating it would store a head apart from the embedding it
-            is tied to.
+            inside heads, scales. "permutation" for their permutations only, which reorder values without changing
+            any.
+        keep_tied: whether a stream is only permuted where rotating it would untie the head from the embedding.
         hold: names of symmetries, or patterns such as `ff.*`, that are left as they are.
         data: batches that can be read several times, such as a list or a DataLoader, for solvers that minimise a loss
             or compare activations. Under `accelerate launch` every process takes its share.
@@ -70,13 +69,13 @@ def align(
             without labels, the divergence of the module's outputs from those of the two models (KL, see
             `hf_rebasin.modules.divergence`).
         device: device on which similarities and losses are computed, such as `accelerator.device`; by default that of
-            the tensors. Tensors on disk are brought there block by block.
+            the tensors. Tensors on disk are moved to it block by block.
         progress: whether to show a progress bar (on a terminal).
         options: options of the solver, such as `starts=1`.
 
     Returns:
         A `Solution`; `solution.apply(moving)` is the moved model, which computes the same function. Where only
-        permutations were used its values are bit for bit the same, in other places; otherwise they are equal up to
+        permutations were used its values are bit for bit the same, at other positions; otherwise they are equal up to
         the rounding of their dtype.
 
     Raises:
@@ -105,9 +104,7 @@ def align(
     if isinstance(spec, Table):
         spec = bind_to(spec, a)
     if spec is None:
-        bare = (
-            a.template is None and a.config is None
-        )  # a state dict; the other model may have a table or a forward pass
+        bare = a.template is None and a.config is None  # a state dict: the other may have a table or a forward pass
         spec = detect_spec(b if bare else a, inputs)
     for checkpoint in (a, b):
         checkpoint.refuse_broken()
@@ -168,8 +165,8 @@ def align_checkpoints(
     generator = torch.Generator().manual_seed(seed)
     forward = None
     if data is not None:
-        own = canonical_view(view.untied(tied, spec.ties), spec.table) if tied else view
-        forward = Forward(module=partial(own.module, fixed.compute_dtype), data=data, loss=loss)
+        stored_view = canonical_view(view.untied(tied, spec.ties), spec.table) if tied else view
+        forward = Forward(module=partial(stored_view.module, fixed.compute_dtype), data=data, loss=loss)
     problem = Problem(matched, fixed_state, moving_state, generator, device=device, progress=progress, forward=forward)
     solution = solver.solve(problem)
     alignment = solution.alignment

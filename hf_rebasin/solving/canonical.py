@@ -86,7 +86,7 @@ def _embed_permutations(spec: Spec, alignment: Alignment) -> dict[str, Element]:
 
 
 def unmoved_share(alignment: Alignment) -> float:
-    """Return the share of units that permutations leave in their places."""
+    """Return the share of units that permutations leave in place."""
     orders = [element.tensors()["order"] for element in alignment.elements.values()]
     unmoved = sum(int((order == torch.arange(order.shape[-1])).sum()) for order in orders)
     return unmoved / max(sum(order.numel() for order in orders), 1)
@@ -101,7 +101,7 @@ def make_canonical(spec: Spec, state: Mapping[str, Tensor]) -> tuple[Tensors, di
             elements[name] = element_class(spec, name).balance(sides[""][0], sides[READER][0])
     balanced = act(spec, elements, form)
     if sum(part.numel for part in balanced.parts.values()) <= MAX_CACHED_ELEMENTS:
-        balanced = Tensors({key: InMemory.of(tensor.clone(), own=True) for key, tensor in balanced.items()})
+        balanced = Tensors({key: InMemory.of(tensor.clone(), owned=True) for key, tensor in balanced.items()})
     return balanced, elements
 
 

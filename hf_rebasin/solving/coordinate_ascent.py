@@ -22,7 +22,7 @@ class SimilarityFunction(Protocol):
     """Computes the similarity of two models along a unit, with everything outside the unit moved by `elements`.
 
     With `known`, only blocks count whose free symmetries are all in the unit or in `known`. The second value tells
-    whether the similarity is exact; it is not where a symmetry occurs twice in a tensor.
+    whether the objective is linear in the unit's elements; it is not where a symmetry occurs twice in a tensor.
     """
 
     def __call__(
@@ -160,7 +160,7 @@ class _Ascent:
         """Solve one unit and return whether it moved: only if that beats its present elements and the identity."""
         self.stale.discard(unit.outer)
         with self.clock("similarity"):
-            similarity, exact = self.measure(unit, self.elements, known)
+            similarity, linear = self.measure(unit, self.elements, known)
         if not similarity:
             return False
         nested = Nested.of(self.spec, unit)
@@ -170,7 +170,7 @@ class _Ascent:
             new = self._prefer_unmoved(nested, similarity, new, present)
         if all(new[name] is present[name] for name in present):
             return False
-        if not exact and known is None:
+        if not linear and known is None:  # the similarity holds only near the present elements
             with self.clock("objective"):
                 tensors = [t for t in matched_tensors(self.spec) if not t.names.isdisjoint(unit.names)]
                 now = objective(self.problem, self.elements | new, tensors)
@@ -179,7 +179,7 @@ class _Ascent:
                 return False
         self.elements |= new
         self.stale |= {u.outer for u in self.spec.units if u is not unit and _share_tensors(self.spec, u, unit)}
-        if not exact:
+        if not linear:
             self.stale.add(unit.outer)
         return True
 

@@ -1,10 +1,10 @@
 """Alignment by gradients: one loop over relaxed elements for every group, every cost and every architecture.
 
 A descent applies the alignment that it starts from to the moving model, relaxes the identity of every group, and
-minimises a cost of the relaxed alignment. At regular intervals the nearest exact alignment is measured by the same
-cost, and the best exact one is returned. Norms between a rotated stream and its readers are folded away in both models
-first: then every group acts linearly, and a point between the two computes the same function as the same point between
-the models as they are.
+minimises a cost of the relaxed alignment. At regular intervals the nearest exact alignment, one whose elements are in
+the groups and not relaxed, is measured by the same cost, and the best of these is returned. Norms between a rotated
+stream and its readers are folded away in both models first: then every group acts linearly, and a point between the
+two computes the same function as the same point between the models as they are.
 
 Costs are those of Re-basin via implicit Sinkhorn differentiation (Guerrero Peña et al. 2023, arXiv 2212.12042).
 """
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ..alignment.action import act_on_block
 from ..alignment.alignment import Alignment
-from ..alignment.elements.relaxation import Acting, Permuting, Softening
+from ..alignment.elements.relaxation import Permuting, Relaxation, SupportsAct
 from ..alignment.gauge import find_gauges, fold_state, gauge_vectors
 from ..alignment.relaxed_alignment import RelaxedAlignment, act_with_gradients, split_keys
 from ..checkpoints.precision import compute_dtype
@@ -59,13 +59,13 @@ class Descent:
     Args:
         cost: "l2", "l1" or "cosine" of the weights; with data, "mid" for the loss halfway between the models or "rnd"
             for the loss at a random point of `interval`. Without labels the loss is the divergence of the outputs
-            there from those of the two models (see `hf_rebasin.modules.divergence`). By default "mid" with data
+            there from the two models' outputs (see `hf_rebasin.modules.divergence`). By default "mid" with data
             ("rnd" for `learned`), "l2" without. "l1" is minimised as a mean, as in the paper, to which its `lr` of 10
             belongs: the gradients are below the eps of AdamW.
         start: solver whose alignment is improved, or "identity"; no result is worse than that alignment. Its options
             may be given as `{"solver": name, option: value, …}`.
-        starts: number of descents from there, each with further batches and noise of its own; the best alignment of
-            all is kept.
+        starts: number of descents from that start, each with its own batches and noise; the best alignment of all is
+            kept.
         steps: greatest number of optimizer steps.
         lr: learning rate of permutations.
         smooth_lr: learning rate of rotations, bases and scales.
@@ -79,7 +79,7 @@ class Descent:
         checks: number of batches on which it is measured, the first of the data.
         patience: number of such checks without improvement after which the descent ends.
         both_ends: whether a loss on data moves both models towards each other; the result is then carried over to the
-            moving one. Permutations have to be kept.
+            moving one. Permutations have to stay as they are: permuting="kept".
         permuting: how permutations are relaxed: "sinkhorn", "straight_through", or "kept" as they are.
         temperature: temperature of the Sinkhorn operator.
         iterations: number of iterations of the Sinkhorn operator.
@@ -180,7 +180,7 @@ class _DescentRun:
                 sum(self._squared_norm(tensor, b) for tensor, _, b in self.pairs),
             ]
         dtype = compute_dtype(*(tensor.dtype for tensor in self.fixed.values()))
-        self.softening = Softening(
+        self.relaxation = Relaxation(
             generator=problem.generator,
             permuting=options.permuting,
             temperature=options.temperature,
@@ -201,15 +201,15 @@ class _DescentRun:
     def _relax_identity(self) -> list[RelaxedAlignment]:
         """Create the relaxed alignments that a descent begins with: of the moving model, or of both."""
         count = 2 if self.options.both_ends and self.cost not in WEIGHT_COSTS else 1
-        return [RelaxedAlignment.identity(self.spec, self.softening) for _ in range(count)]
+        return [RelaxedAlignment.identity(self.spec, self.relaxation) for _ in range(count)]
 
     def _make_loss(self, forward: Forward, moved: StateDict) -> Callable[[StateDict, float, Any], Tensor]:
         """Make the loss of (the model at λ, λ, a batch)."""
         device = self.problem.device
-        module, names = forward.module()
+        module, module_keys = forward.module()
         module = module.to(device).eval().requires_grad_(False)
         if forward.loss is None and not self._returns_loss(module):
-            divergence = Divergence(module, names, (self.fixed, moved), device)
+            divergence = Divergence(module, module_keys, (self.fixed, moved), device)
             self.notes = (*self.notes, UNLABELLED_NOTE)
 
             def mean_divergence(state: StateDict, t: float, batch: Any) -> Tensor:
@@ -218,7 +218,7 @@ class _DescentRun:
 
             return mean_divergence
         use_batch_statistics(module)
-        call = FunctionalCall(module, names, require_scalar_loss(forward.loss or compute_own_loss), device)
+        call = FunctionalCall(module, module_keys, require_scalar_loss(forward.loss or compute_own_loss), device)
         return lambda state, t, batch: call(state, batch)
 
     def _returns_loss(self, module: nn.Module) -> bool:
@@ -256,7 +256,7 @@ class _DescentRun:
 
     def run(self) -> Solution:
         """Run all descents and return the best exact alignment seen, the start and the identity included."""
-        unmoved: list[Mapping[str, Acting]] = [{} for _ in self.ends]
+        unmoved: list[Mapping[str, SupportsAct]] = [{} for _ in self.ends]
         with self.clock("exact"):
             identity_cost = self._exact_cost(unmoved, self._unmoved_pairs())
             self.start_cost = self.best_cost = self._exact_cost(unmoved, self.pairs)
@@ -350,7 +350,7 @@ class _DescentRun:
     # --- costs -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _exact_cost(self, elements: Sequence[Mapping[str, Acting]], pairs: Pairs) -> float:
+    def _exact_cost(self, elements: Sequence[Mapping[str, SupportsAct]], pairs: Pairs) -> float:
         """Compute the cost of exact elements on the batches of checks, each at another point for "rnd"."""
         if self.cost in WEIGHT_COSTS:
             return float(self._weight_cost(elements, pairs))
@@ -363,7 +363,7 @@ class _DescentRun:
         mean = torch.stack(values).double().mean()
         return all_reduce_mean(mean).item()
 
-    def _relaxed_cost(self, elements: Sequence[Mapping[str, Acting]]) -> Tensor:
+    def _relaxed_cost(self, elements: Sequence[Mapping[str, SupportsAct]]) -> Tensor:
         """Compute the cost of relaxed elements, on the next batch."""
         if self.cost in WEIGHT_COSTS:
             value = self._weight_cost(elements, self.pairs)
@@ -374,7 +374,7 @@ class _DescentRun:
             t = low + (high - low) * torch.rand((), generator=self.problem.generator).item()
         return self._data_cost(elements, self.pairs, t, next(self.batches))
 
-    def _weight_cost(self, elements: Sequence[Mapping[str, Acting]], pairs: Pairs) -> Tensor:
+    def _weight_cost(self, elements: Sequence[Mapping[str, SupportsAct]], pairs: Pairs) -> Tensor:
         total: Any = 0.0
         squares: Any = 0.0
         for tensor, a, b in pairs:
@@ -391,7 +391,7 @@ class _DescentRun:
                     total = total + weight * size.sum(dtype=torch.float64)
         return 1 - total / squares.prod().sqrt() if self.cost == "cosine" else total
 
-    def _data_cost(self, elements: Sequence[Mapping[str, Acting]], pairs: Pairs, t: float, batch: Any) -> Tensor:
+    def _data_cost(self, elements: Sequence[Mapping[str, SupportsAct]], pairs: Pairs, t: float, batch: Any) -> Tensor:
         merged: dict[str, Tensor] = {}
         for tensor, a, b in pairs:
             y = act_with_gradients(self.spec, elements[0], tensor, b)

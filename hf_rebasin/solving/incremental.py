@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..alignment.alignment import Alignment
-from ..alignment.elements.relaxation import Softening
+from ..alignment.elements.relaxation import Relaxation
 from ..alignment.relaxed_alignment import RelaxedAlignment
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.model_classes import copy_module, module_names
@@ -115,7 +115,7 @@ def learn(
         MismatchError, SpecError: the symmetries are unknown, or the spec or table belongs to another model.
         CheckpointError: the module has NaN or Inf in it, or its tensors are stored in another layout than it uses.
 
-    Example: what one episode does to a weight. θ = 1 and its permuted self, which has 3 in this place, with δ = 0.1:
+    Example: what one episode does to a weight. θ = 1 and its permuted self, whose value here is 3, with δ = 0.1:
     the cost is taken at ½(1 + 3) + 0.1 = 2.1, and the new weight is 0.8 · 1 + 0.2 · 3 + 0.1 = 1.5.
 
         >>> episode = learn(module, DataLoader(new + replay, 100), cross_entropy_of, inputs=images[:1])
@@ -141,7 +141,7 @@ def learn(
     if not isinstance(spec, Spec):
         spec = detect_spec(checkpoint, inputs) if spec is None else bind_to(spec, checkpoint)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    softening = Softening(
+    relaxation = Relaxation(
         generator=generator,
         permuting="sinkhorn",
         temperature=temperature,
@@ -150,7 +150,7 @@ def learn(
         device=device,
         dtype=compute_dtype(*checkpoint.dtypes),
     )
-    near = _Neighbourhood(checkpoint, spec.restricted(), loss, softening, delta_noise if delta_lr else None)
+    near = _Neighbourhood(checkpoint, spec.restricted(), loss, relaxation, delta_noise if delta_lr else None)
     history = []
     candidates = [
         torch.optim.AdamW(near.relaxed.permuting, lr=lr) if near.relaxed.permuting else None,
@@ -197,28 +197,28 @@ class _Neighbourhood:
         checkpoint: Checkpoint,
         spec: Spec,
         loss: Callable[[nn.Module, Any], Tensor],
-        softening: Softening,
+        relaxation: Relaxation,
         delta_noise: float | None,
     ):
         template, view = cast(nn.Module, checkpoint.template), canonical_view(checkpoint, spec.table)
-        if (module_keys := module_names(template)) is None:
+        if (by_disk_key := module_names(template)) is None:
             raise CheckpointError(f"{checkpoint.name} stores its tensors in another layout than it computes with")
         for key, shape in view.shapes.items():
             if spec.shapes.get(key) != shape:
                 in_spec = f"is {spec.shapes[key]}" if key in spec.shapes else "is unknown"
                 raise MismatchError(f"{checkpoint.name}: {key!r} is {shape} here, and {in_spec} in the spec (spec=)")
-        self.names = {key: module_keys[stored] for key, stored in view.keys.items()}
-        self.own, self.device = view.state, softening.device
-        self.theta = {key: self.own[key].to(self.device).contiguous() for key in self.names}
+        self.module_keys = {key: by_disk_key[stored] for key, stored in view.keys.items()}
+        self.original, self.device = view.state, relaxation.device
+        self.theta = {key: self.original[key].to(self.device).contiguous() for key in self.module_keys}
         self.template, self.module = template, copy_module(template).to(self.device)
         use_batch_statistics(self.module)
-        self.call = FunctionalCall(self.module, self.names, require_scalar_loss(loss), self.device)
-        self.relaxed = RelaxedAlignment.identity(spec, softening)
+        self.call = FunctionalCall(self.module, self.module_keys, require_scalar_loss(loss), self.device)
+        self.relaxed = RelaxedAlignment.identity(spec, relaxation)
         learning = {name for name, p in template.named_parameters(remove_duplicate=False) if p.requires_grad}
         self.delta = {
-            key: self._initial_delta(tensor, delta_noise, softening.generator)
+            key: self._initial_delta(tensor, delta_noise, relaxation.generator)
             for key, tensor in self.theta.items()
-            if delta_noise is not None and self.names[key] in learning
+            if delta_noise is not None and self.module_keys[key] in learning
         }
 
     def _initial_delta(self, like: Tensor, noise: float, generator: torch.Generator) -> Tensor:
@@ -246,12 +246,12 @@ class _Neighbourhood:
         targets = dict(out.named_parameters(remove_duplicate=False)) | dict(out.named_buffers(remove_duplicate=False))
         for part, original in zip(out.modules(), self.template.modules(), strict=True):
             part.training = original.training
-        moved = alignment.on(alignment.spec, self.own)
-        for key, name in self.names.items():
-            own, other, target = self.own[key], moved[key], targets[name]
-            if own.is_floating_point():
-                own = torch.lerp(own.double(), other.double(), alpha)
+        moved = alignment.on(alignment.spec, self.original)
+        for key, module_key in self.module_keys.items():
+            value, permuted, target = self.original[key], moved[key], targets[module_key]
+            if value.is_floating_point():
+                value = torch.lerp(value.double(), permuted.double(), alpha)
             elif alpha >= 0.5:
-                own = other
-            target.copy_(own + self.delta[key].to(own) if key in self.delta else own)
+                value = permuted
+            target.copy_(value + self.delta[key].to(value) if key in self.delta else value)
         return out

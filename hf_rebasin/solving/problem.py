@@ -30,7 +30,7 @@ class Forward:
     Args:
         module: makes (a module to compute with, `{canonical key: module key}`).
         data: batches, which can be read any number of times.
-        loss: gives one number for (module, batch). None stands for the loss that the module itself returns or, where
+        loss: returns one number for (module, batch). None stands for the loss that the module itself returns or, where
             batches have no labels, for the divergence of its outputs from those of the two models.
     """
 

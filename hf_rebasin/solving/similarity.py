@@ -22,7 +22,7 @@ def weight_similarity(
 
     A symmetry that occurs twice in a block (the square matrix of a tied head) makes the objective quadratic in it. The
     product is then taken along one occurrence at a time, with the other moved by its present element, and the result
-    is not exact.
+    holds only near that element.
 
     Args:
         problem: problem with the two models.
@@ -31,16 +31,17 @@ def weight_similarity(
         known: symmetries outside the unit that are already solved; blocks that involve others are then left out.
 
     Returns:
-        The similarity, and whether it is exact.
+        The similarity, and whether the objective is linear in the unit's elements, so that it depends on them through
+        the similarity alone.
     """
     spec = problem.spec
     outside = {n: e for n, e in elements.items() if n not in unit.names and not e.is_identity()}
-    total: Similarity = {}
-    exact = True
+    similarity: Similarity = {}
+    linear = True
     for name in unit.names:
         for label in (name, name + DIAGONAL):
             if label in problem.constant:
-                total[(label,)] = problem.constant[label].clone()
+                similarity[(label,)] = problem.constant[label].clone()
     for tensor in matched_tensors(spec):
         if tensor.names.isdisjoint(unit.names):
             continue
@@ -54,15 +55,15 @@ def weight_similarity(
         for block in blocks:
             a, b = block.view(fixed), act_on_block(spec, outside, block, block.view(moving))
             parts = _linked_dims(block, unit)
-            exact &= len(parts) == 1
+            linear &= len(parts) == 1
             for part in parts if len(parts) == 1 or known is None else []:
                 inside = {n: e for n, e in elements.items() if n in unit.names and not e.is_identity()}
                 moved = b if len(parts) == 1 else act_on_block(spec, inside, block, b, skip=part)
                 dims = sorted(part, key=lambda i: unit.names.index(block.dims[i].name or ""))
                 labels = tuple(label_of(spec, block.dims[i]) for i in dims)
                 product = inner_products(a, moved, dims).mul_(weight_of(spec, block))
-                total[labels] = total[labels].add_(product) if labels in total else product
-    return total, exact
+                similarity[labels] = similarity[labels].add_(product) if labels in similarity else product
+    return similarity, linear
 
 
 def _linked_dims(block: Block, unit: Unit) -> list[list[int]]:

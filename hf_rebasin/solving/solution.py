@@ -39,7 +39,7 @@ class Solution:
         alignment: one element per symmetry.
         objective: Σ ⟨fixed, g · moving⟩ over all tensors that carry a symmetry, except gains and running statistics.
             Over groups larger than permutations it is taken between the canonical forms of the two models, with
-            blocks weighted by `weight_of`. Gradient descent gives the same for its cost "l2", between models whose
+            blocks weighted by `weight_of`. Gradient descent reports the same for its cost "l2", between models whose
             gains are folded away, and minus the cost otherwise.
         history: objective at the start and after every sweep, for the start that won. For gradient descent, the
             objective at the identity, at the start, and the best so far at every check.

@@ -3,8 +3,8 @@
 A unit is solved from the *similarity* of two models along its symmetries. For every combination of symmetries that
 occurs in a tensor, this is a tensor whose first half of dimensions runs over the fixed model and whose second half
 runs over the moving one: in `{("head", "qk"): S}`, S[h, q, h', q'] is the similarity of unit q of fixed head h to
-unit q' of moving head h'. For a symmetry with signs, the part that signs do not reach (`~`) is kept apart, as "ff~".
-It does not matter here whether similarities come from weights or from activations.
+unit q' of moving head h'. For a symmetry with signs, the part that signs do not reach (`~`) is separate, as "ff~".
+It does not matter whether similarities come from weights or from activations.
 """
 
 from __future__ import annotations
@@ -77,15 +77,15 @@ def solve_unit(nested: Nested, similarity: Similarity) -> Elements:
     """Find the elements of highest similarity.
 
     A single symmetry is solved by its group's projection. A symmetry with others nested in it is solved exactly: for
-    every pair of outer places by the best inner match, then by one outer projection of the resulting values. Several
+    every pair of outer indices by the best inner match, then by one outer projection of the resulting values. Several
     symmetries side by side that share a combination, as Llama's query groups and value units share `o_proj`, are
     solved by a coordinate loop that starts from the solution of each by itself.
     """
     families = {top: {top, *nested.inside(top).contexts} for top in nested.tops}
     elements: Elements = {}
     for top, family in families.items():  # each by itself
-        own = {names: s for names, s in similarity.items() if family.issuperset(map(_symmetry_of, names))}
-        elements |= _solve_family(nested.only(family), own, top)
+        within = {names: s for names, s in similarity.items() if family.issuperset(map(_symmetry_of, names))}
+        elements |= _solve_family(nested.only(family), within, top)
     if all(any(family.issuperset(map(_symmetry_of, names)) for family in families.values()) for names in similarity):
         return elements
     best = total_similarity(nested, similarity, elements)
@@ -106,18 +106,18 @@ def _solve_family(nested: Nested, similarity: Similarity, top: str) -> Elements:
     symmetry = nested.spec.symmetries[top]
     group, n = element_class(nested.spec, top), symmetry.size
     inside = nested.inside(top)
-    own, diagonal = similarity.get((top,)), similarity.get((f"{top}{DIAGONAL}",))
+    single, diagonal = similarity.get((top,)), similarity.get((f"{top}{DIAGONAL}",))
     if not inside.contexts:
-        if own is None and diagonal is not None:
-            own = torch.zeros_like(diagonal)
-        if not symmetry.moves or own is None:
+        if single is None and diagonal is not None:
+            single = torch.zeros_like(diagonal)
+        if not symmetry.moves or single is None:
             return {top: group.identity((), n)}
-        return {top: group.project(own, *_optional(diagonal))}
+        return {top: group.project(single, *_optional(diagonal))}
     if not symmetry.moves and len(inside.contexts) == 1 and similarity.keys() == {(top, *inside.contexts)}:
-        (inner_name,), (joint,) = inside.contexts, similarity.values()  # all places at once
+        (inner_name,), (joint,) = inside.contexts, similarity.values()  # all indices at once
         each = joint.diagonal(dim1=0, dim2=2).movedim(-1, 0)
         return {top: group.identity((), n), inner_name: element_class(nested.spec, inner_name).project(each)}
-    values = torch.zeros(n, n, dtype=torch.float64) if own is None else own.double().clone()
+    values = torch.zeros(n, n, dtype=torch.float64) if single is None else single.double().clone()
     if symmetry.moves and not any(inside.contexts.values()) and all(len(names) <= 2 for names in similarity):
         return _solve_side_by_side(nested, similarity, top, values)
     inner: dict[tuple[int, int], Elements] = {}
@@ -147,7 +147,7 @@ def _solve_family(nested: Nested, similarity: Similarity, top: str) -> Elements:
 def _solve_side_by_side(nested: Nested, similarity: Similarity, top: str, values: Tensor) -> Elements:
     """Solve a top whose inner symmetries are independent of each other, as query and value units are.
 
-    The group's `best` gives the value of every pair of places; elements are computed only for the pairs that are
+    The group's `best` returns the value of every pair of indices; elements are computed only for the pairs that are
     chosen.
     """
     along: dict[str, list[Tensor]] = {}

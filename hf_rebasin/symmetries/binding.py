@@ -81,10 +81,10 @@ def bind_to(table: Table, checkpoint: Checkpoint) -> Spec:
 
 
 def untie_spec(spec: Spec, keys: Collection[str]) -> Spec:
-    """Return the spec of the same model with some tied tensors stored apart."""
+    """Return the spec of the same model with some tied tensors stored separately."""
     if not keys:
         return spec
-    ties = {target: kept for target, kept in spec.ties.items() if target not in keys}
+    ties = {target: source for target, source in spec.ties.items() if target not in keys}
     return bind(spec.table, {**spec.shapes, **{key: spec.shapes[spec.ties[key]] for key in keys}}, ties)
 
 
@@ -238,22 +238,22 @@ def _cut_into_blocks(tensor: LabelledTensor, sizes: Sizes, symmetries: Mapping[s
     return replace(tensor, blocks=tuple(blocks))
 
 
-def _with_contexts(dims: list[Dim], place: int, symmetries: Mapping[str, Symmetry], tensor: LabelledTensor) -> Dim:
-    """Return a dimension with the places of its contexts, preferring those on its own axis."""
-    dim, places = dims[place], []
+def _with_contexts(dims: list[Dim], i: int, symmetries: Mapping[str, Symmetry], tensor: LabelledTensor) -> Dim:
+    """Return dimension i with the positions of its contexts, preferring those on its own axis."""
+    dim, positions = dims[i], []
     for context in symmetries[dim.name].contexts if dim.name else ():
-        candidates = [i for i, d in enumerate(dims) if d.name == context]
+        candidates = [k for k, d in enumerate(dims) if d.name == context]
         if not candidates:
             raise SpecError(
                 f"{tensor.key} {tensor.shape}: {dim.name!r} is declared in {context!r}, but row {tensor.row!r} has "
                 f"it without {context!r}"
             )
-        places.append(next((i for i in candidates if dims[i].axis == dim.axis), candidates[0]))
-    return replace(dim, contexts=tuple(places))
+        positions.append(next((k for k in candidates if dims[k].axis == dim.axis), candidates[0]))
+    return replace(dim, contexts=tuple(positions))
 
 
 def _check_tie(table: Table, shapes: Mapping[str, Shape], target: str, source: str) -> None:
-    """Raise SpecError if the rows of tied tensors differ by more than marks: one tensor is used in both places."""
+    """Raise SpecError if the rows of tied tensors differ by more than marks: one tensor is used under both keys."""
     if target in shapes or source not in shapes:
         return
     rows = {key: format_pattern(tuple(map(unmarked, _axes_of(table, key)))) for key in (target, source)}

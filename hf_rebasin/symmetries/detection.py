@@ -87,7 +87,7 @@ def infer_checkpoint(checkpoint: Checkpoint, inputs: Inputs | None = None) -> Sp
     }
     named = {leaf.name for row in rows.values() for axis in parse_pattern(row) for leaf in leaves(axis)}
     groups = {name: "held" for name in ("vocab", "label") if name in named}
-    rows |= {target: rows[kept] for target, kept in ties.items() if target not in rows}
+    rows |= {target: rows[source] for target, source in ties.items() if target not in rows}
     rows |= {target: _mark_reader(rows[target], inference.table, target) for target in ties}
     table = replace(
         inference.table, rows=rows, groups=groups | dict(inference.table.groups), prefix=checkpoint.base_prefix

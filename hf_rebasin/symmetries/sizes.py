@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from ..errors import SpecError
 from .patterns import Leaf, Node, Sum, leaves
 
-# A polynomial with integer coefficients: sorted tuple of unknowns -> coefficient. An unknown is a name, or the place
-# of a "_", since every "_" has a size of its own.
+# A polynomial with integer coefficients: sorted tuple of unknowns -> coefficient. An unknown is a name, or the
+# position of a "_", since every "_" has its own size.
 Polynomial = dict[tuple[Hashable, ...], int]
 
 
@@ -27,13 +27,14 @@ class Equation:
     def describe(self) -> str:
         return f"{self.key} axis {self.axis}: '{self.node}' = {self.length}"
 
-    def place(self, path: tuple[int, ...]) -> tuple[Hashable, ...]:
+    def position(self, path: tuple[int, ...]) -> tuple[Hashable, ...]:
+        """Return the position of a part of the axis, at `path` inside its node."""
         return (self.key, self.axis, path)
 
 
 @dataclass
 class Sizes:
-    """Solved sizes: of names, and of every "_" by its place."""
+    """Solved sizes of all names, and of every "_" by its position."""
 
     names: dict[str, int]
     held: dict[Hashable, int]
@@ -49,8 +50,8 @@ class Sizes:
                 return {(): node.size}
             if node.name is not None:
                 return {(): self.names[node.name]} if node.name in self.names else {(node.name,): 1}
-            place = equation.place(path)
-            return {(): self.held[place]} if place in self.held else {(place,): 1}
+            position = equation.position(path)
+            return {(): self.held[position]} if position in self.held else {(position,): 1}
         if isinstance(node, Sum):
             total: Polynomial = {}
             for i, term in enumerate(node.terms):
@@ -74,7 +75,7 @@ def solve_sizes(equations: Iterable[Equation], given: Mapping[str, int]) -> Size
     `"(head qk)"` = 768 with head = 12 given makes qk = 64. The order of the equations does not matter.
 
     Raises:
-        SpecError: an equation is false, has no whole solution or stays open; names the sizes and the row.
+        SpecError: an equation is false, has no integer solution or stays open; the message names sizes and row.
     """
     sizes = Sizes(dict(given), {})
     pending = list(equations)
@@ -97,7 +98,7 @@ def solve_sizes(equations: Iterable[Equation], given: Mapping[str, int]) -> Size
                 remainder, coefficient = equation.length - constant, polynomial[(u,)]
                 if remainder < 0 or coefficient == 0 or remainder % coefficient:
                     raise SpecError(
-                        f"{equation.describe()} has no whole solution for {u if isinstance(u, str) else '_'}: "
+                        f"{equation.describe()} has no integer solution for {u if isinstance(u, str) else '_'}: "
                         f"{equation.length} - {constant} = {remainder} is not a multiple of {coefficient}; "
                         f"row {equation.row!r}"
                     )

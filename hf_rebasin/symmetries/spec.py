@@ -256,26 +256,26 @@ class Spec:
     def refuse_unless_within(self, other: Spec, name: str) -> None:
         """Raise MismatchError if a symmetry of this spec is missing or different in the spec of an alignment.
 
-        What the alignment would not move does not matter: a symmetry that is held here and missing there, or held
-        there, and the size of one that is held in both, such as the rows of another head.
+        What the alignment would not move does not matter: a symmetry that this spec holds and the alignment
+        lacks, one that the alignment holds, and the size of one that both hold, such as the rows of another head.
 
         Args:
             other: spec of the alignment.
             name: name of this spec's model, for the message.
         """
         for symmetry in self.symmetries.values():
-            theirs = other.symmetries.get(symmetry.name)
+            aligned = other.symmetries.get(symmetry.name)
             description = f"symmetry {symmetry.name!r} is {symmetry.group} of size {symmetry.size} in {name}"
-            if theirs is None and symmetry.moves:
+            if aligned is None and symmetry.moves:
                 raise MismatchError(
                     f"{description}, and unknown to the alignment{nearest(symmetry.name, other.symmetries)}"
                 )
             if (
-                theirs is not None
-                and theirs != symmetry
-                and (theirs.moves or (symmetry.moves and theirs.size != symmetry.size))
+                aligned is not None
+                and aligned != symmetry
+                and (aligned.moves or (symmetry.moves and aligned.size != symmetry.size))
             ):
-                raise MismatchError(f"{description}, but {theirs.group} of size {theirs.size} in the alignment")
+                raise MismatchError(f"{description}, but {aligned.group} of size {aligned.size} in the alignment")
 
     def to_json(self) -> str:
         """Return the bound table, the shapes and the ties as JSON; `binding.read_spec` binds them again."""

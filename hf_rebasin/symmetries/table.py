@@ -88,7 +88,7 @@ class Table:
         return {row.key.text: row for row in self.parsed if not row.key.wildcards}
 
     @cached_property
-    def alike(self) -> dict[str, list[PatternRow]]:
+    def rows_by_form(self) -> dict[str, list[PatternRow]]:
         """The rows by their key without numbers and wildcards, which leaves few candidates for a key."""
         rows: dict[str, list[PatternRow]] = {}
         for row in self.parsed:
@@ -104,7 +104,7 @@ class Table:
         if key in self.literal:
             return self.literal[key]
         tensor = key if shape is None else f"{key} {tuple(shape)}"
-        hits = [row for row in self.alike.get(_without_numbers(key), ()) if row.key.match(key)]
+        hits = [row for row in self.rows_by_form.get(_without_numbers(key), ()) if row.key.match(key)]
         if not hits:
             raise SpecError(f"no row for {tensor}{nearest(key, [row.key.text for row in self.parsed])}")
         fewest = min(len(row.key.wildcards) for row in hits)
@@ -164,8 +164,8 @@ def canonical_view(checkpoint: Checkpoint, table: Table | None = None) -> Canoni
 
     if table is not None:
         return CanonicalView(checkpoint, table.prefix)
-    own = table_for(checkpoint.config)
-    return CanonicalView(checkpoint, (own.prefix or None) if own is not None else None)
+    family = table_for(checkpoint.config)
+    return CanonicalView(checkpoint, (family.prefix or None) if family is not None else None)
 
 
 def families() -> Iterable[TableFile]:

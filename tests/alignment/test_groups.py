@@ -7,7 +7,7 @@ import torch
 
 from hf_rebasin import registry
 from hf_rebasin.alignment.elements.matrices import EIGENVECTORS_FROM, polar_factor
-from hf_rebasin.alignment.elements.relaxation import Softening
+from hf_rebasin.alignment.elements.relaxation import Relaxation
 from hf_rebasin.checkpoints.tensor_files import DTYPES
 
 BATCH = (2, 3)
@@ -152,7 +152,7 @@ def test_units_without_weights_are_left_alone(group, n):
 
 def random_relaxed(group, n, generator, **settings):
     """Return a relaxed element with random latents."""
-    element = group.relax(BATCH, n, Softening(generator=generator, dtype=torch.float64, **settings))
+    element = group.relax(BATCH, n, Relaxation(generator=generator, dtype=torch.float64, **settings))
     with torch.no_grad():
         for latent in (*element.permuting, *element.smooth):
             latent += 0.2 * torch.randn(latent.shape, generator=generator, dtype=torch.float64)
@@ -163,7 +163,7 @@ def random_relaxed(group, n, generator, **settings):
 
 @pytest.mark.parametrize("permuting", ["sinkhorn", "straight_through", "kept"])
 def test_relaxed_elements_begin_at_the_identity(permuting, group, n, x, generator):
-    element = group.relax(BATCH, n, Softening(generator=generator, permuting=permuting))
+    element = group.relax(BATCH, n, Relaxation(generator=generator, permuting=permuting))
     assert element.hard().is_identity()
     if permuting != "sinkhorn":
         for mark in ("", "'", "~"):
@@ -193,7 +193,7 @@ def test_gradients_find_what_is_planted(group, n, x, generator):
     """In every group, from writers and readers, and starting at the identity."""
     g = random_relaxed(group, n, generator).hard()
     y = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-    element = group.relax(BATCH, n, Softening(generator=generator, dtype=torch.float64))
+    element = group.relax(BATCH, n, Relaxation(generator=generator, dtype=torch.float64))
     optimizer = torch.optim.Adam([*element.permuting, *element.smooth], lr=0.05)
 
     def loss(acting):

@@ -89,9 +89,9 @@ def test_other_files_go_along(folder, tmp_path):
 
 
 def test_what_cannot_be_read_is_said(folder, tmp_path):
-    with pytest.raises(CheckpointError, match=r"neither a folder here nor a repository on the Hub"):
+    with pytest.raises(CheckpointError, match=r"neither a local folder nor a repository on the Hub"):
         Checkpoint.open("nobody/nothing")
-    with pytest.raises(CheckpointError, match=r"neither a folder here"):
+    with pytest.raises(CheckpointError, match=r"neither a local folder"):
         Checkpoint.open(tmp_path / "no" / "such" / "folder")
     weights = folder / "model.safetensors"
     data = weights.read_bytes()
@@ -267,7 +267,7 @@ def test_broken_configurations_are_said(folder):
     (folder / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": "many"}))
     with pytest.raises(CheckpointError, match=r"transformers cannot use"):
         _ = Checkpoint.open(folder).config
-    with pytest.raises(CheckpointError, match=r"is a folder here, which has no revision 'main'"):
+    with pytest.raises(CheckpointError, match=r"is a local folder, which has no revision 'main'"):
         Checkpoint.open(folder, revision="main")
 
 

@@ -205,7 +205,7 @@ def test_there_is_no_such_repository_or_not_for_everybody(model, tmp_path):
     HUB.repo(repo).private = True
     for name, token in (("org/none", None), (repo, "hf_wrong0123456789abcdefghijkl")):
         error = expect_error(CheckpointError, lambda name=name, token=token: Checkpoint.open(name, token=token))
-        assert f"'{name}' is neither a folder here nor a repository" in error
+        assert f"'{name}' is neither a local folder nor a repository" in error
         assert "hf auth login" in error
     assert same_tensors(Checkpoint.open(repo), model)
 

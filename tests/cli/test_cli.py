@@ -130,7 +130,7 @@ def test_inspect_shows_every_symmetry(run, pair):
     for word in ("head.*", "qk.*", "invertible in head.*", "residual", "vocab", "held", "tied:"):
         assert word in output
     assert "head.1" in run("inspect", pair[0], "--all")[1]
-    assert "neither a folder here nor" in run("inspect", "no/such")[1]
+    assert "neither a local folder nor" in run("inspect", "no/such")[1]
 
 
 def test_inspect_infers_where_there_is_no_table_and_writes_one(run, tmp_path):
@@ -210,7 +210,7 @@ def test_another_head_can_be_left_out(run, tmp_path):
     assert run("merge", str(recipe), "-o", str(tmp_path / "again"))[0] == 0
     status, output = run("merge", str(recipe), "-o", str(tmp_path / "x"), "--backbone-only")
     assert status == 1
-    assert "--backbone-only is given beside a recipe" in output
+    assert "--backbone-only is given together with a recipe" in output
 
 
 def test_what_is_for_publishing_says_where_to(run, pair, tmp_path):

@@ -555,9 +555,9 @@ def test_batches_serve_what_takes_batches(images, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"dataset": "corpus.tx"}, "neither a file or folder here .*did you mean 'corpus.txt'"),
+        ({"dataset": "corpus.tx"}, "neither a local file or folder .*did you mean 'corpus.txt'"),
         ({"dataset": "org/nothing"}, r"'org/nothing' is neither .* \(RepositoryNotFoundError\)$"),
-        ({"dataset": "/no/such/file.csv"}, "neither a file or folder"),
+        ({"dataset": "/no/such/file.csv"}, "neither a local file or folder"),
         ({"dataset": "nothing-*.txt"}, "matches no file"),
         ({"dataset": "corpus.txt", "revision": "main"}, "has no revision 'main'"),
         ({"dataset": "corpus.txt", "files": "corpus.txt"}, "names files already"),

@@ -233,7 +233,7 @@ def test_what_cannot_be_interpolated_is_refused():
         interpolate(a, b, [], points=1)
     with pytest.raises(OptionError, match="which can be read once"):
         interpolate(a, b, iter([]))
-    with pytest.raises(OptionError, match="measure gave float"):
+    with pytest.raises(OptionError, match="measure returned float"):
         interpolate(a, b, lambda model: 1.0)
     with pytest.raises(MismatchError, match="other shapes"):
         interpolate(a, nn.Linear(3, 2), [])

@@ -221,7 +221,7 @@ def test_a_broken_model_is_measured_as_it_is():
         ([sentences(MASKED, 2) | {"labels": torch.full((2, 11), -100)}], {}, "none of the labels in 1 batches counts"),
         ([], {"metrics": ["acuracy"]}, "no metric 'acuracy'; did you mean 'accuracy'"),
         ([], {"metrics": {"loss": right}}, "cannot be called 'loss'"),
-        (pairs(5), {"loss": lambda m, pair: 1.0, "metrics": ["accuracy"]}, "'accuracy': the model gives no logits"),
+        (pairs(5), {"loss": lambda m, pair: 1.0, "metrics": ["accuracy"]}, "'accuracy': the model returns no logits"),
         (pairs(5), {"loss": lambda m, p: 1.0, "metrics": {"n": lambda m, p: (0, 0)}}, "'n': it counted nothing"),
         ([{"labels": 3}], {"loss": lambda m, batch: 1.0}, "without a tensor"),
     ],

@@ -163,7 +163,7 @@ def test_labels_do_not_count():
         ({"weights": [1.0]}, "1 weights for 2 models"),
         ({"weights": [2.0, -1.0]}, "give weights of 0 or more"),
         ({"data": iter(BATCHES)}, "can be read once"),
-        ({"data": []}, "the data gave no batch"),
+        ({"data": []}, "the data yielded no batch"),
         ({"data": [torch.full((3, 1), torch.nan)]}, r"not finite \(nan before and after training\)"),
         ({"data": [torch.zeros(3, 1)] * 8 + [torch.full((3, 1), torch.inf)], "steps": 2}, "nan in step 1, at a rate"),
     ],

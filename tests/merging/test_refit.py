@@ -474,7 +474,7 @@ def test_data_that_cannot_be_gone_through_again_are_refused():
         average = averaged(*models)
         with pytest.raises(OptionError, match="can be read once"):
             do(average, [Checkpoint.open(m) for m in models], iter([draw_normal(5, 4)]))
-        with pytest.raises(OptionError, match="the data gave no batch"):
+        with pytest.raises(OptionError, match="the data yielded no batch"):
             do(average, [Checkpoint.open(m) for m in models], [])
 
 

@@ -95,7 +95,7 @@ def test_what_was_made_of_what_was_made_names_what_that_was_made_of(world, tmp_p
     run_ok("merge", "org/made-0", tmp_path / "moved", "-o", tmp_path / "out", "--no-align")
     first, moved = Provenance.load(tmp_path / "out").inputs
     commit = HUB.repo("org/made-0").resolve("main")
-    assert first.place == f"org/made-0@{commit}"
+    assert first.reference == f"org/made-0@{commit}"
     assert moved.made_of == (f"org/made-0@{commit}", "vit-1")
     assert str(moved.licence) == "mit"
     tensors = Checkpoint.open(tmp_path / "moved").tensors

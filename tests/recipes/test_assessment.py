@@ -80,8 +80,8 @@ def test_controls_and_the_merge_are_measured_as_they_are(demo_folder, tmp_path):
     assert len({round(row.loss, 6) for row in rows.values()}) == len(rows)
     (pair,) = report.pairs
     assert [line.role for line in pair.lines] == ["plain", "aligned"]
-    assert pair.lines[0].middle["loss"] == pytest.approx(rows["plain average"].loss, rel=1e-5)
-    assert pair.lines[1].middle["loss"] == pytest.approx(rows["aligned average"].loss, rel=1e-5)
+    assert pair.lines[0].middle == pytest.approx(rows["plain average"].loss, rel=1e-5)
+    assert pair.lines[1].middle == pytest.approx(rows["aligned average"].loss, rel=1e-5)
     assert rows["plain average"].barrier == pair.lines[0].barrier
     mean = (rows[names[0]].loss + rows[names[1]].loss) / 2
     assert rows["plain average"].excess == pytest.approx(rows["plain average"].loss - mean)
@@ -113,7 +113,7 @@ def test_statistics_are_recomputed_in_every_model(demo_folder, tmp_path):
     rows = rows_by_name(report)
     assert rows["plain average"].loss == pytest.approx(evaluate(plain, test).loss, rel=1e-5)
     assert rows["plain average"].loss != pytest.approx(averaged, rel=1e-3)
-    assert report.pairs[0].lines[0].middle["loss"] == pytest.approx(rows["plain average"].loss, rel=1e-5)
+    assert report.pairs[0].lines[0].middle == pytest.approx(rows["plain average"].loss, rel=1e-5)
     moved = align(*names, groups="permutation", starts=1).apply(names[1])
     expected = merge([names[0], moved]).model()
     recalibrate(expected, data)

@@ -140,7 +140,7 @@ def test_a_line_rises_above_its_chord():
     assert line.rises == (0, 1.75, 0)
     assert line.barrier == 1.75
     assert line.area == pytest.approx(0.5 * 0.25 * 1.75 + 0.5 * 0.75 * 1.75)
-    assert line.middle == {"loss": 3.0}
+    assert line.middle == 3.0
     dip = Line("", "plain", at=(0, 0.5, 1), loss=(1.0, 0.0, 1.0))
     assert (dip.barrier, dip.area) == (0, -0.5)
 

@@ -243,7 +243,7 @@ def test_where_activations_carry_symmetries():
 def test_invalid_input_is_refused(bert):
     with pytest.raises(OptionError, match="compares activations on data, but no data is given"):
         align(bert, other_seed(bert), solver="activation_matching")
-    with pytest.raises(OptionError, match="the data gave no batch"):
+    with pytest.raises(OptionError, match="the data yielded no batch"):
         align(bert, other_seed(bert), solver="activation_matching", data=[])
     for options in ({"weights": 2.0}, {"batches": 0}):
         with pytest.raises(OptionError, match=next(iter(options))):

@@ -232,9 +232,9 @@ def test_what_counts_as_a_sample(shape, count):
 
     size = torch.Size(shape).numel()
     module = Shaped(2, size // 4).double()
-    names = {key: key for key in module.state_dict()}
+    module_keys = {key: key for key in module.state_dict()}
     ends = [{"weight": torch.randn(size // 4, 2).double(), "bias": torch.zeros(size // 4).double()} for _ in range(2)]
-    divergence, x = Divergence(module.eval(), names, ends), torch.randn(4, 2).double()
+    divergence, x = Divergence(module.eval(), module_keys, ends), torch.randn(4, 2).double()
     assert len(divergence.per_sample(ends[0], (0.5, 0.5), x)) == count
     assert divergence.per_sample(ends[0], (1.0, 0.0), x).abs().max() < 1e-12
     assert divergence.per_sample(ends[1], (1.0, 0.0), x).min() > 0
@@ -245,11 +245,13 @@ def test_hidden_states_are_not_scores():
     """Without a head squared errors are compared: softmax would not see a number added to all of them."""
     model = TINY[FIRST["bert"]]
     assert "logits" not in model(**inputs_of(model))
-    names = {key: key for key, _ in (*model.named_parameters(), *model.named_buffers()) if key in model.state_dict()}
-    state = {key: model.state_dict()[key] for key in names}
+    module_keys = {
+        key: key for key, _ in (*model.named_parameters(), *model.named_buffers()) if key in model.state_dict()
+    }
+    state = {key: model.state_dict()[key] for key in module_keys}
     last = f"encoder.layer.{model.config.num_hidden_layers - 1}.output.LayerNorm.bias"
     more = {**state, last: state[last] + 1}
-    divergence = Divergence(model, names, [state, state]).per_sample(more, (0.5, 0.5), inputs_of(model))
+    divergence = Divergence(model, module_keys, [state, state]).per_sample(more, (0.5, 0.5), inputs_of(model))
     assert divergence.max().item() == pytest.approx(1)
 
 
@@ -349,9 +351,9 @@ SILENT = Table(
         ({"cost": "mid"}, "the cost 'mid' is a loss on data, but no data is given"),
         ({"loss": squares}, "a loss is given, but no data"),
         ({"data": iter([])}, "data is a list_iterator, which can be read once"),
-        ({"data": [], "loss": squares}, "the data gave no batch"),
+        ({"data": [], "loss": squares}, "the data yielded no batch"),
         ({"data": [torch.ones(3, 2)], "loss": lambda module, batch: module(batch)}, r"a tensor of shape \(3, 1\)"),
-        ({"data": [torch.ones(3, 2)], "loss": lambda module, batch: 1.0}, "the loss gave float"),
+        ({"data": [torch.ones(3, 2)], "loss": lambda module, batch: 1.0}, "the loss returned float"),
         ({"steps": 0}, "steps = 0; give 1 or more"),
         ({"interval": (0.5, 0.1)}, "interval = "),
         ({"both_ends": True}, "both_ends needs permuting='kept'"),

@@ -113,7 +113,7 @@ def test_a_norm_without_readers_holds_its_stream():
         (
             table(ROWS | {"x": "(hidden _)"}),
             SHAPES | {"x": (13,)},
-            r"x axis 0: '\(hidden _\)' = 13 has no whole solution for _: 13 - 0 = 13 is not a multiple of 6; row 'x'",
+            r"x axis 0: '\(hidden _\)' = 13 has no integer solution for _: 13 - 0 = 13 is not a multiple of 6; row 'x",
         ),
         (
             table(ROWS | {"x": "(a b)"}, {"*": "held", "hidden": "permutation", "a": "held", "b": "held"}),

@@ -13,7 +13,7 @@ from typing_extensions import Self
 from ...checkpoints.precision import compute_dtype, in_torch_layout
 from ...registry import Permutations
 from ...symmetries.patterns import DIAGONAL, READER
-from .relaxation import Relaxed, Softening, relax_rotation
+from .relaxation import Relaxation, Relaxed, relax_rotation
 
 EIGENVECTORS_FROM = 256  # size from which on eigenvectors are faster than singular values
 NEGLIGIBLE = 1e-30  # a unit whose weights are this small is not scaled: nothing determines its scale
@@ -84,8 +84,8 @@ class Matrices:
         return cls.balance(writers[0], readers[0])
 
     @classmethod
-    def relax(cls, batch: tuple[int, ...], n: int, softening: Softening) -> Relaxed:
-        return relax_rotation(cls, batch, n, softening)
+    def relax(cls, batch: tuple[int, ...], n: int, relaxation: Relaxation) -> Relaxed:
+        return relax_rotation(cls, batch, n, relaxation)
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor], batch: tuple[int, ...], n: int) -> Self:

@@ -14,7 +14,7 @@ from ...registry import Permutations
 from ...symmetries.patterns import DIAGONAL, READER
 from .matrices import NEGLIGIBLE, Moments, is_finite_real
 from .permutations import gather_matched, permute, random_orders, read_order, solve_assignment
-from .relaxation import Relaxed, Softening, relax_monomial
+from .relaxation import Relaxation, Relaxed, relax_monomial
 
 
 def balance_scales(writers: Tensor, readers: Tensor) -> Tensor:
@@ -120,8 +120,8 @@ class Monomial:
         return cls(order, minimise_log_scale(loss, xy).exp() if cls.SCALED else torch.ones_like(xy))
 
     @classmethod
-    def relax(cls, batch: tuple[int, ...], n: int, softening: Softening) -> Relaxed:
-        return relax_monomial(cls, batch, n, softening, signed=cls.SIGNED, scaled=cls.SCALED)
+    def relax(cls, batch: tuple[int, ...], n: int, relaxation: Relaxation) -> Relaxed:
+        return relax_monomial(cls, batch, n, relaxation, signed=cls.SIGNED, scaled=cls.SCALED)
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor], batch: tuple[int, ...], n: int) -> Self:

@@ -1,4 +1,4 @@
-"""Differentiable group elements, for solvers that minimise a loss, and their rounding to exact elements.
+"""Differentiable group elements, for solvers that minimise a loss, and their projection to elements of the group.
 
 Every relaxed element starts at the identity, since a solver first moves the model to its starting point. Permutations
 are relaxed to doubly stochastic matrices (Sinkhorn), or used as they are with a straight-through gradient. Rotations
@@ -23,8 +23,8 @@ Permuting: TypeAlias = Literal["sinkhorn", "straight_through", "kept"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Softening:
-    """Settings of the relaxation of group elements.
+class Relaxation:
+    """Settings by which group elements are relaxed, and the latents and permutation matrices made with them.
 
     Args:
         generator: random generator of the noise.
@@ -68,10 +68,12 @@ class Softening:
         return hard + (scores - scores.detach())
 
 
-class Acting(Protocol):
-    """Protocol of anything that acts along an axis: a group element or its relaxation."""
+class SupportsAct(Protocol):
+    """Protocol of anything that acts along an axis of a tensor: a group element or its relaxed form."""
 
-    def act(self, x: Tensor, mark: str = "") -> Tensor: ...
+    def act(self, x: Tensor, mark: str = "") -> Tensor:
+        """Return g · x along the leading dimensions of x, for an axis with a mark."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +84,12 @@ class Relaxed:
         permuting: latents of permutations and signs.
         smooth: latents of rotations, bases and scales.
         soft: returns the relaxed element for the current latents; gradients flow through its action to the latents.
-        hard: returns the nearest exact element, on the CPU.
+        hard: returns the nearest element of the group itself, on the CPU.
     """
 
     permuting: tuple[Tensor, ...]
     smooth: tuple[Tensor, ...]
-    soft: Callable[[], Acting]
+    soft: Callable[[], SupportsAct]
     hard: Callable[[], Any]
 
 
@@ -118,26 +120,26 @@ def relax_monomial(
     make: Callable[[Tensor, Tensor], Any],
     batch: tuple[int, ...],
     n: int,
-    softening: Softening,
+    relaxation: Relaxation,
     *,
     signed: bool = False,
     scaled: bool = False,
 ) -> Relaxed:
     """Relax permutations of n items with signs, scales or both; `make` builds the element of (order, factor).
 
-    Signs share the latent matrix: |x| gives the permutation, and the sign of x, through tanh, that of the entry.
+    Signs share the latent matrix: the permutation comes from |x|, and the sign of an entry from x through tanh.
     """
-    latent = softening.latent(batch, n)
-    logs = softening.zeros(*batch, n) if scaled else None
+    latent = relaxation.latent(batch, n)
+    logs = relaxation.zeros(*batch, n) if scaled else None
 
     def soft() -> SoftMonomial:
         factor = None if logs is None else logs.exp()
         if latent is None:
             return SoftMonomial(None, None, factor)
-        plain = softening.permutation(latent.abs() if signed else latent)
+        plain = relaxation.permutation(latent.abs() if signed else latent)
         if not signed:
             return SoftMonomial(plain, plain, factor)
-        if softening.permuting == "straight_through":
+        if relaxation.permuting == "straight_through":
             sign = torch.where(latent.detach() < 0, -1.0, 1.0)
             return SoftMonomial(plain, plain.detach() * sign + (latent - latent.detach()), factor)
         return SoftMonomial(plain, plain * latent.tanh(), factor)
@@ -172,7 +174,7 @@ def relax_matrix(make: Callable[[Tensor], Any], latents: tuple[Tensor, ...], mat
     return Relaxed(permuting=(), smooth=latents, soft=lambda: make(matrix()), hard=hard)
 
 
-def relax_rotation(make: Callable[[Tensor], Any], batch: tuple[int, ...], n: int, softening: Softening) -> Relaxed:
+def relax_rotation(make: Callable[[Tensor], Any], batch: tuple[int, ...], n: int, relaxation: Relaxation) -> Relaxed:
     """Relax rotations, without reflections, as exp(L − Lᵀ) of a latent L."""
-    latent = softening.zeros(*batch, n, n)
+    latent = relaxation.zeros(*batch, n, n)
     return relax_matrix(make, (latent,), lambda: torch.matrix_exp(latent - latent.mT))

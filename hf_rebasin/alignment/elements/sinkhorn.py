@@ -39,7 +39,7 @@ def sinkhorn(x: Tensor, temperature: float = 1.0, iterations: int = 20, *, impli
         x: finite logits of shape (*batch, n, n) and any floating-point dtype; half precision is computed in float32.
         temperature: τ > 0, in the units of `x`. At low temperatures P is almost a permutation.
         iterations: number of times columns and rows are normalised, at least 1.
-        implicit: whether to differentiate through the fixed point, which takes the memory of P and cannot be
+        implicit: whether to differentiate through the fixed point, which needs the memory of P and cannot be
             differentiated again. Otherwise through all iterations, which stores 2 · `iterations` matrices as large as
             `x`.
 
@@ -112,7 +112,7 @@ def _by_scaling(x: Tensor, temperature: float, iterations: int) -> Tensor:
         z -= z.amax(-2, keepdim=True)
         highest = z.amax(-1, keepdim=True)
         z -= highest  # every column keeps its 0: the maximum of the row with that 0 was 0
-        k, u = z.exp(), highest.exp()  # where u is 0, the row was negligible beside the maximum of every column
+        k, u = z.exp(), highest.exp()  # where u is 0, the row was negligible against the maximum of every column
         while remaining:
             new_v = (k.mT @ u).reciprocal()  # (*batch, n, 1)
             new_u = (k @ new_v).reciprocal()  # (*batch, n, 1)

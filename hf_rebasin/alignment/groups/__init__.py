@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
     from ...registry import Permutations
     from ..elements.matrices import Moments
-    from ..elements.relaxation import Relaxed, Softening
+    from ..elements.relaxation import Relaxation, Relaxed
 
 
 class Element(Protocol):
     """The interface of every group's `Element`."""
 
-    EXACT: ClassVar[bool]  # whether acting only reorders entries, without rounding
+    EXACT: ClassVar[bool]  # whether acting only reorders entries, so that every value keeps its bits
     PERMUTATIONS: ClassVar[Permutations]  # the group of the permutations it contains
     ROTATES: ClassVar[bool]  # whether norms stand between a moved stream and its readers, so that it needs a gauge
     SIGNED: ClassVar[bool]  # whether it has signs, which do not act on diagonal axes
@@ -81,8 +81,8 @@ class Element(Protocol):
         ...
 
     @classmethod
-    def relax(cls, batch: tuple[int, ...], n: int, softening: Softening) -> Relaxed:
-        """Return the identity with gradients: latents, their relaxed element, and the nearest exact element."""
+    def relax(cls, batch: tuple[int, ...], n: int, relaxation: Relaxation) -> Relaxed:
+        """Return the identity with gradients: latents, their relaxed element, and the nearest element of the group."""
         ...
 
     def contract(self, similarity: Tensor, diagonal: bool = False) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..elements.matrices import Matrices, polar_factor, random_rotations
-from ..elements.relaxation import Relaxed, Softening, relax_matrix
+from ..elements.relaxation import Relaxation, Relaxed, relax_matrix
 
 
 class Element(Matrices):
@@ -27,18 +27,18 @@ class Element(Matrices):
     def project(cls, similarity: Tensor) -> Element:
         """Find the best Q with Q 1 = 1; the rest of the similarity contributes equally to all of them."""
         plane = _plane(similarity.shape[-1])
-        whole = similarity.to("cpu", torch.float64)
-        return cls(plane @ polar_factor(plane.mT @ whole @ plane) @ plane.mT + 1 / len(plane))
+        wide = similarity.to("cpu", torch.float64)
+        return cls(plane @ polar_factor(plane.mT @ wide @ plane) @ plane.mT + 1 / len(plane))
 
     @classmethod
     def best(cls, similarity: Tensor) -> Tensor:
         return cls.project(similarity).contract(similarity)
 
     @classmethod
-    def relax(cls, batch: tuple[int, ...], n: int, softening: Softening) -> Relaxed:
+    def relax(cls, batch: tuple[int, ...], n: int, relaxation: Relaxation) -> Relaxed:
         """Relax rotations of the hyperplane orthogonal to the ones-vector."""
-        latent, plane = softening.zeros(*batch, n - 1, n - 1), _plane(n).to(softening.device)
-        eye, plane_eye = (torch.eye(m, dtype=torch.float64, device=softening.device) for m in (n, n - 1))
+        latent, plane = relaxation.zeros(*batch, n - 1, n - 1), _plane(n).to(relaxation.device)
+        eye, plane_eye = (torch.eye(m, dtype=torch.float64, device=relaxation.device) for m in (n, n - 1))
 
         def matrix() -> Tensor:
             # exactly I for a latent of 0

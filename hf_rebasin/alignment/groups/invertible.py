@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..elements.matrices import NEGLIGIBLE, Matrices, Moments, random_rotations
-from ..elements.relaxation import Relaxed, Softening, relax_matrix
+from ..elements.relaxation import Relaxation, Relaxed, relax_matrix
 
 MAX_CONDITION = 1e3  # of a fitted basis: a nearly singular one would amplify rounding errors
 
@@ -76,9 +76,9 @@ class Element(Matrices):
         return cls(torch.where(good[..., None, None], g, start))
 
     @classmethod
-    def relax(cls, batch: tuple[int, ...], n: int, softening: Softening) -> Relaxed:
+    def relax(cls, batch: tuple[int, ...], n: int, relaxation: Relaxation) -> Relaxed:
         """Relax the matrix itself, as its difference from the identity."""
-        latent, eye = softening.zeros(*batch, n, n), torch.eye(n, dtype=torch.float64, device=softening.device)
+        latent, eye = relaxation.zeros(*batch, n, n), torch.eye(n, dtype=torch.float64, device=relaxation.device)
         return relax_matrix(cls, (latent,), lambda: eye + latent)
 
     @classmethod

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...registry import Permutations
 from ..elements.matrices import Moments
 from ..elements.permutations import gather_matched, permute, random_orders, read_order, solve_assignment
-from ..elements.relaxation import Relaxed, Softening, relax_monomial
+from ..elements.relaxation import Relaxation, Relaxed, relax_monomial
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ class Element:
         return cls.balance(writers[0], readers[0])
 
     @classmethod
-    def relax(cls, batch: tuple[int, ...], n: int, softening: Softening) -> Relaxed:
+    def relax(cls, batch: tuple[int, ...], n: int, relaxation: Relaxation) -> Relaxed:
         """Relax permutations to doubly stochastic matrices."""
-        return relax_monomial(lambda order, factor: cls(order), batch, n, softening)
+        return relax_monomial(lambda order, factor: cls(order), batch, n, relaxation)
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor], batch: tuple[int, ...], n: int) -> Element:

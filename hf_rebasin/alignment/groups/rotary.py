@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..elements.matrices import NEGLIGIBLE, Matrices, Moments
 from ..elements.monomial import balance_scales, minimise_log_scale
-from ..elements.relaxation import Relaxed, Softening, relax_matrix
+from ..elements.relaxation import Relaxation, Relaxed, relax_matrix
 
 
 class Element(Matrices):
@@ -60,9 +60,9 @@ class Element(Matrices):
         )
 
     @classmethod
-    def relax(cls, batch: tuple[int, ...], n: int, softening: Softening) -> Relaxed:
+    def relax(cls, batch: tuple[int, ...], n: int, relaxation: Relaxation) -> Relaxed:
         """Relax by the complex logarithm: the logarithm of the scale, and the angle."""
-        log, angle = softening.zeros(*batch), softening.zeros(*batch)
+        log, angle = relaxation.zeros(*batch), relaxation.zeros(*batch)
         return relax_matrix(cls, (log, angle), lambda: _matrices(log.exp() * angle.cos(), log.exp() * angle.sin()))
 
     @classmethod

@@ -36,7 +36,9 @@ def align(
     fixed: Annotated[str, typer.Argument(help="Model that stays as it is. " + MODEL)],
     moving: Annotated[str, typer.Argument(help="Model to move.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the moved model.")] = None,
-    alignment: Annotated[Path | None, typer.Option(help="File for the alignment itself (safetensors).")] = None,
+    alignment: Annotated[
+        Path | None, typer.Option(help="File to write the alignment itself to (.safetensors).")
+    ] = None,
     solver: SolverName = "weight_matching",
     seed: Seed = 0,
     assume: Assume = None,
@@ -48,7 +50,7 @@ def align(
     data_option: DataOption = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Bring one model to the coordinates of another; its function stays exactly the same."""
+    """Move one model into the coordinates of another without changing its function."""
     from ...modules.distributed import is_main_process
     from ...publishing.record import MergeRecord, make_provenance, pinned_settings, record_inputs
     from ...solving.align import align as align_models

@@ -12,14 +12,16 @@ from ..options import MODEL, Overwrite, open_checkpoint, refuse_out, save_with_r
 
 def apply(
     alignment: Annotated[
-        str, typer.Argument(help="File that align --alignment wrote, or id of a Hub repository that holds one.")
+        str, typer.Argument(help="File written by align --alignment, or id of a Hub repository with one.")
     ],
-    model: Annotated[str, typer.Argument(help=MODEL)],
+    model: Annotated[str, typer.Argument(help="Model to move. " + MODEL)],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the moved model.")],
-    file: Annotated[str | None, typer.Option(help="File to take from a repository with several alignments.")] = None,
+    file: Annotated[
+        str | None, typer.Option(help="Name of the alignment file, if a repository holds several.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Move a model by a saved alignment; its function stays exactly the same."""
+    """Move a model by a saved alignment without changing its function."""
     from ...publishing.artefacts import artefact_name, load_alignment
     from ...publishing.record import MergeRecord, make_provenance, record_inputs
 

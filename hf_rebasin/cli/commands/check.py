@@ -10,10 +10,12 @@ from ..options import MODEL, Seed, open_checkpoint, say
 
 
 def check(
-    model: Annotated[str | None, typer.Argument(help=MODEL + " By default a small model of every table.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help=MODEL + " By default a small model of every built-in family.")
+    ] = None,
     seed: Seed = 0,
 ) -> None:
-    """Move a model at random and compare its outputs, as your own proof that moving does not change its function."""
+    """Move a model by random symmetries and check that its outputs stay the same."""
     from ...alignment.exactness import check as run_check
     from ...alignment.exactness import tiny_models
 

@@ -10,10 +10,10 @@ from ..options import MODEL, find_device, open_checkpoints, say, shows_progress
 
 
 def compare(
-    fixed: Annotated[str, typer.Argument(help=MODEL)],
-    moving: Annotated[str, typer.Argument(help="The other model.")],
+    fixed: Annotated[str, typer.Argument(help="The first model. " + MODEL)],
+    moving: Annotated[str, typer.Argument(help="The second model.")],
 ) -> None:
-    """Tell whether two models share a base, were trained apart or differ, on one screen with a verdict."""
+    """Tell whether two models share a base, were trained apart or differ in architecture."""
     from ...evaluation.comparison import compare as compare_models
     from .. import output
 

@@ -14,16 +14,17 @@ from ..options import MODEL, open_checkpoint, say
 def inspect(
     model: Annotated[str, typer.Argument(help=MODEL)],
     every: Annotated[
-        bool, typer.Option("--all", help="Show every symmetry in a line of its own, instead of one line per family.")
+        bool, typer.Option("--all", help="Show one line per symmetry instead of one per family.")
     ] = False,
     infer: Annotated[
-        bool, typer.Option("--infer", help="Infer the symmetries from the forward pass, even if there is a table.")
+        bool, typer.Option("--infer", help="Infer the symmetries from the forward pass, even for a built-in family.")
     ] = False,
     write_table: Annotated[
-        Path | None, typer.Option(help="With --infer: write the inferred symmetries as a spec file, to keep or edit.")
+        Path | None,
+        typer.Option(help="With --infer: file to write the inferred symmetries to, as a spec to edit or keep."),
     ] = None,
 ) -> None:
-    """Show the symmetries of a model: name, group, size, tensors."""
+    """Show the symmetries of a model: names, groups, sizes and tensors."""
     from ...symmetries.detection import detect_spec, infer_checkpoint, render_spec
     from .. import output
 
@@ -39,8 +40,8 @@ def inspect(
         say(line)
     for line in output.describe_held_axes(spec):
         say(line)
-    for target, kept in spec.ties.items():
-        say(f"\ntied: {target} is {kept}")
+    for target, source in spec.ties.items():
+        say(f"\ntied: {target} is {source}")
     if write_table is not None:
         write_table.write_text(render_spec(spec, checkpoint), encoding="utf-8")
         say(f"\ntable: {write_table}")

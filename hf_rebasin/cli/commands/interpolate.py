@@ -37,14 +37,16 @@ def interpolate(
     ] = None,
     recalibrate_option: Annotated[
         list[str] | None,
-        typer.Option(help="Setting of that dataset, as with -d; without --recalibrate, of the dataset of --data."),
+        typer.Option(
+            help="Setting of the --recalibrate dataset, as with -d; without --recalibrate, the --data dataset is used."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the best model on the line.")] = None,
     by: Annotated[str, typer.Option(help="Criterion of the best model: loss or a metric.")] = "loss",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure the models on the line between two, and keep the best one."""
+    """Measure the models on the line between two models, and optionally save the best one."""
     from functools import partial
 
     from ...evaluation.interpolation import between

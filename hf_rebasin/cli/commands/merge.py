@@ -56,7 +56,9 @@ def merge(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the merged model.")],
     method: Annotated[
         str,
-        typer.Option(help=f"Merge method: {', '.join(registry.names('merge method'))}; one that fits layers needs --data."),
+        typer.Option(
+            help=f"Merge method: {', '.join(registry.names('merge method'))}; one that fits layers needs --data."
+        ),
     ] = "linear",
     parameter: Annotated[
         list[str] | None,
@@ -103,7 +105,7 @@ def merge(
         ),
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(help="HTML file for the report; its numbers and plots are written beside it.")
+        Path | None, typer.Option(help="HTML file for the report; its numbers and plots are written next to it.")
     ] = None,
     push_to: Annotated[
         str | None,

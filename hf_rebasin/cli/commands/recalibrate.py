@@ -24,22 +24,25 @@ from ..options import (
 
 def recalibrate(
     model: Annotated[str, typer.Argument(help=MODEL)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the model with new statistics.")],
-    data: Annotated[str, typer.Option(help="Dataset to take statistics of: Hub id, folder or file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the recalibrated model.")],
+    data: Annotated[str, typer.Option(help="Dataset to compute the statistics on: Hub id, folder or file.")],
     data_option: DataOption = None,
     like: Annotated[
         list[str] | None,
         typer.Option(
-            help="REPAIR: model that was merged, in the coordinates of the merge. Give it once for each; every unit "
-            "gets the mean and deviation that these models have on average."
+            help="For REPAIR: one of the merged models, in the coordinates of the merge. Repeat it for each; "
+            "every unit is rescaled to their average mean and standard deviation."
         ),
     ] = None,
     exact: Annotated[
-        bool, typer.Option("--exact", help="Make one pass per BatchNorm layer, as if all data were one batch.")
+        bool,
+        typer.Option(
+            "--exact", help="Compute the statistics as if all data were one batch, with one pass per BatchNorm layer."
+        ),
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Recompute BatchNorm statistics of a model on data, or repair a merge of networks without BatchNorm."""
+    """Recompute a model's BatchNorm statistics on data, or repair a merge (REPAIR, with --like)."""
     from ...merging.recalibration import has_statistics, repair
     from ...publishing.record import MergeRecord, make_provenance, pinned_settings, record_inputs
     from ...recipes.runner import recalibrate_checkpoint

@@ -15,18 +15,20 @@ def verify(
     source: Annotated[str, typer.Argument(help=MODEL)],
     rebuild: Annotated[
         bool,
-        typer.Option("--rebuild", help="Make the model again with the stored alignments, and compare bit by bit."),
+        typer.Option("--rebuild", help="Make the model again with the stored alignments, and compare it bit by bit."),
     ] = False,
     resolve: Annotated[
-        bool, typer.Option("--resolve", help="Make the model again, also finding the alignments anew, and compare.")
+        bool, typer.Option("--resolve", help="Make the model again, with newly computed alignments, and compare it.")
     ] = False,
     model: Annotated[
         list[str] | None,
-        typer.Option(help="Folder of an input that is not on the Hub, recognised by its sha256. May be repeated."),
+        typer.Option(help="Local folder of an input that is not on the Hub; matched by sha256. May be repeated."),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Folder or file of data that are not on the Hub.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Local folder or file of the data, if they are not on the Hub.")
+    ] = None,
 ) -> None:
-    """Recompute the hashes of a model that was written or published, and make it again on request."""
+    """Check the hashes of a written or published model; optionally rebuild it and compare."""
     from ...publishing.verification import verify as verify_model
     from .. import output
 

@@ -94,7 +94,7 @@ def distil(
             have no positive sum; steps or a rate that are not above 0; predictions that are not finite.
         CheckpointError: a model without a known class.
 
-    Example: a model is one bias, 0 in the merge, and the two merged models give the first of two classes p = 0.2 and
+    Example: a model is one bias, 0 in the merge, and the two merged models assign the first of two classes p = 0.2 and
     0.4. The bias becomes log(0.3 / 0.7), which gives p = 0.3, and not the mean of the two biases.
 
         >>> better = distil(merge([a, moved]), [Checkpoint.open(a), Checkpoint.open(moved)], batches)
@@ -142,7 +142,7 @@ def distil(
     return change_layers(merged, (), data, lambda step: None, device=device)
 
 
-finish = distil  # called on the average that `merge` gives
+finish = distil  # called on the average that `merge` returns
 
 
 def _train(

@@ -6,7 +6,7 @@ refitted already, T is the mean of the layer's outputs in the merged models, and
 W = (XᵀX + rI)⁻¹(XᵀT + rW₀), with a column of ones in X for the bias. No labels are needed, and only XᵀX and XᵀT are
 kept of the data. After PLeaS (Nasery et al. 2024, 2407.02447) and RegMean (Jin et al. 2022, 2212.09849).
 
-For the layer that gives a model's logits, squares are the wrong measure: they weigh the logits of the least likely
+For the layer that computes a model's logits, squares are the wrong measure: they weigh the logits of the least likely
 classes as much as all others. So the solution W₁ of least squares is first scaled by the s ≤ 1 that minimises
 KL(softmax T ‖ softmax s X W₁), and W then minimises Σ KL(softmax T ‖ softmax X W) + r‖W − s W₁‖². Both problems are
 convex. The second one is solved by repeated least squares, as its second derivatives are at most ½ XᵀX (Böhning
@@ -68,7 +68,7 @@ def refit(
     """Fit the layers of a merge, in the order of its forward pass, to the mean of their outputs in the merged models.
 
     Linear layers, Conv1D and convolutions (grouped, depthwise, dilated) are fitted by least squares. A linear layer
-    that gives the `logits` of classes or tokens is then fitted by KL divergence of their softmax, unless
+    that computes the `logits` of classes or tokens is then fitted by KL divergence of their softmax, unless
     `config.problem_type` says regression or multi-label classification. Weights that are tied to others or computed
     from them stay as they were merged, and so do layers that no pass calls, or that read different positions in
     different models, as experts do; the log names them. BatchNorm statistics are recomputed on the data.
@@ -103,7 +103,7 @@ def refit(
     return change_layers(merged, models, data, fit, device=device, progress="refitting" if progress else "")
 
 
-finish = refit  # called on the average that `merge` gives
+finish = refit  # called on the average that `merge` returns
 
 
 def _refuse_ridge(ridge: float) -> None:
@@ -121,15 +121,15 @@ class _LeastSquares(Change):
         options: dict[str, Any] = {"dtype": torch.float64, "device": self.layers[0].module.weight.device}
         mismatches = torch.zeros(len(shapes), **options)  # batches on which the models call a layer differently
         products = [torch.zeros(groups, width, n, **options) for _, _, n in shapes]
-        self.sums = [mismatches, torch.zeros(groups, width, width, **options), *products]
+        self.batch_sums = [mismatches, torch.zeros(groups, width, width, **options), *products]
 
     def add(self, calls: Sequence[LayerCalls], mask: Tensor | None) -> None:
-        mismatches, squares, *products = self.sums
+        mismatches, squares, *products = self.batch_sums
         matching = [i for i, layer in enumerate(self.layers) if _same_shapes([model[layer.name] for model in calls])]
         mismatches += 1
         mismatches[matching] -= 1
-        own, *others = calls
-        for k, (read, _) in enumerate(own[self.layers[0].name]):
+        of_merge, *others = calls
+        for k, (read, _) in enumerate(of_merge[self.layers[0].name]):
             targets = {}
             for i in matching:
                 outputs = [other[self.layers[i].name][k][1] for other in others]
@@ -143,7 +143,7 @@ class _LeastSquares(Change):
                     products[i] += x.mT @ target[:, rows]
 
     def write(self) -> Sequence[str]:
-        mismatches, squares, *products = self.sums
+        mismatches, squares, *products = self.batch_sums
         changed = []
         for layer, product, count in zip(self.layers, products, mismatches.tolist(), strict=True):
             if count == 0 and squares.any():
@@ -152,7 +152,7 @@ class _LeastSquares(Change):
         return changed
 
     def follow_up(self) -> Change | None:
-        mismatches, squares, *_ = self.sums
+        mismatches, squares, *_ = self.batch_sums
         if not self.gives_logits or mismatches.any() or not squares.any():
             return None
         return _ScaleSearch(_Head(self.layers[0], self.shares, squares[0]))
@@ -161,17 +161,17 @@ class _LeastSquares(Change):
         matrix, bias = layer.matrix.double(), layer.bias
         n = squares.shape[-1] if bias is not None else squares.shape[-1] - 1
         before = matrix if bias is None else torch.cat([matrix, bias.double()[:, None]], 1)
-        left, right = squares[:, :n, :n], product[:, :n]
-        r = self.ridge * left.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
+        gram, cross = squares[:, :n, :n], product[:, :n]
+        r = self.ridge * gram.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
         r = torch.where(r > 0, r, 1.0)  # a group whose inputs are all 0 stays as it is
-        eye = torch.eye(n, dtype=left.dtype, device=left.device)
-        fitted = torch.linalg.solve(left + r * eye, right + r * before)
+        eye = torch.eye(n, dtype=gram.dtype, device=gram.device)
+        fitted = torch.linalg.solve(gram + r * eye, cross + r * before)
         layer.write(fitted if bias is None else fitted[:, :-1], None if bias is None else fitted[:, -1])
 
 
 @dataclass(frozen=True)
 class _Head:
-    """The layer that gives the logits."""
+    """The layer that computes the logits, with XᵀX of its inputs."""
 
     layer: Affine
     shares: Sequence[float]
@@ -189,8 +189,8 @@ class _Head:
 
     def pieces(self, calls: Sequence[LayerCalls], mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield X and softmax T, a few samples at a time."""
-        (own, *others), layer = calls, self.layer
-        for k, (read, _) in enumerate(own[layer.name]):
+        (of_merge, *others), layer = calls, self.layer
+        for k, (read, _) in enumerate(of_merge[layer.name]):
             (x,) = (piece[0].double() for piece in layer.input_samples(read, mask))
             x = x if layer.bias is None else _append_ones(x)
             target = _mean_outputs(layer, [other[layer.name][k][1] for other in others], self.shares, mask)[0]
@@ -202,35 +202,35 @@ class _Head:
 class _ScaleSearch(Change):
     """A Newton step towards the s ≤ 1 that minimises the KL divergence."""
 
-    def __init__(self, head: _Head, start: Tensor | None = None, s: float = 1.0, left: int = SCALE_STEPS):
-        self.head, self.start, self.s, self.left = head, head.matrix if start is None else start, s, left
-        self.sums = [self.start.new_zeros(2)]  # first and second derivative
+    def __init__(self, head: _Head, start: Tensor | None = None, s: float = 1.0, steps_left: int = SCALE_STEPS):
+        self.head, self.start, self.s, self.steps_left = head, head.matrix if start is None else start, s, steps_left
+        self.batch_sums = [self.start.new_zeros(2)]  # first and second derivative
 
     def add(self, calls: Sequence[LayerCalls], mask: Tensor | None) -> None:
         for x, target in self.head.pieces(calls, mask):
             y = x @ self.start
             q = (self.s * y).softmax(-1)
             centred = y - (q * y).sum(-1, keepdim=True)
-            self.sums[0] += torch.stack([((q - target) * y).sum(), (q * centred.square()).sum()])
+            self.batch_sums[0] += torch.stack([((q - target) * y).sum(), (q * centred.square()).sum()])
 
     def write(self) -> Sequence[str]:
-        slope, curvature = self.sums[0].tolist()
+        slope, curvature = self.batch_sums[0].tolist()
         newton = self.s - slope / curvature if curvature > 0 else self.s
         # never s > 1: the fit is closer to the targets on these data than on others, so they cannot justify confidence
         self.before, self.s = self.s, min(max(newton, self.s / 2), 1.0)
         return ()
 
     def follow_up(self) -> Change:
-        if self.left == 1 or abs(self.s - self.before) < 1e-3 * self.s:
+        if self.steps_left == 1 or abs(self.s - self.before) < 1e-3 * self.s:
             return _KLFit(self.head, self.s * self.start)
-        return _ScaleSearch(self.head, self.start, self.s, self.left - 1)
+        return _ScaleSearch(self.head, self.start, self.s, self.steps_left - 1)
 
 
 class _KLFit(Change):
-    """A step towards the W that minimises the KL divergence; it follows itself, and only its sums start anew."""
+    """A step towards the W that minimises the KL divergence; it is its own follow-up, with fresh `batch_sums`."""
 
     def __init__(self, head: _Head, start: Tensor):
-        self.head, self.start, self.left = head, start, KL_STEPS
+        self.head, self.start, self.steps_left = head, start, KL_STEPS
         n = len(start)
         squares = head.squares[:n, :n]
         r = PRIOR_SAMPLES * squares.diagonal().mean() / head.squares[-1, -1]
@@ -238,14 +238,14 @@ class _KLFit(Change):
         eye = torch.eye(n, dtype=squares.dtype, device=squares.device)
         self.root = torch.linalg.cholesky(0.5 * squares + 2 * self.r * eye)
         self.best, self.ahead, self.momentum = start, start, 1.0
-        self.sums = [torch.zeros_like(start)]  # the gradient at the point ahead
+        self.batch_sums = [torch.zeros_like(start)]  # the gradient at the point ahead
 
     def add(self, calls: Sequence[LayerCalls], mask: Tensor | None) -> None:
         for x, target in self.head.pieces(calls, mask):
-            self.sums[0] += x.mT @ ((x @ self.ahead).softmax(-1) - target)
+            self.batch_sums[0] += x.mT @ ((x @ self.ahead).softmax(-1) - target)
 
     def write(self) -> Sequence[str]:
-        slope = self.sums[0] + 2 * self.r * (self.ahead - self.start)
+        slope = self.batch_sums[0] + 2 * self.r * (self.ahead - self.start)
         new = self.ahead - torch.cholesky_solve(slope, self.root)
         step = new - self.best
         if (slope * step).sum() > 0:  # uphill: restart the momentum
@@ -253,14 +253,14 @@ class _KLFit(Change):
         momentum = (1 + math.sqrt(1 + 4 * self.momentum**2)) / 2
         self.ahead = new + (self.momentum - 1) / momentum * step
         self.best, self.momentum = new, momentum
-        self.left -= 1
-        if not self.left:
+        self.steps_left -= 1
+        if not self.steps_left:
             self.head.write(self.best)
         return ()
 
     def follow_up(self) -> Change | None:
-        self.sums = [torch.zeros_like(self.start)]
-        return self if self.left else None
+        self.batch_sums = [torch.zeros_like(self.start)]
+        return self if self.steps_left else None
 
 
 def _mean_outputs(layer: Affine, outputs: Sequence[Tensor], shares: Sequence[float], mask: Tensor | None) -> Tensor:

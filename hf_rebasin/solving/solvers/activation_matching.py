@@ -2,8 +2,8 @@
 
 Permutations are found by the correlation of units, as in Git Re-Basin (Ainsworth, Hayase, Srinivasa 2022, arXiv
 2209.04836, section 3.1), rotations by Procrustes on the normalised stream (arXiv 2506.22712). How much weights count
-beside activations, and whether all samples count the same, is chosen by the divergence on the line between the two
-aligned models (docs/log.md).
+relative to activations, and whether all samples count the same, is chosen by the divergence on the line between the
+two aligned models (docs/log.md).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ..solution import Clock, Solution, Status
 from ..units import Elements, Nested, Similarity, total_similarity
 
 TRIED_SHARES = (0.0, 0.5, 1.0)  # of weight matching
-LINE_POINTS = (0.25, 0.5, 0.75)  # halfway alone would miss a hill beside the middle
+LINE_POINTS = (0.25, 0.5, 0.75)  # the midpoint alone would miss a barrier to either side of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +117,11 @@ class Solver:
 
 def _collect(problem: Problem, count: int | None, sensitive: bool) -> ActivationStatistics:
     assert problem.forward is not None
-    module, names = problem.forward.module()
+    module, module_keys = problem.forward.module()
     module = module.to(problem.device).eval()
     batches = islice(problem.forward.data, count)
-    return collect_statistics(problem.spec, module, names, _widen_states(problem), batches, problem.device, sensitive)
+    states = _widen_states(problem)
+    return collect_statistics(problem.spec, module, module_keys, states, batches, problem.device, sensitive)
 
 
 def line_divergence(problem: Problem, elements: Mapping[str, Element], count: int | None = None) -> float:
@@ -140,20 +141,20 @@ def line_divergence(problem: Problem, elements: Mapping[str, Element], count: in
     assert problem.forward is not None
     fixed, moving = _widen_states(problem)
     moved = act(problem.spec, elements, moving)
-    module, names = problem.forward.module()
-    divergence = Divergence(module.to(problem.device).eval(), names, (fixed, moving), problem.device)
+    module, module_keys = problem.forward.module()
+    divergence = Divergence(module.to(problem.device).eval(), module_keys, (fixed, moving), problem.device)
     line = {
-        at: {k: x.lerp(moved[k].to(x), at) if x.is_floating_point() else x for k, x in fixed.items()}
-        for at in LINE_POINTS
+        t: {k: x.lerp(moved[k].to(x), t) if x.is_floating_point() else x for k, x in fixed.items()}
+        for t in LINE_POINTS
     }
-    total = torch.zeros(2, dtype=torch.float64)
+    sum_and_count = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
         for batch in shard_batches(islice(problem.forward.data, count)):
             ends = divergence.outputs_of_ends(batch)
-            for at, state in line.items():
-                samples = divergence.per_sample(state, (1 - at, at), batch, ends)
-                total += torch.tensor([samples.double().sum().item(), samples.numel()], dtype=torch.float64)
-    summed, samples_seen = all_reduce_sum(total).tolist()
+            for t, state in line.items():
+                samples = divergence.per_sample(state, (1 - t, t), batch, ends)
+                sum_and_count += torch.tensor([samples.double().sum().item(), samples.numel()], dtype=torch.float64)
+    summed, samples_seen = all_reduce_sum(sum_and_count).tolist()
     if not math.isfinite(summed):
         raise OptionError(
             f"the models' outputs on these data are not finite ({summed}); check both models and the data"
@@ -182,14 +183,14 @@ class _MixedSimilarity:
         of_activations = self.activation_similarity[unit]
         if of_activations and not self.weights:
             return {names: tensor.clone() for names, tensor in of_activations.items()}, True
-        of_weights, exact = weight_similarity(self.problem, unit, elements, known)
+        of_weights, linear = weight_similarity(self.problem, unit, elements, known)
         if not of_activations:
-            return of_weights, exact
-        total = {names: (1 - self.weights) * tensor for names, tensor in of_activations.items()}
+            return of_weights, linear
+        mixed = {names: (1 - self.weights) * tensor for names, tensor in of_activations.items()}
         for names, tensor in of_weights.items():
             part = self.share * tensor
-            total[names] = total[names] + part if names in total else part
-        return total, exact
+            mixed[names] = mixed[names] + part if names in mixed else part
+        return mixed, linear
 
     def score(self, elements: Elements) -> float:
         """Return the objective, a mix of both similarities; that of weights alone if activations carry no unit."""

@@ -15,7 +15,7 @@ from ..gradient_descent import Cost, Descent
 class Solver(Descent):
     """Options of learned matching: those of `Descent`, with other defaults.
 
-    The loss is taken at random points: an alignment learned halfway only is good there, and may be bad beside it where
+    The loss is taken at random points: an alignment learned at the midpoint alone may be bad elsewhere on the line if
     one of the models is much better than the other.
     """
 

@@ -160,7 +160,7 @@ def _key_resolver(trace: Trace, keys: Mapping[str, str], ties: Mapping[str, str]
         if parameter not in trace.record.looked_up:
             return key
         read_as = f".{where}.weight"
-        targets = [target for target, kept in ties.items() if kept == key and read_as.endswith(f".{target}")]
+        targets = [target for target, source in ties.items() if source == key and read_as.endswith(f".{target}")]
         return targets[0] if len(targets) == 1 else None
 
     return key_of

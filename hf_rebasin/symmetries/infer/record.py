@@ -79,7 +79,7 @@ class Snapshot:
 
 @dataclass(frozen=True, kw_only=True)
 class TracedStep:
-    """One call of an operation, kept for later analysis; its arguments have snapshots in the place of tensors."""
+    """One call of an operation, kept for later analysis; its arguments have snapshots in place of tensors."""
 
     name: str
     arguments: dict[str, Any]

@@ -39,7 +39,7 @@ class Trace:
 
 
 def trace_module(module: nn.Module, inputs: Any, kept: set[str], blocks: InitialBlocks) -> Trace:
-    """Run a module on inputs, with shapes in the place of its parameters and stored buffers.
+    """Run a module on inputs, with shapes in place of its parameters and stored buffers.
 
     Whatever does not depend on them (inputs, masks, positions) is computed with its values, so the forward pass may
     branch on its inputs.
@@ -119,7 +119,7 @@ def _initial_axes(name: str, tensor: Tensor, blocks: InitialBlocks) -> list[Axis
 
 
 def _hollow_copy(module: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Copy a module, in evaluation mode, with shapes in the place of its floating-point parameters and stored buffers.
+    """Copy a module, in evaluation mode, with shapes in place of its floating-point parameters and stored buffers.
 
     All other tensors are on the CPU. Returns the copy, and its tensors without values by their keys.
     """
@@ -172,9 +172,7 @@ class _Tracer(TorchDispatchMode):
         self.used: dict[int, None] = {}
         self.outputs: dict[str, list[Axis]] = {}
         self.path: list[str] = []
-        self.lost: set[int] = (
-            set()
-        )  # storages whose values were lost when something without values was written to them
+        self.lost: set[int] = set()  # storages whose values were lost: something without values was written there
         self.shapes: dict[Any, Any] = {}  # outputs of operations by the shapes of their arguments: layers repeat them
 
     @property

@@ -9,9 +9,9 @@ _STRIDES = (2, 1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1)
 
 
 def _width(config, channels):
-    step, exact = config.depth_divisible_by, round(channels * config.depth_multiplier)
-    width = max(config.min_depth or step, int(exact + step / 2) // step * step)
-    return width + step if width < 0.9 * exact else width
+    step, scaled = config.depth_divisible_by, round(channels * config.depth_multiplier)
+    width = max(config.min_depth or step, int(scaled + step / 2) // step * step)
+    return width + step if width < 0.9 * scaled else width
 
 
 def _streams(config):
