@@ -108,8 +108,8 @@ def loss_barrier(a, b) -> float:
     """Return the barrier of the loss on random inputs, over five points on the line from a to b."""
     import torch
 
-    from hf_rebasin.modules.forward import example_inputs
     from hf_rebasin.evaluation.interpolation import interpolate
+    from hf_rebasin.modules.forward import example_inputs
 
     inputs = example_inputs(a.config, torch.Generator().manual_seed(0))
     labels = (
