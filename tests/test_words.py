@@ -23,6 +23,7 @@ BANNED = {
     r"\bthat of the (first|second|other)\b": "the first model's",
     rf"(?<![Tt]here )\b(is|are) no (?!({COMPARISONS})\b)[a-z]+": "is not a, are not",
 }
+VAGUE = {"said", "found", "one", "what", "those", "that", "here", "there"}
 OPENINGS = r"(The same\b|Of (a|an|the|what)\b|That (of|the)\b|Those (of|that)\b)"
 
 
@@ -50,6 +51,23 @@ def test_no_word_is_from_the_list(path):
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/glossary.md"])
 def test_no_word_of_the_documents_is_from_the_list(name):
     assert [*wrong_words((ROOT / name).read_text())] == []
+
+
+def vague_variables(tree):
+    """The variables and parameters of a module whose name stands for anything: the noun of the thing says more."""
+    classes = (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    fields = {id(line.target) for node in classes for line in node.body if isinstance(line, ast.AnnAssign)}
+    for node in ast.walk(tree):
+        if id(node) in fields:
+            continue
+        name = node.id if isinstance(node, ast.Name) else node.arg if isinstance(node, ast.arg) else None
+        if name in VAGUE:
+            yield f"line {node.lineno}: {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_variables_are_named_after_the_thing(path):
+    assert [*vague_variables(ast.parse(path.read_text()))] == []
 
 
 def public(tree):
@@ -103,6 +121,10 @@ def test_no_public_name_is_defined_twice():
 )
 def test_a_word_from_the_list_would_be_seen(text):
     assert [*wrong_words(text)]
+
+
+def test_a_vague_variable_would_be_seen():
+    assert [*vague_variables(ast.parse("def f(what):\n    return [one for one in what]"))]
 
 
 @pytest.mark.parametrize("doc", ["", "The same of a checkpoint.", "Of the commit.", "Goes on\nin the next line."])

@@ -103,13 +103,13 @@ def rebuild_model(
         progress=progress,
     )
     try:
-        checkpoint, found = REBUILDERS[provenance.verb](inputs)
+        checkpoint, solved = REBUILDERS[provenance.verb](inputs)
     except RebasinError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:  # a record that was edited by hand
         raise CheckpointError(f"{PROVENANCE} has settings that cannot be used: {error!r}") from error
     checkpoint.save(out, max_shard_size=provenance.shard, progress=progress)
-    for name, alignment in zip(alignment_files(len(found)), found, strict=True):
+    for name, alignment in zip(alignment_files(len(solved)), solved, strict=True):
         alignment.save(out / name)
 
 

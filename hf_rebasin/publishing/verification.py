@@ -195,8 +195,8 @@ def _compare_rebuilt(
             yield _rebuilt_finding(key, difference)
 
 
-def _rebuilt_finding(what: str, detail: str) -> Finding:
-    return Finding(kind="the same when rebuilt", what=what, holds=not detail, detail=detail)
+def _rebuilt_finding(name: str, detail: str) -> Finding:
+    return Finding(kind="the same when rebuilt", what=name, holds=not detail, detail=detail)
 
 
 def _describe_difference(stored: Lazy | None, rebuilt: Lazy | None) -> str:
