@@ -56,7 +56,7 @@ class CanonicalView:
         }
 
     def select(self, parts: Mapping[str, Lazy]) -> Tensors:
-        """Return those of the given tensors, by disk keys, that the model has, by canonical keys."""
+        """Rename tensors from disk keys to canonical keys; tensors that the model does not have are left out."""
         return Tensors({name: parts[key] for name, key in self.keys.items() if key in parts})
 
     def with_state(self, state: Mapping[str, Tensor]) -> Checkpoint:

@@ -156,17 +156,17 @@ def _belongs_to_model(path: Path) -> bool:
 
 
 def is_weights(name: str) -> bool:
-    """Whether a name is that of a weight file as `save` writes it, or of the index of several."""
+    """Whether `save` gives this name to a weight file, or to the index of several."""
     return fnmatch.fnmatch(name, "model*.safetensors") or name == INDEX
 
 
 def is_side_file(name: str) -> bool:
-    """Whether a name is that of a file that accompanies weights."""
+    """Whether a file of this name accompanies weights."""
     return any(fnmatch.fnmatch(name, pattern) for pattern in SIDE_FILES)
 
 
 def is_record_file(name: str) -> bool:
-    """Whether a name is that of a record of how a model was made, of its checksums or of its card."""
+    """Whether a file of this name records how a model was made, or has its checksums or its card."""
     return any(fnmatch.fnmatch(name, pattern) for pattern in (*RECORD_FILES, CHECKSUMS, CARD))
 
 

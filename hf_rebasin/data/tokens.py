@@ -73,7 +73,7 @@ class TextRows:
         tokenizer: tokenizer of the model.
         column: column of the texts.
         labels: function that reads the labels of rows; None for batches without labels.
-        shift: function that makes the input of a decoder from that of the encoder; used for batches without labels.
+        shift: function that makes the decoder's input from the encoder's; used for batches without labels.
     """
 
     tokenizer: TextTokenizer

@@ -48,7 +48,7 @@ class Problem:
         fixed: tensors of the model that stays, `{canonical key: tensor}`.
         moving: tensors of the model that moves.
         generator: source of all randomness in a solver.
-        device: device on which similarities are computed; by default that of the tensors.
+        device: device on which similarities are computed; by default the one that the tensors are on.
         progress: whether to show a progress bar (on a terminal).
         forward: module, data and loss, for costs on data.
     """
