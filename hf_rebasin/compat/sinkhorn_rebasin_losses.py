@@ -153,7 +153,7 @@ class MidLoss(_InterpolationLoss):
     """Loss halfway between two modules, C(½ (θ_A + π θ_B)), which is low under linear mode connectivity.
 
     BatchNorm layers use batch statistics in either mode, since neither end's running statistics fit the midpoint;
-    otherwise, it is in the mode of the module the loss is called with. Neither module changes.
+    otherwise the merged module is in the mode of the one the loss is called with. Neither module changes.
 
     Args:
         modela: the fixed module. The loss keeps a reference to it, and changes nothing about it.
