@@ -21,17 +21,19 @@ UNSUPPORTED_METHODS = {  # of mergekit; suggesting the nearest known name for th
     *("karcher", "model_stock", "multislerp", "nearswap", "nuslerp", "passthrough", "ram", "sce"),
     *("task_arithmetic", "ties"),
 }
-NO_SLICES = "merging slices of models is not supported; list whole models under models, without layer_range"
-NO_ADAPTERS = "adapters are not supported; merge it into its base first (merge_and_unload in peft) and name the result"
-NO_UNION = "uniting vocabularies is not supported; without this key the merge has the tokenizer of the first model"
-NO_TOKENS = "adding or changing tokens is not supported; leave this out, and change the tokenizer of the result"
-NO_TEMPLATE = "the merge has the first model's chat template; leave this out, and set another one on its tokenizer"
+NO_SLICES = "layers are not cut out of models here; list the whole models under models, without layer_range"
+NO_ADAPTERS = (
+    "adapters are not merged; merge it into its base first (merge_and_unload in peft) and name what that saved"
+)
+NO_UNION = "vocabularies are not united here; leave it out, and the merge has the tokenizer of the first model"
+NO_TOKENS = "tokens are not added or changed here; leave it out, and change the tokenizer of the result"
+NO_TEMPLATE = "the merge has the chat template of the first model; leave it out, and set another one on its tokenizer"
 
 
 def describe_missing_method(method: str) -> str:
     """Return the refusal of a method that only mergekit has; empty for any other name."""
     known = ", ".join(registry.names("merge method"))
-    return f"mergekit's {method!r} is not supported; known: {known}" if method in UNSUPPORTED_METHODS else ""
+    return f"{method!r} of mergekit is not here; known: {known}" if method in UNSUPPORTED_METHODS else ""
 
 
 def translate(raw: Mapping[Any, Any]) -> tuple[dict[Any, Any], list[str]]:

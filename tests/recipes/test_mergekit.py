@@ -299,29 +299,29 @@ VARYING = {"merge_method": "lerp", "parameters": {"t": [0, 1]}, "data": "d"}
 REFUSED = {
     "slices": (
         {"slices": SLICES, "models": None},
-        "slices: merging slices of models is not supported; list whole models under models, without layer_range",
+        "slices: layers are not cut out of models here; list the whole models under models, without layer_range",
     ),
     "adapter": (
         {"models": [{"model": "x"}, {"model": "y+z"}]},
-        "models.1: y+z: adapters are not supported; merge it into",
+        "models.1: y+z: adapters are not merged; merge it into",
     ),
     "adapter, written": (
         {"models": [{"model": "x"}, {"model": {"model": {"path": "y"}, "lora": {"path": "z"}}}]},
-        "models.1: adapters are not supported; merge it into its base first",
+        "models.1: adapters are not merged; merge it into its base first",
     ),
     "union": (
         {"tokenizer_source": "union"},
-        "tokenizer_source: uniting vocabularies is not supported; without this key",
+        "tokenizer_source: vocabularies are not united here; leave it out",
     ),
     "union, new": (
         {"tokenizer": {"source": "union"}},
-        "tokenizer: uniting vocabularies is not supported; without this key",
+        "tokenizer: vocabularies are not united here; leave it out",
     ),
     "other tokenizer": ({"tokenizer_source": "y"}, "tokenizer_source: 'y' is not the first model"),
-    "tokens": ({"tokenizer": {"tokens": {"<s>": {}}}}, "tokenizer.tokens: adding or changing tokens is not supported"),
+    "tokens": ({"tokenizer": {"tokens": {"<s>": {}}}}, "tokenizer.tokens: tokens are not added or changed here"),
     "tokenizer key": ({"tokenizer": {"sorce": "x"}}, "tokenizer.sorce: no such key; did you mean 'source'?"),
     "tokenizer twice": ({"tokenizer": {"source": "base"}, "tokenizer_source": "base"}, "tokenizer: given twice"),
-    "template": ({"chat_template": "auto"}, "chat_template: the merge has the first model's chat template"),
+    "template": ({"chat_template": "auto"}, "chat_template: the merge has the chat template of the first model"),
     "out_dtype": ({"out_dtype": "float8"}, "out_dtype: 'float8' is not one of float32, float16, bfloat16, float64"),
     "dtype": ({"dtype": "float8", "out_dtype": "float16"}, "dtype: input should be 'float32'"),
     "misspelt": ({"tokeniser_source": "base"}, "tokeniser_source: no such key"),
