@@ -222,7 +222,8 @@ def read_plugin(module: ModuleType | SimpleNamespace, kind: Kind, name: str, con
         expected = field.name if "Callable" in str(field.type) else field.name.upper()
         if near := difflib.get_close_matches(expected, defined, n=1, cutoff=MISSPELLING_CUTOFF):
             raise PluginError(
-                f"{kind} {name!r} defines {near[0]}, which is not a part of its contract; write {expected}"
+                f"{kind} {name!r} defines {near[0]}, which is not a part of its contract; write {expected}, "
+                f"or _{near[0]} for a helper"
             )
         if field.default is MISSING:
             raise PluginError(f"{kind} {name!r} lacks {expected}, which {contract.__name__} in registry.py describes")
