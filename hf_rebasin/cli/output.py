@@ -173,16 +173,16 @@ def describe_comparison(a: Checkpoint, b: Checkpoint, comparison: Comparison) ->
 
 def describe_symmetries(spec: Spec, every: bool) -> Iterator[str]:
     """Describe symmetries in a table, with one line per family (`ff.0`, `ff.1`, …) unless `every` one is asked for."""
-    families: dict[tuple[str, str, str], list[str]] = {}
-    for name, symmetry in spec.symmetries.items():
-        family, group = name, symmetry.group
-        if not every:
-            family, group = family_of(name), family_of(symmetry.group)
-        families.setdefault((family, group if symmetry.moves else "held", str(symmetry.size)), []).append(name)
+    families = spec.families()
+    if every:
+        families = {
+            (name, symmetry.group if symmetry.moves else "held", symmetry.size): [name]
+            for name, symmetry in spec.symmetries.items()
+        }
     rows = [("symmetry", "group", "size", "count", "tensors each", "example")]
     for (family, group, size), names in families.items():
         tensors = [t for t in spec.tensors if names[0] in t.names]
-        rows.append((family, group, size, str(len(names)), str(len(tensors)), tensors[0].key))
+        rows.append((family, group, str(size), str(len(names)), str(len(tensors)), tensors[0].key))
     yield from columns(rows, right=(2, 3, 4))
     for name, reason in spec.table.reasons.items():
         if name in spec.free:

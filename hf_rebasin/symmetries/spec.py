@@ -180,19 +180,25 @@ class Spec:
     activations: Mapping[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        return overview(f"Spec({self})", self._families())
+        return overview(f"Spec({self})", self._rows())
 
     def _repr_html_(self) -> str:
-        return html_overview(str(self), ("symmetry", "group", "size", "how many"), self._families())
+        return html_overview(str(self), ("symmetry", "group", "size", "how many"), self._rows())
 
-    def _families(self) -> list[tuple[str, str, str, str]]:
-        """Return rows (symmetries, group, size, count), one for all names that differ only in their numbers."""
-        counts: dict[tuple[str, str, str], int] = {}
-        for symmetry in self.symmetries.values():
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        families = self.families().items()
+        return [(family, group, f"size {size}", f"× {len(names)}") for (family, group, size), names in families]
+
+    def families(self) -> dict[tuple[str, str, int], list[str]]:
+        """Return `{(names with stars, group, size): names}`, one entry for names that differ only in their numbers.
+
+        Example: `{("ff.*", "permutation", 3072): ["ff.0", "ff.1", …]}`.
+        """
+        families: dict[tuple[str, str, int], list[str]] = {}
+        for name, symmetry in self.symmetries.items():
             group = family_of(symmetry.group) if symmetry.moves else "held"
-            family = family_of(symmetry.name), group, f"size {symmetry.size}"
-            counts[family] = counts.get(family, 0) + 1
-        return [(*family, f"× {count}") for family, count in counts.items()]
+            families.setdefault((family_of(name), group, symmetry.size), []).append(name)
+        return families
 
     def __str__(self) -> str:
         return f"{len(self.shapes)} tensors, {len(self.symmetries)} symmetries, {len(self.free)} of them can move"
