@@ -5,8 +5,8 @@
 Logits are I + 0.1 · randn, the upstream gradient is randn. Each line is for one n and dtype: the seconds of the
 forward pass, of forward and backward (implicit and unrolled), and of `torch.linalg.solve` alone on the dense (2n − 1)²
 system with the same gradient; every time is the least of a few runs. "ratio" is the time of implicit forward and
-backward divided by the dense solve's. Differences are ‖gradient − reference‖ / ‖reference‖: of the implicit gradient to
-the dense and the unrolled one of its dtype, and of the implicit and the dense gradient to the dense one in float64
+backward divided by the dense solve's. Differences are ‖gradient − reference‖ / ‖reference‖: of the implicit gradient
+to the dense and the unrolled one of its dtype, and of the implicit and the dense gradient to the dense one in float64
 from the same P.
 """
 
