@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from .checkpoints.checkpoint import Checkpoint
@@ -55,9 +54,10 @@ def run_recipe(
 ) -> RecipeResult:
     """Run a recipe, as `hf-rebasin merge RECIPE -o OUT` does.
 
-    The folder is complete or absent. Besides the weights it contains the recipe with all revisions pinned, the
-    alignments, `rebasin.json`, and the numbers and plots of everything that was measured. Under `accelerate launch`
-    every process takes its share of the work, and the first one writes and publishes.
+    The folder is complete or absent. Besides the weights it contains a model card, the recipe with all revisions
+    pinned and `rebasin.json`; the alignments, and the numbers and plots of everything that was measured, are in its
+    sub-folder `rebasin`. Under `accelerate launch` every process takes its share of the work, and the first one writes
+    and publishes.
 
     Args:
         recipe: the recipe.
@@ -94,12 +94,13 @@ def run_recipe(
     if template is not None and not Path(template).is_file():
         raise OptionError(f"{template} is not a template: there is no such file")
     hashing = start_hashing(opened.models) if is_main_process() else []
+    opened.models[0].refuse_unloadable()  # transformers is imported for it, which takes seconds, while others hash
     result = run_merge(recipe, opened=opened, device=device, progress=progress)
     if is_main_process():
         hashes = [wait_for_hash() for wait_for_hash in hashing]
         record = record_merge(recipe, result, hashes, max_shard_size=max_shard_size, device=device)
-        save = partial(result.checkpoint.save, overwrite=overwrite, max_shard_size=max_shard_size)
-        save(target, progress=progress, beside=record.write)
+        options = {"overwrite": overwrite, "max_shard_size": max_shard_size, "progress": progress}
+        record.save(result.checkpoint, target, **options)
     wait_for_everyone()
     merged(result)
     assessment = None

@@ -8,8 +8,18 @@ from collections.abc import Collection, Iterator, Sequence
 from html import escape
 from pathlib import PurePath, PurePosixPath, PureWindowsPath
 from typing import TypeVar
+from unicodedata import normalize
 
 Item = TypeVar("Item")
+
+# Signs that code pages such as cp1252 lack, in characters that every encoding has.
+SPELLINGS = dict(
+    zip(
+        "λΔ→−–‖÷⁄×…≤≥∞",
+        ["lambda", "delta", "->", "-", "-", "||", "/", "/", "x", "...", "<=", ">=", "inf"],
+        strict=True,
+    )
+)
 
 
 def columns(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> Iterator[str]:
@@ -49,6 +59,25 @@ def printable(text: str) -> str:
         'a\\x1b[2J'
     """
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+def spell_out(error: UnicodeError) -> tuple[str, int]:
+    """Replace characters that an encoding lacks by others that mean the same, as an error handler of `codecs`.
+
+    Example:
+        >>> codecs.register_error("spell_out", spell_out)
+        >>> "λ → ½".encode("ascii", "spell_out")
+        b'lambda -> 1/2'
+    """
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(map(_spell_character, error.object[error.start : error.end])), error.end
+
+
+def _spell_character(character: str) -> str:
+    parts = "".join(SPELLINGS.get(part, part) for part in normalize("NFKD", character))
+    spelled = parts.encode("ascii", "ignore").decode()  # without accents
+    return spelled or character.encode("ascii", "backslashreplace").decode()
 
 
 def family_of(name: str) -> str:

@@ -33,6 +33,7 @@ ROOMS = (
     "symmetries",
     "data",
     "modules",
+    "tokenizers",
     "checkpoints",
     "registry",
     "errors text",

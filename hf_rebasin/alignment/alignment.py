@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -18,12 +18,14 @@ from ..checkpoints.lazy import Tensors, lazy_parts
 from ..errors import CheckpointError, MismatchError, PatternError, SpecError, listed
 from ..symmetries.binding import bind, read_spec, untie_spec
 from ..symmetries.detection import detect_spec
-from ..symmetries.spec import Spec
+from ..symmetries.patterns import Leaf
+from ..symmetries.spec import LabelledTensor, Spec
 from ..symmetries.table import canonical_view, table_for
 from ..text import family_of, overview
 from .action import act, act_along, element_class, element_shape, identity_element
 from .gauge import downcast, find_gauges, fold_gains, gauge_vectors, unfold_gains, upcast
 from .groups import Element
+from .limits import refuse_moved_outputs
 
 FORMAT = "hf_rebasin.alignment.v1"
 GAUGES = ("GAUGE", "ORIGIN")  # prefixes of stored gauge vectors; names of symmetries are in lower case
@@ -221,6 +223,7 @@ class Alignment:
         """
         checkpoint = Checkpoint.open(target)
         spec = self._spec_for(checkpoint)
+        refuse_moved_outputs(checkpoint, spec, self.moved)
         rotated = {norm.stream for norm in spec.gauged} & set(self.moved)
         if keys := spec.untied_by(rotated):
             checkpoint = canonical_view(checkpoint, spec.table).untied(keys, spec.ties)
@@ -273,12 +276,15 @@ class Alignment:
                 spec.refuse_unless_within(self.spec, checkpoint.name)
                 return spec
         shapes = canonical_view(checkpoint, self.spec.table).shapes
+        resized: set[str] = set()  # symmetries that nothing moves, such as rows of tokens
         for tensor in self.spec.tensors:
             for key in tensor.keys.values():
                 carries = f"carries {' and '.join(map(repr, sorted(tensor.names))) or 'no symmetry'}"
                 if key not in shapes:
                     raise MismatchError(f"{checkpoint.name} has no tensor {key!r}, which {carries}")
-                if shapes[key] != self.spec.shapes[key]:
+                names = self._resized_in(tensor, self.spec.shapes[key], shapes[key])
+                resized |= names
+                if shapes[key] != self.spec.shapes[key] and not names:
                     raise MismatchError(
                         f"{checkpoint.name}: {key!r}, which {carries}, is {shapes[key]}, but "
                         f"{self.spec.shapes[key]} in the alignment"
@@ -289,4 +295,17 @@ class Alignment:
         more = next((key for key in shapes if key not in self.spec.shapes), None)
         if more is not None:
             raise MismatchError(f"{checkpoint.name} has a tensor {more!r} that the alignment does not know")
-        return self.spec
+        if not resized:
+            return self.spec
+        sizes = {name: size for name, size in self.spec.table.sizes.items() if name not in resized}
+        return bind(replace(self.spec.table, sizes=sizes), shapes, self.spec.ties)
+
+    def _resized_in(self, tensor: LabelledTensor, own: tuple[int, ...], other: tuple[int, ...]) -> set[str]:
+        """Return the symmetries along which alone two shapes of a tensor differ, if none of them can be moved."""
+        names = set()
+        for node, length, length_of_other in zip(tensor.axes[-len(own) :], own, other, strict=False):
+            if length != length_of_other:
+                if not isinstance(node, Leaf) or node.name is None or node.name in self.spec.free:
+                    return set()
+                names.add(node.name)
+        return names if len(own) == len(other) else set()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 
 import torch
 
@@ -10,7 +11,7 @@ from ..checkpoints.canonical import CanonicalView
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.lazy import Lazy
 from ..checkpoints.model_classes import is_recomputed
-from ..errors import MismatchError, listed
+from ..errors import CheckpointError, MismatchError, listed
 from ..symmetries.table import Table, canonical_view
 
 
@@ -21,7 +22,8 @@ def tensors_equal(a: Lazy, b: Lazy) -> bool:
 
 def head_keys(checkpoint: Checkpoint, prefix: str) -> set[str]:
     """Return the disk keys outside the base model; none if no key begins with the prefix."""
-    inside = {key for key in checkpoint.parts if key.startswith(prefix)}
+    names = checkpoint.usual_names
+    inside = {key for key in checkpoint.parts if names.get(key, key).startswith(prefix)}
     return set(checkpoint.parts) - inside if inside else set()
 
 
@@ -66,6 +68,8 @@ def match_keys(
         for target, source in other_view.ties.items():
             if target in disk_keys and target not in other_parts and source in other_parts:
                 other_parts[target] = other_parts[source]
+        if not other_parts.keys() <= disk_keys.keys():
+            other_parts = _convert_like(disk_keys, other_view, other_parts)
     if backbone_only:
         disk_keys, other_parts = _drop_heads(first, other, disk_keys, other_parts)
     missing = [key for key in disk_keys if key not in other_parts]
@@ -98,11 +102,48 @@ def match_keys(
         if keys
     ]
     if problems:
-        hint = f". Where only the heads differ, the head of {first.name} can be kept (--backbone-only)"
-        raise MismatchError(
-            f"{other.name} cannot be merged into {first.name}; {'; '.join(problems)}{'' if backbone_only else hint}"
-        )
+        hint = ""
+        with suppress(MismatchError, CheckpointError):  # offered only where it helps
+            if not backbone_only and match_keys(first, other, table, backbone_only=True):
+                hint = f". Where only the heads differ, the head of {first.name} can be kept (--backbone-only)"
+        raise MismatchError(f"{other.name} cannot be merged into {first.name}; {'; '.join(problems)}{hint}")
     return {disk: other_parts[key] for key, disk in disk_keys.items()}
+
+
+def _convert_like(wanted: Collection[str], view: CanonicalView, parts: Mapping[str, Lazy]) -> dict[str, Lazy]:
+    """Return a model's tensors by canonical keys, with those that nobody wants converted to some that are wanted.
+
+    A file may hold the experts of a layer as one tensor, and another one by one: transformers loads both.
+    """
+    layout, parts = view.checkpoint.layout, dict(parts)
+    left_over = [view.keys[key] for key in parts if key in view.keys and key not in wanted]
+    if layout is None:
+        return parts
+    for keys in layout.conversions(view.checkpoint.parts):
+        if set(keys) <= set(left_over):
+            tensors = layout.module_tensors({key: view.checkpoint.parts[key] for key in keys})
+            for made in (tensors, layout.written_tensors(tensors)):
+                by_name = {view.rename(key): part for key, part in made.items()}
+                if by_name.keys() <= set(wanted):
+                    dropped = {view.rename(key) for key in keys}
+                    parts = {key: part for key, part in parts.items() if key not in dropped} | by_name
+                    break
+    return parts
+
+
+def match_submodels(first: Checkpoint, other: Checkpoint) -> dict[str, dict[str, Lazy]]:
+    """Match the sub-models of two models, by their sub-folders, as `match_keys` matches tensors.
+
+    Raises:
+        MismatchError: only one of the two has a sub-folder with weights, or their tensors do not match.
+    """
+    for having, lacking in ((first, other), (other, first)):
+        if paths := [path for path in having.submodels if path not in lacking.submodels]:
+            raise MismatchError(
+                f"{having.name} has weights of its own in {listed(paths)}, and {lacking.name} has not; the parts that "
+                f"{first.name} has after its backbone can be kept as they are (--backbone-only)"
+            )
+    return {path: match_keys(submodel, other.submodels[path]) for path, submodel in first.submodels.items()}
 
 
 def _drop_heads(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-from ..errors import OptionError, UnknownNameError, listed, nearest
+from ..checkpoints.checkpoint import Checkpoint
+from ..errors import MismatchError, OptionError, UnknownNameError, listed, nearest
 from ..symmetries.spec import Spec
+from ..symmetries.table import table_for
+from .correspondence import head_keys
 from .gauge import MIN_RELATIVE_GAIN, find_gauges
 
 Groups: TypeAlias = Literal["full", "permutation"]
@@ -67,6 +71,39 @@ class Limits:
                 raise UnknownNameError(f"no symmetry {pattern!r} to hold{nearest(pattern, spec.symmetries)}")
             names += matches
         return spec.limited(dict.fromkeys(names, "held"))
+
+
+def refuse_moved_outputs(checkpoint: Checkpoint, spec: Spec, names: Collection[str]) -> None:
+    """Refuse to move what the sub-models of a checkpoint read: the outputs of its base model, without its head.
+
+    Args:
+        checkpoint: the model to be moved.
+        spec: its symmetries.
+        names: names of the symmetries that may move.
+
+    Raises:
+        MismatchError: one of them would move these outputs.
+    """
+    if not checkpoint.submodels:
+        return
+    read = sorted(_output_symmetries(checkpoint, spec) & set(names))
+    if read:
+        holds = " ".join(f"--hold {name}" for name in read) if len(read) < 4 else "--hold '*'"
+        raise MismatchError(
+            f"{listed(checkpoint.submodels)} of {checkpoint.name} reads the outputs of its base model, which the "
+            f"alignment would move ({listed(read)}); hold them ({holds}), or merge without alignment (--no-align)"
+        )
+
+
+def _output_symmetries(checkpoint: Checkpoint, spec: Spec) -> set[str]:
+    """Return the symmetries that a table holds for the base model alone; all of them where a head has no table."""
+    base = copy.copy(checkpoint.config)
+    if base is not None:
+        base.architectures = None
+    table = table_for(base)
+    if table is None:
+        return set(spec.free) if head_keys(checkpoint, checkpoint.base_prefix) else set()
+    return {name for name in spec.free if table.group_of(name)[0] == "held"}
 
 
 def untying_note(spec: Spec, streams: Iterable[str]) -> str | None:

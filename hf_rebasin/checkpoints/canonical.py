@@ -66,7 +66,7 @@ class CanonicalView:
 
     def untied(self, keys: Collection[str], ties: Mapping[str, str]) -> Checkpoint:
         """Return the checkpoint with some tied tensors, by canonical keys, stored separately; so says its config."""
-        disk = {self._rename(target): target for target in self.checkpoint.declared_ties}
+        disk = {self.rename(target): target for target in self.checkpoint.declared_ties}
         return self.checkpoint.apart({disk.get(key, key): self.keys[ties[key]] for key in keys})
 
     def module(self, dtype: torch.dtype | None = None) -> tuple[nn.Module, dict[str, str]]:
@@ -76,8 +76,12 @@ class CanonicalView:
             CheckpointError: no class is known, or one that does not store its tensors one by one.
         """
         module = self.checkpoint.model(dtype)
-        by_disk_key = require_module_names(module)
-        return module, {key: by_disk_key[disk] for key, disk in self.keys.items()}
+        by_disk_key, names = require_module_names(module), self.checkpoint.usual_names
+        # of a module that was loaded, the keys may be those of its file or the usual ones
+        return module, {
+            key: by_disk_key[disk if disk in by_disk_key else names.get(disk, disk)] for key, disk in self.keys.items()
+        }
 
-    def _rename(self, key: str) -> str:
+    def rename(self, key: str) -> str:
+        """Return the canonical key of a disk key."""
         return self.checkpoint.canonical_key(key, self.prefix)

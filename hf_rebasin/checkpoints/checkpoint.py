@@ -8,8 +8,9 @@ without the base model's prefix and without old spellings.
 from __future__ import annotations
 
 import copy
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,16 +22,33 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, listed
 from ..text import byte_size
 from . import hub
+from .conversion import (
+    OLD_SPELLINGS,
+    PARALLEL,
+    WRAPPERS,
+    ClassLayout,
+    Loading,
+    class_layout,
+    describe_misfit,
+    recall_loading,
+    store_loading,
+    unwrap,
+)
 from .folder import (
+    ADAPTER_FILES,
     copy_side_files,
+    list_module_folders,
     list_side_files,
+    read_json,
     read_tensors,
     record_dtype,
     refuse_target,
     replace_folder,
     resolve_target,
+    write_checksums,
     write_tensors,
 )
+from .formats import dequantising_call, explain_adapter_beside, refuse_pointers, refuse_unmerged
 from .lazy import InMemory, Lazy, Tensors, lazy_parts, pin_parts
 from .model_classes import (
     build_config,
@@ -38,7 +56,7 @@ from .model_classes import (
     copy_config,
     fill_module,
     find_class,
-    find_class_ties,
+    find_named_class,
     find_quantisation,
     find_ties,
     is_recomputed,
@@ -53,7 +71,8 @@ from .model_classes import (
 from .precision import all_finite, compute_dtype
 
 Prefix: TypeAlias = str | tuple[str, ...] | None  # what comes before the base model's keys; None is the class's own
-OLD_SPELLINGS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -74,6 +93,11 @@ class Checkpoint:
         sources: all folders it was made from; `save` never overwrites them.
         written: contents of the folder's `config.json` when it was opened.
         commit: full hash of the Hub commit that was opened; None unless it is a single model of the Hub.
+        absent_rows: `{disk key: (axis, indices)}` of rows, now zero, for tokens that only another model has, whose
+            vocabulary this one was given; a merge takes them from its first model.
+        submodels: `{sub-folder: model}` of the parts with weights of their own that the folder's `modules.json` names,
+            such as the `2_Dense` of a sentence transformer; merged and saved with the model.
+        origin: the model as it was opened, whose keys and configuration this one was made with; None for itself.
 
     Example:
         >>> checkpoint = Checkpoint.open("google-bert/bert-base-uncased")
@@ -92,6 +116,9 @@ class Checkpoint:
     sources: tuple[Path, ...] = ()
     written: Mapping[str, Any] = field(default_factory=dict)
     commit: str | None = None
+    absent_rows: Mapping[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+    submodels: Mapping[str, Checkpoint] = field(default_factory=dict)
+    origin: Checkpoint | None = None
 
     def __repr__(self) -> str:
         size = byte_size(sum(part.nbytes for part in self.parts.values()))
@@ -142,10 +169,23 @@ class Checkpoint:
         commit, parts = None, None
         if not folder.is_dir():
             folder, commit, parts = hub.fetch_model(str(source), revision, token, values=values, progress=progress)
-        list_side_files(folder)  # refuses links that lead out of the folder
-        tensors = Tensors(read_tensors(folder) if parts is None else parts)
+        side_files = list_side_files(folder)  # refuses links that lead out of the folder
+        refuse_pointers(folder, [*side_files, *folder.glob("model*"), *folder.glob("pytorch_model*")])
+        tensors: Mapping[str, Lazy] = read_tensors(folder) if parts is None else parts
         written = read_config(folder)
-        return Checkpoint(tensors, name=str(source), folder=folder, sources=(folder,), written=written, commit=commit)
+        if (folder / ADAPTER_FILES[0]).is_file():
+            raise explain_adapter_beside(str(source), folder, read_json(folder / ADAPTER_FILES[0]))
+        if "auto_map" not in written:  # else its own code may have layers with adapters
+            refuse_unmerged(str(source), {key: part.shape for key, part in tensors.items()})
+        return Checkpoint(
+            Tensors(_unwrap(tensors, written, folder, str(source))),
+            name=str(source),
+            folder=folder,
+            sources=(folder,),
+            written=written,
+            commit=commit,
+            submodels=_open_submodels(folder, str(source)),
+        )
 
     # --- what it is ----------------------------------------------------------------------------------------------
 
@@ -171,7 +211,11 @@ class Checkpoint:
         """`ties`, with the tied tensors that the file stores all the same."""
         if self.given_ties is not None:
             return self.given_ties
-        return {} if self.config is None else find_class_ties(self.config, len(self.parts))
+        if self.config is None:
+            return {}
+        layout = class_layout(self.config, len(self.parts))
+        spelled = {name: key for key, name in layout.usual_names(self.parts).items()}
+        return {spelled.get(target, target): spelled.get(source, source) for target, source in layout.ties.items()}
 
     @cached_property
     def raw_config(self) -> dict[str, Any]:
@@ -193,7 +237,7 @@ class Checkpoint:
         """
         disk_keys: dict[str, str] = {}
         for key, part in self.parts.items():
-            if not is_recomputed(key, part):
+            if not is_recomputed(key, part) and key not in self.passed_over:
                 name = self.canonical_key(key, prefix)
                 if name in disk_keys:
                     raise CheckpointError(
@@ -204,14 +248,39 @@ class Checkpoint:
 
     def canonical_key(self, key: str, prefix: Prefix = None) -> str:
         """Return the canonical key of a disk key."""
-        for old, new in OLD_SPELLINGS.items():
-            if key.endswith(old):
-                key = key.removesuffix(old) + new
+        key = self.usual_names.get(key, key)
         prefixes = self.base_prefix if prefix is None else prefix
         for alternative in (prefixes,) if isinstance(prefixes, str) else prefixes:
             if alternative and key.startswith(alternative):
                 return key[len(alternative) :]
         return key
+
+    @cached_property
+    def layout(self) -> ClassLayout | None:
+        """The class that loads its files, without weights; None where none is known, or its code is not that class's.
+
+        A module has the keys that its class writes, so its class is not asked.
+        """
+        if self.template is not None or self.config is None or "auto_map" in self.raw_config:
+            return None
+        try:
+            return class_layout(self.config, len(self.parts))
+        except CheckpointError:  # said where an output is to be loaded: `loading_problems`
+            return None
+
+    @cached_property
+    def usual_names(self) -> dict[str, str]:
+        """`{disk key: disk key that save_pretrained writes for the tensor}`, for those that are spelled otherwise."""
+        if self.layout is not None:
+            names = self.layout.usual_names(self.parts)
+        else:
+            names = dict(zip(self.parts, _without_old_spellings(self.parts), strict=True))
+        return {key: name for key, name in names.items() if key != name}
+
+    @cached_property
+    def passed_over(self) -> Collection[str]:
+        """Its disk keys that its class declares to be of no account, as they are recomputed."""
+        return () if self.layout is None else self.layout.ignored(self.parts)
 
     @cached_property
     def owner(self) -> Any:
@@ -240,13 +309,16 @@ class Checkpoint:
         What is computed from folders alone stays to be computed; what depends on a tensor in memory, which somebody
         may change, is computed now.
         """
-        return replace(self, tensors=pin_parts(dict(self.parts) | dict(parts)), **other)
+        tensors = pin_parts(dict(self.parts) | dict(parts))
+        return replace(self, **{"tensors": tensors, "origin": self.origin or self, **other})
 
     def apart(self, keys: Mapping[str, str]) -> Checkpoint:
         """Return the model with some tied tensors stored separately: `{disk key to store: whose tensor it shared}`."""
         parts = dict(self.parts) | {target: self.parts[source] for target, source in keys.items()}
         remaining = {target: source for target, source in self.declared_ties.items() if target not in keys}
-        other: dict[str, Any] = {"tensors": Tensors(parts), "given_ties": remaining}
+        other: dict[str, Any] = {"tensors": Tensors(parts), "given_ties": remaining, "origin": self.origin or self}
+        absent = {target: self.absent_rows[source] for target, source in keys.items() if source in self.absent_rows}
+        other["absent_rows"] = {**self.absent_rows, **absent}
         if self.given_config is not None:
             other["given_config"] = copy.deepcopy(self.given_config)
             other["given_config"].tie_word_embeddings = False
@@ -268,15 +340,21 @@ class Checkpoint:
 
     def refuse_quantised(self) -> None:
         """Raise CheckpointError for a quantised model."""
+        for submodel in self.submodels.values():
+            submodel.refuse_quantised()
         if why := find_quantisation(self.parts, self.raw_config):
+            narrow = any(dtype.itemsize == 1 for dtype in self.dtypes)
+            call = dequantising_call(self.name, self.raw_config, narrow)
             raise CheckpointError(
                 f"{self.name} is quantised ({why}), and quantised weights cannot be moved or averaged; "
-                "use the original"
+                f"use the original{f', or write it in a wider dtype: {call}' if call else ''}"
             )
 
     def refuse_broken(self) -> None:
         """Raise CheckpointError for a quantised model, or for a tensor with NaN or Inf, naming the first one."""
         self.refuse_quantised()
+        for submodel in self.submodels.values():
+            submodel.refuse_broken()
         for part in self.parts.values():
             if part.dtype.is_floating_point and not all(map(all_finite, part.chunks())):
                 self.refuse_values(part)
@@ -290,6 +368,61 @@ class Checkpoint:
                 f"{self.name}: {key} {part.shape} has {bad} values that are NaN or infinite of {part.numel}; a merge "
                 "would spread them. Repair or replace that tensor first"
             )
+
+    @cached_property
+    def loading(self) -> Loading | str:
+        """What does not fit when it is loaded into the class that its configuration names; or why none does."""
+        if not self.raw_config:
+            return "it has no configuration, which would name one"
+        if "auto_map" in self.raw_config:
+            return "its code is its own, and not run here"
+        if (known := recall_loading(self.raw_config, self.parts)) is not None:
+            return known
+        if self.config is None:
+            return f"this transformers does not know its type ({self.raw_config.get('model_type')})"
+        if find_named_class(self.config) is None:
+            return f"its config.json names {listed(self.config.architectures or ()) or 'none'}"
+        try:
+            loading = class_layout(self.config, len(self.parts)).load(self.parts)
+        except CheckpointError as error:
+            return str(error)
+        store_loading(loading, self.raw_config, self.parts)
+        return loading
+
+    def refuse_unloadable(self) -> None:
+        """Raise CheckpointError for a model that from_pretrained refuses, as its class has tensors of other shapes.
+
+        Missing and unexpected tensors are no hindrance: a base model may come without a pooler, or with a value head.
+        """
+        loading = self.loading
+        if isinstance(loading, Loading) and (loading.mismatched or loading.failed):
+            raise CheckpointError(f"{self.name} does not load: {describe_misfit(loading, self.config)}")
+
+    def _check_output(self, folder: Path, out: str | os.PathLike[str]) -> None:
+        """Refuse a written folder that transformers loads less well than the model it was made of."""
+        written, origin = Checkpoint.open(folder), self.origin or self
+        loading = written.loading
+        if isinstance(loading, str):
+            if self.raw_config:
+                logger.info("%s was not checked against a class: %s", out, loading)
+            return
+        before = origin.loading if isinstance(origin.loading, Loading) else loading
+        problems = []
+        if missing := sorted(loading.missing - before.missing):
+            problems.append(f"it lacks {listed(missing)}")
+        if unexpected := sorted(loading.unexpected - before.unexpected):
+            problems.append(f"it has {listed(unexpected)}, which the class has not")
+        if loading.mismatched or loading.failed:
+            problems.append(describe_misfit(loading, written.config))
+        if problems:
+            raise CheckpointError(
+                f"{out} was not written, as it would not load into {loading.owner} as {origin.name} does: "
+                f"{'; '.join(problems)}"
+            )
+        notes = [f"{listed(sorted(loading.missing))} newly initialised"] if loading.missing else []
+        notes += [f"{listed(sorted(loading.unexpected))} left out"] if loading.unexpected else []
+        if notes:
+            logger.info("%s is loaded by %s with %s, as %s is", out, loading.owner, " and ".join(notes), origin.name)
 
     # --- out -----------------------------------------------------------------------------------------------------
 
@@ -330,7 +463,8 @@ class Checkpoint:
             if self.config is None:
                 raise CheckpointError(f"{self.name} has no class that transformers knows, and so no forward pass")
             module = build_without_weights(self.config, len(self.parts))
-        return module, {key: disk for disk, key in require_module_names(module).items()}
+        stored = {name: key for key, name in self.usual_names.items()}
+        return module, {key: stored.get(name, name) for name, key in require_module_names(module).items()}
 
     def save(
         self,
@@ -349,15 +483,32 @@ class Checkpoint:
         Raises:
             TargetExistsError: the target exists and `overwrite` is not set, or it holds files that are not a model's.
             NoSpaceError: the disk has no room for it.
-            CheckpointError: an input cannot be read to its end, or a merge has NaN or Inf; nothing is written.
+            CheckpointError: an input cannot be read to its end, a merge has NaN or Inf, or the output would not load
+                into the class that its configuration names; nothing is written.
         """
         refuse_target(out, overwrite, self.sources)
+        self._refuse_missing_submodels()
         with replace_folder(resolve_target(out)) as partial:
             self._write_side_files(partial)
-            write_tensors(partial, self.parts, max_shard_size, progress)
+            checksums = write_tensors(partial, self.parts, max_shard_size, progress)
+            for path, submodel in self.submodels.items():
+                (partial / path).mkdir(parents=True, exist_ok=True)
+                written = write_tensors(partial / path, submodel.parts, max_shard_size, progress)
+                checksums |= {f"{path}/{file}": digest for file, digest in written.items()}
+            write_checksums(partial, checksums)
+            self._check_output(partial, out)
             if beside is not None:
                 beside(partial)
         return Path(out)
+
+    def _refuse_missing_submodels(self) -> None:
+        """Raise CheckpointError if the folder names parts with weights of their own that this checkpoint lacks."""
+        named = [] if self.folder is None else list_module_folders(self.folder)
+        if missing := [path for path in named if path not in self.submodels]:
+            raise CheckpointError(
+                f"{self.name} has no weights for {listed(missing)}, which {self.folder} comes with; give them "
+                "(submodels=), as Checkpoint.open does"
+            )
 
     def _write_side_files(self, folder: Path) -> None:
         if self.folder is not None:
@@ -368,10 +519,55 @@ class Checkpoint:
             if generation is not None:
                 generation.save_pretrained(folder)
         if len(self.dtypes) == 1:
-            record_dtype(folder / "config.json", str(next(iter(self.dtypes))).removeprefix("torch."))
+            (dtype,) = self.dtypes
+            misleading = {part.dtype for part in self.parts.values() if part.dtype.is_floating_point} != {dtype}
+            record_dtype(folder / "config.json", str(dtype).removeprefix("torch."), add=misleading)
+
+
+def _unwrap(parts: Mapping[str, Lazy], written: Mapping[str, Any], folder: Path, name: str) -> dict[str, Lazy]:
+    """Return the tensors of a folder without what training tools put around their modules, which is said."""
+
+    def layout() -> ClassLayout | None:
+        return Checkpoint(Tensors(parts), folder=folder, written=written).layout
+
+    names = unwrap(parts, layout)
+    if names:
+        dropped = {part for key, short in names.items() for part in key.split(".") if part not in short.split(".")}
+        tools = sorted({WRAPPERS.get(part, "training in parallel") for part in dropped})
+        logger.info(
+            "%s: %s, which %s puts into names, is taken off %d of %d tensors",
+            name,
+            listed(f"{part}." for part in sorted(dropped)),
+            " and ".join(tools),
+            len(names),
+            len(parts),
+        )
+    return {names.get(key, key): part for key, part in parts.items()}
+
+
+def _without_old_spellings(keys: Iterable[str]) -> Iterator[str]:
+    """Yield the keys of a model without a known class as torch and transformers would write them now."""
+    keys = list(keys)
+    while keys and all(key.startswith(f"{PARALLEL}.") for key in keys):
+        keys = [key.removeprefix(f"{PARALLEL}.") for key in keys]
+    for key in keys:
+        old = next((old for old in OLD_SPELLINGS if key.endswith(old)), None)
+        yield key if old is None else key.removesuffix(old) + OLD_SPELLINGS[old]
 
 
 Source: TypeAlias = str | os.PathLike[str] | nn.Module | Mapping[str, Tensor] | Checkpoint
+
+
+def _open_submodels(folder: Path, name: str) -> dict[str, Checkpoint]:
+    """Open the parts of a model that lie in sub-folders of their own."""
+    submodels = {}
+    for path in list_module_folders(folder):
+        try:
+            tensors = Tensors(read_tensors(folder / path))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path} of {name}, which modules.json names, cannot be merged: {error}") from error
+        submodels[path] = Checkpoint(tensors, name=f"{name}/{path}", sources=(folder,))
+    return submodels
 
 
 def _of_module(module: nn.Module) -> Checkpoint:
@@ -383,4 +579,13 @@ def _of_module(module: nn.Module) -> Checkpoint:
     # the folder that it was loaded from has its tokenizer
     folder = Path(origin) if origin and Path(origin).is_dir() else None
     name = type(module).__name__ + f" of {origin}" * bool(origin)
-    return Checkpoint(tensors, config, name, find_ties(module), folder, module, sources=(folder,) if folder else ())
+    return Checkpoint(
+        tensors,
+        config,
+        name,
+        find_ties(module),
+        folder,
+        module,
+        sources=(folder,) if folder else (),
+        submodels=_open_submodels(folder, name) if folder else {},
+    )

@@ -7,25 +7,41 @@ requested by that commit. What the cache holds at that commit is not requested a
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, HubError, listed, nearest
-from .folder import ADAPTER_FILES, INDEX, OLD_INDEX, OLD_SINGLE, SINGLE, is_side_file, read_json
+from .folder import (
+    ADAPTER_FILES,
+    CARD,
+    INDEX,
+    MODULES,
+    OLD_INDEX,
+    OLD_SINGLE,
+    SINGLE,
+    list_sizes,
+    read_json,
+    read_modules,
+    report_left,
+    select_side_files,
+)
+from .formats import explain_missing_weights
 from .hub_errors import LOG_IN, denies_access, refuse_token, translated_errors
+from .side_files import folder_of, folders_with_weights, is_known_side_file, select_weights
 
 if TYPE_CHECKING:
     from .lazy import Absent
 
+logger = logging.getLogger(__name__)
+
 # Files that tell what kind of model it is; the others to fetch depend on them.
-FETCHED_FIRST = ("config.json", ADAPTER_FILES[0], INDEX, OLD_INDEX)
-# Fetched for the licence.
-CARD_FILES = ("README.md", "LICENSE*")
+FETCHED_FIRST = ("config.json", ADAPTER_FILES[0], INDEX, OLD_INDEX, MODULES)
 _pinned_commits: ContextVar[dict[tuple[str, str], str] | None] = ContextVar("pinned_commits", default=None)
 
 
@@ -86,16 +102,25 @@ def download(
 
     with _translated_read_errors(repo, commit, token), progress_bars(progress):
         folder = fetch(repo, commit, FETCHED_FIRST, token)
-        names = list_files(repo, commit, folder)
+        files = _list_weights(repo, commit, folder)
+        sizes = list_files(repo, commit, folder)
+        modules = read_modules(folder)
+        side_files, left = select_side_files(sizes, modules)
+        report_left(repo, left)
 
         def complete(wanted: list[str]) -> None:
             if not all((folder / name).is_file() for name in wanted):
                 fetch(repo, commit, wanted, token)
 
-        complete(_select_side_files(names))
-        with suppress(LocalEntryNotFoundError):  # offline, a model that was cached without its card can still be read
-            complete(_select_cards(names))
-        files = _list_weights(repo, commit, folder)
+        complete([name for name in side_files if is_known_side_file(name.rpartition("/")[2])])
+        complete(_select_module_weights(sizes, modules))
+        try:
+            complete(side_files)
+            complete([CARD] if CARD in sizes else [])  # for the licence
+        except LocalEntryNotFoundError:  # offline, a model that another client cached without them can still be read
+            missing = [name for name in side_files if not (folder / name).is_file()]
+            if missing:
+                logger.warning("%s is not in the cache with %s, which do not go along", repo, listed(missing))
         if weights:
             complete(files)
     return folder
@@ -162,7 +187,7 @@ def read_headers(repo: str, commit: str, folder: Path, token: str | None = None)
     from huggingface_hub.errors import SafetensorsParsingError
 
     from .lazy import Absent
-    from .tensor_files import DTYPES
+    from .tensor_files import find_dtype
 
     files = _list_weights(repo, commit, folder)
     if not files or not files[0].endswith(".safetensors"):
@@ -183,54 +208,43 @@ def read_headers(repo: str, commit: str, folder: Path, token: str | None = None)
     for file, header in headers.items():
         for key, info in header.tensors.items():
             if weight_map.get(key, file) == file:
-                if info.dtype not in DTYPES:
-                    raise CheckpointError(f"{repo}: {key} has dtype {info.dtype}, which is not supported")
-                tensors[key] = Absent(tuple(info.shape), DTYPES[info.dtype], repo)
+                tensors[key] = Absent(tuple(info.shape), find_dtype(repo, key, info.dtype), repo)
     if missing := sorted(weight_map.keys() - tensors.keys()):
         raise CheckpointError(f"{INDEX} of {repo} names tensors that are missing from its files: {listed(missing)}")
     return tensors
 
 
 def _list_weights(repo: str, commit: str, folder: Path) -> list[str]:
-    """List the weight files of a model; empty for an adapter, whose weights are of no use."""
+    """List the weight files of a model."""
     present = list_files(repo, commit, folder)
     names = _select_weights(folder, present)
-    if not names and ADAPTER_FILES[0] not in present:
-        raise CheckpointError(
-            f"{repo} has no weights that can be merged: no {SINGLE} and no {INDEX}, only {listed(sorted(present))}; "
-            "push it with push_to_hub of transformers, or name another repository"
-        )
+    if not names:
+        raise explain_missing_weights(repo, present, partial(read_json, folder / ADAPTER_FILES[0]))
     return names
 
 
-def list_files(repo: str, commit: str, folder: Path) -> set[str]:
-    """List the files of a repository as cached; only those in the folder where another client fetched it."""
+def list_files(repo: str, commit: str, folder: Path) -> dict[str, int]:
+    """Return `{file: bytes}` of a repository as cached; of those in the folder where another client fetched it."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
     try:
-        return {file.path for file in get_cached_repo_tree(repo, revision=commit)}
+        return {file.path: file.size for file in get_cached_repo_tree(repo, revision=commit)}
     except CachedRepoTreeNotFoundError:
-        return {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+        return list_sizes(folder)
 
 
-def _select_side_files(names: Iterable[str]) -> list[str]:
-    """Select the files that `folder.list_side_files` would find if the whole repository were downloaded."""
-    folders: dict[str, list[str]] = {}
-    for name in names:
-        folders.setdefault(name.partition("/")[0] if "/" in name else "", []).append(name)
-    selected = [name for name in folders.pop("", []) if is_side_file(name)]
-    for folder, contents in folders.items():
-        if not folder.startswith(".") and all(is_side_file(name.rpartition("/")[2]) for name in contents):
-            selected += contents
-    return sorted(selected)
+def _select_module_weights(names: Iterable[str], modules: Collection[str]) -> list[str]:
+    """Select the weights in the sub-folders that `modules.json` names, which are fetched for planning too."""
+    names = list(names)
+    selected: list[str] = []
+    for folder in folders_with_weights(names, modules):
+        inside = [name.rpartition("/")[2] for name in names if folder_of(name) == folder]
+        selected += [f"{folder}/{name}" for name in select_weights(inside)]
+    return selected
 
 
-def _select_cards(names: Iterable[str]) -> list[str]:
-    return sorted(name for name in names if "/" not in name and any(fnmatch(name, pattern) for pattern in CARD_FILES))
-
-
-def _select_weights(folder: Path, present: set[str]) -> list[str]:
+def _select_weights(folder: Path, present: Collection[str]) -> list[str]:
     for single, index in ((SINGLE, INDEX), (OLD_SINGLE, OLD_INDEX)):
         if single in present:
             return [single]

@@ -137,16 +137,25 @@ def find_class(config: Any) -> Any:
     """Return the class a configuration names, else the bare model of its type."""
     import transformers
 
-    for name in config.architectures or []:
-        owner = getattr(transformers, name, None)
-        if isinstance(owner, type) and getattr(owner, "config_class", None) is type(config):
-            return owner
+    if (owner := find_named_class(config)) is not None:
+        return owner
     try:
         return transformers.MODEL_MAPPING[type(config)]
     except KeyError:
         raise CheckpointError(
             f"this transformers ({transformers.__version__}) has no class {listed(config.architectures or ['?'])}"
         ) from None
+
+
+def find_named_class(config: Any) -> Any:
+    """Return the class that a configuration names; None where this transformers has none of that name for its type."""
+    import transformers
+
+    for name in config.architectures or []:
+        owner = getattr(transformers, name, None)
+        if isinstance(owner, type) and getattr(owner, "config_class", None) is type(config):
+            return owner
+    return None
 
 
 def build_without_weights(config: Any, tensors: int) -> Any:
@@ -158,14 +167,14 @@ def build_without_weights(config: Any, tensors: int) -> Any:
     """
     owner = find_class(config)
     try:
-        with torch.device("meta"), _limited_size(tensors):
+        with torch.device("meta"), limited_size(tensors):
             return owner(copy.deepcopy(config)).eval()
     except Exception as error:  # the code of several hundred families may raise anything
         raise CheckpointError(f"{owner.__name__} cannot be built from its configuration: {error!r}") from error
 
 
 @contextmanager
-def _limited_size(tensors: int, elements: int | None = None) -> Iterator[None]:
+def limited_size(tensors: int, elements: int | None = None) -> Iterator[None]:
     """Raise ValueError for a module with many more parts, or elements, than the checkpoint has.
 
     A configuration may ask for a billion layers, or for a size of a billion, which would all be allocated before
@@ -239,11 +248,6 @@ def find_ties(model: Any) -> dict[str, str]:
     distinct = {key: torch.empty(1, device="meta") if key in tied else tensor for key, tensor in state.items()}
     disk_keys = {id(tensor): key for key, tensor in to_disk_keys(model, distinct).items()}
     return {disk_keys[id(distinct[target])]: disk_keys[id(distinct[source])] for target, source in tied.items()}
-
-
-def find_class_ties(config: Any, tensors: int) -> dict[str, str]:
-    """Return the ties of the class a configuration names, by disk keys; see `build_without_weights` for `tensors`."""
-    return find_ties(build_without_weights(config, tensors))
 
 
 def to_disk_keys(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -335,7 +339,7 @@ def load_module(owner: Any, config: Any, tensors: Mapping[str, Tensor], dtype: t
     """Load tensors, by disk keys, into a module of a transformers class; `name` stands for it in error messages."""
     elements = sum(tensor.numel() for tensor in tensors.values())
     try:
-        with _hidden_progress_bars(), _limited_size(len(tensors), elements):
+        with quiet_transformers(), limited_size(len(tensors), elements):
             model, info = owner.from_pretrained(
                 None, config=copy.deepcopy(config), state_dict=dict(tensors), dtype=dtype, output_loading_info=True
             )
@@ -362,14 +366,16 @@ def _first_mismatch(config: Any, tensors: Mapping[str, Tensor]) -> str | None:
 
 
 @contextmanager
-def _hidden_progress_bars() -> Iterator[None]:
-    """Hide the progress bar of transformers, which it shows even for tensors that are in memory already."""
+def quiet_transformers() -> Iterator[None]:
+    """Hide what transformers shows while it loads: a progress bar, even for tensors in memory, and its own report."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()

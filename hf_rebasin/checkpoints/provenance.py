@@ -16,7 +16,18 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint
-from .folder import CARD, CHECKSUMS, PROVENANCE, is_record_file, is_weights, list_side_files, write_atomically
+from .folder import (
+    CARD,
+    PROVENANCE,
+    RECORDS,
+    is_weights,
+    list_module_weights,
+    list_record_files,
+    list_side_files,
+    matches_path,
+    read_checksums,
+    write_atomically,
+)
 from .licences import DeclaredLicence
 from .tensor_files import sha256_of
 
@@ -84,12 +95,24 @@ class Provenance:
     notes: tuple[str, ...] = ()
     shard: str = "5GB"
 
+    def hash_outputs(self, folder: Path) -> Provenance:
+        """Return the record with the sha256 of everything that is in a folder now."""
+        return replace(self, outputs=hash_files(folder, written=True, known=dict(read_checksums(folder))))
+
     def save(self, folder: Path) -> None:
-        """Write the record into a folder, with the sha256 of everything that is in it now."""
-        record = replace(self, outputs=hash_files(folder, written=True, known=dict(read_checksums(folder))))
-        content = {"format": PROVENANCE_FORMAT, **asdict(record)}
+        """Write the record into a folder."""
+        content = {"format": PROVENANCE_FORMAT, **asdict(self)}
         text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
         write_atomically(folder / PROVENANCE, text.encode())
+
+    def recorded_path(self, name: str) -> str | None:
+        """Return where a report or an alignment lies: in `rebasin/`, or at the top as in older folders; else None."""
+        return next((path for path in (f"{RECORDS}/{name}", name) if path in self.outputs), None)
+
+    def count_outputs(self, pattern: str) -> int:
+        """Count the reports or alignments whose name has a pattern, in `rebasin/`, or at the top in older folders."""
+        counts = (sum(matches_path(path, [place + pattern]) for path in self.outputs) for place in (f"{RECORDS}/", ""))
+        return next(filter(None, counts), 0)
 
     @property
     def licences(self) -> dict[str, DeclaredLicence]:
@@ -149,22 +172,13 @@ def hash_files(folder: Path, *, written: bool = False, known: Mapping[str, str] 
     top = [file for file in folder.iterdir() if file.is_file()]
     old = not any(is_weights(file.name) for file in top)
     files = {
-        file
-        for file in top
-        if is_weights(file.name)
-        or (old and not written and fnmatch(file.name, OLD_WEIGHTS))
-        or (written and is_record_file(file.name) and file.name not in (PROVENANCE, CARD))
+        file for file in top if is_weights(file.name) or (old and not written and fnmatch(file.name, OLD_WEIGHTS))
     }
-    by_name = {file.relative_to(folder).as_posix(): file for file in files.union(list_side_files(folder))}
+    if written:
+        files |= {file for file in list_record_files(folder) if file.name not in (PROVENANCE, CARD)}
+    files.update(list_side_files(folder), list_module_weights(folder))
+    by_name = {file.relative_to(folder).as_posix(): file for file in files}
     return {name: known.get(name) or sha256_of(file) for name, file in sorted(by_name.items())}
-
-
-def read_checksums(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield (file, sha256) from the `SHA256SUMS` of a folder."""
-    file = folder / CHECKSUMS
-    for line in file.read_text().splitlines() if file.is_file() else ():
-        digest, _, name = line.partition("  ")
-        yield name, digest
 
 
 def package_versions(packages: Iterable[str] = PACKAGES) -> Iterator[tuple[str, str]]:

@@ -1,7 +1,7 @@
 """Tensor files: read by their header, one range at a time, and written header first, one chunk at a time.
 
-A safetensors file consists of 8 bytes with the length of a JSON header, the header, and the data. Ranges are read with
-`pread` rather than mapped, so that the resident memory of a process is what it works on.
+A safetensors file consists of 8 bytes with the length of a JSON header, the header, and the data. Ranges are read
+rather than mapped, so that the resident memory of a process is what it works on.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from queue import Queue
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, listed
+from .formats import explain_pickle
 from .lazy import InMemory, Lazy
 
 # The dtypes of the format in the order of the safetensors library, which lays tensors out from the last to the first.
@@ -34,6 +36,9 @@ DTYPES = {
     "I8": torch.int8,
     "F8_E5M2": torch.float8_e5m2,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "I16": torch.int16,
     "U16": torch.uint16,
     "F16": torch.float16,
@@ -46,26 +51,32 @@ DTYPES = {
     "I64": torch.int64,
     "U64": torch.uint64,
 }
+# Numbers of less than 8 bits, several in a byte: only quantised models have them.
+PACKED_DTYPES = ("F4", "F6_E2M3", "F6_E3M2")
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 100_000_000
+LARGEST_READ = 1 << 30  # bytes at a time; some systems refuse 2 GB
 
 
 class OpenFile:
-    """An open file, closed once nothing refers to it; a file that replaces it under its name goes unnoticed."""
+    """An open file, closed once nothing refers to it; a file that replaces it under its name goes unnoticed.
+
+    Windows lets nobody replace or remove a file that is open, or a folder with one in it.
+    """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.lock = path, threading.Lock()
         try:
             if path.exists() and not path.is_file():  # a folder, or a pipe without a writer
                 raise OSError("not a file")
-            self.descriptor = os.open(path, os.O_RDONLY)
-            weakref.finalize(self, os.close, self.descriptor)
+            self.file = path.open("rb", buffering=0)
+            weakref.finalize(self, self.file.close)
             self.state = self._state()
         except (OSError, ValueError) as error:  # ValueError: an impossible name
             raise CheckpointError(f"{path} cannot be read: {error}") from error
 
     def _state(self) -> tuple[int, int]:
-        now = os.fstat(self.descriptor)
+        now = os.fstat(self.file.fileno())
         return now.st_size, now.st_mtime_ns
 
     @property
@@ -80,12 +91,20 @@ class OpenFile:
             if self._state() != self.state:
                 raise CheckpointError(f"{self.path} was changed after it was opened; open it again")
             while done < len(buffer):
-                got = os.preadv(self.descriptor, [buffer[done:]], offset + done)
+                got = self._read(buffer[done : done + LARGEST_READ], offset + done)
                 if not got:
                     raise CheckpointError(f"{self.path} ends at byte {offset + done}, in the middle of a tensor")
                 done += got
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error}") from error
+
+    def _read(self, buffer: memoryview, offset: int) -> int:
+        """Read from an offset, and return the number of bytes that came; threads may read at the same time."""
+        if hasattr(os, "preadv"):
+            return os.preadv(self.file.fileno(), [buffer], offset)
+        with self.lock:  # Windows knows no read at an offset, and threads share the position of the file
+            self.file.seek(offset)
+            return self.file.readinto(buffer) or 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +186,10 @@ def read_pickle(path: Path) -> dict[str, Lazy]:
         }
     except CheckpointError:
         raise
+    except UnpicklingError as error:
+        if "Weights only load failed" not in str(error):
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise explain_pickle(path, "cannot be read: it holds Python objects, and not tensors alone") from error
     except Exception as error:  # a broken pickle may raise anything
         message = (str(error) or repr(error)).splitlines()[0]
         raise CheckpointError(f"{path} cannot be read: {message}") from error
@@ -203,12 +226,23 @@ def _unpickle(path: Path, lazily: bool) -> dict[str, Tensor]:
     logger = logging.getLogger("torch._subclasses.fake_tensor")  # it logs tracebacks of errors caught here
     with FakeTensorMode() if lazily else nullcontext(), _silenced(logger):
         state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout is torch.strided
-        for name, tensor in state.items()
-    ):
+    if not _is_state_dict(state):
+        nested = [name for name, value in state.items() if _is_state_dict(value)] if isinstance(state, dict) else []
+        if len(nested) == 1:
+            raise explain_pickle(path, "", nested[0])
         raise CheckpointError(f"{path} is not a state dict: it holds other things than named tensors")
-    return state
+    return cast("dict[str, Tensor]", state)
+
+
+def _is_state_dict(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(
+            isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout is torch.strided
+            for name, tensor in value.items()
+        )
+    )
 
 
 @contextmanager
@@ -249,9 +283,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse_entry(file: OpenFile, name: str, entry: Mapping[str, Any], begin: int) -> Stored:
-    if entry["dtype"] not in DTYPES:
-        raise CheckpointError(f"{file.path} cannot be read: {name} has dtype {entry['dtype']}, which is not supported")
-    shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
+    shape, dtype = tuple(entry["shape"]), find_dtype(f"{file.path} cannot be read", name, entry["dtype"])
     first, last = entry["data_offsets"]
     if not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, first, last)) or not name.encode():
         raise ValueError(f"{name!r} has shape {shape} in bytes {first} to {last}")
@@ -265,6 +297,18 @@ def _parse_entry(file: OpenFile, name: str, entry: Mapping[str, Any], begin: int
             f"{file.path} cannot be read: it is truncated, {name} {shape} ends at byte {begin + last} of {file.size}"
         )
     return Stored(shape, dtype, file=file, offset=begin + first)
+
+
+def find_dtype(problem: str, name: str, dtype: str) -> torch.dtype:
+    """Return the dtype of a tensor of a safetensors file by the format's name, or raise CheckpointError."""
+    if dtype in PACKED_DTYPES:
+        raise CheckpointError(
+            f"{problem}: it is quantised ({name} is {dtype}), and quantised weights cannot be moved or averaged; use "
+            "the original"
+        )
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{problem}: {name} has dtype {dtype}, which is not supported")
+    return DTYPES[dtype]
 
 
 def sha256_of(path: Path) -> str:

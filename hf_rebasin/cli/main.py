@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import codecs
 import ctypes
+import logging
 import os
 import sys
 from contextlib import suppress
 from importlib import import_module
+from io import TextIOWrapper
 
 import typer
 
 from ..errors import RebasinError
-from ..text import printable, without_secrets
+from ..text import printable, spell_out, without_secrets
 from .options import find_device
 
 VERBS = (
@@ -34,6 +37,8 @@ for verb in VERBS:
 def main() -> None:
     """Run the command line; errors on purpose and of the system are a message and exit status 1."""
     _keep_freed_memory()
+    _show_notes()
+    _spell_out_missing_characters()
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # started by accelerate launch
             find_device()
@@ -44,6 +49,31 @@ def main() -> None:
     except KeyboardInterrupt:
         typer.echo("interrupted; unfinished outputs leave nothing behind", err=True)
         sys.exit(130)
+
+
+class _Notes(logging.Handler):
+    """Shows on stderr what the package notes while it works, one line each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(f"note: {printable(record.getMessage())}", err=True)
+
+
+def _show_notes() -> None:
+    logger = logging.getLogger("hf_rebasin")
+    if os.environ.get("RANK", "0") == "0" and not any(isinstance(handler, _Notes) for handler in logger.handlers):
+        logger.addHandler(_Notes())
+        logger.setLevel(logging.INFO)
+
+
+def _spell_out_missing_characters() -> None:
+    """Let output to a pipe or console of another encoding than UTF-8, as on Windows, spell out what that one lacks.
+
+    An error handler that somebody chose (PYTHONIOENCODING) stays.
+    """
+    codecs.register_error(spell_out.__name__, spell_out)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and stream.errors in ("strict", "surrogateescape", "backslashreplace"):
+            stream.reconfigure(errors=spell_out.__name__)
 
 
 def _keep_freed_memory() -> None:

@@ -22,7 +22,18 @@ if TYPE_CHECKING:
 MODEL = "Folder or Hub id; id@revision pins a commit, branch or tag."
 Assume = Annotated[
     list[str] | None,
-    typer.Option(help="Property to assume equal without checking: config, labels or vocabulary. May be repeated."),
+    typer.Option(
+        help="Property to assume equal without checking: config (config:KEY for one setting), labels or vocabulary. "
+        "May be repeated."
+    ),
+]
+VocabularyRows = Annotated[
+    str | None,
+    typer.Option(
+        "--vocabulary",
+        help="Rows of tokens where the models have other ones: first (the first model's, its own where another has "
+        "none) or common (its padding is cut to the rows that all have); by default such models are refused.",
+    ),
 ]
 Seed = Annotated[
     int, typer.Option(min=0, max=2**63 - 1, help="Random seed; the same seed gives the same result, byte for byte.")
@@ -146,7 +157,7 @@ def save_with_record(checkpoint: Checkpoint, out: Path, overwrite: bool, record:
     from ..modules.distributed import is_main_process, wait_for_everyone
 
     if is_main_process():
-        checkpoint.save(out, overwrite=overwrite, progress=shows_progress(), beside=record.write)
+        record.save(checkpoint, out, overwrite=overwrite, progress=shows_progress())
     wait_for_everyone()
     return out
 
@@ -280,6 +291,11 @@ def command_line() -> str:
     import shlex
 
     return shlex.join(["hf-rebasin", *sys.argv[1:]])
+
+
+def read_vocabulary(vocabulary: str | None) -> Any:
+    """Check the value of --vocabulary as a recipe does."""
+    return recipe_from_options({"models": ["x"], "vocabulary": vocabulary}).vocabulary
 
 
 def read_assumptions(assume: list[str] | None) -> Any:

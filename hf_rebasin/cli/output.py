@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..errors import RebasinError
 from ..evaluation.barrier import Curve
 from ..evaluation.comparison import Comparison, Standing, Verdict
 from ..evaluation.metrics import Measured
@@ -15,6 +17,7 @@ from ..publishing.upload import Published, plan_publishing, refuse_unlicensed
 from ..publishing.verification import Verification
 from ..recipes.plan import make_plan
 from ..recipes.recipe import Recipe
+from ..recipes.runner import find_symmetries, open_models
 from ..reports.report import Report
 from ..solving.solution import Solution
 from ..symmetries.spec import Spec
@@ -58,6 +61,8 @@ def describe_plan(recipe: Recipe, out: Path) -> Iterator[str]:
             yield f"  unless they have the same base: {untied} (--keep-tied permutes that stream instead)"
     for use, data in plan.data.items():
         yield f"would {use} {data}"
+    for remark in plan.remarks:
+        yield f"note: {remark}"
     free = "" if plan.memory_free is None else f", {byte_size(plan.memory_free)} are free now"
     yield f"memory: about {byte_size(plan.memory)} at the peak{free}"
     yield f"disk: at most {byte_size(plan.size)} for the merge, {byte_size(plan.disk_free)} are free there"
@@ -164,11 +169,27 @@ def describe_comparison(a: Checkpoint, b: Checkpoint, comparison: Comparison) ->
         yield ""
         yield from columns(table, right=(1, 2, 3, 4, 5))
     yield f"\nverdict: {comparison.advice}"
-    command = f"hf-rebasin merge {a.name} {b.name} -o merged" + " --backbone-only" * comparison.backbone_only
-    if comparison.verdict is Verdict.SAME_BASE:
-        yield f"         {command} --no-align"
-    elif comparison.verdict in (Verdict.TRAINED_APART, Verdict.BETWEEN):
-        yield f"         {command}"
+    if comparison.verdict not in (Verdict.EQUAL, Verdict.DIFFERENT):
+        align = comparison.alignable and comparison.verdict is not Verdict.SAME_BASE
+        yield f"         {_advise_merge(a, b, comparison, align)}"
+
+
+def _advise_merge(a: Checkpoint, b: Checkpoint, comparison: Comparison, align: bool) -> str:
+    """Return the command that merges two models, or why it would be refused."""
+    settings = {"align": align, "backbone_only": comparison.backbone_only, "vocabulary": comparison.vocabulary}
+    try:
+        recipe = Recipe.from_dict({"models": [a.name, b.name], **settings}, name="the command")
+        opened = open_models(recipe, values=False)
+        if align:
+            find_symmetries(recipe, opened)
+    except RebasinError as error:
+        return f"a merge is refused: {error}"
+    options = [
+        *(["--backbone-only"] if comparison.backbone_only else []),
+        *([] if comparison.vocabulary is None else ["--vocabulary", comparison.vocabulary]),
+        *([] if align else ["--no-align"]),
+    ]
+    return shlex.join(["hf-rebasin", "merge", a.name, b.name, "-o", "merged", *options])
 
 
 def describe_symmetries(spec: Spec, every: bool) -> Iterator[str]:
@@ -205,5 +226,6 @@ def describe_held_axes(spec: Spec) -> Iterator[str]:
 
 
 def describe_size(checkpoint: Checkpoint) -> str:
-    """Return the number and size of the tensors of a model: `147 tensors, 1.0 GB`."""
-    return f"{len(checkpoint.parts)} tensors, {byte_size(sum(part.nbytes for part in checkpoint.parts.values()))}"
+    """Return the number and size of the tensors of a model: `147 tensors, 1.0 GB, and 2 in 2_Dense`."""
+    size = f"{len(checkpoint.parts)} tensors, {byte_size(sum(part.nbytes for part in checkpoint.parts.values()))}"
+    return size + "".join(f", and {len(sub.parts)} in {path}" for path, sub in checkpoint.submodels.items())

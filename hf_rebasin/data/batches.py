@@ -194,6 +194,15 @@ def open_data(settings: DataSettings, checkpoint: Checkpoint, *, token: str | No
     return batches
 
 
+def takes_data(checkpoint: Checkpoint) -> bool:
+    """Tell whether data can be opened for a model: whether it is of a known class that reads text or images."""
+    try:
+        _input_kind(checkpoint)
+    except (CheckpointError, MismatchError):
+        return False
+    return True
+
+
 def _input_kind(checkpoint: Checkpoint) -> Literal["text", "image"]:
     """Tell which kind of input a model takes."""
     if checkpoint.config is None or checkpoint.owner is None:

@@ -16,6 +16,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.folder import tokenizer_folder
 from ..checkpoints.model_classes import build_without_weights
 from ..errors import CheckpointError, MismatchError, OptionError
+from ..tokenizers.vocabulary import open_tokenizer
 from .dataset import DatasetRow
 
 DEFAULT_MAX_LENGTH = 512  # tokens
@@ -207,15 +208,13 @@ def load_tokenizer(checkpoint: Checkpoint, max_length: int | None, needs: str = 
         CheckpointError: no tokenizer, or one without a token that is needed.
         MismatchError: tokens or texts that the model has no embeddings for.
     """
-    from transformers import AutoTokenizer
-
     folder, config, name = tokenizer_folder(checkpoint.folder), checkpoint.config, checkpoint.name
     if folder is None:
         raise CheckpointError(f"{name} comes without a tokenizer; save the one it was trained with into its folder")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # broken files raise errors of any type
-        raise CheckpointError(f"the tokenizer of {name} cannot be loaded: {error!r}") from error
+        tokenizer = open_tokenizer(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"the tokenizer of {name} cannot be loaded: {error}") from error
     token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     known = getattr(config, "vocab_size", None)
     if known is None:

@@ -7,21 +7,17 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from string import ascii_letters
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..alignment.compatibility import (
-    make_compatible,
-    match_labels,
-    match_vocabularies,
-    refuse_other_architecture,
-    refuse_other_settings,
-    same_tokenizer,
-)
+from ..alignment.compatibility import make_compatible, match_labels, refuse_other_architecture, same_token
 from ..alignment.correspondence import match_keys, tensors_equal, untie_like
+from ..alignment.rows import Vocabulary, give_rows, match_rows, match_vocabularies, same_tokenizer
+from ..alignment.settings import refuse_other_settings
 from ..checkpoints.checkpoint import Checkpoint, Source
 from ..checkpoints.folder import tokenizer_folder
 from ..checkpoints.lazy import Lazy
@@ -91,9 +87,11 @@ class Comparison:
         whole: nearness of all matrices together (vectors that start from zeros or ones are near in any two models).
         parts: nearness of all tensors, by layer, in the order of the file.
         standings: standing of the units, by symmetry; in large families only some.
+        alignable: whether their symmetries are known.
         rotated: whether the residual stream has a larger group than the permutations.
         equal: whether all tensors are equal.
         backbone_only: whether the two have different heads, which are left out.
+        vocabulary: which rows of tokens to ask for if not all of the two match; None if nothing is to be chosen.
     """
 
     findings: Mapping[str, str]
@@ -101,9 +99,11 @@ class Comparison:
     whole: Nearness | None = None
     parts: Mapping[str, Nearness] = field(default_factory=dict)
     standings: Mapping[str, Standing] = field(default_factory=dict)
+    alignable: bool = False
     rotated: bool = False
     equal: bool = False
     backbone_only: bool = False
+    vocabulary: Vocabulary | None = None
 
     @property
     def units(self) -> int:
@@ -148,6 +148,8 @@ class Comparison:
         else:
             why = f"{self.own} of {self.units} units are most alike to the one in the same place"
         text = f"{self.verdict.value}; {why}, relative distance {self.whole.distance:.2g}"
+        if self.verdict in (Verdict.TRAINED_APART, Verdict.BETWEEN) and not self.alignable:
+            return f"{text}. They cannot be aligned, and a merge of them as they are may be useless: measure it"
         if self.verdict in (Verdict.TRAINED_APART, Verdict.BETWEEN) and self.rotated:
             text += (
                 ". By weight_matching, which also rotates its residual stream; measure the merge before it is trusted"
@@ -162,11 +164,13 @@ def compare_checkpoints(
 ) -> Comparison:
     """Compare two open checkpoints, reading their tensors one after the other."""
     findings: dict[str, str] = {}
-    difference = _compare_descriptions(fixed, moving, findings)
+    matched, vocabulary = _match_rows(fixed, moving)
+    difference = _compare_descriptions(fixed, moving, matched, findings)
     if difference is not None:
         return Comparison(findings=findings, difference=difference)
+    moving = matched
     with suppress(MismatchError):  # already among the findings
-        moving = make_compatible(fixed, moving)  # token and label rows in the order of the fixed model
+        moving = make_compatible(fixed, moving, ["config", "vocabulary"])  # label rows in the order of the fixed model
     backbone_only = False
     fixed = untie_like(fixed, [moving])
     try:
@@ -198,9 +202,10 @@ def compare_checkpoints(
     for key in fixed_parts:
         layers.setdefault(layer_name(key), []).append(key)
     standings: dict[str, Standing] = {}
-    rotated = False
+    alignable = rotated = False
     try:
         spec = detect_spec(fixed)
+        alignable = True
         rotated = any(symmetry.rotates for symmetry in spec.symmetries.values())
         findings["symmetries"] = str(spec) + (", inferred from its forward pass" if spec.pins else "")
         standings = dict(_measure_standings(spec, fixed, moving_parts, device, progress))
@@ -211,17 +216,36 @@ def compare_checkpoints(
         whole=_nearness(products, matrices),
         parts={layer: _nearness(products, keys) for layer, keys in layers.items()},
         standings=standings,
+        alignable=alignable,
         rotated=rotated,
         equal=integers_equal
         and not backbone_only
+        and vocabulary is None
         and findings.get("labels", SAME) == SAME
         and all(_nearness(products, [key]).distance == 0 for key in fixed_parts),
         backbone_only=backbone_only,
+        vocabulary=vocabulary,
     )
 
 
-def _compare_descriptions(fixed: Checkpoint, moving: Checkpoint, findings: dict[str, str]) -> str | None:
-    """Compare configurations, labels and tokenizers; return the first difference that forbids a merge, if any."""
+def _match_rows(fixed: Checkpoint, moving: Checkpoint) -> tuple[Checkpoint, Vocabulary | None]:
+    """Return the moving model with the token rows of the fixed one, and the choice that this takes, if any."""
+    choices: tuple[Vocabulary | None, ...] = (None, "first")
+    for vocabulary in choices if fixed.raw_config and moving.raw_config else ():
+        with suppress(MismatchError):  # already among the findings
+            refuse_other_architecture(fixed, moving)
+            rows = match_rows(fixed, moving, vocabulary)
+            return (moving if rows is None else give_rows(moving, rows, fixed)), vocabulary
+    return moving, None
+
+
+def _compare_descriptions(
+    fixed: Checkpoint, moving: Checkpoint, matched: Checkpoint, findings: dict[str, str]
+) -> str | None:
+    """Compare configurations, labels and tokenizers; return the first difference that forbids a merge, if any.
+
+    `matched` is the moving model with the token rows of the fixed one, whose number is a setting, too.
+    """
     if not fixed.raw_config or not moving.raw_config:
         findings["architecture"] = "not said by both, so the tensors alone are compared"
         return None
@@ -230,7 +254,7 @@ def _compare_descriptions(fixed: Checkpoint, moving: Checkpoint, findings: dict[
         findings["architecture"] = " ".join(
             fixed.raw_config.get("architectures") or [fixed.raw_config.get("model_type", "")]
         )
-        refuse_other_settings(fixed, moving)
+        refuse_other_settings(fixed, matched, same_token=partial(same_token, fixed, moving))
         findings["settings"] = "the same, but for what does not change the function"
     except MismatchError as error:
         findings["settings" if "architecture" in findings else "architecture"] = "different"
@@ -276,6 +300,19 @@ def _nearness(products: Mapping[str, Tensor], keys: list[str]) -> Nearness:
     lengths = math.sqrt(a) * math.sqrt(b)
     cosine = ab / lengths if lengths else float(a == b)
     return Nearness(math.sqrt(d) / math.sqrt(a) if a else (math.inf if d else 0.0), cosine, int(n))
+
+
+def matrix_cosines(fixed: Mapping[str, Lazy], moving: Mapping[str, Lazy]) -> tuple[float, float]:
+    """Return the cosine between all matrices of two models together, and that of the pair that is least alike.
+
+    Args:
+        fixed: tensors of one model.
+        moving: those of the other, by the same keys.
+    """
+    keys = [key for key, part in moving.items() if part.dtype.is_floating_point and len(part.shape) > 1]
+    products = {key: _products(fixed[key], moving[key]) for key in keys}
+    cosines = [_nearness(products, [key]).cosine for key in keys]
+    return _nearness(products, keys).cosine, min(cosines, default=1.0)
 
 
 def _measure_standings(

@@ -14,7 +14,15 @@ from tqdm import tqdm
 
 from ..errors import OptionError, nearest
 from ..modules.distributed import all_reduce_numbers, shard_batches
-from ..modules.forward import evaluation_mode, logits_from_outputs, loss_from_outputs, output_tensors, run_module
+from ..modules.forward import (
+    class_axis,
+    evaluation_mode,
+    labels_of,
+    logits_from_outputs,
+    loss_from_outputs,
+    output_tensors,
+    run_module,
+)
 from ..modules.functional import move_batch
 
 IGNORED_LABEL = -100  # label of positions that do not count
@@ -54,7 +62,9 @@ def evaluate(
 
     Means are taken over samples, or over tokens if these have labels: batch size and padding make no difference.
     Labels of -100 do not count; nor does the first label of a sequence, if the model's loss compares every token with
-    the next label.
+    the next label. For accuracy, the classes of a plain module's logits may be last, or second as
+    `torch.nn.CrossEntropyLoss` reads them: the shape of the labels tells; where both fit, an attribute `class_axis` of
+    the module says which.
 
     Args:
         model: any module; its training modes are restored, and nothing else of it changes.
@@ -126,7 +136,7 @@ class _RunningMeans:
 
     def _add_outputs(self, batch: Any) -> None:
         """Run the model on a batch, and add its loss and the number of labels it gets right."""
-        labels = _find_labels(batch)
+        labels = labels_of(batch)
         if labels is None and self.loss is not None:
             return
         outputs = run_module(self.module, batch)
@@ -136,6 +146,8 @@ class _RunningMeans:
             if value is not None:
                 self._add_mean(value, _count_samples(batch) if labels is None else len(labels))
             return
+        if isinstance(logits, Tensor) and logits.dim() == labels.dim() + 1:
+            logits = logits.movedim(class_axis(self.module, logits, labels), -1)
         fit = isinstance(logits, Tensor) and logits.shape[:-1] == labels.shape and logits.shape[-1] > 1
         if fit and self._skips_first_label(batch, labels, cast(Tensor, logits)):
             logits, labels = cast(Tensor, logits)[:, :-1], labels[:, 1:]
@@ -227,11 +239,6 @@ def _count_samples(batch: Any) -> int:
     if first is None:
         raise OptionError(f"a batch is a {type(batch).__name__} without a tensor, so its samples cannot be counted")
     return len(first)
-
-
-def _find_labels(batch: Any) -> Tensor | None:
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    return labels if isinstance(labels, Tensor) and labels.dim() else None
 
 
 def _ignored_label(module: nn.Module) -> int:

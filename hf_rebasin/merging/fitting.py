@@ -39,6 +39,17 @@ def load_modules(checkpoints: Sequence[Checkpoint], device: Any) -> tuple[list[n
     return [checkpoint.model(wide).to(device).eval() for checkpoint in checkpoints], wide
 
 
+def refuse_submodels(models: Iterable[Checkpoint]) -> None:
+    """Raise OptionError for models with weights in sub-folders, which their forward pass does not use."""
+    for model in models:
+        if model.submodels:
+            raise OptionError(
+                f"{model.name} has weights of its own in {listed(model.submodels)}, which come after its forward pass "
+                "and cannot be fitted with it; merge it by a method that goes tensor by tensor (linear, lerp, slerp), "
+                "without refit or repair"
+            )
+
+
 def change_layers(
     merged: Checkpoint,
     models: Sequence[Checkpoint],
@@ -59,6 +70,7 @@ def change_layers(
         progress: label of the progress bar.
     """
     refuse_read_once(data)
+    refuse_submodels([*models, merged])
     modules, dtype = load_modules([merged, *models], device)
 
     def change_or_recompute(step: LayerStep) -> Change | None:

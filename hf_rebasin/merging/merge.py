@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..alignment.compatibility import Assumption, make_compatible
-from ..alignment.correspondence import match_keys, tensors_equal, untie_like
+from ..alignment.compatibility import Assumption, match_models
+from ..alignment.correspondence import match_keys, match_submodels, tensors_equal, untie_like
+from ..alignment.rows import Vocabulary, absent_in, lend_rows, overwrite_rows
 from ..checkpoints.checkpoint import Checkpoint, Source
 from ..checkpoints.lazy import Computed, InMemory, Lazy
 from ..checkpoints.model_classes import is_recomputed
@@ -36,7 +37,8 @@ def combine(
     """Merge checkpoints tensor by tensor; tensors of folders are merged when the result is saved or read.
 
     Sums are taken in float64 (in float32 for half precision) and rounded once, to `dtype` or to the dtype that the
-    first model has for the key. Tensors that are not floating-point (token ids, batch counts) are the first model's.
+    first model has for the key. Tensors that are not floating-point (token ids, batch counts) are the first model's,
+    and so are the rows of tokens that no other model has.
 
     Args:
         checkpoints: the models; the first gives keys, shapes, dtypes, configuration and tokenizer.
@@ -54,15 +56,66 @@ def combine(
     """
     resolved = resolve_method(method, parameters or {}) if isinstance(method, str) else method
     resolved.refuse_unfit(len(checkpoints))
-    sums, streams = resolved.method.sums, resolved.method.streams
     tied_first, *others = checkpoints
     first = untie_like(tied_first, others)
     if untied := [key for key in first.parts if key not in tied_first.parts]:
         logger.info("the merge stores %s separately, because one of the models does", listed(untied))
     checkpoints = [first, *others]
     matched = [match_keys(first, checkpoint, backbone_only=backbone_only) for checkpoint in checkpoints]
+    matched = [lend_rows(first.parts, parts, model) for parts, model in zip(matched, checkpoints, strict=True)]
     common = matched[-1]  # the keys are the same in all of them
-    functions = resolved.functions_by_key(len(checkpoints), averaged_keys(first, common))
+    matched_submodels = [] if backbone_only else [match_submodels(first, checkpoint) for checkpoint in checkpoints]
+    functions = resolved.functions_by_key(len(checkpoints), averaged_keys(first, common, backbone_only=backbone_only))
+    submodels = {}
+    for path, submodel in first.submodels.items():
+        group = [submodel] if backbone_only else [checkpoint.submodels[path] for checkpoint in checkpoints]
+        pairs = [matches[path] for matches in matched_submodels] or [{}]
+        own = {key: functions[f"{path}/{key}"] for key in submodel.parts if f"{path}/{key}" in functions}
+        submodels[path] = submodel.with_parts(_merge_keys(group, pairs, own, resolved, dtype))
+    merged = first.with_parts(
+        _merge_keys(checkpoints, matched, functions, resolved, dtype),
+        name=f"{resolved.method.name} of {', '.join(c.name for c in checkpoints)}",
+        sources=tuple(source for c in checkpoints for source in c.sources),
+        commit=None,
+        submodels=submodels,
+    )
+    return keep_own_rows(merged, checkpoints, backbone_only=backbone_only)
+
+
+def keep_own_rows(merged: Checkpoint, models: Sequence[Checkpoint], *, backbone_only: bool = False) -> Checkpoint:
+    """Return a merge with the first model's rows for tokens that no other model has, whatever the merge method is."""
+    first, *others = models
+    if not others or not all(other.absent_rows for other in others):
+        return merged
+    first = untie_like(first, others)
+    absent = [absent_in(match_keys(first, other, backbone_only=backbone_only), other) for other in others]
+    parts: dict[str, Lazy] = {}
+    for key in set.intersection(*map(set, absent)) & merged.parts.keys():
+        axes, rows = zip(*(rows_by_key[key] for rows_by_key in absent), strict=True)
+        if own := sorted(set.intersection(*map(set, rows))):
+            part = merged.parts[key]
+            parts[key] = overwrite_rows(part, first.parts[key], axes[0], own, part.dtype)
+    return merged.with_parts(parts) if parts else merged
+
+
+def _merge_keys(
+    checkpoints: Sequence[Checkpoint],
+    matched: Sequence[Mapping[str, Lazy]],
+    functions: Mapping[str, Callable[..., Tensor]],
+    resolved: ResolvedMethod,
+    dtype: torch.dtype | None,
+) -> dict[str, Lazy]:
+    """Return the merged tensors of checkpoints, by the first one's keys; tensors without a match are the first one's.
+
+    Args:
+        checkpoints: the models.
+        matched: `{key of the first: tensor}` for each of them.
+        functions: merge functions of the keys.
+        resolved: the merge method.
+        dtype: dtype of the floating-point tensors.
+    """
+    first, common = checkpoints[0], matched[-1]  # the keys are the same in all of them
+    sums, streams = resolved.method.sums, resolved.method.streams
     parts: dict[str, Lazy] = {}
     for key, part in first.parts.items():
         out_dtype = part.dtype if dtype is None else dtype
@@ -81,12 +134,7 @@ def combine(
             parts[key] = Computed(part.shape, copy.dtype, [part], copy, True)
         if isinstance(part, InMemory) and key not in parts:  # its owner may change it later
             parts[key] = part.owned_copy()
-    return first.with_parts(
-        parts,
-        name=f"{resolved.method.name} of {', '.join(c.name for c in checkpoints)}",
-        sources=tuple(source for c in checkpoints for source in c.sources),
-        commit=None,
-    )
+    return parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,9 +195,15 @@ def _refuse_differing_integers(key: str, parts: Sequence[Lazy], checkpoints: Seq
             )
 
 
-def averaged_keys(first: Checkpoint, common: Collection[str]) -> list[str]:
-    """Return the keys of the first model that are merged: floating-point tensors that all models have."""
-    return [key for key, part in first.parts.items() if part.dtype.is_floating_point and key in common]
+def averaged_keys(first: Checkpoint, common: Collection[str], *, backbone_only: bool = False) -> list[str]:
+    """Return the keys of the first model that are merged: floating-point tensors that all models have.
+
+    Those of sub-models, which belong to the head, follow with their sub-folder: `2_Dense/linear.weight`.
+    """
+    keys = [key for key, part in first.parts.items() if part.dtype.is_floating_point and key in common]
+    for path, submodel in {} if backbone_only else first.submodels.items():
+        keys += [f"{path}/{key}" for key, part in submodel.parts.items() if part.dtype.is_floating_point]
+    return keys
 
 
 def merge(
@@ -158,6 +212,7 @@ def merge(
     *,
     dtype: torch.dtype | None = None,
     assume: Iterable[Assumption] = (),
+    vocabulary: Vocabulary | None = None,
     backbone_only: bool = False,
     data: Iterable[Any] | None = None,
     device: Device = None,
@@ -172,6 +227,9 @@ def merge(
         method: name of a file of `hf_rebasin/merging/methods/`: "linear", "lerp", "slerp", "refit", "distil".
         dtype: dtype of the floating-point tensors of the result; by default the first model's.
         assume: aspects to take as equal without checking: "config", "labels", "vocabulary".
+        vocabulary: which rows of tokens the result has where the models have other tokens, or other numbers of rows:
+            "first" for the first model's, its own ones where another model has none; "common" to cut its padding to
+            the rows that all models have. By default such models are refused.
         backbone_only: keep the first model's head; the other models may have another head, or none.
         data: unlabelled batches that can be read several times, for "refit" and "distil".
         device: device that "refit" and "distil" compute on.
@@ -197,7 +255,8 @@ def merge(
     first, *others = (Checkpoint.open(model) for model in models)
     for checkpoint in (first, *others):
         checkpoint.refuse_quantised()
-    compatible = [make_compatible(first, other, assume, backbone_only=backbone_only) for other in others]
+    first.refuse_unloadable()
+    first, compatible = match_models(first, others, assume, vocabulary=vocabulary, backbone_only=backbone_only)
     resolved = resolve_method(method, parameters)
     merged = combine([first, *compatible], resolved, dtype=dtype, backbone_only=backbone_only)
     finish = resolved.finish
@@ -209,4 +268,5 @@ def merge(
     refuse_read_once(data)
     if backbone_only:
         raise OptionError(f"merge method {method!r} runs whole models, so it cannot be combined with backbone_only")
-    return finish(merged, [first, *compatible], data, device=device, progress=progress)
+    finished = finish(merged, [first, *compatible], data, device=device, progress=progress)
+    return keep_own_rows(finished, [first, *compatible])

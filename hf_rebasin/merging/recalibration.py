@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 from tqdm import tqdm
 
+from ..alignment.correspondence import tensors_equal
 from ..checkpoints.checkpoint import Checkpoint
-from ..errors import OptionError
+from ..checkpoints.lazy import Absent
+from ..errors import CheckpointError, OptionError
 from ..modules.distributed import all_reduce_numbers, all_reduce_sum, shard_batches
 from ..modules.forward import Inputs, evaluation_mode, run_module
 from ..modules.functional import Device, move_batch
@@ -74,9 +77,71 @@ def recalibrate(
     return len(norms)
 
 
+@dataclass(frozen=True)
+class StatisticsLayers:
+    """Disk keys of the running means of a model, by whether data can replace them.
+
+    Args:
+        recomputed: of the layers that `recalibrate` recomputes.
+        frozen: of layers of other classes, such as the frozen BatchNorm of detection models.
+    """
+
+    recomputed: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
+
+
+def find_statistics(checkpoint: Checkpoint) -> StatisticsLayers:
+    """Find the layers of a model that have running statistics, by their classes if the model's class is known."""
+    suffix = "running_mean"
+    keys = [key for key in checkpoint.parts if key.endswith(suffix)]
+    if not keys:
+        return StatisticsLayers()
+    try:
+        module, disk_keys = checkpoint.skeleton()
+    except CheckpointError:  # no module can be built, so keys are all there is
+        return StatisticsLayers(tuple(keys))
+    frozen = {
+        disk_keys.get(f"{name}.{suffix}")
+        for name, part in module.named_modules()
+        if suffix in part._buffers and not keeps_statistics(part)
+    }
+    return StatisticsLayers(
+        tuple(key for key in keys if key not in frozen), tuple(key for key in keys if key in frozen)
+    )
+
+
 def has_statistics(checkpoint: Checkpoint) -> bool:
-    """Tell by its keys whether a model has running statistics."""
-    return any(key.endswith("running_mean") for key in checkpoint.parts)
+    """Tell whether a model has running statistics that `recalibrate` recomputes."""
+    return bool(find_statistics(checkpoint).recomputed)
+
+
+def describe_averaged_statistics(models: Sequence[Checkpoint], keys: Sequence[str]) -> str:
+    """Say that a merge averages the running statistics of layers; empty if all models have the same.
+
+    Args:
+        models: the models; the statistics are compared only where all of them have been downloaded.
+        keys: disk keys of the running means in the first model.
+    """
+    first, *others = models
+    differing = [
+        key for key in keys if not all(_same_statistics(first, other, key) for other in others)
+    ]
+    if not differing:
+        return ""
+    layers = f"{len(differing)} BatchNorm layer{'s' * (len(differing) > 1)}"
+    return (
+        f"the running means and variances of {layers} are averages of the models', not those of the averaged weights, "
+        "so outputs may be far off"
+    )
+
+
+def _same_statistics(a: Checkpoint, b: Checkpoint, key: str) -> bool:
+    """Whether two models have the same running mean and variance; False where that is not known."""
+    pairs = [(a.parts[k], b.parts.get(k)) for k in (key, key.replace("running_mean", "running_var")) if k in a.parts]
+    return all(
+        y is not None and not isinstance(x, Absent) and not isinstance(y, Absent) and tensors_equal(x, y)
+        for x, y in pairs
+    )
 
 
 def _recalibrate_layer_by_layer(model: nn.Module, batches: Iterable[Inputs], device: Device, progress: bool) -> None:

@@ -2,7 +2,7 @@
 
 For a sample, a token or a pixel it is KL(p̄ ‖ p): p is the softmax over classes of the model's outputs, and p̄ = Σ wᵢ pᵢ
 mixes those of the ends by their shares wᵢ, which are 1 − λ and λ for two. The model's BatchNorm layers normalise by
-the batch. Classes are the last axis or, in images, the second one. Where there is only one number, the model has no
+the batch. Which axis runs over classes says `forward.class_axis`. Where there is only one number, the model has no
 head, or its `problem_type` says that its outputs are not classes, it is the mean square of ȳ − y, with ȳ = Σ wᵢ yᵢ.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.precision import compute_dtype
 from ..errors import OptionError
-from .forward import attended_outputs, attention_mask_of, evaluation_mode, has_no_classes, has_no_head, run_module
+from .forward import attended_outputs, evaluation_mode, has_no_classes, has_no_head, run_module
 from .functional import FunctionalCall, use_batch_statistics
 
 StateDict: TypeAlias = "Mapping[str, Tensor]"
@@ -45,7 +45,7 @@ class Divergence:
     def outputs_of_ends(self, batch: Any) -> EndOutputs:
         """Compute the outputs of the ends for a batch, each with its own BatchNorm statistics."""
         with evaluation_mode(self.module):
-            return [comparable_outputs(self.call(state, batch), batch) for state in self.ends]
+            return [comparable_outputs(self.module, self.call(state, batch), batch) for state in self.ends]
 
     def per_sample(
         self, state: StateDict, shares: Sequence[float], batch: Any, of_ends: EndOutputs | None = None
@@ -62,15 +62,21 @@ class Divergence:
             OptionError: the model returns no numbers that could be compared.
         """
         of_ends = self.outputs_of_ends(batch) if of_ends is None else of_ends
-        return divergence_per_sample(of_ends, self.call(state, batch), shares, batch, self.classes)
+        return divergence_per_sample(self.module, of_ends, self.call(state, batch), shares, batch, self.classes)
 
 
 def divergence_per_sample(
-    of_ends: EndOutputs, outputs: Any, shares: Sequence[float], batch: Any, classes: bool = True
+    module: nn.Module,
+    of_ends: EndOutputs,
+    outputs: Any,
+    shares: Sequence[float],
+    batch: Any,
+    classes: bool = True,
 ) -> Tensor:
     """Compute how far a model's outputs are from those of the ends: one number for every sample.
 
     Args:
+        module: the module that computed all outputs.
         of_ends: `comparable_outputs` of every end.
         outputs: what a model in between returned for the same batch.
         shares: shares of the ends in the mixture.
@@ -80,7 +86,7 @@ def divergence_per_sample(
     Raises:
         OptionError: outputs without numbers.
     """
-    tensors = comparable_outputs(outputs, batch)
+    tensors = comparable_outputs(module, outputs, batch)
     if not tensors:
         raise OptionError(
             f"the model returns a {type(outputs).__name__} without any numbers that could be compared; if there are "
@@ -91,11 +97,10 @@ def divergence_per_sample(
     return torch.cat([measure(ends, y, shares).flatten() for ends, y in pairs])
 
 
-def comparable_outputs(outputs: Any, batch: Any) -> list[Tensor]:
+def comparable_outputs(module: nn.Module, outputs: Any, batch: Any) -> list[Tensor]:
     """Return the outputs that count as (…, classes), in float32 or wider."""
-    tensors = attended_outputs(outputs, attention_mask_of(batch))
-    wide = [y.to(compute_dtype(y.dtype)) for y in tensors]
-    return [y.movedim(1, -1) if y.dim() > 3 else y if y.dim() > 1 else y[:, None] for y in wide]
+    wide = [y.to(compute_dtype(y.dtype)) for y in attended_outputs(module, outputs, batch)]
+    return [y if y.dim() > 1 else y[:, None] for y in wide]
 
 
 def _kl_divergence(ends: Sequence[Tensor], y: Tensor, shares: Sequence[float]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, OptionError
+from .linear_maps import output_features
+
+logger = logging.getLogger(__name__)
 
 # A tensor, a sequence of positional arguments, or a mapping of keyword arguments.
 Inputs: TypeAlias = "Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]"
@@ -33,6 +37,12 @@ def run_module(module: nn.Module, inputs: Inputs) -> Any:
 def attention_mask_of(batch: Any) -> Tensor | None:
     """Return the attention mask of a batch; None if it has none."""
     return batch.get("attention_mask") if isinstance(batch, Mapping) else None
+
+
+def labels_of(batch: Any) -> Tensor | None:
+    """Return the labels of a batch; None if it has none, or only one number."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    return labels if isinstance(labels, Tensor) and labels.dim() else None
 
 
 def compute_own_loss(module: nn.Module, batch: Any) -> Tensor:
@@ -124,16 +134,76 @@ def output_tensors(outputs: Any) -> Iterator[Tensor]:
         raise CheckpointError(f"the model returns a {type(outputs).__name__}, in which no tensors can be found")
 
 
-def attended_outputs(outputs: Any, mask: Tensor | None) -> list[Tensor]:
-    """Return the floating-point outputs at the positions that a mask keeps, without scalars such as a loss.
+def attended_outputs(module: nn.Module, outputs: Any, batch: Any) -> list[Tensor]:
+    """Return the floating-point outputs with their classes last, at the positions that the attention mask keeps.
 
-    An output with only one number per position keeps all positions, as the model chooses among them.
+    Scalars such as a loss do not count. An output with only one number per position keeps all positions, as the model
+    chooses among them.
     """
+    mask, labels = attention_mask_of(batch), labels_of(batch)
     tensors = [x for x in output_tensors(outputs) if x.dim() and x.is_floating_point()]
+    tensors = [x.movedim(class_axis(module, x, labels), -1) for x in tensors]
     if mask is None:
         return tensors
     by_position = [x.dim() > mask.dim() and x.shape[: mask.dim()] == mask.shape for x in tensors]
     return [x[mask.bool().to(x.device)] if masked else x for x, masked in zip(tensors, by_position, strict=True)]
+
+
+def class_axis(module: nn.Module, scores: Tensor, labels: Tensor | None = None) -> int:
+    """Return the axis of a module's output that runs over classes.
+
+    A model of transformers has its classes last or, in images (batch, classes, height, width), second. Any other
+    module may say it by an attribute `class_axis`. Otherwise its classes are last where labels have the shape of all
+    other axes; second, as `torch.nn.CrossEntropyLoss` reads (batch, classes, positions …), where they have that of
+    all but the second. Without labels that tell, they are the axis of the two that has as many entries as the last
+    layer that makes as many, and the second where no layer tells either. The log says what was taken.
+
+    Raises:
+        OptionError: an attribute `class_axis` that is not an axis of these outputs.
+
+    Example: a convolution makes 5 scores at each of 7 positions.
+
+        >>> net = torch.nn.Conv1d(3, 5, 1)
+        >>> class_axis(net, net(torch.zeros(2, 3, 7)))
+        1
+    """
+    last = scores.dim() - 1
+    if last < 2:
+        return last
+    if hasattr(module, "base_model_prefix"):  # a model of transformers
+        return 1 if last > 2 else last
+    declared = getattr(module, "class_axis", None)
+    if declared is not None:
+        if not isinstance(declared, int) or not -last <= declared <= last or declared == 0:
+            raise OptionError(
+                f"class_axis of {type(module).__name__} is {declared!r}, and its outputs are {tuple(scores.shape)}; "
+                f"give the axis of the classes, 1 to {last}, or -1 for the last one"
+            )
+        return declared % scores.dim()
+    axis, evidence = _find_class_axis(module, scores, labels)
+    why = evidence or "as torch.nn.CrossEntropyLoss reads them; if that is wrong, set class_axis of the module"
+    if (kind := (type(module), axis, why)) not in _logged:
+        _logged.add(kind)
+        log, name = logger.info if evidence else logger.warning, type(module).__name__
+        log("%s: the classes of outputs %s are taken to be axis %d, %s", name, [*scores.shape], axis, why)
+    return axis
+
+
+_logged: set[tuple[type, int, str]] = set()  # which class has which axis, and why
+
+
+def _find_class_axis(module: nn.Module, scores: Tensor, labels: Tensor | None) -> tuple[int, str]:
+    """Return the axis of the classes, second or last, and what tells; empty if nothing does."""
+    shape, last = scores.shape, scores.dim() - 1
+    if labels is not None:
+        fitting = [axis for axis in (1, last) if labels.shape == (*shape[:axis], *shape[axis + 1 :])]
+        if len(fitting) == 1:
+            return fitting[0], "by the shape of the labels"
+    for name, part in reversed(list(module.named_modules())):
+        made = [axis for axis in (1, last) if shape[axis] == output_features(part)]
+        if len(made) == 1:
+            return made[0], f"of which {name or 'the module'} makes {shape[made[0]]}"
+    return 1, ""
 
 
 def has_no_head(outputs: Any) -> bool:
@@ -150,7 +220,7 @@ def has_no_classes(module: nn.Module) -> bool:
 
 
 def example_inputs(config: Any, generator: torch.Generator) -> dict[str, Tensor]:
-    """Draw random inputs for a transformers model: tokens if it has a vocabulary, images if it has channels.
+    """Draw random inputs for a transformers model: waves if it strides over them, else tokens and images, or either.
 
     Raises:
         CheckpointError: a model whose kind of inputs is not known, so that they have to be given.
@@ -159,6 +229,12 @@ def example_inputs(config: Any, generator: torch.Generator) -> dict[str, Tensor]
     vision = getattr(config, "vision_config", config)
     architecture = (getattr(config, "architectures", None) or [""])[0]
     inputs: dict[str, Tensor] = {}
+    waves = getattr(config, "conv_stride", None) and getattr(config, "conv_kernel", None)  # Wav2Vec2 and its kind
+    if waves and not getattr(config, "is_encoder_decoder", False):
+        length = 12  # frames, of which convolutions make one from as many samples as their kernels span
+        for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
+            length = (length - 1) * stride + kernel
+        return {"input_values": torch.randn(2, length, generator=generator, dtype=torch.float64)}
     if getattr(text, "vocab_size", None) and not architecture.endswith("ForImageClassification"):
         length = min(16, getattr(text, "max_position_embeddings", None) or 16)
         rows = 2 if getattr(text, "pad_token_id", None) is not None or vision is not config else 1

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..checkpoints.precision import all_finite
 from ..errors import CheckpointError, OptionError, listed
 from .distributed import all_reduce_numbers, all_reduce_sum, broadcast_object
-from .forward import has_no_classes, logits_from_outputs, refuse_read_once, run_module
+from .forward import class_axis, has_no_classes, labels_of, logits_from_outputs, refuse_read_once, run_module
 from .functional import move_batch
 from .hooks import LayerCalls, RecordedCalls, forward_hooks
 from .linear_maps import Affine, is_affine, is_matrix
@@ -206,7 +206,9 @@ def find_steps(module: nn.Module, batch: Any) -> list[LayerStep]:
 def _softmax_logits(module: nn.Module, outputs: Any, batch: Any) -> Tensor | None:
     """Return the logits, if softmax along their last axis turns them into probabilities."""
     logits = logits_from_outputs(outputs, batch)
-    return None if has_no_classes(module) or logits is None or logits.shape[-1] == 1 else logits
+    if has_no_classes(module) or logits is None or logits.shape[-1] == 1:
+        return None
+    return logits if class_axis(module, logits, labels_of(batch)) == logits.dim() - 1 else None
 
 
 def _changeable_layers(module: nn.Module) -> dict[str, Affine]:

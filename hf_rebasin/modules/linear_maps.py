@@ -134,3 +134,12 @@ def is_affine(module: nn.Module) -> bool:
     if isinstance(module, _ConvNd):
         return not module.transposed
     return is_matrix(module)
+
+
+def output_features(module: nn.Module) -> int | None:
+    """Return the number of features that a linear map or convolution makes; None for any other module."""
+    if isinstance(module, _ConvNd):
+        return int(module.out_channels)
+    if isinstance(module, nn.Linear):
+        return int(module.out_features)
+    return int(module.weight.shape[1]) if is_conv1d(module) else None  # type: ignore[index]

@@ -7,13 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..alignment.alignment import Alignment
-from ..checkpoints.folder import ADAPTER_FILES, PROVENANCE, is_weights
+from ..checkpoints.folder import ADAPTER_FILES, PROVENANCE, RECORDS, matches_path
 from ..checkpoints.hub import fetch, fetch_matching, list_files, progress_bars, resolve_revision, split_revision
 from ..checkpoints.hub_errors import translated_errors
 from ..checkpoints.provenance import Provenance
 from ..errors import CheckpointError, listed
 
 ALIGNMENT_PATTERN = "alignment*.safetensors"
+PLACES = (f"{RECORDS}/", "")  # of the alignments in a folder: those of a model, and one that is published by itself
+# Files that are loaded before or with the weights, whoever wrote them, or instead of the recorded alignment.
+LOADED_FILES = (*ADAPTER_FILES, "*.safetensors", "pytorch_model*.bin", f"{RECORDS}/{ALIGNMENT_PATTERN}")
 
 
 def fetch_artefacts(source: str, *, progress: bool = False) -> Path:
@@ -29,14 +32,9 @@ def fetch_artefacts(source: str, *, progress: bool = False) -> Path:
     with _open_repository(source, progress) as (repository, commit):
         folder = fetch(repository, commit, [PROVENANCE])
         if (folder / PROVENANCE).is_file():
-            loadable = {name for name in list_files(repository, commit, folder) if _may_be_loaded(name)}
+            loadable = {name for name in list_files(repository, commit, folder) if matches_path(name, LOADED_FILES)}
             fetch(repository, commit, sorted(loadable.union(Provenance.load(folder).outputs)))
     return folder
-
-
-def _may_be_loaded(name: str) -> bool:
-    """Whether code that loads the model may read weights from a file, whoever wrote it."""
-    return "/" not in name and (is_weights(name) or name in ADAPTER_FILES or name.endswith((".safetensors", ".bin")))
 
 
 def load_alignment(source: str, name: str | None = None) -> Alignment:
@@ -44,7 +42,7 @@ def load_alignment(source: str, name: str | None = None) -> Alignment:
 
     Args:
         source: file, folder, or id on the Hub (`org/name@revision`).
-        name: name of the file within `source`, where there are several.
+        name: name of the file within `source`, or within the folder `rebasin` in it, where there are several.
 
     Raises:
         CheckpointError: there is none, or there are several and no name selects one.
@@ -56,13 +54,13 @@ def load_alignment(source: str, name: str | None = None) -> Alignment:
         folder = path if path.is_dir() else _fetch_alignments(source, name)
     except CheckpointError as error:
         raise CheckpointError(f"{source} cannot be read as an alignment: {error}") from error
-    names = sorted(file.name for file in folder.glob(ALIGNMENT_PATTERN))
-    if name is not None and (folder / name).is_file():
-        return Alignment.load(folder / name)
-    if len(names) == 1 and name is None:
-        return Alignment.load(folder / names[0])
-    problem = f"has {listed(names)}; say which (--file)" if names else f"has no {name or ALIGNMENT_PATTERN}"
-    raise CheckpointError(f"{source} {problem}")
+    present = [place + file.name for place in PLACES for file in sorted((folder / place).glob(ALIGNMENT_PATTERN))]
+    wanted = present if name is None else [place + name for place in PLACES if (folder / place / name).is_file()][:1]
+    if len(wanted) == 1:
+        return Alignment.load(folder / wanted[0])
+    missing = "" if name is None else f"no {name}, only "
+    problem = f"{missing}{listed(present)}; say which (--file)" if present else f"no {name or ALIGNMENT_PATTERN}"
+    raise CheckpointError(f"{source} has {problem}")
 
 
 def artefact_name(source: str) -> str:
@@ -74,8 +72,8 @@ def _fetch_alignments(source: str, name: str | None) -> Path:
     """Fetch one file, or all alignments, of a repository and return the folder they are in."""
     with _open_repository(source, progress=False) as (repository, commit):
         if name:
-            return fetch(repository, commit, [name])
-        return fetch_matching(repository, commit, [ALIGNMENT_PATTERN])
+            return fetch(repository, commit, [place + name for place in PLACES])
+        return fetch_matching(repository, commit, [place + ALIGNMENT_PATTERN for place in PLACES])
 
 
 @contextmanager

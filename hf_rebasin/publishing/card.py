@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,17 @@ import yaml
 
 from ..alignment.alignment import Alignment
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.folder import is_weights
-from ..checkpoints.licences import LicenceOutcome
+from ..checkpoints.folder import CARD, RECIPE, is_weights, write_atomically
+from ..checkpoints.licences import LicenceOutcome, merged_licence
 from ..checkpoints.provenance import Provenance
 from ..errors import OptionError
 from ..reports.measurements import TableRow
 from ..reports.page import MISSING, load_templates, table_columns
 from ..reports.pairs import Pair
 from ..reports.report import Report
-from .record import RECIPE
 from .usage import Usage, describe_usage
 
+REPORT_STEM = "report"  # what the names of its pictures begin with
 GENERATED = "<!-- Written by hf-rebasin; it is written anew with every `hf-rebasin publish`. -->"
 SENTENCES = {
     "merge": "A merge of {count} models that were trained apart, brought to the same coordinates first.",
@@ -37,7 +38,7 @@ class Subject:
     """Model that a card is about.
 
     Args:
-        repository: repository it is published to.
+        repository: repository it is published to, or the name of its folder.
         checkpoint: the model.
         provenance: record of how it was made.
         licence: its licence, and those of its inputs.
@@ -61,6 +62,12 @@ class Subject:
         """Row of the report for the published model; None where nothing was measured."""
         rows = () if self.pair is None else self.pair.rows
         return next((row for row in rows if self.pair and row.name == self.pair.result), None)
+
+    @property
+    def images(self) -> list[str]:
+        """Paths of the report's pictures within the folder."""
+        names = () if self.report is None else self.report.images(REPORT_STEM)
+        return [path for path in map(self.provenance.recorded_path, names) if path is not None]
 
     @property
     def base_models(self) -> list[str]:
@@ -101,7 +108,7 @@ def render_card(subject: Subject, template: Path | None = None) -> str:
             licence=subject.licence,
             usage=use,
             table=_measurement_table(subject.pair),
-            images=[] if subject.report is None else list(subject.report.images("report")),
+            images=subject.images,
             recipe=_recipe_text(subject),
             sentence=_sentence(subject.provenance),
             limits=list_limits(subject),
@@ -110,6 +117,25 @@ def render_card(subject: Subject, template: Path | None = None) -> str:
         where = "" if template is None else f"{template}: "
         raise OptionError(f"{where}the template of the card cannot be rendered: {error}") from error
     return f"---\n{head}---\n\n{GENERATED}\n\n{body.strip()}\n"
+
+
+def write_card(folder: Path, provenance: Provenance, name: str, report: Report | None = None) -> None:
+    """Write the card of a model that is not published yet into its folder.
+
+    Args:
+        folder: folder of the model, with everything else in it.
+        provenance: record of how it was made.
+        name: name that the folder has in the end.
+        report: measurements; None if nothing was measured.
+    """
+    subject = Subject(
+        repository=name.encode(errors="replace").decode(),  # names of files need not be text
+        checkpoint=Checkpoint.open(folder),
+        provenance=provenance,
+        licence=merged_licence(provenance.licences),
+        report=report,
+    )
+    write_atomically(folder / CARD, render_card(subject).encode())
 
 
 def card_metadata(subject: Subject, use: Usage) -> dict[str, Any]:
@@ -212,7 +238,7 @@ def list_limits(subject: Subject) -> list[str]:
 
 def _load_template(path: Path | None, ours: str = "card.md.j2") -> Any:
     markdown = load_templates(__package__, keep_trailing_newline=True, autoescape=False)  # the Hub sanitises it
-    markdown.filters.update(row=_markdown_row, is_weights=is_weights)
+    markdown.filters.update(row=_markdown_row, is_weights=is_weights, shell=shlex.quote)
     markdown.globals.update(NONE=MISSING)
     if path is None:
         return markdown.get_template(ours)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..alignment.alignment import Alignment
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.folder import PROVENANCE
+from ..checkpoints.folder import PROVENANCE, RECORDS
 from ..checkpoints.provenance import Provenance
 from ..data.batches import Batches, DataSettings, open_data
 from ..errors import CheckpointError, RebasinError
@@ -20,6 +20,7 @@ from ..modules.functional import Device
 from ..recipes.recipe import Recipe
 from ..recipes.runner import open_models, recalibrate_checkpoint, run_merge
 from ..solving.align import align
+from .artefacts import ALIGNMENT_PATTERN
 from .record import alignment_files
 
 
@@ -92,8 +93,8 @@ def rebuild_model(
         raise CheckpointError(
             f"{PROVENANCE} names an unknown verb, {provenance.verb!r}, so the model cannot be rebuilt"
         )
-    count = sum(name.startswith("alignment") for name in provenance.outputs)
-    stored = [Alignment.load(folder / name) for name in alignment_files(count)]
+    names = alignment_files(provenance.count_outputs(ALIGNMENT_PATTERN))
+    stored = [Alignment.load(folder / (provenance.recorded_path(name) or name)) for name in names]
     inputs = RebuildInputs(
         settings=provenance.recipe,
         models=models,
@@ -110,7 +111,7 @@ def rebuild_model(
         raise CheckpointError(f"{PROVENANCE} has settings that cannot be used: {error!r}") from error
     checkpoint.save(out, max_shard_size=provenance.shard, progress=progress)
     for name, alignment in zip(alignment_files(len(solved)), solved, strict=True):
-        alignment.save(out / name)
+        alignment.save(out / (provenance.recorded_path(name) or f"{RECORDS}/{name}"))
 
 
 Rebuilt = tuple[Checkpoint, Sequence[Alignment]]  # the model, and the alignments that were found anew for it

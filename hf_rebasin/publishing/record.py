@@ -1,4 +1,4 @@
-"""Records that a verb writes next to the weights: recipe, alignments, `rebasin.json`, and measurements in a report."""
+"""Records that a verb writes with the weights: card, recipe, alignments, `rebasin.json`, measurements in a report."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ import yaml
 
 from ..alignment.alignment import Alignment
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.folder import write_atomically
+from ..checkpoints.folder import RECIPE, RECORDS, REPORT, resolve_target, write_atomically
 from ..checkpoints.licences import DeclaredLicence, find_licence
 from ..checkpoints.provenance import InputRecord, Machine, Provenance, hash_files
+from ..checkpoints.side_files import holds_weights, is_known_side_file
 from ..data.batches import Batches
 from ..modules.distributed import world_size
 from ..modules.functional import Device
 from ..recipes.assessment import describe_data
 from ..recipes.recipe import ModelEntry, Recipe
-from ..recipes.runner import MergeResult
+from ..recipes.runner import MergeResult, recalibrates
 from ..reports.charts import render_png
 from ..reports.report import Report
 from ..text import shorten_path
-
-RECIPE, REPORT = "recipe.yaml", "report.json"
+from .card import REPORT_STEM, write_card
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,18 @@ class MergeRecord:
     alignments: Sequence[Alignment] = ()
     recipe: Recipe | None = None
 
-    def write(self, folder: Path) -> None:
-        """Write the records into a folder that has the weights already."""
-        for name, alignment in zip(alignment_files(len(self.alignments)), self.alignments, strict=True):
-            alignment.save(folder / name)
+    def write(self, folder: Path, name: str) -> None:
+        """Write the records and a card into a folder that has the weights already, and will have this name."""
+        for file, alignment in zip(alignment_files(len(self.alignments)), self.alignments, strict=True):
+            alignment.save(folder / RECORDS / file)
         if self.recipe is not None:
             write_atomically(folder / RECIPE, self._text(self.recipe).encode())
-        self.provenance.save(folder)
+        _write_provenance(folder, self.provenance, name)
+
+    def save(self, checkpoint: Checkpoint, out: Path, **options: Any) -> Path:
+        """Write a model with its records; `options` are those of `Checkpoint.save`."""
+        name = resolve_target(out).name
+        return checkpoint.save(out, beside=lambda folder: self.write(folder, name), **options)
 
     def _text(self, recipe: Recipe) -> str:
         """Format the recipe with comments on how to run it again."""
@@ -68,6 +73,13 @@ def _recipe_yaml(recipe: Recipe) -> str:
     if content.get("refit") == {}:
         content["refit"] = True
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def _write_provenance(folder: Path, provenance: Provenance, name: str, report: Report | None = None) -> None:
+    """Write the record of everything that is in a folder, and the card that tells of it."""
+    provenance = provenance.hash_outputs(folder)
+    write_card(folder, provenance, name, report)
+    provenance.save(folder)
 
 
 def alignment_files(number: int) -> list[str]:
@@ -155,8 +167,12 @@ def _make_input_record(name: str, model: Checkpoint, record: Provenance | None) 
     if model.folder is None:
         return InputRecord(name=name, commit=model.commit)
     files = hash_files(model.folder)
-    if record is not None and any(record.outputs.get(file) != digest for file, digest in files.items()):
-        record = None  # the files were changed since
+    if record is not None and any(
+        record.outputs.get(file) != digest
+        for file, digest in files.items()
+        if file in record.outputs or holds_weights(file) or is_known_side_file(Path(file).name)
+    ):
+        record = None  # the model was changed since
     inputs = () if record is None else record.inputs
     made_of = tuple(reference for entry in inputs for reference in (entry.made_of or (entry.reference,)))
     licence = _find_licence(model, record)
@@ -183,13 +199,15 @@ def record_merge(
     opened = merged.opened
     pinned = pin_revisions(recipe, merged)
     content = pinned.model_dump(mode="json", exclude_none=True)
+    if not recalibrates(recipe, opened):
+        content.pop("recalibrate", None)
     content |= {key: False for key in ("align", "recalibrate") if key not in content}  # absent keys have defaults
     provenance = make_provenance(
         "merge",
         content,
         inputs,
         {"looked at while merging": opened.data, "measured on": opened.evaluation},
-        notes=dict.fromkeys(note for solution in merged.solutions for note in solution.notes),
+        notes=merged.notes,
         max_shard_size=max_shard_size,
         device=device,
     )
@@ -209,6 +227,7 @@ def pin_revisions(recipe: Recipe, merged: MergeResult) -> Recipe:
         update={
             "models": models,
             "publish": None,
+            "align": recipe.align if merged.solutions else None,
             "base_model": None if recipe.base_model is None else names[0],
             "parameters": parameters,
             "data": None if opened.data is None else _pin_data(opened.data).settings,
@@ -263,7 +282,9 @@ def add_report(folder: Path, report: Report, recipe: Recipe, merged: MergeResult
     }
     recipe_text, data_text = _recipe_yaml(pin_revisions(recipe, merged)), describe_data(merged.opened, _pin_data)
     published = replace(report.renamed(names).timeless(), recipe=recipe_text, data=data_text)
-    for name, pair in published.images("report").items():
-        write_atomically(folder / name, render_png(pair.lines, f"{pair.fixed} and {pair.moving}"))
-    write_atomically(folder / REPORT, published.to_json().encode())
-    Provenance.load(folder).save(folder)
+    records = folder / RECORDS
+    records.mkdir(exist_ok=True)
+    for name, pair in published.images(REPORT_STEM).items():
+        write_atomically(records / name, render_png(pair.lines, f"{pair.fixed} and {pair.moving}"))
+    write_atomically(records / REPORT, published.to_json().encode())
+    _write_provenance(folder, Provenance.load(folder), resolve_target(folder).name, published)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import os
 import re
@@ -14,39 +13,38 @@ from typing import TYPE_CHECKING
 from ..alignment.alignment import Alignment
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.folder import (
-    ADAPTER_FILES,
     CARD,
     CHECKSUMS,
     INDEX,
     OLD_INDEX,
     PROVENANCE,
     RECORD_FILES,
-    SIDE_FILES,
+    REPORT,
+    is_record_file,
     is_weights,
+    matches_path,
     write_atomically,
 )
 from ..checkpoints.hub import progress_bars
 from ..checkpoints.hub_errors import refuse_token, translated_errors
 from ..checkpoints.licences import LicenceOutcome, merged_licence
 from ..checkpoints.provenance import Provenance, hash_files
+from ..checkpoints.side_files import holds_weights, is_known_side_file
 from ..errors import CheckpointError, OptionError, listed
 from ..modules.distributed import is_main_process
 from ..recipes.recipe import PublishSettings, make_publish_settings
 from ..reports.pairs import Pair
 from ..reports.report import Report
+from .artefacts import LOADED_FILES
 from .card import GENERATED, Subject, render_alignment_card, render_card
-from .record import REPORT, find_licences
+from .record import find_licences
 from .verification import compare_files
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelInfo
 
-# Files that a previous model leaves behind: they would be loaded together with the new one.
-STALE_PATTERNS = (
-    *(*SIDE_FILES, *RECORD_FILES, CHECKSUMS),
-    *(INDEX, "model*.safetensors", OLD_INDEX, "pytorch_model*.bin", *ADAPTER_FILES),
-)
-WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.gguf", "*.onnx", "*.pt", "*.pth", "*.h5", "*.msgpack")
+# Files that a previous model leaves behind: they would be loaded together with the new one, or tell of another.
+STALE_PATTERNS = (*RECORD_FILES, CHECKSUMS, INDEX, OLD_INDEX, *LOADED_FILES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,8 +218,8 @@ def _check_folder(folder: Path, settings: PublishSettings, template: Path | None
     checkpoint = Checkpoint.open(folder)
     checkpoint.refuse_broken()
     report = None
-    if REPORT in provenance.outputs:
-        report = Report.from_json((folder / REPORT).read_text(encoding="utf-8"))
+    if (file := provenance.recorded_path(REPORT)) is not None:
+        report = Report.from_json((folder / file).read_text(encoding="utf-8"))
         for pair in report.pairs:
             _refuse_failed(folder, pair)
     licence = merged_licence(provenance.licences, settings.license)
@@ -326,20 +324,18 @@ def _find_stale(
         with progress_bars(progress):
             card = Path(api.hf_hub_download(settings.to, CARD, revision=head.sha))
         _refuse_card(settings.to, card.read_bytes(), text, files)
-    other = {name for name in present if "/" not in name} - {*files, CARD}
-    return tuple(
-        name for name in sorted(other) if model and any(fnmatch.fnmatch(name, pattern) for pattern in STALE_PATTERNS)
-    )
+    other = present - {*files, CARD}
+    return tuple(name for name in sorted(other) if model and _is_stale(name))
+
+
+def _is_stale(name: str) -> bool:
+    """Whether a file that a model is published beside is one that a previous model left."""
+    return matches_path(name, STALE_PATTERNS) or ("/" not in name and is_known_side_file(name))
 
 
 def _refuse_model(repository: str, present: Iterable[str]) -> None:
     """Raise OptionError where publishing an alignment would replace a model's card, and its alignment."""
-    weights = [
-        name
-        for name in sorted(present)
-        if any(fnmatch.fnmatch(name, pattern) for pattern in WEIGHT_PATTERNS)
-        and not fnmatch.fnmatch(name, "alignment*.safetensors")
-    ]
+    weights = [name for name in sorted(present) if holds_weights(name) and not is_record_file(name)]
     if weights:
         raise OptionError(
             f"{repository} holds a model ({listed(weights)}); publish the alignment to a repository of its own"

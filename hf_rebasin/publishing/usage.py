@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..errors import CheckpointError
 
 AUTO_CLASSES = {
     "text-generation": "AutoModelForCausalLM",
@@ -38,12 +40,16 @@ class Usage:
 
 def describe_usage(checkpoint: Checkpoint, repository: str, revision: str | None = None) -> Usage:
     """Describe the task of a model and code that uses it from a repository; both empty for an unknown class."""
-    if checkpoint.config is None or checkpoint.owner is None:
+    try:
+        config, module_class = checkpoint.config, checkpoint.owner
+    except CheckpointError:  # nothing that this transformers can build
         return Usage("", "")
-    owner = checkpoint.owner.__name__
+    if config is None or module_class is None:
+        return Usage("", "")
+    owner = module_class.__name__
     task = find_task(owner)
     auto = AUTO_CLASSES.get(task, owner)
-    at = f'"{repository}"' + (f', revision="{revision}"' if revision else "")
+    at = _quote(repository) + (f", revision={_quote(revision)}" if revision else "")
     shared = [f"model = {auto}.from_pretrained({at})"]
     folder = checkpoint.folder
     has_tokenizer = folder is not None and any(any(folder.glob(name)) for name in TOKENIZER_MARKERS)
@@ -52,9 +58,14 @@ def describe_usage(checkpoint: Checkpoint, repository: str, revision: str | None
         lines = [f"tokenizer = AutoTokenizer.from_pretrained({at})"]
         return Usage(task, _join_code(auto, "AutoTokenizer", shared, lines, _text_example(task)))
     if has_processor and task == "image-classification":
-        lines = [f"processor = AutoImageProcessor.from_pretrained({at})", *_blank_image(checkpoint.config)]
+        lines = [f"processor = AutoImageProcessor.from_pretrained({at})", *_blank_image(config)]
         return Usage(task, _join_code(auto, "AutoImageProcessor", shared, lines, _classification_example()))
     return Usage(task, _join_code(auto, "", shared, [], ["print(model)"]))
+
+
+def _quote(text: str) -> str:
+    """Write a text as it stands in Python code."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def find_task(owner: str) -> str:
@@ -96,9 +107,13 @@ def _text_example(task: str) -> list[str]:
 
 def _blank_image(config: Any) -> list[str]:
     size = getattr(config, "image_size", 224)
-    height, width = (size, size) if isinstance(size, int) else (size[0], size[1])
+    height, width = (size, size) if isinstance(size, int) else size if _is_pair(size) else (224, 224)
     mode = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
     return [f'image = Image.new("{mode}", ({width}, {height}))  # rather one of yours']
+
+
+def _is_pair(size: Any) -> bool:
+    return isinstance(size, (list, tuple)) and len(size) == 2
 
 
 def _classification_example() -> list[str]:

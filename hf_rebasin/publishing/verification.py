@@ -6,24 +6,21 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.folder import ADAPTER_FILES, is_record_file, is_weights
+from ..checkpoints.folder import CHECKSUMS, RECORDS, is_record_file, is_weights, matches_path
 from ..checkpoints.lazy import Lazy
 from ..checkpoints.provenance import InputRecord, Provenance, hash_files, package_versions
+from ..checkpoints.side_files import holds_weights, is_known_side_file
 from ..errors import CheckpointError, listed
 from ..modules.distributed import world_size
 from ..modules.functional import Device
-from .artefacts import fetch_artefacts
+from .artefacts import LOADED_FILES, fetch_artefacts
 from .rebuild import rebuild_model
-
-# Files that may be loaded before or with the weights, or instead of the recorded alignment.
-LOADED_INSTEAD = (*ADAPTER_FILES, "pytorch_model*.bin", "alignment*.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,10 +132,9 @@ def compare_files(folder: Path, provenance: Provenance, hashes: Mapping[str, str
         else:
             detail = "" if current == digest else f"was changed: its sha256 is {current}, not {digest}"
             yield Finding(kind="as written", what=name, holds=current == digest, detail=detail)
-    for file in sorted(folder.iterdir()):
-        name = file.name
-        loadable = is_weights(name) or any(fnmatch(name, pattern) for pattern in LOADED_INSTEAD)
-        if name not in provenance.outputs and loadable:
+    for file in sorted((*folder.iterdir(), *(folder / RECORDS).glob("*"))):
+        name = file.relative_to(folder).as_posix()
+        if name not in provenance.outputs and (is_weights(name) or matches_path(name, LOADED_FILES)):
             detail = "was not written with the rest, and may be loaded instead of it"
             yield Finding(kind="as written", what=name, holds=False, detail=detail)
 
@@ -164,7 +160,9 @@ def _weight_hashes(files: Mapping[str, str]) -> dict[str, str]:
 
 
 def _check_input(record: InputRecord, files: Mapping[str, str]) -> Finding:
-    names = record.files.keys() | files.keys()
+    # of files that the record lacks, those count that would be loaded; older versions recorded no others
+    added = {name for name in files if holds_weights(name) or is_known_side_file(Path(name).name)}
+    names = record.files.keys() | added
     changed = sorted(name for name in names if record.files.get(name) != files.get(name))
     detail = f"has files that differ from those that were read: {listed(changed)}" if changed else ""
     return Finding(kind="as read", what=record.reference, holds=not changed, detail=detail)
@@ -176,7 +174,7 @@ def _compare_rebuilt(
     """Compare a rebuilt folder with what was written, and where the weights differ, with the tensors of `folder`."""
     rebuilt_hashes = hash_files(rebuilt, written=True)
     for name, digest in sorted(rebuilt_hashes.items()):
-        if name in written:
+        if name in written and name != CHECKSUMS:  # hashes of the others; older versions listed the weights alone
             same = digest == written[name]
             yield _rebuilt_finding(name, "" if same else "differs when rebuilt")
     for name in sorted(written.keys() - rebuilt_hashes.keys()):

@@ -78,7 +78,7 @@ def assess(
         exactness=assessor.exactness(saved, ends) if result.solutions else None,
         seconds={**result.seconds, **assessor.clock.seconds},
         status="; ".join(dict.fromkeys(solution.status.value for solution in result.solutions)),
-        notes=tuple(dict.fromkeys(note for solution in result.solutions for note in solution.notes)),
+        notes=result.notes,
         architecture="" if first.config is None else type(first.config).__name__.removesuffix("Config"),
     )
     settings = recipe.model_dump(mode="json", exclude_defaults=True)

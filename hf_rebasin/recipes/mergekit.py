@@ -119,7 +119,7 @@ def _with_weight(raw: Any, general: Any) -> Any:
 
 
 def _read_tokenizer(recipe: dict[Any, Any]) -> Iterator[str]:
-    """Remove the source of the tokenizer, and yield a message if it is not the first model."""
+    """Replace the source of the tokenizer by `vocabulary`, and yield a message if it is not the first model."""
     source, settings = recipe.pop("tokenizer_source", None), recipe.pop("tokenizer", None)
     where = "tokenizer_source" if settings is None else "tokenizer"
     if source is not None and settings is not None:
@@ -139,6 +139,8 @@ def _read_tokenizer(recipe: dict[Any, Any]) -> Iterator[str]:
         yield f"{where}: {NO_UNION}"
     elif source not in (None, "base") and str(source).removeprefix("model:") != base:
         yield f"{where}: {source!r} is not the first model, whose tokenizer the merge has; make it the base_model"
+    elif source is not None:  # mergekit matches rows by token then, and takes those of the base where another has none
+        recipe.setdefault("vocabulary", "first")
 
 
 def _read_dtype(recipe: dict[Any, Any]) -> Iterator[str]:

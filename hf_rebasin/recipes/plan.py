@@ -22,20 +22,19 @@ import torch
 
 from .. import registry
 from ..alignment.correspondence import match_keys
-from ..alignment.limits import untying_note
+from ..alignment.limits import refuse_moved_outputs, untying_note
 from ..checkpoints import hub
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.folder import resolve_target
+from ..checkpoints.folder import report_left, resolve_target, select_in
 from ..checkpoints.lazy import Absent
 from ..checkpoints.licences import DeclaredLicence, Licence, LicenceOutcome, find_licence, merged_licence
 from ..checkpoints.provenance import Provenance
 from ..errors import NoSpaceError
 from ..solving.problem import matched_tensors, sole_free_dim
-from ..symmetries.detection import detect_spec
 from ..symmetries.spec import Spec
 from ..symmetries.table import canonical_view
 from .recipe import Recipe
-from .runner import OpenedRecipe, open_models
+from .runner import OpenedRecipe, find_symmetries, open_models, remark_on_statistics
 
 LIBRARIES = 400_000_000  # bytes that torch, transformers and this package take before anything is read
 SIMILARITIES = 5  # float64 n × n matrices at a time: the product, its sum, and copies that the assignment makes
@@ -92,6 +91,7 @@ class Plan:
         models: the models, the fixed one first.
         alignment: the alignment; None if the models are merged as they are.
         data: `{use: description}`, where the use is "look at" or "measure on".
+        remarks: what the merge may suffer from, and what helps.
         size: bytes of the weights of the result, at most.
         memory: estimated peak memory in bytes.
         memory_free: bytes that are free now; None if the system does not say.
@@ -105,6 +105,7 @@ class Plan:
     models: tuple[PlannedInput, ...]
     alignment: PlannedAlignment | None
     data: Mapping[str, str]
+    remarks: tuple[str, ...]
     size: int
     memory: int
     memory_free: int | None
@@ -129,19 +130,28 @@ def make_plan(
             local model, a disk that is too small.
     """
     opened = open_models(recipe, values=False)
+    opened.models[0].refuse_unloadable()
     inputs = tuple(_describe_inputs(recipe, opened.models))
     for checkpoint, model in zip(opened.models, inputs, strict=True):
         if model.is_local:
             checkpoint.refuse_broken()
-    alignment = None if recipe.align is None else _plan_alignment(recipe, opened, inputs)
+    symmetries = None if recipe.align is None else find_symmetries(recipe, opened)
+    alignment, remarks = None, tuple(remark_on_statistics(recipe, opened))
+    if isinstance(symmetries, str):
+        remarks = (symmetries, *remarks)
+    elif symmetries is not None:
+        alignment = _plan_alignment(recipe, opened, symmetries, inputs)
     data = {"look at": opened.data, "measure on": opened.evaluation}
     first = opened.models[0]
+    if first.folder is not None:
+        report_left(first.name, select_in(first.folder)[1])
     plan = Plan(
         recipe=recipe,
         out=out,
         models=inputs,
         alignment=alignment,
         data={use: batches.describe() for use, batches in data.items() if batches is not None},
+        remarks=remarks,
         size=output_size(recipe, first) + (0 if alignment is None else _untied_bytes(alignment.spec, first)),
         memory=peak_memory(recipe, opened, alignment),
         memory_free=_free_memory(),
@@ -175,14 +185,16 @@ def _describe_inputs(recipe: Recipe, models: Sequence[Checkpoint]) -> list[Plann
     return inputs
 
 
-def _plan_alignment(recipe: Recipe, opened: OpenedRecipe, inputs: Sequence[PlannedInput]) -> PlannedAlignment:
+def _plan_alignment(
+    recipe: Recipe, opened: OpenedRecipe, given: Spec, inputs: Sequence[PlannedInput]
+) -> PlannedAlignment:
     assert recipe.align is not None
-    first, notes = opened.models[0], []
-    given = spec = detect_spec(first)
+    first, spec, notes = opened.models[0], given, []
     for other, model in zip(opened.matched, inputs[1:], strict=True):
         matched = match_keys(first, other, backbone_only=recipe.backbone_only)
         state = canonical_view(first, given.table).select(matched) if model.is_local else None
         spec, left_out = recipe.align.limits().on(given, state)
+        refuse_moved_outputs(other, spec, spec.free)
         if state is None and spec.gauged:
             left_out.append("whether a gain is too small for its stream to be rotated is only known from its values")
         notes += [f"{model.name}: {note}" for note in left_out]
@@ -195,7 +207,8 @@ def output_size(recipe: Recipe, first: Checkpoint) -> int:
     dtype = None if recipe.dtype is None else getattr(torch, recipe.dtype)
     return sum(
         part.numel * (part.dtype if dtype is None or not part.dtype.is_floating_point else dtype).itemsize
-        for part in first.parts.values()
+        for checkpoint in (first, *first.submodels.values())
+        for part in checkpoint.parts.values()
     )
 
 
@@ -273,7 +286,7 @@ def _filesystem(path: Path) -> int:
 def _free_memory() -> int | None:
     """Return the bytes of memory that are available; None if the system does not say."""
     try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text("utf-8").splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None

@@ -19,12 +19,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .. import registry
 from ..alignment.limits import Groups, Limits
+from ..alignment.rows import Vocabulary
 from ..data.batches import DataSettings
 from ..errors import OptionError, RecipeError, UnknownNameError, nearest, quoted
 from ..merging.parameters import ResolvedMethod, Varying, read_parameter, resolve_method
@@ -97,6 +98,15 @@ class EvaluateSettings(DataSettings):
         return points
 
 
+def _check_aspect(aspect: str) -> str:
+    if aspect not in ("config", "labels", "vocabulary") and not aspect.startswith("config:"):
+        raise ValueError("input should be 'config', 'config:KEY' for one setting, 'labels' or 'vocabulary'")
+    return aspect
+
+
+Aspect = Annotated[str, AfterValidator(_check_aspect)]
+
+
 class PublishSettings(_StrictModel):
     """Where a merge is published; see `hf_rebasin.publish`."""
 
@@ -118,7 +128,11 @@ class Recipe(_StrictModel):
         parameters: parameters of the merge method, such as `t`; numbers may vary by tensor, see
             `hf_rebasin.merging.parameters`.
         align: how the other models are brought to the first one's coordinates; `false` leaves them as they are.
-        assume: aspects that are taken as equal without checking: `config`, `labels`, `vocabulary`.
+        assume: aspects that are taken as equal without checking: `config` (or one setting, `config:KEY`), `labels`,
+            `vocabulary`.
+        vocabulary: which rows of tokens the result has where the models have other tokens, or other numbers of rows:
+            `first` for the first model's, its own ones where another model has none; `common` to cut its padding to
+            the rows that all models have. By default such models are refused.
         backbone_only: keep the first model's head; the other models may have another head, or none.
         dtype: dtype of the result; by default the first model's.
         data: data that solvers, `refit` and `recalibrate` use while merging. Solvers that minimise a loss use labels
@@ -143,7 +157,8 @@ class Recipe(_StrictModel):
     base_model: str | None = None
     parameters: dict[str, Any] = {}
     align: AlignSettings | None = AlignSettings()
-    assume: tuple[Literal["config", "labels", "vocabulary"], ...] = ()
+    assume: tuple[Aspect, ...] = ()
+    vocabulary: Vocabulary | None = None
     backbone_only: bool = False
     dtype: Dtype | None = None
     data: DataSettings | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -10,24 +11,34 @@ import torch
 
 from .. import registry
 from ..alignment.alignment import Alignment
-from ..alignment.compatibility import make_compatible
-from ..alignment.correspondence import match_keys, untie_like
+from ..alignment.compatibility import match_models
+from ..alignment.correspondence import match_keys, match_submodels, untie_like
+from ..alignment.rows import absent_in
 from ..checkpoints import hub
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.lazy import Tensors
-from ..data.batches import Batches, open_data
-from ..errors import MismatchError, OptionError
-from ..merging.fitting import load_modules, with_module_values
-from ..merging.merge import averaged_keys, combine
+from ..checkpoints.lazy import Absent, Tensors
+from ..data.batches import Batches, open_data, takes_data
+from ..errors import CheckpointError, MismatchError, OptionError, RebasinError
+from ..evaluation.comparison import matrix_cosines
+from ..merging.fitting import load_modules, refuse_submodels, with_module_values
+from ..merging.merge import averaged_keys, combine, keep_own_rows
 from ..merging.methods import refit
-from ..merging.recalibration import has_statistics, recalibrate, repair
+from ..merging.recalibration import (
+    describe_averaged_statistics,
+    find_statistics,
+    has_statistics,
+    recalibrate,
+    repair,
+)
 from ..modules.functional import Device
 from ..registry import SolverClass
 from ..solving.align import align_checkpoints
+from ..solving.canonical import SHARED_BASE
 from ..solving.gradient_descent import WEIGHT_COSTS
 from ..solving.solution import Clock, Solution, make_solver
 from ..symmetries.detection import detect_spec
-from ..symmetries.table import canonical_view
+from ..symmetries.spec import Spec
+from ..symmetries.table import canonical_view, table_for
 from .recipe import Recipe, solvers_in
 
 
@@ -57,6 +68,7 @@ class MergeResult:
         opened: the models and data that went into it.
         solutions: one solution per model that was aligned.
         moved: all models but the first, in the coordinates of the first.
+        remarks: what the merge may suffer from, such as statistics that were averaged, and what helps.
         seconds: `{phase: seconds}`.
     """
 
@@ -64,12 +76,19 @@ class MergeResult:
     opened: OpenedRecipe
     solutions: tuple[Solution, ...] = ()
     moved: tuple[Checkpoint, ...] = ()
+    remarks: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def models(self) -> tuple[Checkpoint, ...]:
         """The models as they are, the fixed one first."""
         return self.opened.models
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to say on the alignments and the merge, each once."""
+        on_alignments = (note for solution in self.solutions for note in solution.notes)
+        return tuple(dict.fromkeys([*on_alignments, *self.remarks]))
 
 
 def open_models(
@@ -96,12 +115,18 @@ def open_models(
     for checkpoint in models:
         checkpoint.refuse_quantised()
     first, *others = models
-    matched = [make_compatible(first, other, recipe.assume, backbone_only=recipe.backbone_only) for other in others]
+    first, matched = match_models(
+        first, others, recipe.assume, vocabulary=recipe.vocabulary, backbone_only=recipe.backbone_only
+    )
     first = untie_like(first, matched)
     keys: Collection[str] = first.parts
     for other in matched:
         keys = match_keys(first, other, backbone_only=recipe.backbone_only)
-    method.functions_by_key(len(entries), averaged_keys(first, keys))
+        if not recipe.backbone_only:
+            match_submodels(first, other)
+    method.functions_by_key(len(entries), averaged_keys(first, keys, backbone_only=recipe.backbone_only))
+    if recipe.fits or recipe.recalibrate == "repair":
+        refuse_submodels(models)
     data = None if recipe.data is None else open_data(recipe.data, first)
     evaluation = None if recipe.evaluate is None or not with_evaluation else open_data(recipe.evaluate, first)
     if evaluation is not None and not evaluation.labelled:
@@ -128,6 +153,33 @@ def _uses_data(recipe: Recipe, first: Checkpoint) -> bool:
     )
 
 
+def recalibrates(recipe: Recipe, opened: OpenedRecipe) -> bool:
+    """Tell whether a merge changes statistics by itself, with `recalibrate`, rather than only names it by default."""
+    if opened.data is None or recipe.recalibrate is None:
+        return False
+    return recipe.recalibrate == "repair" or has_statistics(opened.models[0])
+
+
+def remark_on_statistics(recipe: Recipe, opened: OpenedRecipe) -> Iterator[str]:
+    """Say which running statistics a merge averages, and how to get those of the merge itself."""
+    models = [opened.models[0], *opened.matched]
+    layers = find_statistics(models[0])
+    recomputed = opened.data is not None and (recipe.recalibrate is not None or recipe.fits)
+    if not recomputed and (averaged := describe_averaged_statistics(models, layers.recomputed)):
+        if not takes_data(models[0]):
+            yield f"{averaged}; recompute them in Python, hf_rebasin.recalibrate(model, batches)"
+        elif opened.data is not None:
+            yield f"{averaged}; recompute them on the data, without --recalibrate none"
+        else:
+            yield (
+                f"{averaged}; recompute them on data of the models: merge with --data DATASET, or afterwards "
+                "hf-rebasin recalibrate MERGE --data DATASET -o OUT"
+            )
+    repaired = opened.data is not None and recipe.recalibrate == "repair"
+    if not repaired and (averaged := describe_averaged_statistics(models, layers.frozen)):
+        yield f"{averaged}; they are frozen, but weights can be fitted to them: --data DATASET --recalibrate repair"
+
+
 def run_merge(
     recipe: Recipe,
     *,
@@ -148,25 +200,73 @@ def run_merge(
     opened, clock = open_models(recipe, progress=progress) if opened is None else opened, Clock()
     first, moved = opened.models[0], opened.matched
     solutions: tuple[Solution, ...] = ()
-    if recipe.align is not None:
-        if alignments is None:
+    remarks = tuple(remark_on_statistics(recipe, opened))
+    if recipe.align is not None and alignments is None:
+        symmetries = find_symmetries(recipe, opened)
+        if isinstance(symmetries, str):
+            remarks = (symmetries, *remarks)
+        else:
             with clock("aligning"):
-                solutions = tuple(_align_models(recipe, opened, device, progress))
+                solutions = tuple(_align_models(recipe, opened, symmetries, device, progress))
             alignments = [solution.alignment for solution in solutions]
+    if recipe.align is not None and alignments is not None:
         if len(alignments) != len(moved):
             raise MismatchError(f"got {len(alignments)} alignments for {len(moved)} models that are to be moved")
         move = partial(_move_backbone, first) if recipe.backbone_only else Alignment.apply
         moved = tuple(move(alignment, other) for alignment, other in zip(alignments, moved, strict=True))
     checkpoint = merge_models(recipe, [first, *moved], opened.data, clock, device=device, progress=progress)
-    return MergeResult(checkpoint=checkpoint, opened=opened, solutions=solutions, moved=moved, seconds=clock.seconds)
+    return MergeResult(
+        checkpoint=checkpoint,
+        opened=opened,
+        solutions=solutions,
+        moved=moved,
+        remarks=remarks,
+        seconds=clock.seconds,
+    )
 
 
-def _align_models(recipe: Recipe, opened: OpenedRecipe, device: Device, progress: bool) -> list[Solution]:
+def find_symmetries(recipe: Recipe, opened: OpenedRecipe) -> Spec | str:
+    """Return the symmetries that a recipe aligns its models by, or why they are merged as they are.
+
+    Fine-tunes of one base need no alignment, so of a class without a table nothing is asked for them.
+
+    Raises:
+        RebasinError: the models are not of one base, and their symmetries are not known.
+    """
+    first = opened.models[0]
+    table = None
+    with suppress(CheckpointError):  # a configuration that transformers cannot use
+        table = table_for(first.config)
+    if table is None and _share_a_base(recipe, opened, strictly=True):
+        return "the models are fine-tunes of one base, so they are merged as they are"
+    try:
+        return detect_spec(first)
+    except RebasinError as error:
+        if _share_a_base(recipe, opened, strictly=False):
+            return f"the models are fine-tunes of one base, so they are merged as they are; otherwise: {error}"
+        if "--no-align" in str(error):
+            raise
+        raise type(error)(f"{error}. To merge the models as they are, do not align them (--no-align)") from error
+
+
+def _share_a_base(recipe: Recipe, opened: OpenedRecipe, *, strictly: bool) -> bool:
+    """Tell whether the matrices of all models are alike where they are: each of them, or (not strictly) as a whole."""
+    first = opened.models[0]
+    for other in opened.matched:
+        matched = match_keys(first, other, backbone_only=recipe.backbone_only)
+        if any(isinstance(part, Absent) for part in (*matched.values(), *first.parts.values())):
+            return False
+        whole, lowest = matrix_cosines(first.parts, matched)
+        if (lowest if strictly else whole) < SHARED_BASE:
+            return False
+    return True
+
+
+def _align_models(recipe: Recipe, opened: OpenedRecipe, spec: Spec, device: Device, progress: bool) -> list[Solution]:
     assert recipe.align is not None
     for checkpoint in opened.models:
         checkpoint.refuse_broken()
-    first = opened.models[0]
-    solver, spec = make_solver(recipe.align.solver, recipe.align.options()), detect_spec(first)
+    first, solver = opened.models[0], make_solver(recipe.align.solver, recipe.align.options())
     solve = partial(
         align_checkpoints, solver, spec, first, limits=recipe.align.limits(), seed=recipe.align.seed, device=device
     )
@@ -208,7 +308,7 @@ def merge_models(
             merged = repair(merged, models, data, weights=shares, device=device, progress=progress)
         elif recipe.recalibrate == "statistics":
             merged = recalibrate_checkpoint(merged, data, device=device, progress=progress)
-    return merged
+    return keep_own_rows(merged, models, backbone_only=recipe.backbone_only)
 
 
 def _finishing_steps(
@@ -258,11 +358,13 @@ def _move_backbone(first: Checkpoint, alignment: Alignment, other: Checkpoint) -
     """Move the backbone of another model as a part of the first one, whatever the other model's head reads."""
     spec = alignment.spec
     view = canonical_view(first, spec.table)
-    backbone = view.select(match_keys(first, other, backbone_only=True))
+    matched = match_keys(first, other, backbone_only=True)
+    backbone = view.select(matched)
     moved = alignment.on(spec.within(backbone), backbone)
     return Checkpoint(
         Tensors({view.keys[name]: part for name, part in moved.parts.items()}),
         name=other.name,
         sources=other.sources,
         commit=other.commit,
+        absent_rows=absent_in(matched, other),
     )

@@ -221,7 +221,7 @@ def collect_statistics(
 
     Every sample has the weight 1. With `sensitive`, its weight grows with how much the outputs of the models depend on
     it: w = (‖∂f/∂x‖ ‖∂f′/∂x′‖)^½ for activations x of one model and x′ of the other, where f = ½ Σ (y − ȳ)² over the
-    outputs y of a model, with means ȳ along the last axis. A token that affects the outputs is then not outvoted by
+    outputs y of a model, with means ȳ over the classes. A token that affects the outputs is then not outvoted by
     many that hardly do.
 
     Args:
@@ -253,7 +253,8 @@ def collect_statistics(
             for state in states:
                 recorded.clear()
                 outputs = call(state, batch)
-                gradients.append(_activation_gradients(recorded, attended_outputs(outputs, mask)) if sensitive else {})
+                scores = attended_outputs(module, outputs, batch) if sensitive else []
+                gradients.append(_activation_gradients(recorded, scores) if sensitive else {})
                 activations.append({name: [x.detach() for x in xs] for name, xs in recorded.items()})
             for block, total in zip(blocks, totals, strict=True):
                 calls = zip(*(xs.get(block.module, []) for xs in activations), strict=True)

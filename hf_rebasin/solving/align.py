@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..alignment.compatibility import Assumption, make_compatible
+from ..alignment.compatibility import Assumption, match_models
 from ..alignment.correspondence import match_keys, untie_like
-from ..alignment.limits import Groups, Limits, untying_note
+from ..alignment.limits import Groups, Limits, refuse_moved_outputs, untying_note
+from ..alignment.rows import Vocabulary
 from ..checkpoints.checkpoint import Checkpoint, Source
 from ..checkpoints.lazy import Tensors
 from ..errors import OptionError
@@ -35,6 +36,7 @@ def align(
     inputs: Inputs | None = None,
     seed: int = 0,
     assume: Iterable[Assumption] = (),
+    vocabulary: Vocabulary | None = None,
     backbone_only: bool = False,
     groups: Groups = "full",
     keep_tied: bool = False,
@@ -56,6 +58,9 @@ def align(
         inputs: inputs of that forward pass; see `infer_spec`.
         seed: seed of all randomness in the solver; the same seed gives the same alignment.
         assume: what to take as equal without checking: "config", "labels", "vocabulary".
+        vocabulary: which rows of tokens are compared where the models have other tokens, or other numbers of rows:
+            "first" for the fixed model's, of which the moving one may lack some; "common" for those that both have.
+            By default such models are refused.
         backbone_only: whether to match base models only, whatever their heads are.
         groups: "full" for the largest groups that preserve the function: rotations of the residual stream, bases
             inside heads, scales. "permutation" for their permutations only, which reorder values without changing
@@ -100,7 +105,8 @@ def align(
     a, b = Checkpoint.open(fixed), Checkpoint.open(moving)
     for checkpoint in (a, b):
         checkpoint.refuse_quantised()
-    b = make_compatible(a, b, assume, backbone_only=backbone_only)
+        checkpoint.refuse_unloadable()
+    a, (b,) = match_models(a, [b], assume, vocabulary=vocabulary, backbone_only=backbone_only)
     if isinstance(spec, Table):
         spec = bind_to(spec, a)
     if spec is None:
@@ -154,6 +160,7 @@ def align_checkpoints(
         view.select(match_keys(fixed, moving, spec.table, backbone_only=backbone_only)),
     )
     spec, notes = limits.on(spec, moving_state)
+    refuse_moved_outputs(moving, spec, spec.free)
     streams = {norm.stream for norm in spec.gauged}
     tied = [key for key in spec.untied_by(streams) if spec.ties[key] in moving_state]
     untied = untie_spec(spec, tied)

@@ -127,7 +127,7 @@ def make_commands(folder: Path, mergekit: str | None) -> Mapping[str, list[str]]
         recipe: dict[str, object] = {"merge_method": method, "models": models, "dtype": "bfloat16"}
         if method == "slerp":
             recipe |= {"base_model": a, "parameters": {"t": 0.5}}
-        (folder / f"{method}.yaml").write_text(json.dumps(recipe))
+        (folder / f"{method}.yaml").write_text(json.dumps(recipe), encoding="utf-8")
         named[f"mergekit {method}"] = [str(mergekit), str(folder / f"{method}.yaml"), out]
     return named
 

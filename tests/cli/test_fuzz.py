@@ -158,7 +158,7 @@ def test_what_must_not_be_is_seen(violation, world):
 
 
 def left_there(*_, **__):
-    """Do nothing, instead of `shutil.rmtree`."""
+    """Remove nothing."""
 
 
 FAULTS = {  # (the check that is removed, the mutation that it guards against, the report)
@@ -170,7 +170,7 @@ FAULTS = {  # (the check that is removed, the mutation that it guards against, t
         "pickled_code",
         " ran",
     ),
-    "leftovers": (folder.shutil, "rmtree", left_there, "broken_values", "work/.out.partial was made"),
+    "leftovers": (folder, "_remove_folder", left_there, "broken_values", "work/.out.partial was made"),
     "tags": (recipe, "read_yaml", lambda text, name: yaml.unsafe_load(text), "tag", "ran a program"),
     "bombs": (yaml_reading, "_refuse_large", lambda *_: None, "bomb", "characters"),
 }

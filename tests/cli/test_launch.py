@@ -60,7 +60,7 @@ def test_two_processes_do_what_one_does(recipe, tmp_path):
     assert len(commit_titles("org/launched")) == 2
     assert repository_files("org/launched").keys() == repository_files("org/launched-by-one").keys()
     assert distance(tmp_path / "two", tmp_path / "one") < 1e-6
-    two, one = (Alignment.load(tmp_path / n / "alignment.safetensors") for n in ("two", "one"))
+    two, one = (Alignment.load(tmp_path / n / "rebasin/alignment.safetensors") for n in ("two", "one"))
     for name, element in one.elements.items():
         for field, tensor in element.tensors().items():
             other = two.elements[name].tensors()[field]

@@ -90,7 +90,7 @@ def weights_elsewhere(r, world, model):
 def side_file_elsewhere(r, world, model):
     """Replace a file that a merge copies by a link to a file of somebody else."""
     kinds = ("tokenizer.json", "tokenizer_config.json", "config.json", "chat_template.jinja", "vocab.txt", "x.model")
-    file = model / r.choice(kinds)
+    file = model / r.choice((*kinds, "notes.txt", "LICENSE", "layers.py"))
     targets = ("secret.txt", "config.json", ".", "/dev/zero", "nobody")
     file.unlink(missing_ok=True)
     target = world.outside / r.choice(targets)

@@ -26,7 +26,7 @@ from published import (
 from texts import bert_config, bert_tokenizer, gpt_tokenizer
 from transformers import BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
-MADE = ("README.md", "rebasin.json", "recipe.yaml", "report.json")
+MADE = ("README.md", "rebasin.json", "recipe.yaml", "rebasin/report.json")
 
 
 def bert(seed):
@@ -106,7 +106,7 @@ def test_results_are_for_machines_and_for_people(world):
             "test",
             commit,
         )
-    (pair,) = json.loads(repository_files("org/vit-out")["report.json"])["pairs"]
+    (pair,) = json.loads(repository_files("org/vit-out")["rebasin/report.json"])["pairs"]
     table = [line for line in section(card.text, "How good it is").splitlines() if line.startswith("| ")]
     named = [line.split("|")[1].strip() for line in table[1:]]
     assert named == [row["name"] for row in (*pair["ends"], *pair["rows"])]

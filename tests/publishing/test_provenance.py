@@ -70,7 +70,9 @@ def test_what_a_verb_writes_can_be_made_again(world, tmp_path, verb):
     record = Provenance.load(tmp_path / "out")
     assert record.verb == VERBS[verb][0]
     assert record.outputs == {
-        file.name: sha256_of(file) for file in (tmp_path / "out").iterdir() if file.name != "rebasin.json"
+        file.relative_to(tmp_path / "out").as_posix(): sha256_of(file)
+        for file in (tmp_path / "out").rglob("*")
+        if file.is_file() and file.name not in ("rebasin.json", "README.md")
     }
     for entry in record.inputs:
         assert "/" not in entry.name or entry.commit
@@ -108,10 +110,10 @@ def test_what_was_made_of_what_was_made_names_what_that_was_made_of(world, tmp_p
 def test_what_lies_beside_a_model_is_none_of_its_files(tmp_path):
     model = ("config.json", "tokenizer.json", "model.safetensors", "1_Pooling/config.json")
     beside = (
-        *(".cache/huggingface/download/tokenizer.json.metadata", "model-old/part.safetensors", "notes.txt"),
+        *(".cache/huggingface/download/tokenizer.json.metadata", "model-old/part.safetensors", "training.log"),
         *("checkpoint-5/config.json", "checkpoint-5/optimizer.pt", "checkpoint-5/report.json"),
     )
-    made = ("alignment.safetensors", "report.json", "SHA256SUMS")
+    made = ("rebasin/alignment.safetensors", "rebasin/report.json", "report.json", "SHA256SUMS")
     for name in (*model, *beside, *made, "rebasin.json", "README.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
@@ -121,7 +123,7 @@ def test_what_lies_beside_a_model_is_none_of_its_files(tmp_path):
 
 def test_a_licence_follows_from_a_record_before_the_merge_and_after(world, tmp_path):
     run_ok("align", "org/made-0", world / "vit-1", "-o", tmp_path / "moved")
-    assert not (tmp_path / "moved/README.md").exists()
+    (tmp_path / "moved/README.md").unlink()
     merge = ("merge", "org/made-0", tmp_path / "moved", "-o", tmp_path / "out", "--no-align", "--push-to", "org/both")
     output = run_ok(*merge, "--dry-run")
     assert "licence: mit, as all models have it" in output
@@ -143,7 +145,7 @@ def test_a_record_that_cannot_be_read_is_said_before_the_merge(world, tmp_path, 
 def test_what_apply_reads_it_does_not_replace(world, tmp_path):
     run_ok("align", world / "vit-0", world / "vit-1", "-o", tmp_path / "merged")
     before = folder_contents(tmp_path / "merged")
-    for alignment in (tmp_path / "merged", tmp_path / "merged/alignment.safetensors"):
+    for alignment in (tmp_path / "merged", tmp_path / "merged/rebasin/alignment.safetensors"):
         status, _, err = run_cli("apply", alignment, world / "vit-1", "-o", tmp_path / "merged", "--overwrite")
         assert status == 1
         assert "which is read" in err
@@ -181,12 +183,12 @@ def test_the_same_recipe_is_the_same_bytes(world, tmp_path, monkeypatch, process
     run_ok("merge", "recipe.yaml", "-o", "out")
     monkeypatch.chdir(tmp_path / "there")
     if process == "this":
-        run_ok("merge", "recipe.yaml", "-o", "other")
+        run_ok("merge", "recipe.yaml", "-o", "out")
     else:
-        run_fresh(AGAIN, tmp_path / "there", "merge", "recipe.yaml", "-o", "other", PYTHONHASHSEED="7")
-    here, there = folder_contents(tmp_path / "here/out"), folder_contents(tmp_path / "there/other")
+        run_fresh(AGAIN, tmp_path / "there", "merge", "recipe.yaml", "-o", "out", PYTHONHASHSEED="7")
+    here, there = folder_contents(tmp_path / "here/out"), folder_contents(tmp_path / "there/out")
     assert [name for name in here.keys() | there.keys() if here.get(name) != there.get(name)] == []
-    assert here.keys() > {"report.json", "alignment.safetensors", "rebasin.json"}
+    assert here.keys() > {"rebasin/report.json", "rebasin/alignment.safetensors", "rebasin.json", "README.md"}
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------
@@ -310,7 +312,7 @@ def test_records_that_somebody_wrote_by_hand(world, tmp_path):
     run_ok("merge", world / "vit-0", world / "vit-1", "-o", tmp_path / "out", "--no-align")
     assert run_cli("verify", tmp_path / "out", "--rebuild", *models)[0] == 0
     (tmp_path / "out" / "modeling_other.py").write_text("1 / 0")
-    Provenance.load(tmp_path / "out").save(tmp_path / "out")
+    Provenance.load(tmp_path / "out").hash_outputs(tmp_path / "out").save(tmp_path / "out")
     assert run_cli("verify", tmp_path / "out")[0] == 0
     status, output, _ = run_cli("verify", tmp_path / "out", "--rebuild", *models)
     assert status == 1

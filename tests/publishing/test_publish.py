@@ -76,7 +76,13 @@ def test_from_the_hub_to_the_hub(world):
     local, remote = folder_contents(world.merged), repository_files("org/merged")
     assert remote.pop(".gitattributes")
     assert local == remote
-    assert local.keys() > {"model.safetensors", "alignment.safetensors", "recipe.yaml", "rebasin.json", "report.json"}
+    assert local.keys() > {
+        "model.safetensors",
+        "rebasin/alignment.safetensors",
+        "recipe.yaml",
+        "rebasin.json",
+        "rebasin/report.json",
+    }
     assert world.commits[1:] == ["initial commit"], "one commit"
     recorded = json.loads(local["rebasin.json"])
     assert [entry["commit"] for entry in recorded["inputs"]] == [
@@ -94,7 +100,7 @@ def test_what_was_measured_is_what_somebody_else_measures(world):
     assert label in "0123"
     reported = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert reported == pytest.approx(json.loads(measured), abs=1e-6)
-    (pair,) = json.loads(repository_files("org/merged")["report.json"])["pairs"]
+    (pair,) = json.loads(repository_files("org/merged")["rebasin/report.json"])["pairs"]
     (row,) = [row for row in pair["rows"] if row["name"] == pair["result"]]
     assert {"loss": row["loss"], **row["metrics"]} == reported
 
@@ -105,7 +111,7 @@ def test_what_was_published_can_be_made_again(world, how):
     assert "checks hold" in output
     (rebuilt,) = [line for line in output.splitlines() if line.startswith("the same when rebuilt")] or [""]
     assert ("model.safetensors" in rebuilt) == bool(how)
-    assert ("alignment.safetensors" in rebuilt) == (how == "--resolve")
+    assert ("rebasin/alignment.safetensors" in rebuilt) == (how == "--resolve")
 
 
 def test_statistics_are_taken_of_a_stream(tmp_path):
@@ -143,7 +149,7 @@ def mine(small, tmp_path):
     return shutil.copytree(small, tmp_path / "mine")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "alignment.safetensors", "recipe.yaml"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "rebasin/alignment.safetensors", "recipe.yaml"])
 def test_a_flipped_byte_is_found_and_named(mine, name):
     flip_bit(mine / name)
     status, output, _ = run_cli("verify", mine)
@@ -157,15 +163,17 @@ def test_a_flipped_byte_is_found_and_named(mine, name):
 
 
 def test_a_flipped_byte_of_a_published_report_is_found(world):
-    content = bytearray(HUB.content("org/merged", "report.json"))
+    content = bytearray(HUB.content("org/merged", "rebasin/report.json"))
     content[content.index(b"0.")] ^= 1
-    commit = HfApi().upload_file(path_or_fileobj=bytes(content), path_in_repo="report.json", repo_id="org/merged")
+    commit = HfApi().upload_file(
+        path_or_fileobj=bytes(content), path_in_repo="rebasin/report.json", repo_id="org/merged"
+    )
     status, output, _ = run_cli("verify", "org/merged")
     assert status == 1
-    assert "WRONG: report.json was changed" in output
+    assert "WRONG: rebasin/report.json was changed" in output
     HfApi().create_commit(
         "org/merged",
-        [CommitOperationAdd("report.json", str(world.merged / "report.json"))],
+        [CommitOperationAdd("rebasin/report.json", str(world.merged / "rebasin/report.json"))],
         commit_message="as it was",
     )
     assert run_cli("verify", "org/merged")[0] == 0
@@ -256,7 +264,7 @@ def test_branches_messages_and_pull_requests(small):
 
 
 def test_an_alignment_by_itself(small, tmp_path):
-    file = small / "alignment.safetensors"
+    file = small / "rebasin/alignment.safetensors"
     assert "is not an identifier of the Hub" in expect_refusal(
         "publish", file, "org/alignment", "--license", "no such"
     )
@@ -267,12 +275,12 @@ def test_an_alignment_by_itself(small, tmp_path):
     assert repository_files("org/alignment").keys() == {".gitattributes", "README.md", "alignment.safetensors"}
     assert ModelCard.load("org/alignment").data.license == "mit"
     run_ok("apply", "org/alignment", "org/vit-1", "-o", tmp_path / "moved")
-    expected = Alignment.load(small / "alignment.safetensors").apply(Checkpoint.open("org/vit-1"))
+    expected = Alignment.load(small / "rebasin/alignment.safetensors").apply(Checkpoint.open("org/vit-1"))
     assert same_tensors(tmp_path / "moved", expected)
     assert "all" in run_ok("verify", tmp_path / "moved", "--rebuild")
     run_ok("apply", "org/merged", "org/vit-1", "-o", tmp_path / "same")
     assert same_tensors(tmp_path / "same", tmp_path / "moved")
-    assert run_ok("publish", small / "alignment.safetensors", "org/alignment", "--license", "mit").startswith(
+    assert run_ok("publish", small / "rebasin/alignment.safetensors", "org/alignment", "--license", "mit").startswith(
         "nothing"
     )
 
@@ -280,7 +288,7 @@ def test_an_alignment_by_itself(small, tmp_path):
 def test_an_alignment_takes_no_models_place(small, world):
     before = repository_files("org/merged")
     for how in ([], ["--create-pr"]):
-        error = expect_refusal("publish", small / "alignment.safetensors", "org/merged", *how)
+        error = expect_refusal("publish", small / "rebasin/alignment.safetensors", "org/merged", *how)
         assert (
             "org/merged holds a model (model.safetensors); publish the alignment to a repository of its own" in error
         )
@@ -308,7 +316,7 @@ def test_a_card_that_somebody_wrote_is_not_replaced(mine, small):
     assert f"hf download org/theirs README.md --local-dir {mine}" in error
     for branch in ([], ["--revision", "that-is-made"]):
         assert expect_refusal("publish", mine, "org/theirs", "--dry-run", *branch) == error
-    assert "repository of its own" in expect_refusal("publish", small / "alignment.safetensors", "org/theirs")
+    assert "repository of its own" in expect_refusal("publish", small / "rebasin/alignment.safetensors", "org/theirs")
     assert repository_files("org/theirs").keys() == {".gitattributes", "README.md"}
     assert "/discussions/" in run_ok("publish", mine, "org/theirs", "--create-pr")
     hf_hub_download("org/theirs", "README.md", local_dir=mine)
@@ -340,13 +348,13 @@ def test_of_several_alignments_one_is_named(world, tmp_path):
     push_parts("org/vit-2", vit(2), processor())
     run_ok("merge", *(f"org/vit-{i}" for i in range(3)), "-o", tmp_path / "three", "--push-to", "org/three")
     assert {name for name in repository_files("org/three") if "alignment" in name} == {
-        "alignment-1.safetensors",
-        "alignment-2.safetensors",
+        "rebasin/alignment-1.safetensors",
+        "rebasin/alignment-2.safetensors",
     }
     error = expect_refusal("apply", "org/three", "org/vit-2", "-o", tmp_path / "moved")
-    assert "has alignment-1.safetensors, alignment-2.safetensors; say which (--file)" in error
+    assert "has rebasin/alignment-1.safetensors, rebasin/alignment-2.safetensors; say which (--file)" in error
     run_ok("apply", "org/three", "org/vit-2", "-o", tmp_path / "moved", "--file", "alignment-2.safetensors")
-    (other,) = [Alignment.load(tmp_path / "three/alignment-2.safetensors")]
+    (other,) = [Alignment.load(tmp_path / "three/rebasin/alignment-2.safetensors")]
     assert same_tensors(tmp_path / "moved", other.apply(Checkpoint.open("org/vit-2")))
     assert "all" in run_ok("verify", "org/three", "--resolve")
 
@@ -358,21 +366,21 @@ def spoiled(folder, how):
         next(iter(tensors.values())).view(-1)[0] = float("nan")
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     elif how == "loss":
-        report = json.loads((folder / "report.json").read_text())
+        report = json.loads((folder / "rebasin/report.json").read_text())
         for row in report["pairs"][0]["rows"]:
             row["loss"] = None
-        (folder / "report.json").write_text(json.dumps(report))
+        (folder / "rebasin/report.json").write_text(json.dumps(report))
     elif how == "metric":
-        report = json.loads((folder / "report.json").read_text())
+        report = json.loads((folder / "rebasin/report.json").read_text())
         for row in report["pairs"][0]["rows"]:
             row["metrics"] = dict.fromkeys(row["metrics"])
-        (folder / "report.json").write_text(json.dumps(report))
+        (folder / "rebasin/report.json").write_text(json.dumps(report))
     elif how == "moved":
-        report = json.loads((folder / "report.json").read_text())
+        report = json.loads((folder / "rebasin/report.json").read_text())
         report["pairs"][0]["exactness"]["after"] += 1.0
-        (folder / "report.json").write_text(json.dumps(report))
+        (folder / "rebasin/report.json").write_text(json.dumps(report))
     (folder / "SHA256SUMS").unlink()
-    Provenance.load(folder).save(folder)
+    Provenance.load(folder).hash_outputs(folder).save(folder)
 
 
 @pytest.mark.parametrize(

@@ -195,10 +195,12 @@ def test_outputs_where_a_mask_leaves_out_do_not_count():
     mask[:, 4:] = 0
     other = tokens.clone()
     other[:, 4:] = 1
-    one, two = (attended_outputs(model(input_ids=x, attention_mask=mask), mask) for x in (tokens, other))
+    batch = {"attention_mask": mask}
+    one, two = (attended_outputs(model, model(input_ids=x, **batch), batch) for x in (tokens, other))
     assert [tuple(x.shape) for x in one] == [(16, 24), (4, 24)]  # of tokens that are there, and the pooler's
     torch.testing.assert_close(one, two)
-    assert [x.numel() for x in attended_outputs({"loss": torch.ones(()), "logits": torch.ones(2, 3)}, None)] == [6]
+    outputs = {"loss": torch.ones(()), "logits": torch.ones(2, 3)}
+    assert [x.numel() for x in attended_outputs(model, outputs, {})] == [6]
 
 
 def test_the_mix_that_diverges_least_is_kept(monkeypatch):

@@ -221,12 +221,21 @@ def test_outputs_that_cannot_be_compared_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("shape", "count"),
-    [((4,), 4), ((4, 1), 4), ((4, 3), 4), ((4, 5, 3), 20), ((4, 3, 6, 7), 168)],
-    ids=["a number each", "one number each", "classes", "tokens", "pixels"],
+    ("shape", "axis", "count"),
+    [
+        ((4,), None, 4),
+        ((4, 1), None, 4),
+        ((4, 3), None, 4),
+        ((4, 3, 5), None, 20),
+        ((4, 5, 3), -1, 20),
+        ((4, 3, 6, 7), None, 168),
+    ],
+    ids=["a number each", "one number each", "classes", "positions", "tokens", "pixels"],
 )
-def test_what_counts_as_a_sample(shape, count):
+def test_what_counts_as_a_sample(shape, axis, count):
     class Shaped(nn.Linear):
+        class_axis = axis
+
         def forward(self, x):
             return super().forward(x).reshape(shape)
 

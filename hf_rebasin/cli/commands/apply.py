@@ -12,7 +12,7 @@ from ..options import MODEL, Overwrite, open_checkpoint, refuse_out, save_with_r
 
 def apply(
     alignment: Annotated[
-        str, typer.Argument(help="File written by align --alignment, or id of a Hub repository with one.")
+        str, typer.Argument(help="File written by align --alignment, or folder or Hub repository of a merge.")
     ],
     model: Annotated[str, typer.Argument(help="Model to move. " + MODEL)],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the moved model.")],

@@ -43,5 +43,5 @@ def inspect(
     for target, source in spec.ties.items():
         say(f"\ntied: {target} is {source}")
     if write_table is not None:
-        write_table.write_text(render_spec(spec, checkpoint), encoding="utf-8")
+        write_table.write_text(render_spec(spec, checkpoint), encoding="utf-8", newline="\n")
         say(f"\ntable: {write_table}")

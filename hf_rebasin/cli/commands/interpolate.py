@@ -52,6 +52,7 @@ def interpolate(
     from ...evaluation.interpolation import between
     from ...evaluation.interpolation import interpolate as interpolate_models
     from ...evaluation.metrics import evaluate as evaluate_model
+    from ...merging.recalibration import describe_averaged_statistics, find_statistics
     from ...merging.recalibration import recalibrate as recalibrate_model
     from ...publishing.record import MergeRecord, make_provenance, pinned_settings, record_inputs
     from .. import output
@@ -69,11 +70,20 @@ def interpolate(
     curve = interpolate_models(a, b, measure, points=points, prepare=prepare, device=device, progress=shows_progress())
     for line in output.describe_curve(curve, as_json):
         say(line)
+    note = "" if prepare else describe_averaged_statistics([a, b], find_statistics(a).recomputed)
+    if note:
+        note += (
+            "; recompute them in every model (--recalibrate DATASET, or --recalibrate-option split=NAME for another "
+            "split of --data)"
+        )
+        say(f"note: {note}", err=as_json)
     if out is not None:
         best = curve.best_by(by)
         model = between(a, b, best, prepare=prepare, device=device)
         settings = {"at": best, "recalibrate": None if statistics_data is None else pinned_settings(statistics_data)}
         inputs, data_uses = record_inputs([a, b]), {"measured on": batches, "statistics of": statistics_data}
-        record = MergeRecord(make_provenance("interpolate", settings, inputs, data_uses, device=device))
+        notes = [note] if note and best not in (0, 1) else []
+        provenance = make_provenance("interpolate", settings, inputs, data_uses, notes=notes, device=device)
+        record = MergeRecord(provenance)
         folder = save_with_record(model, out, overwrite, record)
         say(f"best model by {by} (λ = {best:.3g}): {folder}/", err=as_json)

@@ -28,6 +28,7 @@ from ..options import (
     Seed,
     SolverName,
     Template,
+    VocabularyRows,
     align_settings,
     command_line,
     find_device,
@@ -82,6 +83,7 @@ def merge(
         typer.Option(help="Dtype of the result: float32, float16, bfloat16 or float64; by default the first model's."),
     ] = None,
     assume: Assume = None,
+    vocabulary: VocabularyRows = None,
     backbone_only: BackboneOnly = False,
     data: DataName = None,
     data_option: DataOption = None,
@@ -142,6 +144,7 @@ def merge(
                 "align": align_settings(solver, seed, groups, keep_tied, hold) if align else False,
                 "dtype": dtype,
                 "assume": list(assume or []),
+                "vocabulary": vocabulary,
                 "backbone_only": backbone_only,
                 "data": read_data_options(data, data_option, "--data"),
                 "refit": refit,
@@ -167,6 +170,8 @@ def merge(
             for line in output.describe_solution(solution, model.name):
                 say(line)
         say(f"merged model ({recipe.merge_method}): {out}/, {output.describe_size(merged.checkpoint)}")
+        for remark in merged.remarks:
+            say(f"note: {remark}")
 
     def print_report(measured: Report) -> None:
         for line in output.describe_report(measured):

@@ -25,7 +25,7 @@ from ...modules.divergence import comparable_outputs, divergence_per_sample
 from ...modules.forward import evaluation_mode, has_no_classes, refuse_read_once, run_module
 from ...modules.functional import move_batch, use_batch_statistics
 from ...modules.layerwise import keeps_statistics
-from ..fitting import change_layers, load_modules, normalise_weights, with_module_values
+from ..fitting import change_layers, load_modules, normalise_weights, refuse_submodels, with_module_values
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +101,7 @@ def distil(
     """
     shares = _checked_shares(weights, len(models), steps, rate)
     refuse_read_once(data)
+    refuse_submodels([*models, merged])
     (module, *teachers), dtype = load_modules([merged, *models], device)
     batches = (move_batch(batch, device, dtype) for batch in cycle_batches(data))
     check_batches, classes = list(islice(batches, CHECK_BATCHES)), not has_no_classes(module)
@@ -109,8 +110,8 @@ def distil(
         targets = []
         for teacher in teachers:
             with evaluation_mode(teacher):
-                targets.append(comparable_outputs(run_module(teacher, batch), batch))
-        divergences = divergence_per_sample(targets, run_module(module, batch), shares, batch, classes)
+                targets.append(comparable_outputs(teacher, run_module(teacher, batch), batch))
+        divergences = divergence_per_sample(module, targets, run_module(module, batch), shares, batch, classes)
         return divergences.sum() / max(len(divergences), 1)
 
     def measure(module: nn.Module) -> float:
