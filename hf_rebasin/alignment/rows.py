@@ -8,12 +8,13 @@ their number.
 from __future__ import annotations
 
 import copy
+import filecmp
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from ..tokenizers.vocabulary import read_tokens, same_vocabulary
 
 logger = logging.getLogger(__name__)
 Vocabulary = Literal["first", "common"]
-Axes = Mapping[str, int]  # {canonical key of a tensor with a row for every token: axis of these rows}
+Axes: TypeAlias = Mapping[str, int]  # {canonical key of a tensor with a row for every token: axis of these rows}
 NO_ROW = -1  # in place of a row that the other model does not have
 GROWTH = 64  # tokens that a class is given more to see which of its tensors grow; all usual paddings divide it
 
@@ -93,7 +94,7 @@ def same_tokenizer(fixed: Checkpoint, moving: Checkpoint) -> bool:
     if a is None or b is None:
         return a is b and fixed.given_config is None and moving.given_config is None
     names = list_tokenizer_files(a)
-    return names == list_tokenizer_files(b) and all((a / n).read_bytes() == (b / n).read_bytes() for n in names)
+    return names == list_tokenizer_files(b) and all(filecmp.cmp(a / name, b / name, shallow=False) for name in names)
 
 
 def find_token_order(fixed: Checkpoint, moving: Checkpoint) -> list[int] | None:
@@ -130,7 +131,8 @@ def match_vocabularies(fixed: Checkpoint, moving: Checkpoint) -> list[int] | Non
     return find_token_order(fixed, moving)
 
 
-Tokens = tuple[Mapping[str, int], Mapping[str, int]]  # `{token: row}` of the fixed model and of the moving one
+# `{token: row}` of the fixed model and of the moving one
+Tokens: TypeAlias = tuple[Mapping[str, int], Mapping[str, int]]
 SAME_TOKENS = "their tokenizers are the same"
 
 

@@ -30,8 +30,6 @@ from .conversion import (
     Loading,
     class_layout,
     describe_misfit,
-    recall_loading,
-    store_loading,
     unwrap,
 )
 from .folder import (
@@ -376,23 +374,19 @@ class Checkpoint:
             return "it has no configuration, which would name one"
         if "auto_map" in self.raw_config:
             return "its code is its own, and not run here"
-        if (known := recall_loading(self.raw_config, self.parts)) is not None:
-            return known
         if self.config is None:
             return f"this transformers does not know its type ({self.raw_config.get('model_type')})"
         if find_named_class(self.config) is None:
             return f"its config.json names {listed(self.config.architectures or ()) or 'none'}"
         try:
-            loading = class_layout(self.config, len(self.parts)).load(self.parts)
+            return class_layout(self.config, len(self.parts)).load(self.parts)
         except CheckpointError as error:
             return str(error)
-        store_loading(loading, self.raw_config, self.parts)
-        return loading
 
     def refuse_unloadable(self) -> None:
         """Raise CheckpointError for a model that from_pretrained refuses, as its class has tensors of other shapes.
 
-        Missing and unexpected tensors are no hindrance: a base model may come without a pooler, or with a value head.
+        Missing and unexpected tensors do not matter: a base model may come without a pooler, or with a value head.
         """
         loading = self.loading
         if isinstance(loading, Loading) and (loading.mismatched or loading.failed):

@@ -8,27 +8,23 @@ asked of it here, on the meta device, so that two files are lined up as it would
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, listed
-from .folder import write_atomically
 from .lazy import InMemory, Lazy
 from .model_classes import build_without_weights, find_class, find_ties, quiet_transformers, to_disk_keys
 
-Key = TypeVar("Key")
-Value = TypeVar("Value")
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 REMEMBERED = 8  # layouts, and sets of keys of each layout
 KEPT_RESULTS = 2  # results of conversions that are kept: experts are read in turns from two stacks of a layer
@@ -162,6 +158,8 @@ class ClassLayout:
         written = self._converted(others) if len(names) < len(self.find_tensors(keys)) else {}
         for module_key, by_pattern in self._converted(keys).items():
             usual = written.get(module_key, {})
+            if module_key in renamed and sum(map(len, by_pattern.values())) == 1:  # perhaps transposed
+                usual = dict.fromkeys(by_pattern, [renamed[module_key]])
             if {p: len(k) for p, k in by_pattern.items()} == {p: len(k) for p, k in usual.items()}:
                 for pattern, members in by_pattern.items():
                     names |= dict(zip(members, usual[pattern], strict=True))
@@ -315,7 +313,7 @@ class Converted(Lazy):
         return self.ready().chunk(start, stop)
 
 
-def _remember(known: dict[Key, Value], key: Key, make: Callable[[], Value], most: int = REMEMBERED) -> Value:
+def _remember(known: dict[_Key, _Value], key: _Key, make: Callable[[], _Value], most: int = REMEMBERED) -> _Value:
     """Return what is known under a key, or make it and forget the oldest."""
     if key not in known:
         value = make()
@@ -341,36 +339,6 @@ def class_layout(config: Any, tensors: int) -> ClassLayout:
     settings = {key: value for key, value in config.to_dict().items() if not key.endswith("name_or_path")}
     key = (find_class(config), json.dumps(settings, sort_keys=True, default=str))
     return _remember(_layouts, key, lambda: ClassLayout(config, build_without_weights(config, tensors)))
-
-
-def recall_loading(config: Mapping[str, Any], parts: Mapping[str, Lazy]) -> Loading | None:
-    """Return what a class makes of tensors if it is known to have loaded such without remainder; else None.
-
-    Asking the class takes seconds, in which transformers is imported.
-    """
-    try:
-        owner = _loading_file(config, parts).read_text(encoding="utf-8")
-    except OSError:
-        return None
-    return Loading(owner=owner, missing=frozenset(), unexpected=frozenset(), mismatched={}, failed=frozenset())
-
-
-def store_loading(loading: Loading, config: Mapping[str, Any], parts: Mapping[str, Lazy]) -> None:
-    """Store that a class loads tensors without remainder, for `recall_loading`."""
-    if not (loading.missing or loading.unexpected or loading.mismatched or loading.failed):
-        file = _loading_file(config, parts)
-        with suppress(OSError):  # a cache that cannot be written is no reason to stop
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, loading.owner.encode())
-
-
-def _loading_file(config: Mapping[str, Any], parts: Mapping[str, Lazy]) -> Path:
-    """Return the file whose presence says that a model with this configuration and these shapes loads."""
-    from huggingface_hub.constants import HF_HOME
-
-    shapes = sorted((key, part.shape) for key, part in parts.items())
-    asked = json.dumps([version("transformers"), config, shapes], sort_keys=True, default=repr)
-    return Path(HF_HOME) / "hf-rebasin" / "loading" / hashlib.sha256(asked.encode()).hexdigest()
 
 
 def describe_misfit(loading: Loading, config: Any) -> str:

@@ -76,7 +76,7 @@ def explain_missing_weights(
     seen = [file for file in top if file.endswith(OTHER_WEIGHTS) and not NOT_WEIGHTS.search(file)]
     advice = _advise(name, seen, models)
     return CheckpointError(
-        f"{name} has no model.safetensors and no model.safetensors.index.json, only "
+        f"{name} has no weights that can be merged: no model.safetensors and no model.safetensors.index.json, only "
         f"{listed(seen or top) or 'nothing'}; {advice}"
     )
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, OptionError
-from .linear_maps import output_features
+from .linear_maps import is_matrix, output_features
 
 logger = logging.getLogger(__name__)
 
@@ -155,8 +155,9 @@ def class_axis(module: nn.Module, scores: Tensor, labels: Tensor | None = None) 
     A model of transformers has its classes last or, in images (batch, classes, height, width), second. Any other
     module may say it by an attribute `class_axis`. Otherwise its classes are last where labels have the shape of all
     other axes; second, as `torch.nn.CrossEntropyLoss` reads (batch, classes, positions …), where they have that of
-    all but the second. Without labels that tell, they are the axis of the two that has as many entries as the last
-    layer that makes as many, and the second where no layer tells either. The log says what was taken.
+    all but the second. Without labels that tell, they are the axis of the two that is as long as the last layer with
+    such a number of outputs; a layer of both lengths has its outputs last if it is linear, and second if it is a
+    convolution. Where no layer tells either, they are second. The log says what was taken.
 
     Raises:
         OptionError: an attribute `class_axis` that is not an axis of these outputs.
@@ -201,8 +202,9 @@ def _find_class_axis(module: nn.Module, scores: Tensor, labels: Tensor | None) -
             return fitting[0], "by the shape of the labels"
     for name, part in reversed(list(module.named_modules())):
         made = [axis for axis in (1, last) if shape[axis] == output_features(part)]
-        if len(made) == 1:
-            return made[0], f"of which {name or 'the module'} makes {shape[made[0]]}"
+        if made:
+            axis = made[0] if len(made) == 1 else last if is_matrix(part) else 1  # of two, where its outputs are
+            return axis, f"of which {name or 'the module'} makes {shape[axis]}"
     return 1, ""
 
 

@@ -177,7 +177,9 @@ def remark_on_statistics(recipe: Recipe, opened: OpenedRecipe) -> Iterator[str]:
             )
     repaired = opened.data is not None and recipe.recalibrate == "repair"
     if not repaired and (averaged := describe_averaged_statistics(models, layers.frozen)):
-        yield f"{averaged}; they are frozen, but weights can be fitted to them: --data DATASET --recalibrate repair"
+        fits = takes_data(models[0]) and not recipe.backbone_only
+        advice = ", but weights can be fitted to them: --data DATASET --recalibrate repair" if fits else ""
+        yield f"{averaged}; they are frozen{advice}"
 
 
 def run_merge(

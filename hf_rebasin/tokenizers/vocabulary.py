@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..checkpoints.folder import list_tokenizer_files, read_json
 from ..errors import CheckpointError
@@ -85,13 +85,20 @@ def read_tokens(folder: Path) -> Mapping[str, int]:
     Raises:
         CheckpointError: the tokenizer cannot be loaded.
     """
-    state = sorted((name, (folder / name).stat()) for name in list_tokenizer_files(folder))
-    return _read_tokens(folder, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in state))
+    return _read_tokens(folder, _file_states(folder))
+
+
+FileStates: TypeAlias = tuple[tuple[str, int, int], ...]  # what is read of a folder is read again when these change
+
+
+def _file_states(folder: Path) -> FileStates:
+    """Return (name, size, time of the last change) of the files of a tokenizer."""
+    stats = {name: (folder / name).stat() for name in list_tokenizer_files(folder)}
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in sorted(stats.items()))
 
 
 @lru_cache(maxsize=8)
-def _read_tokens(folder: Path, state: tuple[tuple[str, int, int], ...]) -> Mapping[str, int]:
-    """Read the tokens of a folder once for each state of its files."""
+def _read_tokens(folder: Path, states: FileStates) -> Mapping[str, int]:
     return dict(open_tokenizer(folder).get_vocab())
 
 
@@ -130,7 +137,7 @@ def same_vocabulary(a: Path, b: Path) -> bool:
     the vocabularies differ: then the tokenizers have to be loaded.
     """
     try:
-        first, second = _read_files(a), _read_files(b)
+        first, second = (_read_files(folder, _file_states(folder)) for folder in (a, b))
     except (CheckpointError, AttributeError, KeyError, TypeError, ValueError):  # loading will say what is broken
         return False
     return (
@@ -166,14 +173,15 @@ def _find_tokenizer_class(name: str) -> Any:
     return owner if isinstance(owner, type) and issubclass(owner, PreTrainedTokenizerBase) else None
 
 
-def _read_files(folder: Path) -> VocabularyFiles:
+@lru_cache(maxsize=4)
+def _read_files(folder: Path, states: FileStates) -> VocabularyFiles:
     """Read the files of a tokenizer.
 
     Raises:
         CheckpointError: one is not JSON.
         LookupError, TypeError, ValueError: one has another structure than transformers writes.
     """
-    names = sorted(list_tokenizer_files(folder))
+    names = [name for name, *_ in states]
     config, special, added = (read_json(folder / name) for name in SETTINGS)
     decoder = config.get("added_tokens_decoder") or {}
     numbered = {(_content(token), int(number)) for number, token in decoder.items()}

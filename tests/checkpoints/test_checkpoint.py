@@ -99,7 +99,7 @@ def test_what_cannot_be_read_is_said(folder, tmp_path):
     with pytest.raises(CheckpointError, match=r"model.safetensors cannot be read"):
         Checkpoint.open(folder)
     weights.unlink()
-    with pytest.raises(CheckpointError, match=r"has no model.safetensors .*save_pretrained"):
+    with pytest.raises(CheckpointError, match=r"has no weights .*: no model.safetensors .*save_pretrained"):
         Checkpoint.open(folder)
     index = {"weight_map": {"x": "../../secret.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

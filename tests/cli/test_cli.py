@@ -7,7 +7,7 @@ import pytest
 import torch
 import zoo
 from conftest import TINY, moved_copy, other_seed, same_tensors
-from transformers import AutoConfig, BioGptForCausalLM
+from transformers import AutoConfig, BioGptForCausalLM, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from hf_rebasin import Alignment, Checkpoint, Table, check, spec_for
@@ -166,6 +166,28 @@ def test_a_family_without_a_table_merges_on_the_command_line(run, tmp_path):
     assert status == 0, output
     assert "symmetries moved" in output
     assert run("check", str(tmp_path / "m"))[0] == 0
+
+
+def test_rows_of_tokens_are_chosen_on_the_command_line(run, tmp_path):
+    models = [str(tmp_path / "12"), str(tmp_path / "10")]
+    for folder, rows in zip(models, (12, 10), strict=True):
+        settings = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+        config = AutoConfig.for_model("llama", vocab_size=rows, num_key_value_heads=2, **settings)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    out = ["-o", str(tmp_path / "m")]
+    status, output = run("merge", *models, *out)
+    assert status == 1
+    assert "has 10 rows of tokens" in output
+    status, output = run("merge", *models, *out, "--vocabulary", "all")
+    assert status == 1
+    assert "vocabulary: input should be 'first' or 'common'" in output
+    assert run("align", *models, *out, "--vocabulary", "all")[0] == 1
+    status, output = run("merge", *models, *out, "--vocabulary", "first")
+    assert status == 0, output
+    assert "vocabulary: first" in (tmp_path / "m" / "recipe.yaml").read_text()
+    assert len(Checkpoint.open(tmp_path / "m").tensors["model.embed_tokens.weight"]) == 12
+    assert run("align", *models, "-o", str(tmp_path / "moved"), "--vocabulary", "first")[0] == 0
+    assert len(Checkpoint.open(tmp_path / "moved").tensors["model.embed_tokens.weight"]) == 10, "as before"
 
 
 def test_check_proves_or_fails(run, pair, monkeypatch):

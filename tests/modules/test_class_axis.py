@@ -68,6 +68,7 @@ SHAPES = {
     "labels for all but the second": (nn.Identity(), (2, 4, 7), (2, 7), 1),
     "labels for all but the last": (nn.Identity(), (2, 7, 4), (2, 7), 2),
     "labels that fit both, a convolution": (Tagger(7), (2, 7, 7), (2, 7), 1),
+    "labels that fit both, a linear layer": (linear_head(), (2, 4, 4), (2, 4), 2),
     "a convolution": (Tagger(), (2, 4, 7), None, 1),
     "a linear layer, last": (linear_head(), (2, 7, 4), None, 2),
     "a linear layer, second": (linear_head(), (2, 4, 7), None, 1),
