@@ -135,6 +135,16 @@ def without_secrets(text: str) -> str:
 _PATHS = re.compile(r"""(?<![\w.~/<\\])(?:file://)?~?(?:[A-Za-z]:)?(?:[/\\][^\s/\\'"`<>|:;,()\[\]{}]+)+[/\\]?""")
 
 
+def without_advice(text: str) -> str:
+    """Cut the clauses at the end of a message that say which options help.
+
+    Example:
+        >>> without_advice("b has other labels than a; if the rows match, say so (--assume labels)")
+        'b has other labels than a'
+    """
+    return re.sub(r"[;.] (?:(?![;.] ).)*[ (]--[a-z].*", "", text, flags=re.DOTALL)
+
+
 def shorten_paths(text: str) -> str:
     """Cut every absolute path in a text to its last two components; names with blanks are not recognised as one."""
     return _PATHS.sub(lambda match: shorten_path(match[0]), text)

@@ -275,11 +275,16 @@ class Alignment:
             if all(own_rows.get(key, row) == row for key, row in spec.table.rows.items()):  # of the same table
                 spec.refuse_unless_within(self.spec, checkpoint.name)
                 return spec
-        shapes = canonical_view(checkpoint, self.spec.table).shapes
+        view = canonical_view(checkpoint, self.spec.table)
+        shapes = view.shapes
+        # tensors of the spec that the target ties, as the moving model of the search did
+        joined = {key: source for key, source in view.ties.items() if key in self.spec.shapes and source in shapes}
         resized: set[str] = set()  # symmetries that nothing moves, such as rows of tokens
         for tensor in self.spec.tensors:
             for key in tensor.keys.values():
                 carries = f"carries {' and '.join(map(repr, sorted(tensor.names))) or 'no symmetry'}"
+                if key in joined:
+                    continue
                 if key not in shapes:
                     raise MismatchError(f"{checkpoint.name} has no tensor {key!r}, which {carries}")
                 names = self._resized_in(tensor, self.spec.shapes[key], shapes[key])
@@ -289,6 +294,8 @@ class Alignment:
                         f"{checkpoint.name}: {key!r}, which {carries}, is {shapes[key]}, but "
                         f"{self.spec.shapes[key]} in the alignment"
                     )
+        if joined:
+            return bind(self.spec.table, shapes, {**self.spec.ties, **joined})
         if tied := [key for key in shapes if key in self.spec.ties and key not in self.spec.shapes]:
             # a tied tensor stored separately here, as in a module's state dict: the table has a row for it
             return bind(self.spec.table, shapes, {t: k for t, k in self.spec.ties.items() if t not in tied})

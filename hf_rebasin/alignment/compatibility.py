@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TypeAlias
@@ -11,14 +12,16 @@ from typing import TypeAlias
 import torch
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..errors import MismatchError, SpecError, listed
+from ..errors import CheckpointError, MismatchError, SpecError, listed
 from ..symmetries.detection import detect_spec
 from ..symmetries.spec import Spec
 from ..symmetries.table import canonical_view, table_for
+from ..text import without_advice
 from .action import act
+from .correspondence import match_keys, untie_like
 from .groups import Element
 from .groups.permutation import Element as Permutation
-from .rows import Vocabulary, cut_to_common, find_token_order, give_rows, match_rows
+from .rows import Vocabulary, cut_to_common, find_row_match, find_token_order, give_rows, match_rows
 from .settings import flatten, refuse_other_settings
 
 Assumption: TypeAlias = str  # "config", "config:KEY" for one setting, "labels" or "vocabulary"
@@ -83,11 +86,45 @@ def match_models(
     The first model changes only with `vocabulary="common"`, which cuts its padding to the rows that all models have.
     See `make_compatible` for the arguments.
     """
-    assume = set(assume)
+    assume, matched = set(assume), []
     if vocabulary == "common":
-        first = cut_to_common(first, others)
+        with _advice_where_it_helps(first, others):
+            first = cut_to_common(first, others)
     match = partial(make_compatible, first, assume=assume, vocabulary=vocabulary, backbone_only=backbone_only)
-    return first, [match(other) for other in others]
+    for other in others:
+        with _advice_where_it_helps(first, [other]):
+            matched.append(match(other))
+    return first, matched
+
+
+@contextmanager
+def _advice_where_it_helps(first: Checkpoint, others: Sequence[Checkpoint]) -> Iterator[None]:
+    """Replace the advice of a refusal inside the block where tensors do not fit each other whatever is assumed."""
+    try:
+        yield
+    except MismatchError as error:
+        for other in others:
+            if misfit := _describe_misfit(first, other):
+                raise MismatchError(f"{without_advice(str(error))}. {misfit}") from error
+        raise
+
+
+def _describe_misfit(first: Checkpoint, other: Checkpoint) -> str:
+    """Say why the tensors of two models cannot be merged, whichever rows and heads are kept; empty if they can."""
+    try:
+        rows = find_row_match(first, other, assumed=True)
+        matched = other if rows is None else give_rows(other, rows, first)
+        first, misfit = untie_like(first, [matched]), ""
+        for backbone_only in (True, False):
+            try:
+                match_keys(first, matched, backbone_only=backbone_only)
+            except MismatchError as error:
+                misfit = str(error)
+            else:
+                return ""
+    except CheckpointError:  # needs values or a class that are not there
+        return ""
+    return misfit
 
 
 def _reorder_labels(moving: Checkpoint, order: Sequence[int], fixed: Checkpoint) -> Checkpoint:

@@ -105,7 +105,7 @@ def match_keys(
         hint = ""
         with suppress(MismatchError, CheckpointError):  # offered only where it helps
             if not backbone_only and match_keys(first, other, table, backbone_only=True):
-                hint = f". Where only the heads differ, the head of {first.name} can be kept (--backbone-only)"
+                hint = f". Where only the heads differ, a merge can keep the head of {first.name} (--backbone-only)"
         raise MismatchError(f"{other.name} cannot be merged into {first.name}; {'; '.join(problems)}{hint}")
     return {disk: other_parts[key] for key, disk in disk_keys.items()}
 

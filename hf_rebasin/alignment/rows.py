@@ -188,6 +188,17 @@ def match_rows(
         MismatchError: rows differ, and nobody said what to do, or no row belongs to another; or it is not known which
             tensors have them.
     """
+    match = find_row_match(fixed, moving, assumed=assumed)
+    if match is None or match.agrees:
+        return match
+    if vocabulary is None or not match.matches or (vocabulary == "common" and match.only_fixed):
+        raise MismatchError(_describe_mismatch(fixed, moving, match, vocabulary))
+    logger.info("%s", _describe_match(fixed, moving, match))
+    return match
+
+
+def find_row_match(fixed: Checkpoint, moving: Checkpoint, *, assumed: bool = False) -> RowMatch | None:
+    """Find which rows of two models belong together, whatever is to become of the others; see `match_rows`."""
     tokens = "their tokens are taken as the same" if assumed else _read_both(fixed, moving)
     unlike = not isinstance(tokens, str) and tokens[0] != tokens[1]
     if not unlike and not _sizes_may_differ(fixed, moving):
@@ -207,12 +218,7 @@ def match_rows(
         with suppress(MismatchError):
             tokens = (_read_tokens_of(fixed), _read_tokens_of(moving))
     match = _correspond(tokens, (size_a, size_b), axes)
-    if match.agrees:
-        return None if match.is_identity else match
-    if vocabulary is None or not match.matches or (vocabulary == "common" and match.only_fixed):
-        raise MismatchError(_describe_mismatch(fixed, moving, match, vocabulary))
-    logger.info("%s", _describe_match(fixed, moving, match))
-    return match
+    return None if match.agrees and match.is_identity else match
 
 
 def _correspond(tokens: Tokens | str, sizes: tuple[int, int], axes: Axes) -> RowMatch:

@@ -159,7 +159,7 @@ class ClassLayout:
         for module_key, by_pattern in self._converted(keys).items():
             usual = written.get(module_key, {})
             if module_key in renamed and sum(map(len, by_pattern.values())) == 1:  # perhaps transposed
-                usual = dict.fromkeys(by_pattern, [renamed[module_key]])
+                usual = {pattern: [renamed[module_key]] for pattern in by_pattern}
             if {p: len(k) for p, k in by_pattern.items()} == {p: len(k) for p, k in usual.items()}:
                 for pattern, members in by_pattern.items():
                     names |= dict(zip(members, usual[pattern], strict=True))

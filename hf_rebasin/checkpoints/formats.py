@@ -153,7 +153,10 @@ def explain_adapter_beside(name: str, folder: Path, config: Mapping[str, Any]) -
         apart = f"mkdir ADAPTER && mv {place}/adapter_* ADAPTER/"
     else:
         name, repo = "MODEL", name
-        apart = f"hf download {repo} --exclude 'adapter_*' --local-dir MODEL, and --include for ADAPTER"
+        apart = (
+            f"hf download {repo} --exclude 'adapter_*' --local-dir MODEL; "
+            f"hf download {repo} --include 'adapter_*' --local-dir ADAPTER"
+        )
     return CheckpointError(
         f"{folder} holds a whole model and an adapter beside it ({ADAPTER_CONFIG}), which from_pretrained would put "
         f"on; keep them apart ({apart}), and give {'the folder' if name != 'MODEL' else name} for the model alone, or "

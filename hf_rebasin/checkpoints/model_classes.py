@@ -21,8 +21,8 @@ from ..errors import CheckpointError, listed, quoted
 from .folder import read_json
 from .lazy import Lazy
 
-# Suffixes of tensors that GPTQ, AWQ, bitsandbytes, compressed-tensors, ModelOpt, MXFP4, HQQ and quanto store alongside or
-# instead of weights.
+# Suffixes of tensors that GPTQ, AWQ, bitsandbytes, compressed-tensors, ModelOpt, MXFP4, HQQ and quanto store beside
+# weights or instead of them.
 QUANTISED_SUFFIXES = (
     *(".qweight", ".qzeros", ".weight_packed", ".absmax", ".SCB", ".weight_scale", ".weight_scale_inv"),
     *(".weight_scale_2", "_proj_blocks", ".W_q", ".weight._data"),

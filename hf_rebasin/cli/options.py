@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -162,17 +162,19 @@ def save_with_record(checkpoint: Checkpoint, out: Path, overwrite: bool, record:
     return out
 
 
-def load_data(dataset: str, options: list[str] | None, checkpoint: Checkpoint) -> Any:
+def load_data(
+    dataset: str, options: list[str] | None, checkpoint: Checkpoint, *, needs_labels: bool = False
+) -> Any:
     """Open the data of --data and --data-option for a model."""
-    return load_batches(read_data_options(dataset, options, "--data"), checkpoint)
+    return load_batches(read_data_options(dataset, options, "--data"), checkpoint, needs_labels=needs_labels)
 
 
-def load_batches(settings: dict[str, Any] | None, checkpoint: Checkpoint) -> Any:
+def load_batches(settings: dict[str, Any] | None, checkpoint: Checkpoint, *, needs_labels: bool = False) -> Any:
     """Open data that are described as in a recipe, with the same checks; None without a description."""
     from ..data.batches import open_data
 
     data = recipe_from_options({"models": ["x", "y"], "align": False, "data": settings}).data
-    return None if data is None else open_data(data, checkpoint)
+    return None if data is None else open_data(data, checkpoint, needs_labels=needs_labels)
 
 
 def recipe_from_options(settings: dict[str, Any]) -> Recipe:
@@ -208,9 +210,11 @@ def with_publish_options(recipe: Recipe, options: dict[str, Any], template: Path
     if recipe.publish is not None:
         options = {**recipe.publish.model_dump(exclude_defaults=True), **options}
     if "to" not in options and (options or template is not None):
+        names = {"private": "public", "create_pr": "create-pr", "message": "commit-message"}
+        given = [f"--{names.get(key, key)}" for key in [*options, *(["template"] if template else [])]]
         raise OptionError(
-            "--license, --public, --revision, --create-pr, --commit-message and --template are for "
-            "publishing; name the repository (--push-to ORG/NAME)"
+            f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} for publishing; name the repository "
+            "(--push-to ORG/NAME)"
         )
     return recipe.model_copy(update={"publish": read_publish_settings(options) if options else None})
 
@@ -234,13 +238,27 @@ def recipe_field(option: str) -> str | None:
     return next((name for name in names if name in fields), None)
 
 
-def refuse_options_beside_recipe(context: typer.Context) -> None:
-    """Raise OptionError for an option that belongs in the recipe."""
-    for option in context.params:
-        source = context.get_parameter_source(option)
-        if source is not None and source.name == "COMMANDLINE" and recipe_field(option) is not None:
+def refuse_options_beside_recipe(context: typer.Context, settings: Mapping[str, Any]) -> None:
+    """Raise OptionError for an option that belongs in the recipe, with its line there.
+
+    Args:
+        context: the command, with the options that are given.
+        settings: what all options set, by the keys of a recipe.
+    """
+    import yaml
+
+    for option, value in context.params.items():
+        source, field = context.get_parameter_source(option), recipe_field(option)
+        if source is not None and source.name == "COMMANDLINE" and field is not None:
+            if field not in settings and settings["align"]:
+                field, setting = "align", {field: settings["align"][field]}
+            else:
+                field = field if field in settings else "align"
+                setting = settings[field]
+            line = yaml.safe_dump({field: setting}, default_flow_style=True, width=1000, allow_unicode=True)
+            name = f"{'no-' if value is False else ''}{option.replace('_', '-')}"
             raise OptionError(
-                f"--{option.replace('_', '-')} is given together with a recipe; write it into the recipe"
+                f"--{name} is given together with a recipe; write it into the recipe ({line.strip()[1:-1]})"
             )
 
 

@@ -21,7 +21,7 @@ from ..recipes.runner import find_symmetries, open_models
 from ..reports.report import Report
 from ..solving.solution import Solution
 from ..symmetries.spec import Spec
-from ..text import byte_size, columns, family_of, spread
+from ..text import byte_size, columns, family_of, spread, without_advice
 
 COMPARED_LAYERS = 14  # layers of a comparison that are shown, the first and last among them
 
@@ -169,9 +169,15 @@ def describe_comparison(a: Checkpoint, b: Checkpoint, comparison: Comparison) ->
         yield ""
         yield from columns(table, right=(1, 2, 3, 4, 5))
     yield f"\nverdict: {comparison.advice}"
-    if comparison.verdict not in (Verdict.EQUAL, Verdict.DIFFERENT):
-        align = comparison.alignable and comparison.verdict is not Verdict.SAME_BASE
-        yield f"         {_advise_merge(a, b, comparison, align)}"
+    if comparison.verdict is Verdict.EQUAL:
+        return
+    align = comparison.alignable and comparison.verdict is not Verdict.SAME_BASE
+    merging = _advise_merge(a, b, comparison, align)
+    if comparison.verdict is Verdict.DIFFERENT:  # the verdict says why already
+        advice = merging.removeprefix(without_advice(merging))
+        merging = f"a merge is refused{advice}" if advice else ""
+    if merging:
+        yield f"         {merging}"
 
 
 def _advise_merge(a: Checkpoint, b: Checkpoint, comparison: Comparison, align: bool) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from itertools import count, islice
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
@@ -24,6 +24,12 @@ from .dataset import Files, Rows, open_rows
 from .images import prepare_images, refuse_wrong_size
 from .labels import make_label_reader
 from .tokens import PackedTexts, TargetTexts, TextRows, find_decoder_shift, load_tokenizer
+
+# Classes that labels, or the tokens of a text, are read for; by the ends of their names.
+LABELLED = (
+    *("ForImageClassification", "ForSequenceClassification", "ForConditionalGeneration"),
+    *("ForMaskedLM", "ForCausalLM", "LMHeadModel"),
+)
 
 
 class DataSettings(BaseModel):
@@ -152,12 +158,15 @@ class Batches:
         return f"{', '.join(parts)}: at most {settings.samples} {self.preparation.unit}, {labelled}"
 
 
-def open_data(settings: DataSettings, checkpoint: Checkpoint, *, token: str | None = None) -> Batches:
+def open_data(
+    settings: DataSettings, checkpoint: Checkpoint, *, needs_labels: bool = False, token: str | None = None
+) -> Batches:
     """Open data for a model, and check it by making the first batch.
 
     Args:
         settings: which data to open.
         checkpoint: checkpoint of the model, with its tokenizer or image processor in its folder.
+        needs_labels: refuse data without labels, as a loss needs them.
         token: access token for the Hub.
 
     Raises:
@@ -185,13 +194,26 @@ def open_data(settings: DataSettings, checkpoint: Checkpoint, *, token: str | No
     )
     column = rows.choose_column(settings.column, kind)
     prepare = _prepare_images if kind == "image" else _prepare_texts
-    batches = Batches(settings, rows, prepare(settings, checkpoint, rows, column))
+    batches = Batches(settings, rows, prepare(settings, checkpoint, rows, column, needs_labels))
+    if needs_labels and not batches.labelled:
+        _refuse_unlabelled(batches, checkpoint)
     first = next(iter(batches), None)
     if first is None:
         raise OptionError(f"column {column!r} of {settings.dataset} has only empty texts")
     if "pixel_values" in first:
         refuse_wrong_size(checkpoint, first["pixel_values"])
     return batches
+
+
+def _refuse_unlabelled(batches: Batches, checkpoint: Checkpoint) -> NoReturn:
+    """Raise OptionError for data without labels, and say how they get some, if the model's class uses them."""
+    owner = checkpoint.owner.__name__
+    problem = f"{batches.describe()}; a loss needs labels"
+    if not owner.endswith(LABELLED):
+        raise OptionError(f"{problem}, and for {owner} none are read")
+    if batches.settings.labels is False:
+        raise OptionError(f"{problem}, which are left out")
+    raise OptionError(f"{problem}, so name their column (labels) of {', '.join(batches.rows.kinds)}")
 
 
 def takes_data(checkpoint: Checkpoint) -> bool:
@@ -217,14 +239,18 @@ def _input_kind(checkpoint: Checkpoint) -> Literal["text", "image"]:
     return "text" if text else "image"
 
 
-def _prepare_images(settings: DataSettings, checkpoint: Checkpoint, rows: Rows, column: str) -> _Preparation:
+def _prepare_images(
+    settings: DataSettings, checkpoint: Checkpoint, rows: Rows, column: str, needs_labels: bool
+) -> _Preparation:
     classifies = checkpoint.owner.__name__.endswith("ForImageClassification")
     labels = _choose_labels(settings, checkpoint, rows, column, classifies)
-    reader = None if labels is None else make_label_reader(checkpoint.config, rows, labels)
+    reader = None if labels is None else make_label_reader(checkpoint.config, rows, labels, needed=needs_labels)
     return prepare_images(checkpoint, rows, column, reader)
 
 
-def _prepare_texts(settings: DataSettings, checkpoint: Checkpoint, rows: Rows, column: str) -> _Preparation:
+def _prepare_texts(
+    settings: DataSettings, checkpoint: Checkpoint, rows: Rows, column: str, needs_labels: bool
+) -> _Preparation:
     owner = checkpoint.owner.__name__
     masked = owner.endswith("ForMaskedLM")
     if masked or owner.endswith(("ForCausalLM", "LMHeadModel")):
@@ -247,7 +273,7 @@ def _prepare_texts(settings: DataSettings, checkpoint: Checkpoint, rows: Rows, c
     if labels is None:
         return TextRows(tokenizer=tokenizer, column=column, shift=find_decoder_shift(checkpoint))
     if classifies:
-        reader = make_label_reader(checkpoint.config, rows, labels)
+        reader = make_label_reader(checkpoint.config, rows, labels, needed=needs_labels)
         return TextRows(tokenizer=tokenizer, column=column, labels=reader)
     targets = TargetTexts(tokenizer, rows.choose_column(labels, "text"))
     return TextRows(tokenizer=tokenizer, column=column, labels=targets)

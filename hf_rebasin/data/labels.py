@@ -12,6 +12,8 @@ from torch import Tensor
 from ..errors import MismatchError, OptionError, listed
 from .dataset import DatasetRow, Rows
 
+LEAVE_OUT = "leave labels out (labels: false)"
+
 
 @dataclass(frozen=True)
 class ClassLabels:
@@ -21,11 +23,13 @@ class ClassLabels:
         column: column of the labels.
         known: `{the model's name of a label: its number}`.
         order: the model's number for each number of the dataset; empty if both are the same.
+        needed: whether a loss is to be measured, so that labels cannot be left out.
     """
 
     column: str
     known: Mapping[str, int] = field(repr=False)
     order: Sequence[int] = ()
+    needed: bool = False
 
     def __call__(self, rows: Sequence[DatasetRow]) -> Tensor:
         """Return the classes of rows, (rows,)."""
@@ -42,8 +46,8 @@ class ClassLabels:
         count = len(self.order) or len(self.known)
         if not isinstance(label, int) or not 0 <= label < count:
             raise MismatchError(
-                f"{self._where} {label!r}, and the labels that the model knows are 0 to {count - 1}; leave labels "
-                "out if this column is not meant (labels: false)"
+                f"{self._where} {label!r}, and the labels that the model knows are 0 to {count - 1}"
+                f"{'' if self.needed else f'; if this column is not meant, {LEAVE_OUT}'}"
             )
         return self.order[label] if self.order else int(label)
 
@@ -67,8 +71,16 @@ class RegressionTargets:
         return torch.tensor(values, dtype=torch.float32)
 
 
-def make_label_reader(config: Any, rows: Rows, column: str) -> ClassLabels | RegressionTargets:
+def make_label_reader(
+    config: Any, rows: Rows, column: str, *, needed: bool = False
+) -> ClassLabels | RegressionTargets:
     """Make a reader of the labels in a column for a model.
+
+    Args:
+        config: configuration of the model.
+        rows: the rows.
+        column: column of the labels.
+        needed: whether a loss is to be measured, so that labels cannot be left out.
 
     Raises:
         OptionError: a model that predicts several numbers or labels per row.
@@ -77,15 +89,24 @@ def make_label_reader(config: Any, rows: Rows, column: str) -> ClassLabels | Reg
     if getattr(config, "problem_type", None) == "regression" or config.num_labels == 1:
         if config.num_labels == 1:
             return RegressionTargets(column)
-        raise OptionError(f"the model predicts {config.num_labels} numbers per row; leave labels out (labels: false)")
-    if config.problem_type == "multi_label_classification":
-        raise OptionError("the model predicts several labels per row; leave labels out (labels: false)")
+        problem = f"the model predicts {config.num_labels} numbers per row"
+    elif config.problem_type == "multi_label_classification":
+        problem = "the model predicts several labels per row"
+    else:
+        problem = ""
+    if problem:
+        raise OptionError(f"{problem}; {'such labels are not read' if needed else LEAVE_OUT}")
     known = {str(label): int(number) for number, label in config.id2label.items()}
     names = getattr(rows.features.get(column), "names", None)
-    return ClassLabels(column, known, () if names is None else _match_order(rows.name, column, names, known))
+    advice = "use other data" if needed else f"{LEAVE_OUT}, or use other data"
+    return ClassLabels(
+        column, known, () if names is None else _match_order(rows.name, column, names, known, advice), needed
+    )
 
 
-def _match_order(name: str, column: str, names: Sequence[str], known: Mapping[str, int]) -> Sequence[int]:
+def _match_order(
+    name: str, column: str, names: Sequence[str], known: Mapping[str, int], advice: str
+) -> Sequence[int]:
     numbers = _match_names(names, known)
     unmatched = [label for label, number in numbers.items() if number is None]
     if not unmatched:
@@ -93,12 +114,12 @@ def _match_order(name: str, column: str, names: Sequence[str], known: Mapping[st
     if len(unmatched) < len(names):
         raise MismatchError(
             f"of the labels of {name} ({column}), {listed(map(repr, unmatched))} are not the model's, which are "
-            f"{listed(map(repr, known))}; leave labels out (labels: false), or use other data"
+            f"{listed(map(repr, known))}; {advice}"
         )
     if len(names) != len(known):
         raise MismatchError(
             f"{name} has {len(names)} labels ({column}: {listed(names)}) and the model {len(known)} "
-            f"({listed(known)}), and no names match; leave labels out (labels: false), or use other data"
+            f"({listed(known)}), and no names match; {advice}"
         )
     return ()
 

@@ -28,7 +28,7 @@ from ..solving.similarity import weight_similarity
 from ..symmetries.detection import detect_spec
 from ..symmetries.spec import Spec, Unit
 from ..symmetries.table import canonical_view
-from ..text import family_of, layer_name, spread
+from ..text import family_of, layer_name, spread, without_advice
 
 SAME = "the same"
 UNITS_PER_FAMILY = 4  # units compared in every family, spread over the depth; the others are like them
@@ -179,7 +179,7 @@ def compare_checkpoints(
     except MismatchError as error:
         try:
             moving_parts, backbone_only = match_keys(fixed, moving, backbone_only=True), True
-            findings["tensors"] = f"other heads, which are left out here (--backbone-only): {_reason(error)}"
+            findings["tensors"] = f"other heads, which merge --backbone-only leaves out: {_reason(error)}"
         except MismatchError:
             findings["tensors"] = "different"
             return Comparison(findings=findings, difference=_reason(error))
@@ -210,7 +210,7 @@ def compare_checkpoints(
         findings["symmetries"] = str(spec) + (", inferred from its forward pass" if spec.pins else "")
         standings = dict(_measure_standings(spec, fixed, moving_parts, device, progress))
     except (MismatchError, SpecError, CheckpointError) as error:
-        findings["symmetries"] = f"not known: {error}"
+        findings["symmetries"] = f"not known: {without_advice(str(error))}"
     return Comparison(
         findings=findings,
         whole=_nearness(products, matrices),
@@ -258,7 +258,7 @@ def _compare_descriptions(
         findings["settings"] = "the same, but for what does not change the function"
     except MismatchError as error:
         findings["settings" if "architecture" in findings else "architecture"] = "different"
-        return str(error).partition(". If ")[0]
+        return without_advice(str(error))
     findings["labels"] = _describe_order(lambda: match_labels(fixed, moving), SAME)
     findings["tokenizer"] = _compare_tokenizers(fixed, moving)
     return None
@@ -268,7 +268,7 @@ def _describe_order(find_order: Callable[[], list[int] | None], same: str) -> st
     try:
         order = find_order()
     except MismatchError as error:
-        return f"different: {error}"
+        return f"different: {without_advice(str(error))}"
     return same if order is None else f"{same}, in another order: its rows are matched by string"
 
 
@@ -283,7 +283,7 @@ def _compare_tokenizers(fixed: Checkpoint, moving: Checkpoint) -> str:
 
 def _reason(error: MismatchError) -> str:
     """The difference that an error names, without what to do about it."""
-    return str(error).partition("; ")[2].partition(". Where only")[0]
+    return without_advice(str(error).partition("; ")[2])
 
 
 def _products(fixed: Lazy, moving: Lazy) -> Tensor:

@@ -127,7 +127,7 @@ def _merge_keys(
             compute = _KeyMerge(key=key, merge=functions[key], inputs=inputs, checkpoints=checkpoints, dtype=out_dtype)
             prepare = None if sums is None else partial(compute.with_sums, sums)
             parts[key] = Computed(part.shape, compute.dtype, inputs, compute, streams, prepare)
-        elif not is_recomputed(key, part):  # a tensor of the head that is kept
+        elif not is_recomputed(key, part) and key not in first.passed_over:  # a tensor of the head that is kept
             copy = _KeyMerge(
                 key=key, merge=lambda tensors: tensors[0], inputs=[part], checkpoints=checkpoints, dtype=out_dtype
             )

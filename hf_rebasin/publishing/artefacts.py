@@ -59,7 +59,8 @@ def load_alignment(source: str, name: str | None = None) -> Alignment:
     if len(wanted) == 1:
         return Alignment.load(folder / wanted[0])
     missing = "" if name is None else f"no {name}, only "
-    problem = f"{missing}{listed(present)}; say which (--file)" if present else f"no {name or ALIGNMENT_PATTERN}"
+    which = f"; say which (--file {Path(present[0]).name})" if present else ""
+    problem = f"{missing}{listed(present)}{which}" if present else f"no {name or ALIGNMENT_PATTERN}"
     raise CheckpointError(f"{source} has {problem}")
 
 

@@ -149,9 +149,10 @@ def _find_input(record: InputRecord, models: Sequence[str]) -> tuple[Checkpoint,
         files = hash_files(Path(folder))
         if _weight_hashes(files) == wanted:
             return Checkpoint.open(folder), files
-    problem = f"none of {listed(models)} is it" if models else "say where it is (--model FOLDER)"
+    problem = f", and none of {listed(models)} is it" if models else ""
     raise CheckpointError(
-        f"{record.name} is not on the Hub, and {problem}; its weights have {listed(map(' '.join, wanted.items()), 1)}"
+        f"{record.name} is not on the Hub{problem}; say where it is (--model FOLDER): its weights have "
+        f"{listed(map(' '.join, wanted.items()), 1)}"
     )
 
 

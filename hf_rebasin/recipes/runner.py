@@ -128,9 +128,9 @@ def open_models(
     if recipe.fits or recipe.recalibrate == "repair":
         refuse_submodels(models)
     data = None if recipe.data is None else open_data(recipe.data, first)
-    evaluation = None if recipe.evaluate is None or not with_evaluation else open_data(recipe.evaluate, first)
-    if evaluation is not None and not evaluation.labelled:
-        raise OptionError(f"evaluate: {evaluation.describe()}; a loss needs labels, so name their column (labels)")
+    evaluation = None
+    if recipe.evaluate is not None and with_evaluation:
+        evaluation = open_data(recipe.evaluate, first, needs_labels=True)
     if data is not None and recipe.evaluate is None and not _uses_data(recipe, first):
         raise OptionError("nothing in this merge uses the data; leave out data, or add evaluate")
     return OpenedRecipe(models=(first, *others), matched=tuple(matched), data=data, evaluation=evaluation)

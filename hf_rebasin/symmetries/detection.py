@@ -44,8 +44,8 @@ def infer_checkpoint(checkpoint: Checkpoint, inputs: Inputs | None = None) -> Sp
 
     if checkpoint.template is None and checkpoint.config is None:
         raise MismatchError(
-            f"{checkpoint.name} has tensors only, and no forward pass to infer its symmetries from; give a module for "
-            "one of the two, or its symmetries (spec=), or merge without alignment (--no-align)"
+            f"{checkpoint.name} has tensors only, and no forward pass to infer its symmetries from; in Python, give a "
+            "module for one of the two, or its symmetries (spec=); or merge without alignment (--no-align)"
         )
     module, disk = checkpoint.skeleton()
     if inputs is None:

@@ -217,3 +217,10 @@ def test_python_objects_of_the_library_are_left_out(llama):
     torch.save(tensors | {"when": __import__("datetime").date(2020, 1, 1)}, llama / "pytorch_model.bin")
     run_advice(refusal(llama))
     assert same_tensors(llama, tensors)
+
+
+@pytest.mark.parametrize("suffix", [".weight_scale_2", "_proj_blocks", ".W_q", ".weight._data"])
+def test_packed_weights_without_their_configuration(llama, suffix):
+    packed = {f"model.layers.0.mlp.experts.gate_up{suffix}": torch.zeros(4, 4, dtype=torch.uint8)}
+    save_file(load_file(llama / SINGLE) | packed, llama / SINGLE, {"format": "pt"})
+    assert f"is quantised ({next(iter(packed))})" in refusal(llama)

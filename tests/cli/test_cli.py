@@ -159,12 +159,16 @@ def test_inspect_infers_where_there_is_a_table_if_asked(run, pair):
 
 
 def test_a_family_without_a_table_merges_on_the_command_line(run, tmp_path):
+    config = zoo.HF["biogpt"].build().config
     for seed in range(2):
         torch.manual_seed(seed)
-        BioGptForCausalLM(zoo.HF["biogpt"].build().config).save_pretrained(tmp_path / f"{seed}")
+        BioGptForCausalLM(config).save_pretrained(tmp_path / f"{seed}")
     status, output = run("merge", str(tmp_path / "0"), str(tmp_path / "1"), "-o", str(tmp_path / "m"))
     assert status == 0, output
     assert "symmetries moved" in output
+    status, output = run("merge", str(tmp_path / "0"), str(tmp_path / "0"), "-o", str(tmp_path / "n"))
+    assert status == 0, output
+    assert "fine-tunes of one base, so they are merged as they are" in output
     assert run("check", str(tmp_path / "m"))[0] == 0
 
 

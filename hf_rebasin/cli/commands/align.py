@@ -61,7 +61,8 @@ def align(
 
     if out is None and alignment is None:
         raise OptionError(
-            "nothing would be written: give --out for the moved model, --alignment for the alignment, or both"
+            "nothing would be written: name a folder for the moved model (--out FOLDER), a file for the alignment "
+            "(--alignment FILE.safetensors), or both"
         )
     if alignment is not None and (alignment.is_dir() or (alignment.exists() and not overwrite)):
         raise OptionError(f"{alignment} already exists; name another file, or overwrite a file (--overwrite)")

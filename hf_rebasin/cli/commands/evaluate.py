@@ -23,7 +23,7 @@ def evaluate(
     measurements = {}
     for name in models:
         checkpoint = open_checkpoint(name)
-        batches = load_data(data, data_option, checkpoint)
+        batches = load_data(data, data_option, checkpoint, needs_labels=True)
         module = checkpoint.model().to(find_device())
         measurements[name] = evaluate_model(module, batches, metrics=metric, progress=shows_progress())
     for line in output.describe_measurements(measurements, as_json):

@@ -29,7 +29,7 @@ def inspect(
     from .. import output
 
     if write_table is not None and not infer:
-        raise OptionError("--write-table writes inferred symmetries; give --infer, too")
+        raise OptionError("only inferred symmetries are written to a file (--write-table); give --infer, too")
     if write_table is not None and write_table.exists():
         raise OptionError(f"{write_table} already exists; name another file")
     checkpoint = open_checkpoint(model)

@@ -60,7 +60,7 @@ def interpolate(
     a, b = open_checkpoints([fixed, moving])
     if out is not None:
         refuse_out(out, overwrite, (*a.sources, *b.sources))
-    batches, device = load_data(data, data_option, a), find_device()
+    batches, device = load_data(data, data_option, a, needs_labels=True), find_device()
     prepare = statistics_data = None
     if options := read_data_options(recalibrate, recalibrate_option, "--recalibrate"):
         defaults = read_data_options(data, data_option, "--data") if recalibrate is None else None

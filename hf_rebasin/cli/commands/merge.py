@@ -130,28 +130,26 @@ def merge(
     from ...pipeline import run_recipe
     from .. import output
 
+    settings = {
+        "merge_method": method,
+        "parameters": read_assignments(parameter or []),
+        "align": align_settings(solver, seed, groups, keep_tied, hold) if align else False,
+        "dtype": dtype,
+        "assume": list(assume or []),
+        "vocabulary": vocabulary,
+        "backbone_only": backbone_only,
+        "data": read_data_options(data, data_option, "--data"),
+        "refit": refit,
+        "recalibrate": False if recalibrate == "none" else recalibrate,
+        "evaluate": read_data_options(evaluate, evaluate_option, "--evaluate"),
+    }
     if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
-        refuse_options_beside_recipe(context)
+        refuse_options_beside_recipe(context, settings)
         recipe = recipe_from_file(models[0])
     else:
         if len(models) < 2:
             raise OptionError(f"a merge needs two models or a recipe (.yaml), got {models[0]!r}")
-        recipe = recipe_from_options(
-            {
-                "models": models,
-                "merge_method": method,
-                "parameters": read_assignments(parameter or []),
-                "align": align_settings(solver, seed, groups, keep_tied, hold) if align else False,
-                "dtype": dtype,
-                "assume": list(assume or []),
-                "vocabulary": vocabulary,
-                "backbone_only": backbone_only,
-                "data": read_data_options(data, data_option, "--data"),
-                "refit": refit,
-                "recalibrate": False if recalibrate == "none" else recalibrate,
-                "evaluate": read_data_options(evaluate, evaluate_option, "--evaluate"),
-            }
-        )
+        recipe = recipe_from_options({"models": models, **settings})
     options = publish_options(push_to, public, license, revision, create_pr, commit_message)
     recipe = with_publish_options(recipe, options, template)
     if report is not None and out.resolve() in report.resolve().parents:
