@@ -259,11 +259,11 @@ class Checkpoint:
 
         A module has the keys that its class writes, so its class is not asked.
         """
-        if self.template is not None or self.config is None or "auto_map" in self.raw_config:
+        if self.template is not None or "auto_map" in self.raw_config:
             return None
         try:
-            return class_layout(self.config, len(self.parts))
-        except CheckpointError:  # said where an output is to be loaded: `loading_problems`
+            return None if self.config is None else class_layout(self.config, len(self.parts))
+        except CheckpointError:  # which is noted where an output is to be loaded: `loading`
             return None
 
     @cached_property
@@ -374,11 +374,11 @@ class Checkpoint:
             return "it has no configuration, which would name one"
         if "auto_map" in self.raw_config:
             return "its code is its own, and not run here"
-        if self.config is None:
-            return f"this transformers does not know its type ({self.raw_config.get('model_type')})"
-        if find_named_class(self.config) is None:
-            return f"its config.json names {listed(self.config.architectures or ()) or 'none'}"
         try:
+            if self.config is None:
+                return f"this transformers does not know its type ({self.raw_config.get('model_type')})"
+            if find_named_class(self.config) is None:
+                return f"its config.json names {listed(self.config.architectures or ()) or 'none'}"
             return class_layout(self.config, len(self.parts)).load(self.parts)
         except CheckpointError as error:
             return str(error)

@@ -213,7 +213,10 @@ def _refuse_unlabelled(batches: Batches, checkpoint: Checkpoint) -> NoReturn:
         raise OptionError(f"{problem}, and for {owner} none are read")
     if batches.settings.labels is False:
         raise OptionError(f"{problem}, which are left out")
-    raise OptionError(f"{problem}, so name their column (labels) of {', '.join(batches.rows.kinds)}")
+    columns = [name for name in batches.rows.kinds if name != batches.preparation.column]
+    if not columns:
+        raise OptionError(f"{problem}, and there is no other column")
+    raise OptionError(f"{problem}, so name their column (labels) of {', '.join(columns)}")
 
 
 def takes_data(checkpoint: Checkpoint) -> bool:
@@ -229,13 +232,13 @@ def _input_kind(checkpoint: Checkpoint) -> Literal["text", "image"]:
     """Tell which kind of input a model takes."""
     if checkpoint.config is None or checkpoint.owner is None:
         raise CheckpointError(
-            f"{checkpoint.name} has no class that transformers knows, so its inputs are not known; give batches"
+            f"{checkpoint.name} has no class that transformers knows, so its inputs are not known; in Python, give batches"
         )
     parameters = signature(checkpoint.owner.forward).parameters
     text, image = "input_ids" in parameters, "pixel_values" in parameters
     if text == image:
         both = "text and images together" if text else "neither text nor images"
-        raise MismatchError(f"{checkpoint.owner.__name__} takes {both}; give batches")
+        raise MismatchError(f"{checkpoint.owner.__name__} takes {both}; in Python, give batches")
     return "text" if text else "image"
 
 

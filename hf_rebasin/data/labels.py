@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import MismatchError, OptionError, listed
+from ..errors import MismatchError, OptionError, listed, quoted
 from .dataset import DatasetRow, Rows
 
 LEAVE_OUT = "leave labels out (labels: false)"
@@ -46,7 +46,7 @@ class ClassLabels:
         count = len(self.order) or len(self.known)
         if not isinstance(label, int) or not 0 <= label < count:
             raise MismatchError(
-                f"{self._where} {label!r}, and the labels that the model knows are 0 to {count - 1}"
+                f"{self._where} {quoted(label)}, and the labels that the model knows are 0 to {count - 1}"
                 f"{'' if self.needed else f'; if this column is not meant, {LEAVE_OUT}'}"
             )
         return self.order[label] if self.order else int(label)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cached_property
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -106,7 +107,8 @@ class Table:
         tensor = key if shape is None else f"{key} {tuple(shape)}"
         hits = [row for row in self.rows_by_form.get(_without_numbers(key), ()) if row.key.match(key)]
         if not hits:
-            raise SpecError(f"no row for {tensor}{nearest(key, [row.key.text for row in self.parsed])}")
+            near = get_close_matches(key, [row.key.text for row in self.parsed], n=1, cutoff=0.5)
+            raise SpecError(f"no row for {tensor}{f'; the nearest one is {near[0]!r}' if near else ''}")
         fewest = min(len(row.key.wildcards) for row in hits)
         hits = [row for row in hits if len(row.key.wildcards) == fewest]
         if len(hits) > 1:

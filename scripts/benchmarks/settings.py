@@ -7,6 +7,7 @@ For every setting of a tiny model of each architecture, several values are tried
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -31,7 +32,7 @@ def main(names: list[str]) -> None:
             evidence = Evidence(owner, [content, content], 1000)
             effects = {key: evidence.effect_of(key, value) for key, value in flatten(content).items()}
             counts = [key for key, effect in effects.items() if effect.matters]
-            read = [key for key, effect in effects.items() if "code" in effect.why]
+            read = [key for key, effect in effects.items() if re.search(r"\bcode\b", effect.why)]
             matters, free = matters + len(counts), free + len(effects) - len(counts)
             print(f"{name} ({kind}): {len(counts)} of {len(effects)} settings must be equal, {len(read)} by its code")
             print("   must be equal:", " ".join(key + "*" * (key in read) for key in counts))

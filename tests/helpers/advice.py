@@ -1,7 +1,8 @@
 """Advice: every recommendation in the output of a command, read without knowing the message, and followed.
 
 A recommendation is an option (`--no-align`), a command (`hf-rebasin merge A B -o OUT`), another tool's command, a call
-in Python, a name (`did you mean 'linear'`) or a key of a recipe (`(labels: false)`). Words in capitals are placeholders.
+in Python, a name (`did you mean 'linear'`) or a key of a recipe (`(labels: false)`). Words in
+capitals are placeholders.
 """
 
 import ast
@@ -14,20 +15,20 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from importlib import metadata
 from pathlib import Path
 
 import torch
 import transformers
 import typer
 import yaml
+from conftest import ROOT
 from published import run_cli
 
 import hf_rebasin
 from hf_rebasin.cli.main import VERBS, app
 from hf_rebasin.cli.options import recipe_field
 from hf_rebasin.data.batches import DataSettings
-from hf_rebasin.recipes.recipe import Recipe
+from hf_rebasin.recipes.recipe import AlignSettings, Recipe
 
 # The names that PEFT documents for merging an adapter into its base model; it is not installed.
 PEFT = {"PeftModel", "get_peft_model", "LoraConfig"}
@@ -116,9 +117,7 @@ def _end_of_command(text, begin):
             quote = "" if character == quote else quote
         elif character in "'\"":
             quote = character
-        elif character in "\n`" or (character == ")" and not depth) or text.startswith(" (", i):
-            return i
-        elif character in ";,:." and (text[i + 1 : i + 2].isspace() or i + 1 == len(text)):
+        elif (character == ")" and not depth) or re.match(r"[\n`]| \(|[;,:.](\s|$)", text[i:]):
             return i
         else:
             depth += (character == "(") - (character == ")")
@@ -163,7 +162,7 @@ def _options(text, tried):
     for match in OPTION.finditer(text):
         line = text[text.rfind("\n", 0, match.start()) + 1 : (text + "\n").find("\n", match.end())]
         verb, known = tried.verb, parameters_of(tried.verb)
-        if match[0] not in known and "merge" in line:
+        if match[0] not in known and re.search(r"\bmerge\b", line):
             verb, known = "merge", parameters_of("merge")
         if match[0] not in known:
             raise BadAdvice(f"{match[0]} is not an option of {tried.verb}, and {line!r} does not speak of merge")
@@ -172,15 +171,13 @@ def _options(text, tried):
             word = WORD.match(text, match.end())
             if word is not None:
                 end, value = word.end(), shlex.split(word[1])[0].rstrip(".:")
-        is_given = any(part == match[0] or part.startswith(f"{match[0]}=") for part in tried.arguments)
-        if is_given and (value is None or value in tried.arguments):
-            removed = re.search(r"\bwithout $", text[: match.start()]) is not None
-            if not removed:
+        removed = text[: match.start()].endswith("without ")
+        if {*known[match[0]].opts, *known[match[0]].secondary_opts} & set(tried.arguments) and not removed:
+            in_brackets = text.rfind("(", 0, match.start()) > text.rfind(")", 0, match.start())
+            if value is None or value in tried.arguments or not in_brackets:
                 continue  # the message speaks of what was given
-        else:
-            removed = False
         change = (verb, match[0], value, removed)
-        if last == match.start() - 1 and text[last] == " " and groups:
+        if groups and text[last : match.start()] in (" ", " without "):
             groups[-1].append(change)
         else:
             groups.append([change])
@@ -202,6 +199,19 @@ def _settings(text):
 
 def _keywords(text):
     return [Advice("keyword", match[0], (match[1], text)) for match in KEYWORD.finditer(text)]
+
+
+def _without_options(arguments, key):
+    """Return the arguments of a merge without the options that set a key of a recipe, which has it now."""
+    inside = {key, *(AlignSettings.model_fields if key == "align" else ())}
+    known = {name: option for name, option in parameters_of("merge").items() if recipe_field(option.name) in inside}
+    kept, words = [], iter(arguments)
+    for word in words:
+        if word not in known:
+            kept.append(word)
+        elif not known[word].is_flag:
+            next(words)
+    return kept
 
 
 # --- following -------------------------------------------------------------------------------------------------------
@@ -231,6 +241,8 @@ class Follower:
                 again = self._try(piece, tried)
             except BadAdvice as error:
                 raise BadAdvice(f"{piece.kind} {piece.text!r}: {error}\nof\n{tried}") from error
+            if again is not None and again.status == 2:
+                raise BadAdvice(f"{piece.kind} {piece.text!r} of\n{tried}\nis not a command:\n{again}")
             if again is not None and again.status:
                 try:
                     self.follow(again, (*earlier, tried))
@@ -257,10 +269,10 @@ class Follower:
             word = match[0]
             if word in ("OUT", "ADAPTER"):
                 return str(self._new(word.lower()))
-            if word in ("A", "B", "FOLDER", "MODEL"):
-                return models[-1] if word != "A" else models[0]
-            if word == "OTHER":
-                return models[-1]
+            if word in ("A", "B", "OTHER"):
+                return models[0 if word == "A" else -1]
+            if word == "FOLDER":  # the one that the message names, beside those of the command
+                return str(Path(models[-1]).parent / re.search(r"error: (\S+) ", tried.output)[1])
             if word == "MERGE":
                 return str(self._merge(tried))
             if word not in self.placeholders:
@@ -272,11 +284,9 @@ class Follower:
     def _models(self, tried):
         """Return the models that a command names, those of its recipe if it has one."""
         known, words, positional = parameters_of(tried.verb), iter(tried.arguments[1:]), []
-        short = {name: option for option in known.values() for name in option.opts}
         for word in words:
             if word.startswith("-"):
-                option = (known | short).get(word)
-                if option is not None and not option.is_flag:
+                if word in known and not known[word].is_flag:
                     next(words, None)
             else:
                 positional.append(word)
@@ -302,8 +312,9 @@ class Follower:
             option = parameters_of(verb)[name]
             if not option.is_flag and value is None:
                 value = name.removeprefix("--").upper()
-            if name in arguments and (removed or not option.multiple):
-                at = arguments.index(name)
+            given = next((word for word in (*option.opts, *option.secondary_opts) if word in arguments), None)
+            if given is not None and (removed or not option.multiple):
+                at = arguments.index(given)
                 del arguments[at : at + (1 if option.is_flag else 2)]
             if not removed:
                 arguments += [name] if option.is_flag else [name, self._fill(value, tried)]
@@ -328,26 +339,25 @@ class Follower:
     def _check_hf(self, words, piece, tried):
         from huggingface_hub.cli.hf import app as hub
 
-        command, words, context = typer.main.get_command(hub), words[1:], None
+        command, words, context = hub, words[1:], None
         try:
-            while True:
+            while hasattr(command, "commands"):
                 context = command.make_context(command.name, list(words), parent=context)
-                if not hasattr(command, "commands"):
-                    return
                 _, command, words = command.resolve_command(context, [*context._protected_args, *context.args])
+            command.make_context(command.name, list(words), parent=context)
         except Exception as error:  # of click, which typer brings along
             raise BadAdvice(f"hf does not take it: {error!r}") from error
 
     def _check_pip(self, words, piece, tried):
         from packaging.requirements import InvalidRequirement, Requirement
 
-        extras = metadata.metadata("hf-rebasin").get_all("Provides-Extra")
+        extras = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
         for word in words[2:]:
             try:
                 requirement = Requirement(word)
             except InvalidRequirement as error:
                 raise BadAdvice(f"pip cannot read {word!r}: {error}") from error
-            if requirement.name == "hf-rebasin" and not requirement.extras <= set(extras):
+            if requirement.name == "hf-rebasin" and not requirement.extras <= extras:
                 raise BadAdvice(f"hf-rebasin has the extras {extras}")
 
     def _check_python(self, words, piece, tried):
@@ -416,12 +426,12 @@ class Follower:
         likeness, place, old = max(
             (SequenceMatcher(None, name, word).ratio(), place, word)
             for place, text in enumerate(texts)
-            for word in re.findall(r"[\w.*-]+", text)
+            for word in re.findall(r"[\w.*/-]+", text)
             if word != name
         )
         if likeness < 0.5:
             raise BadAdvice(f"nothing in the command is like {name!r}")
-        texts[place] = re.sub(rf"(?<![\w.*-]){re.escape(old)}(?![\w.*-])", name, texts[place])
+        texts[place] = re.sub(rf"(?<![\w.*/-]){re.escape(old)}(?![\w.*/-])", name, texts[place])
         if recipe is not None:
             texts[recipe] = self._write_recipe(texts.pop())
         return self._run(texts)
@@ -439,10 +449,13 @@ class Follower:
         recipe = next((i for i, word in enumerate(arguments) if word.endswith(".yaml")), None)
         if recipe is not None:
             content = yaml.safe_load(Path(arguments[recipe]).read_text())
+            content["data"] = (
+                {"dataset": content["data"]} if isinstance(content.get("data"), str) else content.get("data")
+            )
             inner = content if key in Recipe.model_fields else content["data"]
             inner[key] = yaml.safe_load(value)
             arguments[recipe] = self._write_recipe(yaml.safe_dump(content))
-            return self._run(arguments)
+            return self._run(_without_options(arguments, key))
         if key not in Recipe.model_fields:
             return self._run([*arguments, "-d", f"{key}={value}"])
         known = parameters_of(tried.verb)

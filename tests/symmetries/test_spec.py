@@ -92,7 +92,7 @@ def test_a_norm_without_readers_holds_its_stream():
 @pytest.mark.parametrize(
     ("given", "shapes", "says"),
     [
-        (table(), SHAPES | {"0.wieght": (6, 4)}, r"no row for 0.wieght \(6, 4\); did you mean '0.weight'"),
+        (table(), SHAPES | {"0.wieght": (6, 4)}, r"no row for 0.wieght \(6, 4\); the nearest one is '0.weight'"),
         (
             table({"*.weight": "_, _", "0.*": "_, _"}),
             {"0.0": (1, 1), "0.weight": (6, 4)},

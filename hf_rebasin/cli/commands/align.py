@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ...errors import OptionError
+from ...errors import OptionError, SpecError
 from ..options import (
     MODEL,
     Assume,
@@ -57,6 +57,7 @@ def align(
     from ...modules.distributed import is_main_process
     from ...publishing.record import MergeRecord, make_provenance, pinned_settings, record_inputs
     from ...solving.align import align as align_models
+    from ...symmetries.detection import detect_spec
     from .. import output
 
     if out is None and alignment is None:
@@ -71,6 +72,14 @@ def align(
     a, b = open_checkpoints([fixed, moving])
     if out is not None:
         refuse_out(out, overwrite, (*a.sources, *b.sources))
+    if out is not None and backbone_only:
+        try:
+            detect_spec(b)
+        except SpecError as error:
+            raise SpecError(
+                f"{moving} cannot be moved as a whole: {error}. Write the alignment of its backbone alone: "
+                "--alignment FILE.safetensors without --out"
+            ) from error
     batches, device = load_batches(read_data_options(data, data_option, "--data"), a), find_device()
     settings = {
         "solver": solver,
