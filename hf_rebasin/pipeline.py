@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .checkpoints.checkpoint import Checkpoint
-from .checkpoints.folder import refuse_target
+from .checkpoints.target import refuse_target
 from .errors import HubError, OptionError
 from .modules.distributed import is_main_process, wait_for_everyone
 from .modules.functional import Device
 from .publishing.record import add_report, record_merge, start_hashing
-from .publishing.upload import Published, publish_from_settings, refuse_unready
+from .publishing.upload import Published, publish_from_settings, publishing_command, refuse_unready
 from .recipes.assessment import assess
 from .recipes.recipe import Recipe
 from .recipes.runner import MergeResult, open_models, run_merge
@@ -116,8 +116,7 @@ def run_recipe(
         try:
             published = publish_from_settings(recipe.publish, target, template=card_template, progress=progress)
         except HubError as error:  # the merge, which took long, is not lost
-            raise HubError(
-                f"{error}. The merge is in {target}: publish it with hf-rebasin publish {target} {recipe.publish.to}"
-            ) from error
+            again = publishing_command(recipe.publish, target, card_template)
+            raise HubError(f"{error}. The merge is in {target}: publish it with {again}") from error
     wait_for_everyone()
     return RecipeResult(folder=target, merged=result, report=assessment, published=published)

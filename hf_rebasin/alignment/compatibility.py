@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TypeAlias
+from typing import TypeAlias, get_args
 
 import torch
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..errors import CheckpointError, MismatchError, SpecError, listed
+from ..errors import CheckpointError, MismatchError, OptionError, SpecError, listed
 from ..symmetries.detection import detect_spec
 from ..symmetries.spec import Spec
 from ..symmetries.table import canonical_view, table_for
@@ -24,7 +24,8 @@ from .groups.permutation import Element as Permutation
 from .rows import Vocabulary, cut_to_common, find_row_match, find_token_order, give_rows, match_rows
 from .settings import flatten, refuse_other_settings
 
-Assumption: TypeAlias = str  # "config", "config:KEY" for one setting, "labels" or "vocabulary"
+ASPECTS = ("config", "labels", "vocabulary")
+Assumption: TypeAlias = str  # one of these, or "config:KEY" for one setting
 
 
 def make_compatible(
@@ -85,8 +86,13 @@ def match_models(
 
     The first model changes only with `vocabulary="common"`, which cuts its padding to the rows that all models have.
     See `make_compatible` for the arguments.
+
+    Raises:
+        OptionError: an unknown word in `assume` or for `vocabulary`.
+        MismatchError: the models are not compatible.
     """
     assume, matched = set(assume), []
+    _refuse_unknown(assume, vocabulary)
     if vocabulary == "common":
         with _advice_where_it_helps(first, others):
             first = cut_to_common(first, others)
@@ -95,6 +101,18 @@ def match_models(
         with _advice_where_it_helps(first, [other]):
             matched.append(match(other))
     return first, matched
+
+
+def _refuse_unknown(assume: Set[Assumption], vocabulary: object) -> None:
+    """Raise OptionError for words that stand for nothing, which would otherwise go unnoticed."""
+    unknown = sorted(word for word in assume if word not in ASPECTS and not word.startswith("config:"))
+    if unknown:
+        raise OptionError(
+            f"nothing called {listed(map(repr, unknown))} can be assumed; there are {listed(map(repr, ASPECTS))}, and "
+            "'config:KEY' for one setting"
+        )
+    if vocabulary is not None and vocabulary not in get_args(Vocabulary):
+        raise OptionError(f"vocabulary is {vocabulary!r}; it may be {' or '.join(map(repr, get_args(Vocabulary)))}")
 
 
 @contextmanager
@@ -159,11 +177,21 @@ def refuse_other_architecture(fixed: Checkpoint, moving: Checkpoint, assume: Set
     for setting in ("model_type", "architectures"):
         a, b = fixed.raw_config.get(setting), moving.raw_config.get(setting)
         if a and b and a != b and (setting == "model_type" or "config" not in assume):
-            hint = ". If their weights are compatible nevertheless, say so (--assume config)"
+            hint = "" if setting == "model_type" else f". {_advise_on_classes(fixed, moving)}"
             raise MismatchError(
-                f"{moving.name} has another architecture than {fixed.name}: {setting} is {b}, not {a}"
-                f"{hint if setting == 'architectures' else ''}"
+                f"{moving.name} has another architecture than {fixed.name}: {setting} is {b}, not {a}{hint}"
             )
+
+
+def _advise_on_classes(fixed: Checkpoint, moving: Checkpoint) -> str:
+    """Say how models of one type and two classes can be merged: as they are, or without their heads."""
+    try:
+        match_keys(fixed, moving)
+    except MismatchError:
+        with suppress(MismatchError):
+            match_keys(fixed, moving, backbone_only=True)
+            return f"A merge can keep the head of {fixed.name} and leave out the other (--backbone-only)"
+    return "If their weights are compatible nevertheless, say so (--assume config)"
 
 
 def _same_labels(fixed: Checkpoint, moving: Checkpoint) -> bool:

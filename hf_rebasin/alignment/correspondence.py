@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 
@@ -14,6 +15,8 @@ from ..checkpoints.model_classes import is_recomputed
 from ..errors import CheckpointError, MismatchError, listed
 from ..symmetries.table import Table, canonical_view
 
+logger = logging.getLogger(__name__)
+
 
 def tensors_equal(a: Lazy, b: Lazy) -> bool:
     """Whether two tensors are equal, read chunk by chunk."""
@@ -21,10 +24,13 @@ def tensors_equal(a: Lazy, b: Lazy) -> bool:
 
 
 def head_keys(checkpoint: Checkpoint, prefix: str) -> set[str]:
-    """Return the disk keys outside the base model; none if no key begins with the prefix."""
+    """Return the disk keys outside the base model, and those that its class has no use for.
+
+    None are outside if no key begins with the prefix.
+    """
     names = checkpoint.usual_names
     inside = {key for key in checkpoint.parts if names.get(key, key).startswith(prefix)}
-    return set(checkpoint.parts) - inside if inside else set()
+    return (set(checkpoint.parts) - inside if inside else set()) | set(checkpoint.unused)
 
 
 def untie_like(first: Checkpoint, others: Sequence[Checkpoint]) -> Checkpoint:
@@ -40,6 +46,18 @@ def untie_like(first: Checkpoint, others: Sequence[Checkpoint]) -> Checkpoint:
             if has_both and not tensors_equal(other.parts[target], other.parts[source]):
                 to_untie[target] = source
     return first.apart(to_untie) if to_untie else first
+
+
+def untie_for_merge(first: Checkpoint, others: Sequence[Checkpoint]) -> Checkpoint:
+    """Return the model that a merge has the keys of, see `untie_like`; note what it stores separately."""
+    separate = untie_like(first, others)
+    for target in separate.parts.keys() - first.parts.keys():
+        having = [other.name for other in others if target in other.parts]
+        logger.info(
+            "the merge stores %s separately, though %s ties it to %s, because it differs from that in %s",
+            *(target, first.name, first.ties[target], listed(having)),
+        )
+    return separate
 
 
 def match_keys(

@@ -9,16 +9,18 @@ setting decides.
 
 from __future__ import annotations
 
+import ast
 import fnmatch
 import hashlib
 import inspect
 import json
 import logging
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.folder import write_atomically
+from ..checkpoints.model_classes import find_named_class
 from ..errors import CheckpointError, MismatchError, listed, nearest
 from ..modules.miniature import Miniature, Trial
 
@@ -40,18 +43,21 @@ NOT_COMPARED = (
     *("id2label", "*_id2label", "label2id", "num_labels", "_num_labels", "task_specific_params"),
     *("*attn_implementation*", "*experts_implementation*", "return_dict", "output_attentions", "output_hidden_states"),
 )
-# Where nothing can be tried and no code read, settings of these names are known to matter in training alone.
+# Where nothing can be tried, settings of these names are known to matter in training and generation alone, though
+# code reads them.
 TRAINING = (
     *("*drop*", "initializer_*", "use_cache", "problem_type", "finetuning_task", "gradient_checkpointing"),
-    *("*_token_id", "chunk_size_feed_forward", "output_router_logits", "router_aux_loss_coef"),
+    *("chunk_size_feed_forward", "output_router_logits", "router_aux_loss_coef"),
+    *(f"{name}_token_id" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask", "decoder_start", "forced_*")),
 )
+TRAINING_REASON = "its name is that of a setting for training or generation"
 ABSENT: Any = object()  # in place of the value of a setting that is not there
 SMALL = (0, 1, 2, 3, 4, 8)  # numbers that take effect on inputs of 16 tokens, if they ever do
 SHORT = 8
 TOKEN_ID = re.compile(r"token_(id|index)$")
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 SHARED_CODE = ("modeling_rope_utils", "masking_utils", "activations", "modeling_attn_mask_utils")
-METHOD = 1  # changes with what is tried, so that earlier answers are not used
+METHOD = 2  # changes with what is tried, so that earlier answers are not used
 
 
 @dataclass(frozen=True)
@@ -167,14 +173,22 @@ def flatten(settings: Mapping[str, Any], inside: str = "") -> dict[str, Any]:
 
 
 def _find_evidence(fixed: Checkpoint, moving: Checkpoint) -> Evidence:
-    """Return what is known of the class of two models; of the code next to them, where transformers has no class."""
+    """Return what is known of the class of two models; of the code next to them, where transformers has no class.
+
+    A model with code of its own may name a type that transformers knows, but its class is another one.
+    """
     settings = (fixed.settings, moving.settings)
-    if fixed.config is not None and moving.config is not None:
+    own_code = any("auto_map" in model.raw_config and _names_no_class(model) for model in (fixed, moving))
+    if fixed.config is not None and moving.config is not None and not own_code:
         with suppress(CheckpointError):  # a class that this version of transformers does not have
             parameters = max(sum(part.numel for part in model.parts.values()) for model in (fixed, moving))
             return Evidence(fixed.owner, settings, parameters)
-    files = [file for model in (fixed, moving) if model.folder for file in sorted(model.folder.glob("*.py"))]
-    return Evidence(None, settings, 0, "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files))
+    files = [file for model in (fixed, moving) if model.folder for file in sorted(model.folder.rglob("*.py"))]
+    return Evidence(None, settings, 0, [file.read_text(encoding="utf-8", errors="replace") for file in files])
+
+
+def _names_no_class(model: Checkpoint) -> bool:
+    return model.config is None or find_named_class(model.config) is None
 
 
 class Evidence:
@@ -184,10 +198,10 @@ class Evidence:
         owner: transformers class; None where there is none.
         settings: settings of the two models.
         parameters: number of parameters of the larger one.
-        code: source code of the class where it comes with the models.
+        code: files of source code of the class where they come with the models.
     """
 
-    def __init__(self, owner: Any, settings: Sequence[Mapping[str, Any]], parameters: int, code: str = ""):
+    def __init__(self, owner: Any, settings: Sequence[Mapping[str, Any]], parameters: int, code: Sequence[str] = ()):
         self.owner, self.settings, self.parameters, self.code = owner, settings, parameters, code
 
     def effect_of(self, key: str, *values: Any) -> Effect:
@@ -203,15 +217,19 @@ class Evidence:
 
     def _guess(self, key: str) -> Effect:
         """Judge a setting of a class that cannot be run, by its code and its name."""
-        name = key.rpartition(".")[2]
-        if self.code:
-            return self._read(key, self.code, "the code next to the model")
-        if any(fnmatch.fnmatch(name, pattern) for pattern in TRAINING):
-            return Effect(False, "its name is that of a setting for training")
-        return Effect(True, "there is no class to try it in")
+        if not self.code:
+            is_training = _is_for_training(key)
+            return Effect(not is_training, TRAINING_REASON if is_training else "there is no class to try it in")
+        effect = self._read(key, "\n".join(self.code), "the code next to the model")
+        if effect.matters or not (owners := {owner for text in self.code for owner in _imported_classes(text)}):
+            return effect
+        code = "\n".join(map(_source_of, sorted(owners, key=repr)))
+        return self._read(key, code, "the code next to the model, or that of transformers which it builds on,")
 
     def _read(self, key: str, code: str, where: str) -> Effect:
         """Judge a setting by whether code reads it."""
+        if _is_for_training(key):
+            return Effect(False, TRAINING_REASON)
         name = key.rpartition(".")[2]
         names = {
             name,
@@ -242,8 +260,9 @@ class Evidence:
     def _try(self, key: str, values: Sequence[Any]) -> Effect:
         try:
             contexts = self.contexts
-        except CheckpointError as error:
-            return self._read(key, _source_of(self.owner), f"{error}, and its code")
+        except CheckpointError:
+            why = f"no small {self.owner.__name__} can be run, and its code"
+            return self._read(key, _source_of(self.owner), why)
         name, legal, untried = self.owner.__name__, 0, False
         for miniature, settings, base in contexts:
             untried = untried or bool(miniature.base.untried and not key.startswith("text_config."))
@@ -365,6 +384,31 @@ def _with(settings: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
     else:
         changed[name] = value
     return changed
+
+
+def _is_for_training(key: str) -> bool:
+    return any(fnmatch.fnmatch(key.rpartition(".")[2], pattern) for pattern in TRAINING)
+
+
+def _imported_classes(code: str) -> Iterator[Any]:
+    """Yield the classes of transformers, models and their layers, that code imports by name."""
+    try:
+        nodes = list(ast.walk(ast.parse(code)))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # of another Python, or nested too deeply
+        return
+    for node in nodes:
+        if (
+            not isinstance(node, ast.ImportFrom)
+            or node.level
+            or (node.module or "").partition(".")[0] != "transformers"
+        ):
+            continue
+        for alias in node.names:
+            owner = None
+            with suppress(ImportError, RuntimeError, AttributeError):  # of another version, or with missing libraries
+                owner = getattr(import_module(str(node.module)), alias.name)
+            if isinstance(owner, type) and re.match(r"transformers\.models\..*modeling_", owner.__module__):
+                yield owner
 
 
 @lru_cache

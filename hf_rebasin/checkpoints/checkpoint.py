@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,32 +22,20 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, listed
 from ..text import byte_size
 from . import hub
-from .conversion import (
-    OLD_SPELLINGS,
-    PARALLEL,
-    WRAPPERS,
-    ClassLayout,
-    Loading,
-    class_layout,
-    describe_misfit,
-    unwrap,
-)
+from .conversion import ClassLayout, class_layout, describe_wrappers, unwrap, without_old_spellings
 from .folder import (
-    ADAPTER_FILES,
     copy_side_files,
     list_module_folders,
+    list_module_weights,
     list_side_files,
-    read_json,
     read_tensors,
-    record_dtype,
-    refuse_target,
-    replace_folder,
-    resolve_target,
     write_checksums,
     write_tensors,
 )
-from .formats import dequantising_call, explain_adapter_beside, refuse_pointers, refuse_unmerged
+from .formats import ADAPTER_CONFIG, dequantising_call, explain_adapter_beside, refuse_pointers, refuse_unmerged
+from .json_files import read_json, record_dtype
 from .lazy import InMemory, Lazy, Tensors, lazy_parts, pin_parts
+from .loading import Loading, describe_misfit, refuse_worse_loading
 from .model_classes import (
     build_config,
     build_without_weights,
@@ -67,6 +55,7 @@ from .model_classes import (
     to_disk_keys,
 )
 from .precision import all_finite, compute_dtype
+from .target import refuse_target, replace_folder, resolve_target
 
 Prefix: TypeAlias = str | tuple[str, ...] | None  # what comes before the base model's keys; None is the class's own
 
@@ -162,17 +151,20 @@ class Checkpoint:
             folder = Path(source).expanduser()
         except RuntimeError as error:
             raise CheckpointError(f"{source} cannot be a folder: {error}") from error
+        if folder.is_file():
+            raise CheckpointError(f"{source} is a file, and a model is a folder; give the one that it is in")
         if folder.is_dir() and revision is not None:
             raise CheckpointError(f"{source} is a local folder, which has no revision {revision!r}")
         commit, parts = None, None
         if not folder.is_dir():
             folder, commit, parts = hub.fetch_model(str(source), revision, token, values=values, progress=progress)
         side_files = list_side_files(folder)  # refuses links that lead out of the folder
-        refuse_pointers(folder, [*side_files, *folder.glob("model*"), *folder.glob("pytorch_model*")])
+        weights = [*folder.glob("model*"), *folder.glob("pytorch_model*"), *list_module_weights(folder)]
+        refuse_pointers(folder, [*side_files, *weights])
         tensors: Mapping[str, Lazy] = read_tensors(folder) if parts is None else parts
         written = read_config(folder)
-        if (folder / ADAPTER_FILES[0]).is_file():
-            raise explain_adapter_beside(str(source), folder, read_json(folder / ADAPTER_FILES[0]))
+        if (folder / ADAPTER_CONFIG).is_file():
+            raise explain_adapter_beside(str(source), read_json(folder / ADAPTER_CONFIG), commit)
         if "auto_map" not in written:  # else its own code may have layers with adapters
             refuse_unmerged(str(source), {key: part.shape for key, part in tensors.items()})
         return Checkpoint(
@@ -272,13 +264,20 @@ class Checkpoint:
         if self.layout is not None:
             names = self.layout.usual_names(self.parts)
         else:
-            names = dict(zip(self.parts, _without_old_spellings(self.parts), strict=True))
+            names = dict(zip(self.parts, without_old_spellings(self.parts), strict=True))
         return {key: name for key, name in names.items() if key != name}
 
     @cached_property
     def passed_over(self) -> Collection[str]:
         """Its disk keys that its class declares to be of no account, as they are recomputed."""
         return () if self.layout is None else self.layout.ignored(self.parts)
+
+    @cached_property
+    def unused(self) -> Collection[str]:
+        """Its disk keys that its class has no use for, such as a value head, or a pooler of another class."""
+        if self.layout is None:
+            return ()
+        return self.parts.keys() - self.layout.find_tensors(self.parts).keys() - set(self.passed_over)
 
     @cached_property
     def owner(self) -> Any:
@@ -395,28 +394,11 @@ class Checkpoint:
     def _check_output(self, folder: Path, out: str | os.PathLike[str]) -> None:
         """Refuse a written folder that transformers loads less well than the model it was made of."""
         written, origin = Checkpoint.open(folder), self.origin or self
-        loading = written.loading
-        if isinstance(loading, str):
-            if self.raw_config:
-                logger.info("%s was not checked against a class: %s", out, loading)
-            return
-        before = origin.loading if isinstance(origin.loading, Loading) else loading
-        problems = []
-        if missing := sorted(loading.missing - before.missing):
-            problems.append(f"it lacks {listed(missing)}")
-        if unexpected := sorted(loading.unexpected - before.unexpected):
-            problems.append(f"it has {listed(unexpected)}, which the class has not")
-        if loading.mismatched or loading.failed:
-            problems.append(describe_misfit(loading, written.config))
-        if problems:
-            raise CheckpointError(
-                f"{out} was not written, as it would not load into {loading.owner} as {origin.name} does: "
-                f"{'; '.join(problems)}"
-            )
-        notes = [f"{listed(sorted(loading.missing))} newly initialised"] if loading.missing else []
-        notes += [f"{listed(sorted(loading.unexpected))} left out"] if loading.unexpected else []
-        if notes:
-            logger.info("%s is loaded by %s with %s, as %s is", out, loading.owner, " and ".join(notes), origin.name)
+        if isinstance(written.loading, Loading):
+            before = origin.loading if isinstance(origin.loading, Loading) else written.loading
+            refuse_worse_loading(written.loading, before, written.config, str(out), origin.name)
+        elif self.raw_config:
+            logger.info("%s was not checked against a class: %s", out, written.loading)
 
     # --- out -----------------------------------------------------------------------------------------------------
 
@@ -515,7 +497,8 @@ class Checkpoint:
         if len(self.dtypes) == 1:
             (dtype,) = self.dtypes
             misleading = {part.dtype for part in self.parts.values() if part.dtype.is_floating_point} != {dtype}
-            record_dtype(folder / "config.json", str(dtype).removeprefix("torch."), add=misleading)
+            changed = self.origin is not None and self.origin.dtypes != {dtype}  # other engines read it there alone
+            record_dtype(folder / "config.json", str(dtype).removeprefix("torch."), add=misleading or changed)
 
 
 def _unwrap(parts: Mapping[str, Lazy], written: Mapping[str, Any], folder: Path, name: str) -> dict[str, Lazy]:
@@ -526,27 +509,8 @@ def _unwrap(parts: Mapping[str, Lazy], written: Mapping[str, Any], folder: Path,
 
     names = unwrap(parts, layout)
     if names:
-        dropped = {part for key, short in names.items() for part in key.split(".") if part not in short.split(".")}
-        tools = sorted({WRAPPERS.get(part, "training in parallel") for part in dropped})
-        logger.info(
-            "%s: %s, which %s puts into names, is taken off %d of %d tensors",
-            name,
-            listed(f"{part}." for part in sorted(dropped)),
-            " and ".join(tools),
-            len(names),
-            len(parts),
-        )
+        logger.info("%s: %s is taken off %d of %d tensors", name, describe_wrappers(names), len(names), len(parts))
     return {names.get(key, key): part for key, part in parts.items()}
-
-
-def _without_old_spellings(keys: Iterable[str]) -> Iterator[str]:
-    """Yield the keys of a model without a known class as torch and transformers would write them now."""
-    keys = list(keys)
-    while keys and all(key.startswith(f"{PARALLEL}.") for key in keys):
-        keys = [key.removeprefix(f"{PARALLEL}.") for key in keys]
-    for key in keys:
-        old = next((old for old in OLD_SPELLINGS if key.endswith(old)), None)
-        yield key if old is None else key.removesuffix(old) + OLD_SPELLINGS[old]
 
 
 Source: TypeAlias = str | os.PathLike[str] | nn.Module | Mapping[str, Tensor] | Checkpoint

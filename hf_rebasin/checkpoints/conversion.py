@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, NamedTuple, TypeVar
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, listed
 from .lazy import InMemory, Lazy
+from .loading import Loading
 from .model_classes import build_without_weights, find_class, find_ties, quiet_transformers, to_disk_keys
 
 _Key = TypeVar("_Key")
@@ -56,25 +56,6 @@ class LoadedAs(NamedTuple):
 
     key: str
     pattern: str | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loading:
-    """What does not fit when transformers loads a model.
-
-    Args:
-        owner: name of the class.
-        missing: tensors of the class, by module keys, that are newly initialised.
-        unexpected: tensors that the class has no use for.
-        mismatched: `{module key: (shape, shape that the class has)}`.
-        failed: module keys of tensors that cannot be converted.
-    """
-
-    owner: str
-    missing: frozenset[str]
-    unexpected: frozenset[str]
-    mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
-    failed: frozenset[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +158,11 @@ class ClassLayout:
     # --- values --------------------------------------------------------------------------------------------------
 
     def load(self, parts: Mapping[str, Lazy]) -> Loading:
-        """Load tensors as transformers does, without their values, and return what does not fit."""
+        """Load tensors as transformers does, without their values, and return what does not fit.
+
+        Raises:
+            CheckpointError: transformers fails.
+        """
         shapes = frozenset((key, part.shape) for key, part in parts.items())
         return _remember(self._loaded, shapes, partial(self._load, parts))
 
@@ -190,10 +175,13 @@ class ClassLayout:
         settings = LoadStateDictConfig(
             device_map={"": torch.device("meta")}, weight_mapping=get_model_conversion_mapping(module)
         )
-        with quiet_transformers():
-            info, _ = convert_and_load_state_dict_in_model(module, _without_values(parts), settings)
-            module.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
-            module._adjust_missing_and_unexpected_keys(info)
+        try:
+            with quiet_transformers():
+                info, _ = convert_and_load_state_dict_in_model(module, _without_values(parts), settings)
+                module.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+                module._adjust_missing_and_unexpected_keys(info)
+        except Exception as error:  # the code of several hundred families may raise anything
+            raise CheckpointError(f"transformers cannot load it into {type(module).__name__}: {error!r}") from error
         return Loading(
             owner=type(module).__name__,
             missing=frozenset(info.missing_keys),
@@ -341,49 +329,6 @@ def class_layout(config: Any, tensors: int) -> ClassLayout:
     return _remember(_layouts, key, lambda: ClassLayout(config, build_without_weights(config, tensors)))
 
 
-def describe_misfit(loading: Loading, config: Any) -> str:
-    """Describe the tensors that cannot be loaded, with the setting that gives the first of them another shape."""
-    if not loading.mismatched:
-        return f"transformers cannot make {listed(sorted(loading.failed))} of its tensors"
-    key, (shape, expected) = min(loading.mismatched.items())
-    more = f" (and {len(loading.mismatched) - 1} more do not fit)" if len(loading.mismatched) > 1 else ""
-    setting = next(_settings_that_fit(key, shape, expected, config), None)
-    cause = (
-        "its config.json makes it" if setting is None else f"with {setting[0]} {setting[1]} its config.json makes it"
-    )
-    return f"{key} is {shape}{more}, and {cause} {expected}; correct the one or the other"
-
-
-def _settings_that_fit(
-    key: str, shape: tuple[int, ...], expected: tuple[int, ...], config: Any
-) -> Iterator[tuple[str, int]]:
-    """Yield (setting, value) of a configuration that would give a tensor its shape with another value."""
-    if len(shape) != len(expected):
-        return
-    pairs = {(own, other) for own, other in zip(expected, shape, strict=True) if own != other}
-    for path, value in _numbers(config.to_dict()):
-        for own, other in pairs:
-            if value != own:
-                continue
-            changed = copy.deepcopy(config)
-            part = changed
-            for name in path[:-1]:
-                part = getattr(part, name)
-            setattr(part, path[-1], other)
-            with suppress(CheckpointError):
-                if tuple(build_without_weights(changed, 0).state_dict()[key].shape) == shape:
-                    yield ".".join(path), value
-
-
-def _numbers(settings: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
-    """Yield (path, value) of the integers of a configuration and of the configurations in it."""
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and name.endswith("config"):
-            yield from _numbers(value, (*path, name))
-        elif type(value) is int:
-            yield (*path, name), value
-
-
 def unwrap(keys: Collection[str], layout: Callable[[], ClassLayout | None]) -> dict[str, str]:
     """Return `{key: key without the modules that training tools wrap around others}`, for the keys that have such.
 
@@ -417,3 +362,20 @@ def _without_parallel(names: dict[str, str], layout: ClassLayout) -> dict[str, s
     shorter = {name: ".".join(part for part in name.split(".") if part != PARALLEL) for name in names.values()}
     known = layout.find_tensors({*shorter, *shorter.values()})
     return {key: name if name in known or shorter[name] not in known else shorter[name] for key, name in names.items()}
+
+
+def describe_wrappers(names: Mapping[str, str]) -> str:
+    """Describe what was taken off names, `{key: key without wrappers}`, and which tools had put it there."""
+    dropped = {part for key, short in names.items() for part in key.split(".") if part not in short.split(".")}
+    tools = sorted({WRAPPERS.get(part, "training in parallel") for part in dropped})
+    return f"{listed(f'{part}.' for part in sorted(dropped))} in names, put there by {' and '.join(tools)},"
+
+
+def without_old_spellings(keys: Iterable[str]) -> Iterator[str]:
+    """Yield the keys of a model without a known class as torch and transformers would write them now."""
+    keys = list(keys)
+    while keys and all(key.startswith(f"{PARALLEL}.") for key in keys):
+        keys = [key.removeprefix(f"{PARALLEL}.") for key in keys]
+    for key in keys:
+        old = next((old for old in OLD_SPELLINGS if key.endswith(old)), None)
+        yield key if old is None else key.removesuffix(old) + OLD_SPELLINGS[old]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, listed
+from .side_files import holds_weights, is_training_state
 
 POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins that git lfs has not fetched
 PIPELINE = "model_index.json"  # of diffusers
@@ -27,15 +28,12 @@ PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNIN
 # What PEFT adds to the keys of the layers that it wraps.
 ADAPTER_KEY = re.compile(r"(^|\.)(base_layer|lora_(A|B|embedding_A|embedding_B|magnitude_vector))(\.|$)")
 PEFT_PREFIX = "base_model.model."
-# Weights that are not in a format, or under a name, that is read here.
-OTHER_WEIGHTS = ("gguf", "h5", "msgpack", "pth", "pt", "ckpt", "bin", "safetensors", "onnx", "npz")
-NOT_WEIGHTS = re.compile(r"(^|/)(optimizer|scheduler|scaler|rng_state|training_args)[^/]*$")
 VARIANT = re.compile(r"^(?:model|pytorch_model)(?:-\d+-of-\d+)?\.(\w+)\.(?:safetensors|bin)$")
 
 
 def refuse_pointers(folder: Path, files: Iterable[Path]) -> None:
     """Raise CheckpointError for files that git lfs has not fetched: a clone without it has pointers in their place."""
-    pointers = [file.name for file in dict.fromkeys(files) if _is_pointer(file)]
+    pointers = [file.relative_to(folder).as_posix() for file in dict.fromkeys(files) if _is_pointer(file)]
     if pointers:
         raise CheckpointError(
             f"{listed(pointers)} of {folder} {'is a pointer' if len(pointers) == 1 else 'are pointers'} of git lfs, "
@@ -73,11 +71,11 @@ def explain_missing_weights(
         )
     if ADAPTER_CONFIG in top:
         return explain_adapter(name, adapter())
-    seen = [file for file in top if file.endswith(OTHER_WEIGHTS) and not NOT_WEIGHTS.search(file)]
+    seen = [file for file in top if holds_weights(file) and not is_training_state(file)]
     advice = _advise(name, seen, models)
     return CheckpointError(
-        f"{name} has no weights that can be merged: no model.safetensors and no model.safetensors.index.json, only "
-        f"{listed(seen or top) or 'nothing'}; {advice}"
+        f"{name} has no weights that can be merged: no model.safetensors and no model.safetensors.index.json, "
+        f"{f'only {listed(seen or top)}' if top else 'and no other file'}; {advice}"
     )
 
 
@@ -146,21 +144,25 @@ def _merging_call(config: Mapping[str, Any], base: str, adapter: str) -> str:
     )
 
 
-def explain_adapter_beside(name: str, folder: Path, config: Mapping[str, Any]) -> CheckpointError:
-    """Return the error for a whole model with an adapter beside it: which of them is meant has to be said."""
-    if Path(name).expanduser().is_dir():
-        place = shlex.quote(str(folder))
-        apart = f"mkdir ADAPTER && mv {place}/adapter_* ADAPTER/"
+def explain_adapter_beside(source: str, config: Mapping[str, Any], commit: str | None = None) -> CheckpointError:
+    """Return the error for a whole model with an adapter beside it: which of them is meant has to be said.
+
+    Args:
+        source: folder, or id of a repository.
+        config: the adapter's configuration.
+        commit: commit of the repository; None for a folder.
+    """
+    if commit is None:
+        model, place = source, "the folder"
+        apart = f"mkdir ADAPTER && mv {shlex.quote(str(Path(source).expanduser()))}/adapter_* ADAPTER/"
     else:
-        name, repo = "MODEL", name
-        apart = (
-            f"hf download {repo} --exclude 'adapter_*' --local-dir MODEL; "
-            f"hf download {repo} --include 'adapter_*' --local-dir ADAPTER"
-        )
+        model, fetch = "MODEL", f"hf download {source} --revision {commit}"
+        place = model
+        apart = f"{fetch} --exclude 'adapter_*' --local-dir MODEL; {fetch} --include 'adapter_*' --local-dir ADAPTER"
     return CheckpointError(
-        f"{folder} holds a whole model and an adapter beside it ({ADAPTER_CONFIG}), which from_pretrained would put "
-        f"on; keep them apart ({apart}), and give {'the folder' if name != 'MODEL' else name} for the model alone, or "
-        f"merge the adapter into it first: {_merging_call(config, repr(name), repr('ADAPTER'))}"
+        f"{source} holds a whole model and an adapter beside it ({ADAPTER_CONFIG}), which from_pretrained would put "
+        f"on; keep them apart ({apart}), and give {place} for the model alone, or merge the adapter into it first: "
+        f"{_merging_call(config, repr(model), repr('ADAPTER'))}"
     )
 
 
@@ -190,7 +192,7 @@ def dequantising_call(name: str, config: Mapping[str, Any], narrow: bool) -> str
     """
     settings = config.get("quantization_config")
     method = settings.get("quant_method") if isinstance(settings, Mapping) else None
-    owner = (config.get("architectures") or ["AutoModel"])[0]
+    owner = next((name for name in config.get("architectures") or () if name.isidentifier()), "AutoModel")
     load = f"{owner}.from_pretrained({name!r}, dtype=torch.bfloat16"
     if method == "fp8":
         return f"{load}, quantization_config=FineGrainedFP8Config(dequantize=True)).save_pretrained('OUT')"

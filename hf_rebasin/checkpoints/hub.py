@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, HubError, listed, nearest
 from .folder import (
-    ADAPTER_FILES,
     CARD,
     INDEX,
     MODULES,
@@ -26,13 +25,13 @@ from .folder import (
     OLD_SINGLE,
     SINGLE,
     list_sizes,
-    read_json,
     read_modules,
     report_left,
     select_side_files,
 )
-from .formats import explain_missing_weights
+from .formats import ADAPTER_CONFIG, explain_adapter_beside, explain_missing_weights
 from .hub_errors import LOG_IN, denies_access, refuse_token, translated_errors
+from .json_files import read_json
 from .side_files import folder_of, folders_with_weights, is_known_side_file, select_weights
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Files that tell what kind of model it is; the others to fetch depend on them.
-FETCHED_FIRST = ("config.json", ADAPTER_FILES[0], INDEX, OLD_INDEX, MODULES)
+FETCHED_FIRST = ("config.json", ADAPTER_CONFIG, INDEX, OLD_INDEX, MODULES)
 _pinned_commits: ContextVar[dict[tuple[str, str], str] | None] = ContextVar("pinned_commits", default=None)
 
 
@@ -103,6 +102,8 @@ def download(
     with _translated_read_errors(repo, commit, token), progress_bars(progress):
         folder = fetch(repo, commit, FETCHED_FIRST, token)
         files = _list_weights(repo, commit, folder)
+        if (folder / ADAPTER_CONFIG).is_file():  # before the weights are downloaded
+            raise explain_adapter_beside(repo, read_json(folder / ADAPTER_CONFIG), commit)
         sizes = list_files(repo, commit, folder)
         modules = read_modules(folder)
         side_files, left = select_side_files(sizes, modules)
@@ -192,7 +193,9 @@ def read_headers(repo: str, commit: str, folder: Path, token: str | None = None)
     files = _list_weights(repo, commit, folder)
     if not files or not files[0].endswith(".safetensors"):
         why = f"its weights are {listed(files)}, whose shapes cannot be read remotely" if files else "no weights"
-        raise CheckpointError(f"{repo} cannot be inspected without its weights: {why}; fetch it (hf download {repo})")
+        raise CheckpointError(
+            f"{repo} cannot be inspected without its weights: {why}; fetch it (hf download {repo} --revision {commit})"
+        )
     weight_map = read_json(folder / INDEX).get("weight_map", {}) if files != [SINGLE] else {}
     api = HfApi(token=token)
 
@@ -219,7 +222,7 @@ def _list_weights(repo: str, commit: str, folder: Path) -> list[str]:
     present = list_files(repo, commit, folder)
     names = _select_weights(folder, present)
     if not names:
-        raise explain_missing_weights(repo, present, partial(read_json, folder / ADAPTER_FILES[0]))
+        raise explain_missing_weights(repo, present, partial(read_json, folder / ADAPTER_CONFIG))
     return names
 
 
@@ -288,10 +291,11 @@ def _translated_read_errors(repo: str, revision: str | None, token: str | None) 
         except (HFValidationError, RepositoryNotFoundError) as error:
             if isinstance(error, HfHubHTTPError) and denies_access(error):
                 raise
-            hint = "" if isinstance(error, HFValidationError) else f"; if it is private, {LOG_IN}"
+            hint = f" ({type(error).__name__}); if it is private, {LOG_IN}"
+            if isinstance(error, HFValidationError):
+                hint = " (its name would be NAME or ORG/NAME)"
             raise CheckpointError(
-                f"{repo!r} is neither a local folder nor a repository on the Hub that can be read "
-                f"({type(error).__name__}){hint}"
+                f"{repo!r} is neither a local folder nor a repository on the Hub that can be read{hint}"
             ) from error
         except RevisionNotFoundError as error:
             names: list[str] = []

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, listed, quoted
-from .folder import read_json
+from .json_files import read_json
 from .lazy import Lazy
 
 # Suffixes of tensors that GPTQ, AWQ, bitsandbytes, compressed-tensors, ModelOpt, MXFP4, HQQ and quanto store beside

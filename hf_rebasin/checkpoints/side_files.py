@@ -24,12 +24,15 @@ WEIGHT_FILES = (
     *("*.h5", "*.keras", "*.msgpack", "*.pb", "*.pdparams", "*.params", "*.ot", "*.nemo", "*.mlmodel"),
     *("*.gguf", "*.ggml", "*.llamafile", "*.onnx", "*.onnx_data*", "*.onnx.data", "*.tflite", "*.engine"),
 )
+# Files in the formats of weights that only a training run reads.
+TRAINING_STATE = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*", "training_args*")
 # Weights that are left without a word: those of formats and states that everybody knows.
 KNOWN_WEIGHTS = (
     *("model*", "pytorch_model*", "tf_model*", "flax_model*", "rust_model*", "openvino_*", "consolidated*"),
-    *("weights*", "alignment*.safetensors", "*.gguf", "*.ggml", "*.onnx*"),
-    *("optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*", "training_args*", "adapter_model*"),
+    *("weights*", "alignment*.safetensors", "*.gguf", "*.ggml", "*.onnx*", "adapter_model*", *TRAINING_STATE),
 )
+# Objects of Python that go along as they are, such as the classifier of a SetFit model, which scikit-learn fitted.
+PICKLED_FILES = ("*.pkl", "*.pickle", "*.joblib")
 # What training and other tools leave beside a model, and what describes it for people.
 LEFTOVER_FILES = (
     *("trainer_state.json", "trainer_log.*", "training_args.*", "training_log.*", "running_log.txt"),
@@ -132,6 +135,16 @@ def holds_weights(path: str) -> bool:
     return _matches(place.name, WEIGHT_FILES) or (not place.parent.parts and _matches(place.name, ("*.npz",)))
 
 
+def is_pickled(name: str) -> bool:
+    """Whether a file of this name holds objects of Python, which may have been fitted to the model's outputs."""
+    return _matches(name, PICKLED_FILES)
+
+
+def is_training_state(name: str) -> bool:
+    """Whether a file of this name holds the state of a training run, in a format of weights."""
+    return _matches(name, TRAINING_STATE)
+
+
 def select_files(sizes: Mapping[str, int], modules: Collection[str] = ()) -> tuple[list[str], dict[str, str]]:
     """Select the files of a model besides its weights.
 
@@ -158,7 +171,7 @@ def select_files(sizes: Mapping[str, int], modules: Collection[str] = ()) -> tup
         total = sum(sizes[path] for path in unknown)
         if total > LARGE:
             left[entry] = f"has {byte_size(total)}"
-            kept = [path for path in kept if path not in unknown]
+            kept = sorted(set(kept).difference(unknown))
     return kept, left
 
 

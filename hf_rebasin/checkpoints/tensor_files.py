@@ -187,6 +187,9 @@ def read_pickle(path: Path) -> dict[str, Lazy]:
     except CheckpointError:
         raise
     except UnpicklingError as error:
+        with path.open("rb") as opened:
+            if not opened.read(2).startswith((b"PK", b"\x80")):  # neither an archive nor a pickle
+                raise CheckpointError(f"{path} cannot be read: torch.save did not write it; fetch it again") from error
         if "Weights only load failed" not in str(error):
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         raise explain_pickle(path, "cannot be read: it holds Python objects, and not tensors alone") from error

@@ -52,15 +52,25 @@ def main() -> None:
 
 
 class _Notes(logging.Handler):
-    """Shows on stderr what the package notes while it works, one line each."""
+    """Shows on stderr what the package notes while it works, one line each, and each of them once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        typer.echo(f"note: {printable(record.getMessage())}", err=True)
+        note = record.getMessage()
+        if note not in self.shown:  # a command may open and match the same models again, such as to try its advice
+            self.shown.add(note)
+            typer.echo(f"note: {printable(note)}", err=True)
 
 
 def _show_notes() -> None:
+    """Show notes in the first process; in others, without any handler, logging itself would print the warnings."""
     logger = logging.getLogger("hf_rebasin")
-    if os.environ.get("RANK", "0") == "0" and not any(isinstance(handler, _Notes) for handler in logger.handlers):
+    if os.environ.get("RANK", "0") != "0":
+        logger.addHandler(logging.NullHandler())
+    elif not any(isinstance(handler, _Notes) for handler in logger.handlers):
         logger.addHandler(_Notes())
         logger.setLevel(logging.INFO)
 

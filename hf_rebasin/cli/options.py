@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import registry
-from ..checkpoints.folder import refuse_target
+from ..checkpoints.target import refuse_target
 from ..errors import OptionError
 
 if TYPE_CHECKING:
@@ -162,9 +162,7 @@ def save_with_record(checkpoint: Checkpoint, out: Path, overwrite: bool, record:
     return out
 
 
-def load_data(
-    dataset: str, options: list[str] | None, checkpoint: Checkpoint, *, needs_labels: bool = False
-) -> Any:
+def load_data(dataset: str, options: list[str] | None, checkpoint: Checkpoint, *, needs_labels: bool = False) -> Any:
     """Open the data of --data and --data-option for a model."""
     return load_batches(read_data_options(dataset, options, "--data"), checkpoint, needs_labels=needs_labels)
 

@@ -232,7 +232,8 @@ def _input_kind(checkpoint: Checkpoint) -> Literal["text", "image"]:
     """Tell which kind of input a model takes."""
     if checkpoint.config is None or checkpoint.owner is None:
         raise CheckpointError(
-            f"{checkpoint.name} has no class that transformers knows, so its inputs are not known; in Python, give batches"
+            f"{checkpoint.name} has no class that transformers knows, so its inputs are not known; in Python, give "
+            "batches"
         )
     parameters = signature(checkpoint.owner.forward).parameters
     text, image = "input_ids" in parameters, "pixel_values" in parameters

@@ -104,9 +104,7 @@ def make_label_reader(
     )
 
 
-def _match_order(
-    name: str, column: str, names: Sequence[str], known: Mapping[str, int], advice: str
-) -> Sequence[int]:
+def _match_order(name: str, column: str, names: Sequence[str], known: Mapping[str, int], advice: str) -> Sequence[int]:
     numbers = _match_names(names, known)
     unmatched = [label for label, number in numbers.items() if number is None]
     if not unmatched:

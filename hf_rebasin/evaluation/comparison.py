@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -85,6 +85,7 @@ class Comparison:
         findings: `{aspect: finding}` for architecture, settings, labels, tokenizer, tensors and symmetries.
         difference: first difference that forbids a merge; None if there is none.
         whole: nearness of all matrices together (vectors that start from zeros or ones are near in any two models).
+        cosine: median cosine of the matrices, see `Cosines`.
         parts: nearness of all tensors, by layer, in the order of the file.
         standings: standing of the units, by symmetry; in large families only some.
         alignable: whether their symmetries are known.
@@ -97,6 +98,7 @@ class Comparison:
     findings: Mapping[str, str]
     difference: str | None = None
     whole: Nearness | None = None
+    cosine: float = 0.0
     parts: Mapping[str, Nearness] = field(default_factory=dict)
     standings: Mapping[str, Standing] = field(default_factory=dict)
     alignable: bool = False
@@ -127,12 +129,12 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict:
-        """The verdict by the units, or by the cosine of all matrices if no symmetries are known."""
+        """The verdict by the units, or by the median cosine of the matrices if no symmetries are known."""
         if self.difference is not None or self.whole is None:
             return Verdict.DIFFERENT
         if self.equal:
             return Verdict.EQUAL
-        share = self.whole.cosine if self.at_home is None else self.at_home
+        share = self.cosine if self.at_home is None else self.at_home
         if share >= 0.5:
             return Verdict.SAME_BASE
         noise = 3 * math.sqrt(self.chance) / max(self.units, 1)  # three standard deviations
@@ -144,7 +146,7 @@ class Comparison:
         if self.difference is not None or self.whole is None:
             return f"different architecture: {self.difference}"
         if self.at_home is None:
-            why = f"no symmetries are known, and the cosine of their matrices is {self.whole.cosine:.2f}"
+            why = f"no symmetries are known, and the median cosine of their matrices is {self.cosine:.2f}"
         else:
             why = f"{self.own} of {self.units} units are most alike to the one in the same place"
         text = f"{self.verdict.value}; {why}, relative distance {self.whole.distance:.2g}"
@@ -214,6 +216,7 @@ def compare_checkpoints(
     return Comparison(
         findings=findings,
         whole=_nearness(products, matrices),
+        cosine=_median_cosine(products, matrices),
         parts={layer: _nearness(products, keys) for layer, keys in layers.items()},
         standings=standings,
         alignable=alignable,
@@ -302,8 +305,22 @@ def _nearness(products: Mapping[str, Tensor], keys: list[str]) -> Nearness:
     return Nearness(math.sqrt(d) / math.sqrt(a) if a else (math.inf if d else 0.0), cosine, int(n))
 
 
-def matrix_cosines(fixed: Mapping[str, Lazy], moving: Mapping[str, Lazy]) -> tuple[float, float]:
-    """Return the cosine between all matrices of two models together, and that of the pair that is least alike.
+@dataclass(frozen=True, kw_only=True)
+class Cosines:
+    """Cosines between the matrices of two models.
+
+    Args:
+        median: half of the numbers are in pairs that are at least as alike. Unlike the cosine of all of them together,
+            it does not depend on a few with large values, such as position embeddings that nobody trains.
+        lowest: of the pair that is least alike.
+    """
+
+    median: float
+    lowest: float
+
+
+def matrix_cosines(fixed: Mapping[str, Lazy], moving: Mapping[str, Lazy]) -> Cosines:
+    """Measure the cosines between the matrices of two models.
 
     Args:
         fixed: tensors of one model.
@@ -311,8 +328,19 @@ def matrix_cosines(fixed: Mapping[str, Lazy], moving: Mapping[str, Lazy]) -> tup
     """
     keys = [key for key, part in moving.items() if part.dtype.is_floating_point and len(part.shape) > 1]
     products = {key: _products(fixed[key], moving[key]) for key in keys}
-    cosines = [_nearness(products, [key]).cosine for key in keys]
-    return _nearness(products, keys).cosine, min(cosines, default=1.0)
+    lowest = min((_nearness(products, [key]).cosine for key in keys), default=1.0)
+    return Cosines(median=_median_cosine(products, keys), lowest=lowest)
+
+
+def _median_cosine(products: Mapping[str, Tensor], keys: Iterable[str]) -> float:
+    """Return the median cosine of pairs of tensors, each of which counts as often as it has numbers."""
+    pairs = sorted((_nearness(products, [key]) for key in keys), key=lambda pair: pair.cosine)
+    middle, seen = sum(pair.elements for pair in pairs) / 2, 0
+    for pair in pairs:
+        seen += pair.elements
+        if seen >= middle:
+            return pair.cosine
+    return 1.0
 
 
 def _measure_standings(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,18 +11,17 @@ import torch
 from torch import Tensor
 
 from ..alignment.compatibility import Assumption, match_models
-from ..alignment.correspondence import match_keys, match_submodels, tensors_equal, untie_like
-from ..alignment.rows import Vocabulary, absent_in, lend_rows, overwrite_rows
+from ..alignment.correspondence import match_keys, match_submodels, tensors_equal, untie_for_merge, untie_like
+from ..alignment.rows import Vocabulary, absent_in, lend_rows
+from ..alignment.token_axes import overwrite_rows
 from ..checkpoints.checkpoint import Checkpoint, Source
 from ..checkpoints.lazy import Computed, InMemory, Lazy
 from ..checkpoints.model_classes import is_recomputed
 from ..checkpoints.precision import all_finite, rounded, sum_dtype
-from ..errors import CheckpointError, MismatchError, OptionError, listed
+from ..errors import CheckpointError, MismatchError, OptionError
 from ..modules.forward import refuse_read_once
 from ..modules.functional import Device
 from .parameters import ResolvedMethod, resolve_method
-
-logger = logging.getLogger(__name__)
 
 
 def combine(
@@ -56,10 +54,8 @@ def combine(
     """
     resolved = resolve_method(method, parameters or {}) if isinstance(method, str) else method
     resolved.refuse_unfit(len(checkpoints))
-    tied_first, *others = checkpoints
-    first = untie_like(tied_first, others)
-    if untied := [key for key in first.parts if key not in tied_first.parts]:
-        logger.info("the merge stores %s separately, because one of the models does", listed(untied))
+    first, *others = checkpoints
+    first = untie_for_merge(first, others)
     checkpoints = [first, *others]
     matched = [match_keys(first, checkpoint, backbone_only=backbone_only) for checkpoint in checkpoints]
     matched = [lend_rows(first.parts, parts, model) for parts, model in zip(matched, checkpoints, strict=True)]
@@ -226,7 +222,8 @@ def merge(
             configuration and tokenizer.
         method: name of a file of `hf_rebasin/merging/methods/`: "linear", "lerp", "slerp", "refit", "distil".
         dtype: dtype of the floating-point tensors of the result; by default the first model's.
-        assume: aspects to take as equal without checking: "config", "labels", "vocabulary".
+        assume: aspects to take as equal without checking: "config" ("config:KEY" for one setting), "labels",
+            "vocabulary".
         vocabulary: which rows of tokens the result has where the models have other tokens, or other numbers of rows:
             "first" for the first model's, its own ones where another model has none; "common" to cut its padding to
             the rows that all models have. By default such models are refused.

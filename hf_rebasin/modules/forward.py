@@ -248,7 +248,9 @@ def example_inputs(config: Any, generator: torch.Generator) -> dict[str, Tensor]
         size = getattr(vision, "image_size", 64)
         sides = (size, size) if isinstance(size, int) else tuple(size)
         if math.prod(sides) * vision.num_channels > 10**7:
-            raise CheckpointError(f"its configuration says images of {sides}, too large to try; in Python, give inputs (inputs=)")
+            raise CheckpointError(
+                f"its configuration says images of {sides}, too large to try; in Python, give inputs (inputs=)"
+            )
         pixels = torch.randn(2, vision.num_channels, *sides, generator=generator, dtype=torch.float64)
         inputs["pixel_values"] = pixels
         if any("MaskedImageModeling" in name for name in getattr(config, "architectures", None) or []):
@@ -259,5 +261,7 @@ def example_inputs(config: Any, generator: torch.Generator) -> dict[str, Tensor]
     if "input_ids" in inputs and getattr(config, "is_encoder_decoder", False) and not encoder_only:
         inputs["decoder_input_ids"] = inputs["input_ids"].roll(1, -1)
     if not inputs:
-        raise CheckpointError(f"no inputs are known for model_type {config.model_type!r}; in Python, give them (inputs=)")
+        raise CheckpointError(
+            f"no inputs are known for model_type {config.model_type!r}; in Python, give them (inputs=)"
+        )
     return inputs

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.json_files import DTYPE_KEYS
 from ..checkpoints.model_classes import limited_size
 from ..checkpoints.precision import single_thread
 from ..errors import CheckpointError, listed
@@ -63,7 +64,7 @@ class Miniature:
     def __init__(self, owner: Any, settings: Mapping[str, Any], parameters: int):
         self.owner = owner
         problem: Exception = ValueError("its sizes cannot be reduced")
-        for version in _versions(owner, settings, parameters):
+        for version in _versions(owner, _without_dtypes(settings), parameters):
             try:
                 self.settings = dict(version)
                 with _quiet(), _seeded(), single_thread():
@@ -103,6 +104,15 @@ class Miniature:
             with evaluation_mode(model), _seeded():
                 outputs = tuple(x.detach() for x in output_tensors(run_module(model, self.inputs)))
         return Trial(tensors, buffers, outputs, untried)
+
+
+def _without_dtypes(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings without dtypes: a part that names its own is built in that one, and all inputs are float32."""
+    return {
+        key: _without_dtypes(value) if isinstance(value, Mapping) else value
+        for key, value in settings.items()
+        if key not in DTYPE_KEYS
+    }
 
 
 def _versions(owner: Any, settings: Mapping[str, Any], parameters: int) -> Iterator[Mapping[str, Any]]:

@@ -14,10 +14,11 @@ import yaml
 
 from ..alignment.alignment import Alignment
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.folder import RECIPE, RECORDS, REPORT, resolve_target, write_atomically
+from ..checkpoints.folder import RECIPE, RECORDS, REPORT, write_atomically
 from ..checkpoints.licences import DeclaredLicence, find_licence
 from ..checkpoints.provenance import InputRecord, Machine, Provenance, hash_files
 from ..checkpoints.side_files import holds_weights, is_known_side_file
+from ..checkpoints.target import resolve_target
 from ..data.batches import Batches
 from ..modules.distributed import world_size
 from ..modules.functional import Device

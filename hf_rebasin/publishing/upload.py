@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,6 +186,15 @@ def plan_publishing(settings: PublishSettings, measured: bool, aligned: bool) ->
     return f"would publish to {settings.to}{branch}, {how}: {files}"
 
 
+def publishing_command(settings: PublishSettings, source: Path, template: Path | None = None) -> str:
+    """Return the command that publishes a folder with the settings of a recipe."""
+    options = {"--license": settings.license, "--revision": settings.revision, "--commit-message": settings.message}
+    options |= {"--template": None if template is None else str(template)}
+    words = [part for option, value in options.items() if value is not None for part in (option, value)]
+    words += ["--public"] * (not settings.private) + ["--create-pr"] * settings.create_pr
+    return shlex.join(["hf-rebasin", "publish", str(source), settings.to, *words])
+
+
 def refuse_name(repository: str) -> None:
     """Raise OptionError for a name that cannot be the id of a repository."""
     from huggingface_hub.errors import HFValidationError
@@ -352,7 +362,8 @@ def _refuse_card(repository: str, current: bytes, text: str, files: dict[str, Pa
     how = (
         "publish the alignment to a repository of its own"
         if folder is None
-        else f"to keep it as the card of this model, fetch it (hf download {repository} {CARD} --local-dir {folder}) "
+        else f"to keep it as the card of this model, fetch it (hf download {repository} {CARD} --local-dir "
+        f"{shlex.quote(str(folder))}) "
         "and publish again; else remove it from the repository"
     )
     raise OptionError(f"{repository} has a handwritten {CARD}, which would be replaced: {how}")

@@ -25,10 +25,11 @@ from ..alignment.correspondence import match_keys
 from ..alignment.limits import refuse_moved_outputs, untying_note
 from ..checkpoints import hub
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.folder import report_left, resolve_target, select_in
+from ..checkpoints.folder import report_left, select_in
 from ..checkpoints.lazy import Absent
 from ..checkpoints.licences import DeclaredLicence, Licence, LicenceOutcome, find_licence, merged_licence
 from ..checkpoints.provenance import Provenance
+from ..checkpoints.target import resolve_target
 from ..errors import NoSpaceError
 from ..solving.problem import matched_tensors, sole_free_dim
 from ..symmetries.spec import Spec

@@ -334,8 +334,13 @@ def _missing_data(raw: Mapping[str, Any]) -> Iterator[str]:
     for key in (key for key, needed in needs_data.items() if needed and raw.get("backbone_only")):
         yield f"{key}: it runs whole models, so it cannot be combined with backbone_only"
     with suppress(UnknownNameError):
-        for path, name, _ in solvers_in(raw.get("align")):
+        for path, name, options in solvers_in(raw.get("align")):
             needs_data[path] = registry.solver(name).data == "required"
+            if "cost" in keywords_of(registry.solver(name)):
+                from ..solving.gradient_descent import WEIGHT_COSTS
+
+                cost = path.removesuffix("solver") + "cost"
+                needs_data[cost] = options.get("cost") not in (None, *WEIGHT_COSTS)
     for key in (key for key, needed in needs_data.items() if needed and not raw.get("data")):
         yield f"{key}: it needs data, and there are none; name them (data)"
 

@@ -12,14 +12,14 @@ import torch
 from .. import registry
 from ..alignment.alignment import Alignment
 from ..alignment.compatibility import match_models
-from ..alignment.correspondence import match_keys, match_submodels, untie_like
+from ..alignment.correspondence import match_keys, match_submodels, untie_for_merge
 from ..alignment.rows import absent_in
 from ..checkpoints import hub
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.lazy import Absent, Tensors
 from ..data.batches import Batches, open_data, takes_data
 from ..errors import CheckpointError, MismatchError, OptionError, RebasinError
-from ..evaluation.comparison import matrix_cosines
+from ..evaluation.comparison import Cosines, matrix_cosines
 from ..merging.fitting import load_modules, refuse_submodels, with_module_values
 from ..merging.merge import averaged_keys, combine, keep_own_rows
 from ..merging.methods import refit
@@ -33,13 +33,14 @@ from ..merging.recalibration import (
 from ..modules.functional import Device
 from ..registry import SolverClass
 from ..solving.align import align_checkpoints
-from ..solving.canonical import SHARED_BASE
 from ..solving.gradient_descent import WEIGHT_COSTS
 from ..solving.solution import Clock, Solution, make_solver
 from ..symmetries.detection import detect_spec
 from ..symmetries.spec import Spec
 from ..symmetries.table import canonical_view, table_for
 from .recipe import Recipe, solvers_in
+
+ALIKE = 0.5  # cosine from which on models count as fine-tunes of one base; that of models trained apart is near zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +119,7 @@ def open_models(
     first, matched = match_models(
         first, others, recipe.assume, vocabulary=recipe.vocabulary, backbone_only=recipe.backbone_only
     )
-    first = untie_like(first, matched)
+    first = untie_for_merge(first, matched)
     keys: Collection[str] = first.parts
     for other in matched:
         keys = match_keys(first, other, backbone_only=recipe.backbone_only)
@@ -239,29 +240,36 @@ def find_symmetries(recipe: Recipe, opened: OpenedRecipe) -> Spec | str:
     table = None
     with suppress(CheckpointError):  # a configuration that transformers cannot use
         table = table_for(first.config)
-    if table is None and _share_a_base(recipe, opened, strictly=True):
+    cosines = None if table is not None else _lowest_cosines(recipe, opened)
+    if cosines is not None and cosines.lowest >= ALIKE:
         return "the models are fine-tunes of one base, so they are merged as they are"
     try:
         return detect_spec(first)
     except RebasinError as error:
-        if _share_a_base(recipe, opened, strictly=False):
+        if table is not None:
+            cosines = _lowest_cosines(recipe, opened)
+        if cosines is not None and cosines.median >= ALIKE:
             return f"the models are fine-tunes of one base, so they are merged as they are; otherwise: {error}"
+        if cosines is None:
+            return (
+                "the models are merged as they are if they are fine-tunes of one base, which only the weights show, "
+                f"and those are not downloaded; otherwise: {error}"
+            )
         if "--no-align" in str(error):
             raise
         raise type(error)(f"{error}. To merge the models as they are, do not align them (--no-align)") from error
 
 
-def _share_a_base(recipe: Recipe, opened: OpenedRecipe, *, strictly: bool) -> bool:
-    """Tell whether the matrices of all models are alike where they are: each of them, or (not strictly) as a whole."""
-    first = opened.models[0]
+def _lowest_cosines(recipe: Recipe, opened: OpenedRecipe) -> Cosines | None:
+    """Measure how alike the others are to the first model where they are; None if values are not downloaded."""
+    first, least = opened.models[0], Cosines(median=1.0, lowest=1.0)
     for other in opened.matched:
         matched = match_keys(first, other, backbone_only=recipe.backbone_only)
         if any(isinstance(part, Absent) for part in (*matched.values(), *first.parts.values())):
-            return False
-        whole, lowest = matrix_cosines(first.parts, matched)
-        if (lowest if strictly else whole) < SHARED_BASE:
-            return False
-    return True
+            return None
+        cosines = matrix_cosines(first.parts, matched)
+        least = Cosines(median=min(least.median, cosines.median), lowest=min(least.lowest, cosines.lowest))
+    return least
 
 
 def _align_models(recipe: Recipe, opened: OpenedRecipe, spec: Spec, device: Device, progress: bool) -> list[Solution]:

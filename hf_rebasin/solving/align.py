@@ -57,7 +57,8 @@ def align(
             inferred from the forward pass of one of the two.
         inputs: inputs of that forward pass; see `infer_spec`.
         seed: seed of all randomness in the solver; the same seed gives the same alignment.
-        assume: what to take as equal without checking: "config", "labels", "vocabulary".
+        assume: what to take as equal without checking: "config" ("config:KEY" for one setting), "labels",
+            "vocabulary".
         vocabulary: which rows of tokens are compared where the models have other tokens, or other numbers of rows:
             "first" for the fixed model's, of which the moving one may lack some; "common" for those that both have.
             By default such models are refused.

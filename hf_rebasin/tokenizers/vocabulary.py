@@ -14,7 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ..checkpoints.folder import list_tokenizer_files, read_json
+from ..checkpoints.folder import list_tokenizer_files
+from ..checkpoints.json_files import read_json
 from ..errors import CheckpointError
 
 FAST = "tokenizer.json"  # transformers reads it wherever it is, and the other files only without it
@@ -138,8 +139,8 @@ def same_vocabulary(a: Path, b: Path) -> bool:
     """
     try:
         first, second = (_read_files(folder, _file_states(folder)) for folder in (a, b))
-    except (CheckpointError, AttributeError, KeyError, TypeError, ValueError):  # loading will say what is broken
-        return False
+    except (CheckpointError, AttributeError, KeyError, RecursionError, TypeError, ValueError):
+        return False  # loading will say what is broken
     return (
         (first.owner == second.owner or not first.owner or not second.owner)
         and first.files == second.files

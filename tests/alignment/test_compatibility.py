@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import FIRST, TINY, moved_copy, other_seed, same_tensors
+from safetensors.torch import load_file, save_file
 
 from hf_rebasin import Checkpoint, Status, align, merge
 from hf_rebasin.errors import MismatchError
@@ -59,6 +60,39 @@ def test_settings_of_training_are_not_in_the_way(bert):
 def test_another_head_is_another_architecture():
     with pytest.raises(MismatchError, match=r"architectures is .*BertForTokenClassification.*, not .*BertForSequence"):
         merge([TINY[CLASSIFIER], TINY["bert-5-BertForTokenClassification"]])
+
+
+def test_other_classes_are_merged_without_their_heads_where_they_have_some(bert):
+    """Advice to assume the configurations equal would lead to a refusal of the heads."""
+    for pair in ([bert, bert.bert], [bert.bert, bert]):
+        with pytest.raises(
+            MismatchError, match=r"architectures is .*A merge can keep the head of .*\(--backbone-only\)"
+        ):
+            merge(pair)
+        merge(pair, backbone_only=True)
+    renamed = with_config(bert, architectures=["AnotherName"])
+    with pytest.raises(MismatchError, match=r"architectures is .*\(--assume config\)"):
+        merge([bert, renamed])
+    merge([bert, renamed], assume=["config"])
+
+
+def test_tensors_that_a_class_has_no_use_for_can_be_left_out_with_the_head(tmp_path):
+    """BERT of the Hub stores the pooler and the second head of its pretraining, but names the class of one head."""
+    model = TINY["bert-1-BertForMaskedLM"]
+    a, b = (Checkpoint.open(m).save(tmp_path / name) for name, m in (("a", model), ("b", other_seed(model))))
+    own = load_file(b / "model.safetensors")
+    width = len(own["bert.embeddings.LayerNorm.weight"])
+    extra = {"bert.pooler.dense.weight": torch.ones(width, width), "cls.seq_relationship.bias": torch.ones(2)}
+    save_file(own | extra, b / "model.safetensors", {"format": "pt"})
+    for first, other in ((a, b), (b, a)):
+        with pytest.raises(MismatchError, match=r"bert.pooler|pooler.dense.weight.*\(--backbone-only\)"):
+            merge([first, other])
+        merged = merge([first, other], backbone_only=True)
+        kept = load_file(first / "model.safetensors")
+        assert merged.tensors.keys() == kept.keys()
+        assert all(torch.equal(merged.tensors[key], kept[key]) for key in kept if key in extra)
+        row = "bert.encoder.layer.0.output.dense.weight"
+        assert torch.equal(merged.tensors[row], (kept[row] + load_file(other / "model.safetensors")[row]) / 2)
 
 
 LABELS = {0: "negative", 1: "neutral", 2: "positive"}

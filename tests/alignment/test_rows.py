@@ -13,9 +13,10 @@ from conftest import RandomSolver, same_tensors
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from hf_rebasin import Alignment, Checkpoint, align, compare, merge, spec_for
-from hf_rebasin.alignment.rows import find_token_axes, find_token_order
+from hf_rebasin.alignment.rows import find_token_order
+from hf_rebasin.alignment.token_axes import find_token_axes
 from hf_rebasin.cli.output import describe_comparison
-from hf_rebasin.errors import CheckpointError, MismatchError
+from hf_rebasin.errors import CheckpointError, MismatchError, OptionError
 from hf_rebasin.recipes.recipe import Recipe
 from hf_rebasin.recipes.runner import run_merge
 
@@ -149,6 +150,19 @@ def test_own_rows_stay_however_the_other_model_moves(plain, extended):
     for key in (EMBEDDING, "lm_head.weight"):
         assert torch.equal(merged.tensors[key][64:], first.tensors[key][64:])
         assert not merged.tensors[key][:64].isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"vocabulary": "union"}, "vocabulary is 'union'; it may be 'first' or 'common'"),
+        ({"assume": ["vocab"]}, "nothing called 'vocab' can be assumed; there are 'config', 'labels', 'vocabulary'"),
+    ],
+)
+def test_words_that_stand_for_nothing_are_refused(plain, extended, options, problem):
+    for combine in (merge, lambda models, **options: align(*models, **options)):
+        with pytest.raises(OptionError, match=problem):
+            combine([plain, extended], **options)
 
 
 def test_tokens_are_matched_by_string_before_rows_are_kept(plain, tmp_path):
@@ -294,7 +308,7 @@ def test_a_number_of_tokens_that_is_the_default_is_written(tmp_path):
     del content["vocab_size"]
     shortened = replace(Checkpoint.open(folders[0]), written=content)
     assert shortened.config.vocab_size == 32000
-    from hf_rebasin.alignment.rows import with_vocabulary_size
+    from hf_rebasin.alignment.token_axes import with_vocabulary_size
 
     assert with_vocabulary_size(shortened, 32000, 80).written == content | {"vocab_size": 80}
 

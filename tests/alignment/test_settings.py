@@ -302,6 +302,63 @@ def test_a_class_that_nobody_knows_is_judged_by_the_code_beside_it(tmp_path):
     assert "trained_by" not in str(refused.value)
 
 
+def test_code_of_its_own_is_not_judged_by_the_class_of_its_type(tmp_path):
+    """Code of a model may name a type of transformers; only where it names a class of it, too, that one is tried."""
+    a, b = pair(tmp_path, gate_scale=2.0)
+    for folder in (a, b):
+        edit(folder, "auto_map", {"AutoModelForCausalLM": "modeling_own.Own"})
+        (folder / "modeling_own.py").write_text("def scale(config, x): return config.gate_scale * x\n")
+    merge([a, b])
+    for folder in (a, b):
+        edit(folder, "architectures", ["Own"])
+    with pytest.raises(MismatchError, match=r"gate_scale is 2.0, .*the code next to the model reads it"):
+        merge([a, b])
+
+
+def test_code_that_builds_on_transformers_reads_what_that_reads(tmp_path):
+    a, b = pair(tmp_path, rope_theta=5.0, mixture_depth=3)
+    for folder in (a, b):
+        edit(folder, "model_type", "my-own")
+        (folder / "layers").mkdir()
+        (folder / "layers" / "rotary.py").write_text("def turn(config, x): return x\n")
+    merge([a, b])
+    code = "from transformers.models.llama.modeling_llama import LlamaDecoderLayer\n"
+    (a / "layers" / "rotary.py").write_text(code)
+    with pytest.raises(
+        MismatchError, match=r"rope_theta is 5.0, .*that of transformers which it builds on"
+    ) as refused:
+        merge([a, b])
+    assert "mixture_depth" not in str(refused.value)
+    (a / "layers" / "rotary.py").write_text(code + "def turn(config, x): return config.mixture_depth * x\n")
+    with pytest.raises(MismatchError, match=r"mixture_depth is 3, .*the code next to the model reads it"):
+        merge([a, b])
+
+
+def test_settings_of_training_are_not_in_the_way_where_only_code_can_be_read(tmp_path):
+    a, b = pair(tmp_path, use_cache=False, attention_dropout=0.3, pad_token_id=7)
+    for folder in (a, b):
+        edit(folder, "model_type", "my-own")
+        names = ("use_cache", "attention_dropout", "pad_token_id", "head_scale")
+        (folder / "modeling_own.py").write_text("".join(f"x = config.{name}\n" for name in names))
+    merge([a, b])
+    edit(b, "head_scale", 2.0)
+    with pytest.raises(MismatchError, match=r"head_scale is 2.0"):
+        merge([a, b])
+
+
+def test_a_part_may_name_a_dtype_of_its_own(tmp_path):
+    """Folders of older versions name the dtype of the language model, in which it would be built."""
+    a, b = pair(tmp_path, "llava", vocab_size=99)
+    for folder in (a, b):
+        content = json.loads((folder / "config.json").read_text())
+        content["text_config"]["torch_dtype"] = "float16"
+        (folder / "config.json").write_text(json.dumps(content))
+    merge([a, b])
+    edit(b, "projector_hidden_act", "relu")
+    with pytest.raises(MismatchError, match=r"projector_hidden_act is 'relu', .*the outputs of a small Llava"):
+        merge([a, b])
+
+
 def test_what_was_tried_once_is_not_tried_again(tmp_path, monkeypatch):
     a, b = pair(tmp_path, rms_norm_eps=0.1, use_cache=False)
     first = compare_settings(Checkpoint.open(a), Checkpoint.open(b))

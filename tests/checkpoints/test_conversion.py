@@ -327,6 +327,16 @@ def test_a_model_that_does_not_load_is_refused(tmp_path):
         merge([folder, folder])
 
 
+def test_where_transformers_fails_the_output_is_not_checked(tmp_path, monkeypatch, caplog):
+    folder = save_tiny(tmp_path / "model", "llama")
+    monkeypatch.setattr("transformers.core_model_loading.convert_and_load_state_dict_in_model", None)
+    monkeypatch.setattr("hf_rebasin.checkpoints.conversion._layouts", {})  # with what was loaded before
+    caplog.set_level("INFO", "hf_rebasin")
+    merge([folder, folder]).save(tmp_path / "out")
+    (note,) = [message for message in caplog.messages if "not checked against a class" in message]
+    assert "transformers cannot load it into LlamaForCausalLM: TypeError" in note
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [

@@ -10,7 +10,8 @@ from collections import OrderedDict
 import pytest
 import torch
 import transformers
-from conftest import same_tensors
+from conftest import HUB, same_tensors
+from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from test_conversion import SINGLE, configure, respell, save_tiny
 
@@ -53,6 +54,15 @@ def test_pointers_of_git_lfs(llama, name):
     message = refusal(llama)
     assert name in message
     assert f"git -C {llama} lfs pull" in message
+
+
+def test_pointers_of_git_lfs_in_modules(llama):
+    (llama / "modules.json").write_text('[{"path": ""}, {"path": "2_Dense"}]')
+    (llama / "2_Dense").mkdir()
+    save_file({"linear.weight": torch.ones(2, 3)}, llama / "2_Dense" / SINGLE, {"format": "pt"})
+    Checkpoint.open(llama)
+    (llama / "2_Dense" / SINGLE).write_text(POINTER)
+    assert f"2_Dense/{SINGLE} of {llama} is a pointer of git lfs" in refusal(llama)
 
 
 def test_a_small_file_is_not_a_pointer(llama):
@@ -124,6 +134,18 @@ def test_an_adapter_beside_a_whole_model(llama, tmp_path):
     assert (tmp_path / "ADAPTER" / "adapter_config.json").is_file()
     Checkpoint.open(llama)
     assert "merge_and_unload" in refusal(tmp_path / "ADAPTER")
+
+
+def test_an_adapter_beside_a_whole_model_of_the_hub(llama):
+    """It is refused before the weights are downloaded, with commands for the commit that was asked for."""
+    HfApi().create_repo("org/with-adapter")
+    commit = HfApi().upload_folder(repo_id="org/with-adapter", folder_path=make_adapter(llama)).oid
+    since = len(HUB.requests)
+    with pytest.raises(CheckpointError, match=r"a whole model and an adapter beside it") as caught:
+        Checkpoint.open(f"org/with-adapter@{commit}")
+    assert f"hf download org/with-adapter --revision {commit} --exclude 'adapter_*'" in str(caught.value)
+    assert not [path for _, path, _ in HUB.requests[since:] if "/_lfs/get/" in path]
+    Checkpoint.open(save_tiny(llama.parent / "other", "llama"))
 
 
 def with_lora(folder, prefix=""):
@@ -205,6 +227,24 @@ def test_pickles_with_more_than_tensors(llama, zipped):
     message = refusal(llama)
     assert "If you trust its source" in message
     assert "holds Python objects" in message
+
+
+def test_a_file_that_torch_did_not_write_is_not_a_pickle(llama):
+    """Running its code, as for pickles with objects, would not help."""
+    (llama / SINGLE).unlink()
+    (llama / "pytorch_model.bin").write_text("<html>Not found</html>")
+    message = refusal(llama)
+    assert "torch.save did not write it" in message
+    assert "weights_only" not in message
+
+
+def test_a_file_in_place_of_its_folder(llama):
+    assert "is a file, and a model is a folder" in refusal(llama / SINGLE)
+
+
+def test_an_empty_folder(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "and no other file; save the model with save_pretrained" in refusal(tmp_path / "empty")
 
 
 class Thing:

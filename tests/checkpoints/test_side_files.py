@@ -330,10 +330,21 @@ def write_modules(folder, *paths):
     (folder / "modules.json").write_text(json.dumps(modules))
 
 
-@pytest.mark.parametrize("content", ["{", '[{"path": 3}]', "[1]", '[{"path": "../x"}]', '[{"path": "/etc"}]'])
-def test_modules_that_cannot_be_read_are_said(folder, content):
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("{", "is not a list of modules"),
+        ('[{"path": 3}]', "is not a list of modules"),
+        ("[1]", "is not a list of modules"),
+        ('[{"path": "../x"}]', "points outside its folder"),
+        ('[{"path": "/etc"}]', "points outside its folder"),
+        (r'[{"path": "a\u0000b"}]', "names impossible folders"),
+        (r'[{"path": "a\\..\\..\\b"}]', "names impossible folders"),  # outside on Windows
+    ],
+)
+def test_modules_that_cannot_be_read_are_said(folder, content, problem):
     (folder / "modules.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"modules.json (is not a list of modules|points outside its folder)"):
+    with pytest.raises(CheckpointError, match=f"modules.json {problem}"):
         Checkpoint.open(folder)
 
 
@@ -379,3 +390,12 @@ def test_warnings_are_shown_without_any_setting_up(folder, tmp_path):
         [os.sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stderr.strip().splitlines()[-1].startswith(f"{folder}: left behind: voice.pt (is of another format)")
+
+
+def test_a_pickled_classifier_goes_along_and_is_said(folder, tmp_path, caplog):
+    """The head of a SetFit model, which scikit-learn fitted to the outputs of the first model alone."""
+    (folder / "model_head.pkl").write_bytes(b"a classifier")
+    out = merge([folder, folder]).save(tmp_path / "out")
+    assert (out / "model_head.pkl").read_bytes() == b"a classifier"
+    (note,) = [message for message in caplog.messages if "pickled" in message]
+    assert "model_head.pkl" in note

@@ -13,13 +13,14 @@ import transformers
 import yaml
 from advice import OPTION, Attempt, BadAdvice, Follower, attempt, parameters_of, read_advice
 from architectures import ARCHITECTURES
-from conftest import ROOT
+from conftest import HUB, ROOT
 from huggingface_hub import HfApi
 from published import digits, processor, push_parts, resnet, run_ok, vit, write_digits
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from hf_rebasin.cli.main import VERBS
+from hf_rebasin.text import without_advice
 
 TOKENS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(45))]
 SINGLE = "model.safetensors"
@@ -65,7 +66,7 @@ def test_advice_works(name, tmp_path, data, follower):
 def test_advice_works_when_it_is_carried_out(name, tmp_path, data):
     """A merge may fail where its plan does not: with values, and when it is written."""
     real = Follower(tmp_path / "scratch", PLACEHOLDERS | {"DATASET": str(data)}, dry=False)
-    assert real.follow(attempt(WORKING[name](tmp_path, data), dry=False))
+    real.follow(attempt(WORKING[name](tmp_path, data), dry=False))
 
 
 @pytest.mark.parametrize("name", HOPELESS)
@@ -479,9 +480,9 @@ def an_adapter_beside_a_model(folder, data):
 
 @case
 def an_adapter_on_the_hub_beside_a_model(folder, data):
-    push_parts("org/both", transformers.AutoModelForCausalLM.from_pretrained(save(folder / "both", seed=1)))
-    HfApi().upload_folder(repo_id="org/both", folder_path=make_adapter(folder / "adapter", peft_type="LORA"))
-    return beside_model(folder, "org/both")
+    push_parts("org/advised-both", transformers.AutoModelForCausalLM.from_pretrained(save(folder / "both", seed=1)))
+    HfApi().upload_folder(repo_id="org/advised-both", folder_path=make_adapter(folder / "adapter", peft_type="LORA"))
+    return beside_model(folder, "org/advised-both")
 
 
 @case
@@ -726,8 +727,8 @@ def a_table_of_known_symmetries(folder, data):
 
 @case
 def a_misspelt_branch(folder, data):
-    push_parts("org/branched", transformers.AutoModelForCausalLM.from_pretrained(save(folder / "a")))
-    return ("merge", "org/branched@mian", folder / "a", "-o", folder / "out")
+    push_parts("org/advised-branches", transformers.AutoModelForCausalLM.from_pretrained(save(folder / "a")))
+    return ("merge", "org/advised-branches@mian", folder / "a", "-o", folder / "out")
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -920,8 +921,35 @@ def a_licence_that_is_not_known(folder, data):
 @case
 def a_handwritten_card(folder, data):
     run_ok(*merging(folder))
-    push_parts("org/handwritten", transformers.AutoModelForCausalLM.from_pretrained(folder / "a"))
-    return ("publish", folder / "out", "org/handwritten", "--license", "mit")
+    push_parts("org/advised-card", transformers.AutoModelForCausalLM.from_pretrained(folder / "a"))
+    return ("publish", folder / "out", "org/advised-card", "--license", "mit")
+
+
+def test_a_merge_that_could_not_be_published(tmp_path, follower, monkeypatch):
+    """What it was to be published with is a part of the command."""
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    command = merging(
+        tmp_path, options=("--push-to", "org/advised-late", "--license", "mit", "--commit-message", "A b")
+    )
+    HUB.fail_next[:] = [(re.compile("/commit/"), 500)] * 20
+    tried = attempt(command, dry=False)
+    HUB.fail_next.clear()
+    assert tried.status == 1, tried
+    (advice,) = follower.follow(tried)
+    assert advice.text.endswith("org/advised-late --license mit --commit-message 'A b'")
+    again = follower.follow(Attempt(tried.arguments, 1, tried.output.replace(" --license mit", "")))
+    assert again, "a licence is missing, and may be named"
+
+
+@case
+def weights_on_the_hub_without_headers(folder, data):
+    push_parts("org/advised-pickle", transformers.AutoModelForCausalLM.from_pretrained(save(folder / "a")))
+    torch.save(load_file(folder / "a" / SINGLE), folder / "pytorch_model.bin")
+    HfApi().upload_file(
+        repo_id="org/advised-pickle", path_in_repo="pytorch_model.bin", path_or_fileobj=folder / "pytorch_model.bin"
+    )
+    HfApi().delete_file(SINGLE, "org/advised-pickle")
+    return ("merge", folder / "a", "org/advised-pickle", "-o", folder / "out", "--dry-run")
 
 
 @case
@@ -1022,6 +1050,18 @@ def test_right_advice_is_seen(name, refused, follower):
 
 def test_what_was_given_is_not_advice(refused):
     assert read_advice(refused("-o is a file, and --out out cannot be (it is 3 of 4; see a.b)")) == []
+
+
+@pytest.mark.parametrize(
+    ("message", "kept"),
+    [
+        ("b has c; not a. If the rows match, say so (--assume labels; --assume config)", "b has c; not a"),
+        ("they differ in d.e; f. Say which: --vocabulary first for 8, --vocabulary common", "they differ in d.e; f"),
+        ("a-b -- c is not --d", "a-b -- c is not --d"),
+    ],
+)
+def test_advice_is_cut_off(message, kept):
+    assert without_advice(message) == kept
 
 
 def test_every_option_in_the_package_exists():

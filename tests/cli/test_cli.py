@@ -242,7 +242,7 @@ def test_another_head_can_be_left_out(run, tmp_path):
 def test_what_is_for_publishing_says_where_to(run, pair, tmp_path):
     for option in (("--license", "mit"), ("--public",), ("--create-pr",), ("--template", tmp_path / "t.j2")):
         output = run("merge", *pair, "-o", tmp_path / "x", *option, "--dry-run")[1]
-        assert "are for publishing; name the repository (--push-to ORG/NAME)" in " ".join(output.split())
+        assert "is for publishing; name the repository (--push-to ORG/NAME)" in " ".join(output.split())
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"models: [{pair[0]}, {pair[1]}]\npublish: {{to: org/of-recipe, private: false}}\n")
     assert "none until you name one" in run("merge", recipe, "-o", tmp_path / "x", "--dry-run")[1]

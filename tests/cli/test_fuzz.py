@@ -22,7 +22,7 @@ from fuzzing import World, run, run_case
 from mutating import CHECKPOINTS, RECIPES
 from mutating_recipes import make_recipe_text
 
-from hf_rebasin.checkpoints import folder
+from hf_rebasin.checkpoints import folder, target
 from hf_rebasin.checkpoints import tensor_files as files
 from hf_rebasin.checkpoints.tensor_files import write_file
 from hf_rebasin.cli.main import main
@@ -170,7 +170,7 @@ FAULTS = {  # (the check that is removed, the mutation that it guards against, t
         "pickled_code",
         " ran",
     ),
-    "leftovers": (folder, "_remove_folder", left_there, "broken_values", "work/.out.partial was made"),
+    "leftovers": (target, "_remove_folder", left_there, "broken_values", "work/.out.partial was made"),
     "tags": (recipe, "read_yaml", lambda text, name: yaml.unsafe_load(text), "tag", "ran a program"),
     "bombs": (yaml_reading, "_refuse_large", lambda *_: None, "bomb", "characters"),
 }

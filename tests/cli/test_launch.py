@@ -1,5 +1,7 @@
 """`accelerate launch scripts/merge.py` does what the command line does, in several processes."""
 
+import logging
+import os
 import runpy
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from conftest import ROOT, distance
 from published import commit_titles, processor, push_digits, push_parts, repository_files, run_ok, vit
 
 from hf_rebasin import Alignment
+from hf_rebasin.cli.main import _Notes
 
 SCRIPT = ROOT / "scripts" / "merge.py"
 RECIPE = {
@@ -37,6 +40,24 @@ def test_the_script_takes_what_the_command_line_takes():
     arguments = runpy.run_path(str(SCRIPT))["merge_arguments"]
     assert arguments(["--recipe", "x.yaml", "-o", "out"]) == ["merge", "x.yaml", "-o", "out"]
     assert arguments(["-o", "out", "--recipe=a=b.yaml"]) == ["merge", "-o", "out", "a=b.yaml"]
+
+
+@pytest.mark.parametrize(("rank", "shown"), [("0", "note: a word\n"), ("1", "")])
+def test_the_first_process_alone_shows_notes(rank, shown):
+    script = "import logging; from hf_rebasin.cli import main; main._show_notes(); "
+    script += "logging.getLogger('hf_rebasin.merging').warning('a word')"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=os.environ | {"RANK": rank}
+    )
+    assert done.stderr == shown
+
+
+def test_each_note_is_shown_once(capsys):
+    """A command that tries its advice opens the same models again."""
+    handler = _Notes()
+    for text in ("a word", "a word", "another"):
+        handler.emit(logging.LogRecord("hf_rebasin", logging.INFO, __file__, 1, text, (), None))
+    assert capsys.readouterr().err == "note: a word\nnote: another\n"
 
 
 @pytest.fixture(scope="module")

@@ -54,6 +54,18 @@ def test_equal(family):
     assert compare(family, replace(Checkpoint.open(family), tensors=other)).verdict is Verdict.SAME_BASE
 
 
+def test_large_equal_tensors_do_not_make_one_base_of_two():
+    """Position embeddings that nobody trains are equal in all models, and may outweigh everything else."""
+    g = torch.Generator().manual_seed(0)
+    a, b = ({"positions": torch.full((4, 40), 30.0), "w": torch.randn(40, 40, generator=g)} for _ in range(2))
+    comparison = compare(a, b)
+    assert comparison.whole.cosine > 0.9
+    assert comparison.verdict is Verdict.TRAINED_APART, comparison.advice
+    assert compare(a, b | {"w": a["w"] + 0.1 * b["w"]}).verdict is Verdict.SAME_BASE
+    new_head = {"head": torch.randn(2, 40, generator=g)}
+    assert compare(a | {"head": -new_head["head"]}, a | new_head).verdict is Verdict.SAME_BASE
+
+
 def test_distances_and_cosines():
     a, b = {"x.0.w": torch.tensor([[3.0, 4.0]])}, {"x.0.w": torch.tensor([[4.0, 3.0]])}
     near = compare(a, b).parts["x.0"]

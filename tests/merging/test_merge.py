@@ -1,5 +1,6 @@
 """Merging: laws for every registered method, and nothing is lost, invented or averaged by mistake."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from hf_rebasin import Alignment, Checkpoint, align, merge, registry, spec_for
 from hf_rebasin.errors import CheckpointError, MismatchError, OptionError, UnknownNameError
 from hf_rebasin.modules.forward import example_inputs
+from hf_rebasin.recipes.recipe import Recipe
+from hf_rebasin.recipes.runner import open_models
 
 # methods that fit are in test_refit.py
 METHODS = [name for name in registry.names("merge method") if registry.merge_method(name).finish is None]
@@ -373,3 +376,22 @@ def test_slerp_of_the_largest_numbers():
     a, b = ({"w": torch.tensor(w, dtype=torch.float64) * 1e150} for w in ([1.0, 0.0], [0.0, 1.0]))
     middle = merge([a, b], "slerp").tensors["w"]
     torch.testing.assert_close(middle, torch.tensor([0.5, 0.5], dtype=torch.float64).sqrt() * 1e150)
+
+
+def test_a_head_that_one_model_has_apart_is_noted(tmp_path, caplog):
+    """In Python and by a recipe, once; a copy of the embedding that is stored too is not apart."""
+    model = TINY["gpt2-0-GPT2LMHeadModel"]
+    a, b = (Checkpoint.open(model).save(tmp_path / name) for name in "ab")
+    tensors = load_file(b / "model.safetensors")
+    embedding = tensors["transformer.wte.weight"]
+    caplog.set_level("INFO", "hf_rebasin")
+    for scale, count in ((1, 0), (2, 1)):
+        save_file(tensors | {"lm_head.weight": scale * embedding}, b / "model.safetensors", {"format": "pt"})
+        config = json.loads((a / "config.json").read_text()) | {"tie_word_embeddings": False}
+        (b / "config.json").write_text(json.dumps(config))
+        for run in (lambda: merge([a, b]), lambda: open_models(Recipe.from_dict({"models": [str(a), str(b)]}))):
+            caplog.clear()
+            run()
+            notes = [note for note in caplog.messages if "stores lm_head.weight separately" in note]
+            assert len(notes) == count
+            assert all(f"{a} ties it to transformer.wte.weight" in note and str(b) in note for note in notes)

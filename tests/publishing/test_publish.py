@@ -352,7 +352,7 @@ def test_of_several_alignments_one_is_named(world, tmp_path):
         "rebasin/alignment-2.safetensors",
     }
     error = expect_refusal("apply", "org/three", "org/vit-2", "-o", tmp_path / "moved")
-    assert "has rebasin/alignment-1.safetensors, rebasin/alignment-2.safetensors; say which (--file)" in error
+    assert "has rebasin/alignment-1.safetensors, rebasin/alignment-2.safetensors; say which (--file " in error
     run_ok("apply", "org/three", "org/vit-2", "-o", tmp_path / "moved", "--file", "alignment-2.safetensors")
     (other,) = [Alignment.load(tmp_path / "three/rebasin/alignment-2.safetensors")]
     assert same_tensors(tmp_path / "moved", other.apply(Checkpoint.open("org/vit-2")))

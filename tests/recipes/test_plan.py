@@ -44,6 +44,21 @@ def two(model, tmp_path):
     return [pushed(model, tmp_path, "---\nlicense: mit\n---\n") for model in (model, other_seed(model))]
 
 
+def test_what_only_weights_show_is_not_refused_without_them(model, tmp_path):
+    """Fine-tunes of one base need no symmetries, but a plan does not download what would show that they are some."""
+    folder = Checkpoint.open(model).save(tmp_path / "mine")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "mine"}))
+    HfApi().create_repo("org/mine")
+    HfApi().upload_folder(repo_id="org/mine", folder_path=folder)
+    recipe = Recipe.from_dict({"models": ["org/mine", "org/mine"]})
+    (remark,) = make_plan(recipe, tmp_path / "out").remarks
+    assert "merged as they are if they are fine-tunes of one base, which only the weights show" in remark
+    Checkpoint.open("org/mine")
+    (remark,) = make_plan(recipe, tmp_path / "out").remarks
+    assert remark.startswith("the models are fine-tunes of one base, so they are merged as they are")
+
+
 def test_a_plan_fetches_no_weights_and_says_what_it_found(two, tmp_path):
     (a, first), (b, _) = two
     since = len(HUB.requests)

@@ -11,10 +11,11 @@ from conftest import same_tensors
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from hf_rebasin import Checkpoint, merge
-from hf_rebasin.alignment.rows import find_token_axes
+from hf_rebasin.alignment.token_axes import find_token_axes
 from hf_rebasin.checkpoints.folder import list_tokenizer_files
 from hf_rebasin.errors import MismatchError
 from hf_rebasin.symmetries.table import canonical_view
+from hf_rebasin.tokenizers.vocabulary import same_vocabulary
 
 SENTENCES = (
     "the tide was low this morning and the boats lay on the sand",
@@ -228,6 +229,16 @@ def test_another_chat_template_is_the_same_vocabulary(kind, tmp_path, monkeypatc
         (b / "tokenizer.json").write_text(json.dumps(json.loads((b / "tokenizer.json").read_text()), indent=3))
     monkeypatch.setattr("hf_rebasin.tokenizers.vocabulary.open_tokenizer", None)
     assert same_tensors(merge([a, b]), a)
+
+
+def test_a_file_that_cannot_be_parsed_is_said(tmp_path):
+    """JSON of strangers may be nested deeper than Python can read."""
+    for name, content in (("a", "[" * 100_000), ("b", "{}")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vocab.json").write_text(content)
+    assert not same_vocabulary(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "a" / "vocab.json").write_text("{}")
+    assert same_vocabulary(tmp_path / "a", tmp_path / "b")
 
 
 @pytest.mark.parametrize("kind", KINDS)
