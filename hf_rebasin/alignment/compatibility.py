@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
@@ -12,6 +13,8 @@ from typing import TypeAlias, get_args
 import torch
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.folder import read_modules
+from ..checkpoints.json_files import read_json
 from ..errors import CheckpointError, MismatchError, OptionError, SpecError, listed
 from ..symmetries.detection import detect_spec
 from ..symmetries.spec import Spec
@@ -23,6 +26,8 @@ from .groups import Element
 from .groups.permutation import Element as Permutation
 from .rows import Vocabulary, cut_to_common, find_row_match, find_token_order, give_rows, match_rows
 from .settings import flatten, refuse_other_settings
+
+logger = logging.getLogger(__name__)
 
 ASPECTS = ("config", "labels", "vocabulary")
 Assumption: TypeAlias = str  # one of these, or "config:KEY" for one setting
@@ -60,6 +65,8 @@ def make_compatible(
     if "config" not in assume and flatten(fixed.raw_config) != flatten(matched.raw_config):
         keys = [part.partition(":")[2] for part in assume if part.startswith("config:")]
         refuse_other_settings(fixed, matched, keys, partial(same_token, fixed, moving))
+    if "config" not in assume:
+        _note_other_modules(fixed, moving)
     # Equal labels are compatible; the class and its table are loaded only where they differ.
     if backbone_only or "labels" in assume or _same_labels(fixed, moving):
         return matched
@@ -72,6 +79,24 @@ def make_compatible(
             f"{moving.name} has the labels of {fixed.name} in another order, and no table says which rows to reorder"
         )
     return _reorder_labels(matched, order, fixed)
+
+
+def _note_other_modules(fixed: Checkpoint, moving: Checkpoint) -> None:
+    """Note what follows the models, such as a pooling or the activation of a Dense, where it is set otherwise in one.
+
+    It is not refused: what versions of sentence-transformers leave out of these files has defaults of its own.
+    """
+    if fixed.folder is None or moving.folder is None:
+        return
+    differ = []
+    for name in read_modules(fixed.folder):
+        a, b = (read_json(model.folder / name / "config.json") for model in (fixed, moving) if model.folder)
+        differ += [f"{name}/{key}" for key in sorted(a.keys() | b.keys()) if a and b and a.get(key) != b.get(key)]
+    if differ:
+        logger.warning(
+            "modules that follow %s are set otherwise in %s, and the merge has them as the first: %s",
+            *(fixed.name, moving.name, listed(differ)),
+        )
 
 
 def match_models(

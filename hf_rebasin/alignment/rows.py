@@ -32,6 +32,7 @@ from .token_axes import (
 )
 
 logger = logging.getLogger(__name__)
+MOST_TOKENS = 100_000_000
 Vocabulary = Literal["first", "common"]
 
 
@@ -109,7 +110,11 @@ def find_token_order(fixed: Checkpoint, moving: Checkpoint) -> list[int] | None:
     if isinstance(tokens, str) or tokens[0] == tokens[1]:
         return None
     a, b = tokens
-    order = list(range(max(a.values(), default=-1) + 1))
+    if (last := max(a.values(), default=-1)) >= MOST_TOKENS:  # a list of so many rows would fill the memory
+        raise MismatchError(
+            f"the tokenizer of {fixed.name} has a token number {last}, which is more than any model has"
+        )
+    order = list(range(last + 1))
     for token, row in a.items():
         order[row] = b.get(token, NO_ROW)
     return order

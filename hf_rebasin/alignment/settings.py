@@ -127,13 +127,13 @@ def refuse_other_settings(
             f"{moving.name} computes something else than {fixed.name} with the same weights: "
             f"{listed(map(str, matters), 9)}. If that does not matter here, say so ({each}; --assume config for all)"
         )
-    if differences:
-        logger.info(
-            "settings of %s that differ and are the first model's in the merge, without effect on what is computed: "
-            "%s",
-            moving.name,
-            listed((difference.key for difference in differences), 9),
-        )
+    for why, keys in (
+        ("without effect on what is computed", [d.key for d in differences if not d.effect.matters]),
+        ("as you say that it does not matter", [d.key for d in differences if d.effect.matters]),
+    ):
+        if keys:
+            text = "settings of %s that differ and are the first model's in the merge, %s: %s"
+            logger.info(text, moving.name, why, listed(keys, 9))
 
 
 def compare_settings(
@@ -144,7 +144,7 @@ def compare_settings(
     differ = {
         key: (a.get(key, ABSENT), b.get(key, ABSENT))
         for key in sorted(a.keys() | b.keys())
-        if a.get(key, ABSENT) != b.get(key, ABSENT)
+        if not _same_value(a.get(key, ABSENT), b.get(key, ABSENT))
     }
     evidence = _find_evidence(fixed, moving) if differ else None
     differences = []
@@ -157,6 +157,10 @@ def compare_settings(
             effect = evidence.effect_of(key, *values)
         differences.append(SettingDifference(key, *values, effect))
     return differences
+
+
+def _same_value(a: Any, b: Any) -> bool:
+    return bool(a == b) or (a != a and b != b)  # NaN
 
 
 def flatten(settings: Mapping[str, Any], inside: str = "") -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import CheckpointError, NoSpaceError, OptionError, listed
 from .formats import ADAPTER_CONFIG, explain_missing_weights
-from .json_files import read_json, update_json, write_text
+from .json_files import read_json, update_json, write_utf8
 from .side_files import (
     affects_tokens,
     folders_with_weights,
@@ -102,7 +102,7 @@ def write_checksums(folder: Path, known: Mapping[str, str]) -> None:
 
     names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
     checksums = {name: known.get(name) or sha256_of(folder / name) for name in names if name != MARKER}
-    write_text(folder / CHECKSUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(checksums.items())))
+    write_utf8(folder / CHECKSUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(checksums.items())))
 
 
 def is_weights(name: str) -> bool:
@@ -303,7 +303,7 @@ def write_tensors(
             "metadata": {"total_parameters": sum(part.numel for part in parts.values()), "total_size": total},
             "weight_map": {name: file for file, names in shards.items() for name in names},
         }
-        write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        write_utf8(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
     return checksums
 
 

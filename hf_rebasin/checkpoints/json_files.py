@@ -58,7 +58,7 @@ def update_json(file: Path, content: Mapping[str, Any]) -> None:
     before = _read_spelling(file)
     after = _keep_spelling(before, content)
     if not file.is_file() or _differ(before, after):
-        write_text(file, json.dumps(after, indent=2, sort_keys=not before) + "\n")
+        write_utf8(file, json.dumps(after, indent=2, sort_keys=not before) + "\n")
 
 
 def _keep_spelling(before: Any, after: Any) -> Any:
@@ -104,6 +104,6 @@ def _with_dtype(value: Any, dtype: str) -> Any:
     }
 
 
-def write_text(file: Path, text: str) -> None:
+def write_utf8(file: Path, text: str) -> None:
     """Write a text with the same bytes on every system, as they are hashed."""
     file.write_bytes(text.encode())

@@ -123,9 +123,7 @@ def describe_averaged_statistics(models: Sequence[Checkpoint], keys: Sequence[st
         keys: disk keys of the running means in the first model.
     """
     first, *others = models
-    differing = [
-        key for key in keys if not all(_same_statistics(first, other, key) for other in others)
-    ]
+    differing = [key for key in keys if not all(_same_statistics(first, other, key) for other in others)]
     if not differing:
         return ""
     layers = f"{len(differing)} BatchNorm layer{'s' * (len(differing) > 1)}"

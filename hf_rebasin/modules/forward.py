@@ -23,7 +23,8 @@ Inputs: TypeAlias = "Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]"
 # Internal states that transformers models return in addition to what they compute: moving a model moves these, too.
 # (The auxiliary loss adds up experts of different layers by their number.)
 INTERNAL_OUTPUTS = re.compile(
-    r"(^|_)hidden_states$|attentions$|past_key_values$|cache_params$|_model_output$|router_logits$|^aux_loss$"
+    r"(^|_)hidden_states$|attentions$|^past_|past_key_values$|cache_params$|_cache$|^state$|^mems$"
+    r"|_model_output$|router_logits$|^aux_loss$"
 )
 
 
@@ -238,7 +239,8 @@ def example_inputs(config: Any, generator: torch.Generator) -> dict[str, Tensor]
             length = (length - 1) * stride + kernel
         return {"input_values": torch.randn(2, length, generator=generator, dtype=torch.float64)}
     if getattr(text, "vocab_size", None) and not architecture.endswith("ForImageClassification"):
-        length = min(16, getattr(text, "max_position_embeddings", None) or 16)
+        longest = getattr(text, "max_position_embeddings", None) or 16
+        length = min(16, int(longest)) if longest > 0 else 16  # -1, as XLNet has it, stands for none
         rows = 2 if getattr(text, "pad_token_id", None) is not None or vision is not config else 1
         inputs["input_ids"] = torch.randint(text.vocab_size, (rows, length), generator=generator)
         end = getattr(text, "eos_token_id", None)

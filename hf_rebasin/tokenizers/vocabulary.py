@@ -49,6 +49,8 @@ def open_tokenizer(folder: Path) -> Any:
                 f"the tokenizer in {folder} is in {file}, which is read with {module}, and that is not installed: "
                 f"{command}"
             ) from error
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(f"the tokenizer in {folder} has code of its own, which is not run here") from error
         raise CheckpointError(f"the tokenizer in {folder} cannot be loaded ({error!r})") from error
 
 

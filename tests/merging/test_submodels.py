@@ -162,6 +162,19 @@ def test_outputs_that_a_dense_reads_stay_where_they_are(pair, tmp_path):
     assert torch.allclose(a, b, atol=1e-5)
 
 
+def test_modules_that_are_set_otherwise_are_said(pair, tmp_path, caplog):
+    """Their outputs are not those of the merge, though all weights match."""
+    merge(pair)
+    assert not [message for message in caplog.messages if "set otherwise" in message]
+    file = pair[1] / "2_Dense" / "config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"activation_function": "torch.nn.modules.linear.Identity"}))
+    (pair[1] / "1_Pooling" / "config.json").unlink()  # nothing is known of it
+    merge(pair)
+    (note,) = [message for message in caplog.messages if "set otherwise" in message]
+    assert note.endswith(": 2_Dense/activation_function")
+
+
 def test_an_alignment_that_would_move_what_a_dense_reads_is_refused(with_heads, tmp_path):
     refused = r"2_Dense of .*1 reads the outputs of its base model, which the alignment would move \(residual\)"
     with pytest.raises(MismatchError, match=refused):

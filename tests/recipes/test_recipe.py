@@ -58,7 +58,10 @@ MISTAKES = {
     ),
     "base": ({"base_model": "c/seed"}, "base_model: 'c/seed' is not one of the models"),
     "dtype": ({"dtype": "float8"}, "dtype: input should be 'float32', 'float16', 'bfloat16' or 'float64'"),
-    "assume": ({"assume": ["label"]}, "assume.0: input should be 'config', 'config:KEY' for one setting, 'labels' or 'vocabulary'"),
+    "assume": (
+        {"assume": ["label"]},
+        "assume.0: input should be 'config', 'config:KEY' for one setting, 'labels' or 'vocabulary'",
+    ),
     "no models": ({"models": []}, "models: tuple should have at least 1 item"),
     "unweighted": ({"merge_method": "lerp"}, "models: lerp takes no weight per model; its parameters are t"),
     "twice": ({"parameters": {"weights": [1, 2]}}, "parameters.weights: weights are given twice"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 import zoo
+from architectures import ARCHITECTURES
 from conftest import ONE_OF_EACH, TINY, infer_or_skip, same_tensors
 from hypothesis import HealthCheck, assume, given, settings
 from torch import nn
@@ -664,3 +665,14 @@ def test_trap_alignment_changes_no_outputs(case, inferred):
     before, float32_inside = compute_outputs(model, inputs)
     after, _ = compute_outputs(solution.apply(model), inputs)
     assert (before - after).abs().max() <= (1e-5 if float32_inside else 1e-10) * before.abs().max()
+
+
+@pytest.mark.parametrize("name", ["rwkv", "xlnet"])
+def test_a_memory_of_what_was_read_is_not_an_output(name):
+    """RWKV returns its state and XLNet its memories, which move with the stream; XLNet has positions without limit."""
+    kind, settings = ARCHITECTURES[name]
+    owner = getattr(transformers, kind)
+    model = owner(owner.config_class(**settings)).double().eval()
+    returned = model(torch.zeros(1, 4, dtype=torch.int64))
+    assert "state" in returned or "mems" in returned
+    assert check(model).holds

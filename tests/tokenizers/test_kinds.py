@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from hf_rebasin import Checkpoint, merge
 from hf_rebasin.alignment.token_axes import find_token_axes
 from hf_rebasin.checkpoints.folder import list_tokenizer_files
-from hf_rebasin.errors import MismatchError
+from hf_rebasin.errors import CheckpointError, MismatchError
 from hf_rebasin.symmetries.table import canonical_view
-from hf_rebasin.tokenizers.vocabulary import same_vocabulary
+from hf_rebasin.tokenizers.vocabulary import open_tokenizer, same_vocabulary
 
 SENTENCES = (
     "the tide was low this morning and the boats lay on the sand",
@@ -229,6 +229,15 @@ def test_another_chat_template_is_the_same_vocabulary(kind, tmp_path, monkeypatc
         (b / "tokenizer.json").write_text(json.dumps(json.loads((b / "tokenizer.json").read_text()), indent=3))
     monkeypatch.setattr("hf_rebasin.tokenizers.vocabulary.open_tokenizer", None)
     assert same_tensors(merge([a, b]), a)
+
+
+def test_a_tokenizer_with_code_of_its_own_is_not_run(tmp_path):
+    (tmp_path / "vocab.json").write_text("{}")
+    settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "tokenization_own.py").write_text("raise SystemExit\n")
+    with pytest.raises(CheckpointError, match=r"has code of its own, which is not run here$"):
+        open_tokenizer(tmp_path)
 
 
 def test_a_file_that_cannot_be_parsed_is_said(tmp_path):
