@@ -90,7 +90,10 @@ def _note_other_modules(fixed: Checkpoint, moving: Checkpoint) -> None:
         return
     differ = []
     for name in read_modules(fixed.folder):
-        a, b = (read_json(model.folder / name / "config.json") for model in (fixed, moving) if model.folder)
+        try:
+            a, b = (read_json(folder / name / "config.json") for folder in (fixed.folder, moving.folder))
+        except CheckpointError:  # not a JSON object, which is for its own package to say
+            continue
         differ += [f"{name}/{key}" for key in sorted(a.keys() | b.keys()) if a and b and a.get(key) != b.get(key)]
     if differ:
         logger.warning(

@@ -492,6 +492,8 @@ def test_computed_tensors_say_what_they_are():
 KILLED = """
 import os, random, signal, sys, time
 import torch
+import transformers.conversion_mapping, transformers.models.bert.modeling_bert  # once, not in every child
+import transformers.utils.loading_report
 from hf_rebasin import merge
 from hf_rebasin.checkpoints import lazy
 torch.set_num_threads(1)
