@@ -18,7 +18,7 @@ from hf_rebasin.errors import CheckpointError, MismatchError
 from hf_rebasin.modules.miniature import Miniature
 
 INTERNAL = ("hidden_states", "past", "attentions", "cache", "router", "aux_loss")
-SAMPLES = 20  # settings in the plain run; 200 more with --slow
+SAMPLES = 10  # settings in the plain run; 200 more with --slow
 # They cannot be run here as they are configured, or only on inputs that a test would have to know.
 NOT_RUN = {"xlnet", "layoutlmv3", "efficientnet", "sam", "llava", "paligemma", "qwen2-vl", "vit-mae", "whisper"}
 NOT_RUN |= {"rwkv", "recurrent-gemma", "siglip", "clip", "vit-to-gpt2", "bert-to-bert", "detr", "encodec"}

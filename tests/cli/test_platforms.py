@@ -123,7 +123,10 @@ def test_tensors_longer_than_a_read(tmp_path, monkeypatch):
         assert torch.equal(part.read(), tensors[name])
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "cp437", "cp932", "ascii", "utf-8"])
+@pytest.mark.parametrize(
+    "encoding",
+    ["cp1252", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cp437", "cp932", "ascii", "utf-8"))],
+)
 def test_output_in_any_encoding(encoding, pair):
     status, printed = run(pair, "compare", "a", "b", PYTHONIOENCODING=encoding)
     assert status == 0, printed
