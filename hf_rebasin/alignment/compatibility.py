@@ -131,9 +131,14 @@ def match_models(
     return first, matched
 
 
+def is_aspect(word: str) -> bool:
+    """Whether a word stands for something that can be assumed equal."""
+    return word in ASPECTS or word.startswith("config:")
+
+
 def _refuse_unknown(assume: Set[Assumption], vocabulary: object) -> None:
     """Raise OptionError for words that stand for nothing, which would otherwise go unnoticed."""
-    unknown = sorted(word for word in assume if word not in ASPECTS and not word.startswith("config:"))
+    unknown = sorted(word for word in assume if not is_aspect(word))
     if unknown:
         raise OptionError(
             f"nothing called {listed(map(repr, unknown))} can be assumed; there are {listed(map(repr, ASPECTS))}, and "

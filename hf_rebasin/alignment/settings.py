@@ -256,9 +256,9 @@ class Evidence:
         for settings in self.settings[:1] if self.settings[0] == self.settings[1] else self.settings:
             miniature = Miniature(self.owner, settings, self.parameters)
             contexts.append((miniature, miniature.settings, miniature.base))
-            binding = _with_short_lengths(miniature)
-            if binding != miniature.settings:
-                contexts.append((miniature, binding, miniature.try_settings(binding)))
+            short, trial = _with_short_lengths(miniature)
+            if trial is not miniature.base:
+                contexts.append((miniature, short, trial))
         return contexts
 
     def _try(self, key: str, values: Sequence[Any]) -> Effect:
@@ -337,8 +337,8 @@ def candidates(key: str, values: Sequence[Any], inputs: Mapping[str, Any]) -> li
     return unique
 
 
-def _with_short_lengths(miniature: Miniature) -> Mapping[str, Any]:
-    """Return settings in which every length that only longer inputs reach takes effect."""
+def _with_short_lengths(miniature: Miniature) -> tuple[Mapping[str, Any], Trial]:
+    """Return settings in which every length that only longer inputs reach takes effect, and what they compute."""
     settings, base = miniature.settings, miniature.base
     for key, value in flatten(settings).items():
         if isinstance(value, int) and not isinstance(value, bool) and value > SHORT:
@@ -348,7 +348,7 @@ def _with_short_lengths(miniature: Miniature) -> Mapping[str, Any]:
                     settings, base = short, trial
             except Exception:
                 continue
-    return settings
+    return settings, base
 
 
 def _difference(a: Trial, b: Trial) -> str:

@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .. import registry
+from ..alignment.compatibility import is_aspect
 from ..alignment.limits import Groups, Limits
 from ..alignment.rows import Vocabulary
 from ..data.batches import DataSettings
@@ -99,7 +100,7 @@ class EvaluateSettings(DataSettings):
 
 
 def _check_aspect(aspect: str) -> str:
-    if aspect not in ("config", "labels", "vocabulary") and not aspect.startswith("config:"):
+    if not is_aspect(aspect):
         raise ValueError("input should be 'config', 'config:KEY' for one setting, 'labels' or 'vocabulary'")
     return aspect
 

@@ -133,7 +133,7 @@ def test_every_file_of_a_tokenizer_or_processor_goes_along(bert, tmp_path):
 
 
 def test_leftovers_stay_and_nothing_is_said_of_them(folder, tmp_path, caplog):
-    """The same from a folder, from the Hub, and from a repository that another client fetched whole."""
+    """A folder, the Hub and a repository that another client fetched whole give the same side files."""
     before = relative_names(folder) - {"model.safetensors", "SHA256SUMS"}
     write_files(folder, LEFTOVERS)
     write_files(folder, ["1_Pooling/config.json"])

@@ -38,7 +38,7 @@ class Tagger(nn.Module):
 
 
 class Twin(Tagger):
-    """The same with classes last."""
+    """A tagger whose outputs have their classes on the last axis."""
 
     def forward(self, x, labels=None):
         outputs = super().forward(x, labels)
