@@ -22,10 +22,11 @@ from ..symmetries.table import canonical_view, table_for
 from ..text import without_advice
 from .action import act
 from .correspondence import match_keys, untie_like
+from .evidence import flatten
 from .groups import Element
 from .groups.permutation import Element as Permutation
 from .rows import Vocabulary, cut_to_common, find_row_match, find_token_order, give_rows, match_rows
-from .settings import flatten, refuse_other_settings
+from .settings import refuse_other_settings
 
 logger = logging.getLogger(__name__)
 

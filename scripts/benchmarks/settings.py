@@ -2,7 +2,7 @@
 
     python scripts/benchmarks/settings.py [ARCHITECTURE ...]
 
-For every setting of a tiny model of each architecture, several values are tried; see `hf_rebasin.alignment.settings`.
+For every setting of a tiny model of each architecture, several values are tried; see `hf_rebasin.alignment.evidence`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from huggingface_hub import constants
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "helpers"))
 from architectures import ARCHITECTURES
 
-from hf_rebasin.alignment.settings import Evidence, flatten
+from hf_rebasin.alignment.evidence import Evidence, flatten
 
 
 def main(names: list[str]) -> None:

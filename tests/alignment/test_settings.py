@@ -13,7 +13,8 @@ import transformers
 from architectures import ARCHITECTURES
 
 from hf_rebasin import Checkpoint, merge
-from hf_rebasin.alignment.settings import ABSENT, Evidence, compare_settings, flatten
+from hf_rebasin.alignment.evidence import ABSENT, Evidence, flatten
+from hf_rebasin.alignment.settings import compare_settings
 from hf_rebasin.errors import CheckpointError, MismatchError
 from hf_rebasin.modules.miniature import Miniature
 
@@ -362,7 +363,7 @@ def test_a_part_may_name_a_dtype_of_its_own(tmp_path):
 def test_what_was_tried_once_is_not_tried_again(tmp_path, monkeypatch):
     a, b = pair(tmp_path, rms_norm_eps=0.1, use_cache=False)
     first = compare_settings(Checkpoint.open(a), Checkpoint.open(b))
-    monkeypatch.setattr("hf_rebasin.alignment.settings.Miniature", None)
+    monkeypatch.setattr("hf_rebasin.alignment.evidence.Miniature", None)
     assert compare_settings(Checkpoint.open(a), Checkpoint.open(b)) == first
     edit(b, "rms_norm_eps", 0.2)
     with pytest.raises(TypeError):  # another question
