@@ -11,11 +11,11 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_type_hints
 
 from .errors import OptionError, PluginError, UnknownNameError, nearest, quoted
 
@@ -31,6 +31,10 @@ FOLDERS: dict[Kind, str] = {
     "merge method": "merging.methods",
 }
 DataUse = Literal["none", "optional", "required"]
+BaseUse = Literal["none", "optional", "required"]
+PieceKind = Literal["elements", "rows", "tensors"]
+# Keyword arguments of a merge method that are not parameters: see `hf_rebasin.merging.pieces`.
+FILLED_IN = frozenset({"base", "uniforms", "offset", "shape", "lookup", "whole", "seed"})
 MISSPELLING_CUTOFF = 0.75  # how similar a name must be to one of the contract to count as a misspelling of it
 
 
@@ -106,33 +110,73 @@ class MergeMethod:
     Args:
         name: name of the file.
         merge: `merge(tensors, *, …)` merges the tensors of one key, in the order of the models; its keyword arguments
-            are the parameters of the method, with their defaults.
-        sums: `sums(tensors)` returns statistics of whole tensors that add up over pieces of them. A method that has
-            it is streamed, and called as `merge(tensors, sums, *, …)`.
+            are the parameters of the method, with their defaults, and those of `FILLED_IN` that it asks for.
+        prepare: `prepare(pieces, *, …)` passes over the pieces of whole tensors first, any number of times; `merge`
+            gets what it returns as `whole`.
         finish: `finish(merged, models, data, *, …)` works on the entire merge, with data.
-        elementwise: `ELEMENTWISE`, whether every element of the result depends only on the same element of the
-            tensors; such a method is streamed in chunks, and gets flat pieces of the tensors.
+        base: `BASE`, whether the method works on differences from a base model: then its tensors are differences, and
+            so is its result. With "optional" they are the models' own tensors if there is no base.
+        pieces: `PIECES`, what a piece has to hold: "elements" if every element of the result depends only on the same
+            element of the tensors, "rows" if it depends on its row (the last axis), "tensors" if on all of them.
+        keeps: `KEEPS`, the parameters under which identical models give that model, and weights (1, 0, …) the first
+            one; None if there are none.
+        symmetric: `SYMMETRIC`, whether the order of the models makes no difference, apart from rounding.
+        mergekit: `MERGEKIT`, the parameters that give mergekit's numbers where the defaults differ from it.
         extra_copies: `EXTRA_COPIES`, the additional memory that `finish` needs, in copies of a model.
         verb: `VERB`, two words for `finish`: while it runs, and afterwards ("refitting", "refitted").
     """
 
     name: str
     merge: Callable[..., Tensor]
-    sums: Callable[[Sequence[Tensor]], Tensor] | None = None
+    prepare: Callable[..., Any] | None = None
     finish: Callable[..., Any] | None = None
-    elementwise: bool = False
+    base: BaseUse = "none"
+    pieces: PieceKind = "tensors"
+    keeps: Mapping[str, Any] | None = field(default_factory=dict)
+    symmetric: bool = True
+    mergekit: Mapping[str, Any] = field(default_factory=dict)
     extra_copies: int = 0
     verb: tuple[str, str] = ("", "")
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Parameters of the method, `{name: type}`."""
-        return keywords_of(self.merge)
+        """Parameters of the method under the names that users write, `{name: type}`.
+
+        `lambda_` is written as `lambda`, which Python reserves.
+        """
+        keywords = keywords_of(self.merge)
+        return {name.removesuffix("_"): kind for name, kind in keywords.items() if name not in FILLED_IN}
+
+    @property
+    def per_model(self) -> dict[str, str]:
+        """Parameters that have one value per model, `{singular: plural}`: `{"weight": "weights"}`.
+
+        Users write the plural for a list of all values, and the singular for one model, or for all models alike.
+        """
+        return {singular(name): name for name, kind in self.parameters.items() if is_per_model(kind)}
 
     @property
     def streams(self) -> bool:
-        """Whether tensors are merged in chunks, so that none is in memory as a whole."""
-        return self.elementwise or self.sums is not None
+        """Whether tensors are merged in pieces, so that none is in memory as a whole."""
+        return self.pieces != "tensors"
+
+    def keywords_for(self, target: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those of the values, by the names that users write, that a function of the method takes."""
+        return {
+            keyword: values[keyword.removesuffix("_")]
+            for keyword in inspect.signature(target).parameters
+            if keyword.removesuffix("_") in values
+        }
+
+
+def singular(plural: str) -> str:
+    """Return the singular of a plural: `singular("densities") == "density"`, `singular("weights") == "weight"`."""
+    return f"{plural.removesuffix('ies')}y" if plural.endswith("ies") else plural.removesuffix("s")
+
+
+def is_per_model(kind: Any) -> bool:
+    """Whether a parameter's type is a sequence of numbers, one per model."""
+    return any(get_args(member) in ((float,), (float, ...)) for member in (kind, *get_args(kind)))
 
 
 @cache
@@ -213,19 +257,19 @@ def read_plugin(module: ModuleType | SimpleNamespace, kind: Kind, name: str, con
     """Read the contract off a module; PluginError if a part of it is missing or misspelt."""
     values: dict[str, Any] = {}
     defined = {attribute for attribute in vars(module) if not attribute.startswith("_")}
-    for field in (field for field in fields(contract) if field.name != "name"):
-        attribute = next((spelling for spelling in (field.name, field.name.upper()) if spelling in defined), None)
+    for part in (part for part in fields(contract) if part.name != "name"):
+        attribute = next((spelling for spelling in (part.name, part.name.upper()) if spelling in defined), None)
         if attribute is not None:
-            values[field.name] = getattr(module, attribute)
+            values[part.name] = getattr(module, attribute)
             defined.discard(attribute)
             continue
-        expected = field.name if "Callable" in str(field.type) else field.name.upper()
+        expected = part.name if "Callable" in str(part.type) else part.name.upper()
         if near := difflib.get_close_matches(expected, defined, n=1, cutoff=MISSPELLING_CUTOFF):
             raise PluginError(
                 f"{kind} {name!r} defines {near[0]}, which is not a part of its contract; write {expected}, "
                 f"or _{near[0]} for a helper"
             )
-        if field.default is MISSING:
+        if part.default is MISSING and part.default_factory is MISSING:
             raise PluginError(f"{kind} {name!r} lacks {expected}, which {contract.__name__} in registry.py describes")
     return contract(name=name, **values)
 
@@ -264,14 +308,14 @@ def coerce_value(kind: Any, value: Any) -> Any:
 
 
 def read_keywords(
-    target: Callable[..., Any], given: Mapping[str, Any], read: ValueReader = coerce_value
+    known: Mapping[str, Any], given: Mapping[str, Any], read: ValueReader = coerce_value
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Convert keyword arguments to their types: `{"t": "1e-1"}` becomes `{"t": 0.1}`.
+    """Convert keyword arguments to their types, which are `known`: `{"t": "1e-1"}` becomes `{"t": 0.1}`.
 
     Returns:
         The values, and `{keyword: message}` for the arguments that are wrong.
     """
-    known, values, mistakes = keywords_of(target), {}, {}
+    values, mistakes = dict[str, Any](), dict[str, str]()
     for keyword, value in given.items():
         if keyword not in known:
             mistakes[keyword] = f"no such parameter{nearest(str(keyword), known)}"
@@ -284,10 +328,10 @@ def read_keywords(
 
 
 def checked_keywords(
-    owner: str, target: Callable[..., Any], given: Mapping[str, Any], read: ValueReader = coerce_value
+    owner: str, known: Mapping[str, Any], given: Mapping[str, Any], read: ValueReader = coerce_value
 ) -> dict[str, Any]:
     """Convert keyword arguments to their types; OptionError lists everything that is wrong with those of `owner`."""
-    values, mistakes = read_keywords(target, given, read)
+    values, mistakes = read_keywords(known, given, read)
     if mistakes:
         raise OptionError(f"{owner}: {'; '.join(f'{keyword}: {message}' for keyword, message in mistakes.items())}")
     return values

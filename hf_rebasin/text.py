@@ -96,6 +96,12 @@ def layer_of(key: str) -> tuple[str, int] | None:
     return (match[1], int(match[2])) if match else None
 
 
+# Names of tensors that are used before the first layer. All others without a layer (last norms, heads) come after it.
+BEFORE_LAYERS = re.compile(
+    r"embed(?!_out)|(^|\.)(wte|wpe|shared|cls_token|project_in|pre_layrnorm|stem|conv_stem|conv1|bn1)(\.|$)"
+)
+
+
 def layer_name(key: str) -> str:
     """Return the layer of a tensor, such as `encoder.layer.3`, or its module if no layer has a number: `pooler`."""
     layer = layer_of(key)

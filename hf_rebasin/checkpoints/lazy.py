@@ -59,6 +59,14 @@ class Lazy(ABC):
         """Return the whole tensor, contiguous."""
         return self.ready().chunk(0, self.numel).reshape(self.shape)
 
+    def assemble(self) -> Tensor:
+        """Return the whole tensor, computed chunk by chunk."""
+        flat, at = torch.empty(self.numel, dtype=self.dtype), 0
+        for chunk in self.chunks():
+            flat[at : at + len(chunk)] = chunk
+            at += len(chunk)
+        return flat.reshape(self.shape)
+
 
 @dataclass(frozen=True)
 class InMemory(Lazy):
@@ -93,15 +101,11 @@ class InMemory(Lazy):
 
 @dataclass(frozen=True)
 class Computed(Lazy):
-    """A tensor computed from others, all of each at once, or chunk by chunk where the computation is elementwise.
-
-    `prepare` may look at all chunks of the inputs first, and returns the elementwise function that is then computed.
-    """
+    """A tensor computed from others, all of each at once, or chunk by chunk where the computation is elementwise."""
 
     inputs: Sequence[Lazy]
     compute: Callable[[Sequence[Tensor]], Tensor]
     elementwise: bool = False
-    prepare: Callable[[Sequence[Lazy]], Callable[[Sequence[Tensor]], Tensor]] | None = None
 
     @property
     def lasting(self) -> bool:
@@ -109,22 +113,14 @@ class Computed(Lazy):
 
     def ready(self) -> Lazy:
         if self.elementwise:
-            inputs = [part.ready() for part in self.inputs]
-            compute = self.compute if self.prepare is None else self.prepare(inputs)
-            return Computed(self.shape, self.dtype, inputs, compute, True)
+            return Computed(self.shape, self.dtype, [part.ready() for part in self.inputs], self.compute, True)
         return InMemory.of(self.compute([part.read() for part in self.inputs]), owned=True)
 
     def chunk(self, start: int, stop: int) -> Tensor:
         return self.compute([part.chunk(start, stop) for part in self.inputs])
 
     def read(self) -> Tensor:
-        if not self.elementwise:
-            return self.ready().read()
-        flat, at = torch.empty(self.numel, dtype=self.dtype), 0
-        for chunk in self.chunks():
-            flat[at : at + len(chunk)] = chunk
-            at += len(chunk)
-        return flat.reshape(self.shape)
+        return self.assemble() if self.elementwise else self.ready().read()
 
 
 @dataclass(frozen=True)

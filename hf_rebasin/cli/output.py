@@ -17,7 +17,7 @@ from ..publishing.upload import Published, plan_publishing, refuse_unlicensed
 from ..publishing.verification import Verification
 from ..recipes.plan import make_plan
 from ..recipes.recipe import Recipe
-from ..recipes.runner import find_symmetries, open_models
+from ..recipes.runner import decide_alignment, open_models
 from ..reports.report import Report
 from ..solving.solution import Solution
 from ..symmetries.spec import Spec
@@ -187,7 +187,7 @@ def _advise_merge(a: Checkpoint, b: Checkpoint, comparison: Comparison, align: b
         recipe = Recipe.from_dict({"models": [a.name, b.name], **settings}, name="the command")
         opened = open_models(recipe, values=False)
         if align:
-            find_symmetries(recipe, opened)
+            decide_alignment(recipe, opened)
     except RebasinError as error:
         return f"a merge is refused: {error}"
     options = [

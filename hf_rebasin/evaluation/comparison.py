@@ -289,10 +289,15 @@ def _reason(error: MismatchError) -> str:
     return without_advice(str(error).partition("; ")[2])
 
 
-def _products(fixed: Lazy, moving: Lazy) -> Tensor:
-    """Return (‖A‖², ‖B‖², ‖A − B‖², ⟨A, B⟩, number of elements)."""
+def _products(fixed: Lazy, moving: Lazy, at_most: int | None = None) -> Tensor:
+    """Return (‖A‖², ‖B‖², ‖A − B‖², ⟨A, B⟩, number of elements), of at most so many elements in the middle."""
     products = torch.zeros(5, dtype=torch.float64)
-    for a, b in zip(fixed.chunks(), moving.chunks(), strict=True):
+    if at_most is None or fixed.numel <= at_most:
+        chunks: Iterable[tuple[Tensor, Tensor]] = zip(fixed.chunks(), moving.chunks(), strict=True)
+    else:
+        start = (fixed.numel - at_most) // 2
+        chunks = [(fixed.ready().chunk(start, start + at_most), moving.ready().chunk(start, start + at_most))]
+    for a, b in chunks:
         x, y = a.double().cpu(), b.double().cpu()
         products += torch.stack([x.dot(x), y.dot(y), (x - y).square().sum(), x.dot(y), torch.tensor(float(len(x)))])
     return products
@@ -319,15 +324,18 @@ class Cosines:
     lowest: float
 
 
-def matrix_cosines(fixed: Mapping[str, Lazy], moving: Mapping[str, Lazy]) -> Cosines:
+def matrix_cosines(
+    fixed: Mapping[str, Lazy], moving: Mapping[str, Lazy], at_most: int | None = None
+) -> Cosines:
     """Measure the cosines between the matrices of two models.
 
     Args:
         fixed: tensors of one model.
         moving: those of the other, by the same keys.
+        at_most: number of elements that are looked at in every matrix, from its middle; by default all of them.
     """
     keys = [key for key, part in moving.items() if part.dtype.is_floating_point and len(part.shape) > 1]
-    products = {key: _products(fixed[key], moving[key]) for key in keys}
+    products = {key: _products(fixed[key], moving[key], at_most) for key in keys}
     lowest = min((_nearness(products, [key]).cosine for key in keys), default=1.0)
     return Cosines(median=_median_cosine(products, keys), lowest=lowest)
 

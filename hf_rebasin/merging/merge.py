@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from .. import registry
 from ..alignment.compatibility import Assumption, match_models
-from ..alignment.correspondence import match_keys, match_submodels, tensors_equal, untie_for_merge, untie_like
+from ..alignment.correspondence import (
+    head_keys,
+    match_keys,
+    match_submodels,
+    tensors_equal,
+    untie_for_merge,
+    untie_like,
+)
 from ..alignment.rows import Vocabulary, absent_in, lend_rows
 from ..alignment.token_axes import overwrite_rows
 from ..checkpoints.checkpoint import Checkpoint, Source
-from ..checkpoints.lazy import Computed, InMemory, Lazy
+from ..checkpoints.lazy import InMemory, Lazy
 from ..checkpoints.model_classes import is_recomputed
-from ..checkpoints.precision import all_finite, rounded, sum_dtype
-from ..errors import CheckpointError, MismatchError, OptionError
+from ..errors import MismatchError, OptionError
 from ..modules.forward import refuse_read_once
 from ..modules.functional import Device
+from ..registry import MergeMethod
+from ..text import layer_of
 from .parameters import ResolvedMethod, resolve_method
+from .pieces import BoundMethod, MergedTensor
+from .randomness import content_hash, streams
+
+EMBEDDING = re.compile(r"embed|(^|\.)(wte|wpe|shared)(\.|$)")
+HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|score|classifier|decoder)\.(weight|bias)$")
 
 
 def combine(
@@ -29,20 +43,29 @@ def combine(
     method: str | ResolvedMethod,
     parameters: Mapping[str, Any] | None = None,
     *,
+    base: Checkpoint | None = None,
+    origins: Sequence[Checkpoint] | None = None,
+    own_names: Sequence[Mapping[str, str]] | None = None,
     dtype: torch.dtype | None = None,
+    input_dtype: torch.dtype | None = None,
     backbone_only: bool = False,
 ) -> Checkpoint:
     """Merge checkpoints tensor by tensor; tensors of folders are merged when the result is saved or read.
 
-    Sums are taken in float64 (in float32 for half precision) and rounded once, to `dtype` or to the dtype that the
-    first model has for the key. Tensors that are not floating-point (token ids, batch counts) are the first model's,
-    and so are the rows of tokens that no other model has.
+    Sums are taken in float64 (averages of half precision in float32) and rounded once, to `dtype` or to the dtype that
+    the first model has for the key. Tensors that are not floating-point (token ids, batch counts) are the first
+    model's, and so are the rows of tokens that no other model has. The first model is the base where there is one.
 
     Args:
         checkpoints: the models; the first gives keys, shapes, dtypes, configuration and tokenizer.
         method: name of a file of `merging/methods/`, or a resolved method, which has its parameters.
         parameters: parameters of a named method; numbers may vary by tensor, see `hf_rebasin.merging.parameters`.
+        base: the base model of methods that merge differences; it is not one of the checkpoints, and comes first.
+        origins: for every checkpoint the model that its difference is taken from; by default the base.
+        own_names: for every checkpoint `{key of the first: key that filters look at}`; by default the first model's.
         dtype: dtype of the floating-point tensors of the result.
+        input_dtype: dtype that values, and differences from the base, are rounded to before they are merged, as mergekit
+            does; by default they are not.
         backbone_only: keep the first model's head; the other models may have another head, or none.
 
     Raises:
@@ -50,32 +73,98 @@ def combine(
             overflow of `dtype`).
         MismatchError: tensors that are missing, left over or of another shape.
         UnknownNameError: an unknown method.
-        OptionError: a parameter that does not fit.
+        OptionError: a parameter that does not fit, or a base that the method lacks or does not use.
     """
     resolved = resolve_method(method, parameters or {}) if isinstance(method, str) else method
+    refuse_unfit_base(resolved.method, base is not None)
     resolved.refuse_unfit(len(checkpoints))
-    first, *others = checkpoints
-    first = untie_for_merge(first, others)
-    checkpoints = [first, *others]
-    matched = [match_keys(first, checkpoint, backbone_only=backbone_only) for checkpoint in checkpoints]
-    matched = [lend_rows(first.parts, parts, model) for parts, model in zip(matched, checkpoints, strict=True)]
+    separate = [origin for origin in origins or () if origin is not base]
+    everything = [*([] if base is None else [base]), *checkpoints, *separate]
+    first = untie_for_merge(everything[0], everything[1:])
+    everything[0] = first
+    matched = [match_keys(first, checkpoint, backbone_only=backbone_only) for checkpoint in everything]
+    matched = [lend_rows(first.parts, parts, model) for parts, model in zip(matched, everything, strict=True)]
     common = matched[-1]  # the keys are the same in all of them
-    matched_submodels = [] if backbone_only else [match_submodels(first, checkpoint) for checkpoint in checkpoints]
-    functions = resolved.functions_by_key(len(checkpoints), averaged_keys(first, common, backbone_only=backbone_only))
+    matched_submodels = [] if backbone_only else [match_submodels(first, checkpoint) for checkpoint in everything]
+    keys = averaged_keys(first, common, backbone_only=backbone_only)
+    functions = resolved.functions_by_key(len(checkpoints), keys, own_names)
+    roles = _Roles.of(len(checkpoints), base, origins)
+    contents = [cache(partial(content_hash, checkpoint)) for checkpoint in checkpoints]
+    job = _Job(everything, roles, resolved, find_lookups(first), contents, input_dtype)
     submodels = {}
     for path, submodel in first.submodels.items():
-        group = [submodel] if backbone_only else [checkpoint.submodels[path] for checkpoint in checkpoints]
+        group = [submodel] if backbone_only else [checkpoint.submodels[path] for checkpoint in everything]
         pairs = [matches[path] for matches in matched_submodels] or [{}]
         own = {key: functions[f"{path}/{key}"] for key in submodel.parts if f"{path}/{key}" in functions}
-        submodels[path] = submodel.with_parts(_merge_keys(group, pairs, own, resolved, dtype))
+        submodels[path] = submodel.with_parts(_merge_keys(replace(job, models=group), pairs, own, dtype))
     merged = first.with_parts(
-        _merge_keys(checkpoints, matched, functions, resolved, dtype),
+        _merge_keys(job, matched, functions, dtype),
         name=f"{resolved.method.name} of {', '.join(c.name for c in checkpoints)}",
-        sources=tuple(source for c in checkpoints for source in c.sources),
+        sources=tuple(source for c in everything for source in c.sources),
         commit=None,
         submodels=submodels,
     )
-    return keep_own_rows(merged, checkpoints, backbone_only=backbone_only)
+    return keep_own_rows(merged, everything, backbone_only=backbone_only)
+
+
+def refuse_unfit_base(method: MergeMethod, has_base: bool) -> None:
+    """Raise OptionError if a method needs a base model and has none, or has one without any use for it."""
+    if method.base == "required" and not has_base:
+        raise OptionError(
+            f"merge method {method.name!r} merges differences from the model that was fine-tuned, and no base model is "
+            "named; name it (base_model in a recipe, --base, base= in Python)"
+        )
+    if method.base == "none" and has_base:
+        raise OptionError(
+            f"merge method {method.name!r} does not use a base model; leave it out, or list it as a model"
+        )
+
+
+def find_lookups(checkpoint: Checkpoint) -> frozenset[str]:
+    """Return the keys of tensors whose rows are those of tokens or classes: embeddings, and heads that end in them."""
+    prefix = checkpoint.base_prefix
+    heads = head_keys(checkpoint, prefix) if prefix else set()
+    return frozenset(
+        key
+        for key in checkpoint.parts
+        if layer_of(key) is None and (key in heads or EMBEDDING.search(key) or HEAD.search(key))
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Roles:
+    """Which of the models, by number, are merged, and which ones their differences are taken from.
+
+    Args:
+        merged: the models that are merged.
+        origins: for every one of them the model that its difference is taken from; None without a base.
+    """
+
+    merged: Sequence[int]
+    origins: Sequence[int] | None
+
+    @staticmethod
+    def of(count: int, base: Checkpoint | None, origins: Sequence[Checkpoint] | None) -> _Roles:
+        """Number the base, then the models, then the other origins."""
+        if base is None:
+            return _Roles(merged=range(count), origins=None)
+        numbers, at = list[int](), count + 1
+        for origin in origins or [base] * count:
+            numbers.append(0 if origin is base else at)
+            at += origin is not base
+        return _Roles(merged=range(1, count + 1), origins=numbers)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the merge of every tensor has in common."""
+
+    models: Sequence[Checkpoint]
+    roles: _Roles
+    resolved: ResolvedMethod
+    lookups: frozenset[str]
+    contents: Sequence[Callable[[], bytes]]
+    input_dtype: torch.dtype | None = None
 
 
 def keep_own_rows(merged: Checkpoint, models: Sequence[Checkpoint], *, backbone_only: bool = False) -> Checkpoint:
@@ -95,90 +184,45 @@ def keep_own_rows(merged: Checkpoint, models: Sequence[Checkpoint], *, backbone_
 
 
 def _merge_keys(
-    checkpoints: Sequence[Checkpoint],
-    matched: Sequence[Mapping[str, Lazy]],
-    functions: Mapping[str, Callable[..., Tensor]],
-    resolved: ResolvedMethod,
-    dtype: torch.dtype | None,
+    job: _Job, matched: Sequence[Mapping[str, Lazy]], functions: Mapping[str, BoundMethod], dtype: torch.dtype | None
 ) -> dict[str, Lazy]:
     """Return the merged tensors of checkpoints, by the first one's keys; tensors without a match are the first one's.
 
     Args:
-        checkpoints: the models.
-        matched: `{key of the first: tensor}` for each of them.
+        job: the models and what is done to them.
+        matched: `{key of the first: tensor}` for each of the models.
         functions: merge functions of the keys.
-        resolved: the merge method.
         dtype: dtype of the floating-point tensors.
     """
-    first, common = checkpoints[0], matched[-1]  # the keys are the same in all of them
-    sums, streams = resolved.method.sums, resolved.method.streams
+    first, common = job.models[0], matched[-1]  # the keys are the same in all of them
+    copy = BoundMethod(method=registry.merge_method("passthrough"))
     parts: dict[str, Lazy] = {}
     for key, part in first.parts.items():
         out_dtype = part.dtype if dtype is None else dtype
         if not part.dtype.is_floating_point:
             if key in common:
-                _refuse_differing_integers(key, [parts_by_key[key] for parts_by_key in matched], checkpoints)
+                _refuse_differing_integers(key, [parts_by_key[key] for parts_by_key in matched], job.models)
         elif key in common:
-            inputs = [parts_by_key[key] for parts_by_key in matched]
-            compute = _KeyMerge(key=key, merge=functions[key], inputs=inputs, checkpoints=checkpoints, dtype=out_dtype)
-            prepare = None if sums is None else partial(compute.with_sums, sums)
-            parts[key] = Computed(part.shape, compute.dtype, inputs, compute, streams, prepare)
-        elif not is_recomputed(key, part) and key not in first.passed_over:  # a tensor of the head that is kept
-            copy = _KeyMerge(
-                key=key, merge=lambda tensors: tensors[0], inputs=[part], checkpoints=checkpoints, dtype=out_dtype
+            tensors = [parts_by_key[key] for parts_by_key in matched]
+            origins = None if job.roles.origins is None else [tensors[i] for i in job.roles.origins]
+            parts[key] = MergedTensor(
+                part.shape,
+                out_dtype,
+                key=key,
+                bound=functions[key],
+                inputs=[tensors[i] for i in job.roles.merged],
+                base=None if origins is None else tensors[0],
+                origins=origins,
+                streams=streams(job.resolved.seed, key, job.contents),
+                lookup=key in job.lookups,
+                input_dtype=job.input_dtype,
+                models=job.models,
             )
-            parts[key] = Computed(part.shape, copy.dtype, [part], copy, True)
+        elif not is_recomputed(key, part) and key not in first.passed_over:  # a tensor of the head that is kept
+            parts[key] = MergedTensor(part.shape, out_dtype, key=key, bound=copy, inputs=[part], models=[first])
         if isinstance(part, InMemory) and key not in parts:  # its owner may change it later
             parts[key] = part.owned_copy()
     return parts
-
-
-@dataclass(frozen=True, kw_only=True)
-class _KeyMerge:
-    """The merge of the tensors of one key, or of a chunk of each."""
-
-    key: str
-    merge: Callable[..., Tensor]
-    inputs: Sequence[Lazy]
-    checkpoints: Sequence[Checkpoint]
-    dtype: torch.dtype
-
-    @property
-    def wide(self) -> torch.dtype:
-        """Dtype that sums are taken in."""
-        return sum_dtype(self.dtype, *(part.dtype for part in self.inputs))
-
-    @property
-    def half(self) -> bool:
-        """Whether everything is in half precision, so that sums in float32 are exact enough."""
-        return self.wide == torch.float32
-
-    def _widen(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [tensor.to(self.wide) for tensor in tensors]
-
-    def with_sums(self, sums: Callable[[Sequence[Tensor]], Tensor], inputs: Sequence[Lazy]) -> _KeyMerge:
-        """Return a merge of chunks that knows the sums over the whole tensors."""
-        total = torch.zeros((), dtype=torch.float64)
-        for chunks in zip(*(part.chunks() for part in inputs), strict=True):
-            total = total + sums(self._widen(chunks))
-        return replace(self, merge=lambda tensors: self.merge(tensors, total))
-
-    def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
-        values = self._widen(tensors)
-        for value, part, checkpoint in zip(values, self.inputs, self.checkpoints, strict=False):
-            if not all_finite(value):
-                checkpoint.refuse_values(part)
-        merged = self.merge(values)
-        out = rounded(merged, self.dtype)
-        if self.half and not all_finite(out):  # bfloat16 has the range of float32, which sums of mask values overflow
-            merged = self.merge([value.double() for value in values])
-            out = rounded(merged, self.dtype)
-        if not all_finite(out):
-            raise CheckpointError(
-                f"{self.key} of the merge has values that do not fit {self.dtype} (up to {merged.abs().max():.3g}); "
-                "write a wider dtype"
-            )
-        return out
 
 
 def _refuse_differing_integers(key: str, parts: Sequence[Lazy], checkpoints: Sequence[Checkpoint]) -> None:
@@ -206,6 +250,8 @@ def merge(
     models: Sequence[Source],
     method: str = "linear",
     *,
+    base: Source | None = None,
+    seed: int = 0,
     dtype: torch.dtype | None = None,
     assume: Iterable[Assumption] = (),
     vocabulary: Vocabulary | None = None,
@@ -218,9 +264,11 @@ def merge(
     """Merge models that share their coordinates already (align them first).
 
     Args:
-        models: folders, Hub ids, modules, state dicts or checkpoints; the first gives keys, shapes, dtypes,
-            configuration and tokenizer.
-        method: name of a file of `hf_rebasin/merging/methods/`: "linear", "lerp", "slerp", "refit", "distil".
+        models: folders, Hub ids, modules, state dicts or checkpoints; the first, or the base, gives keys, shapes,
+            dtypes, configuration and tokenizer.
+        method: name of a file of `hf_rebasin/merging/methods/`: "linear", "slerp", "ties", "refit", …
+        base: the model that the others were fine-tuned from, for methods that merge differences from it.
+        seed: seed of methods that draw random numbers, such as "dare_ties".
         dtype: dtype of the floating-point tensors of the result; by default the first model's.
         assume: aspects to take as equal without checking: "config" ("config:KEY" for one setting), "labels",
             "vocabulary".
@@ -228,11 +276,12 @@ def merge(
             "first" for the first model's, its own ones where another model has none; "common" to cut its padding to
             the rows that all models have. By default such models are refused.
         backbone_only: keep the first model's head; the other models may have another head, or none.
-        data: unlabelled batches that can be read several times, for "refit" and "distil".
-        device: device that "refit" and "distil" compute on.
+        data: unlabelled batches that can be read several times, for methods that fit the merge to data, such as "refit".
+        device: device that these methods compute on.
         progress: show a progress bar (on a terminal).
         parameters: parameters of the method, such as `t=0.3`. A number may vary by tensor: `t=[0, 0.5, 1]` from the
-            first layer to the last, `t=[{"filter": "mlp", "value": 0.3}, {"value": 0.5}]` by the tensor's name.
+            first layer to the last, `t=[{"filter": "mlp", "value": 0.3}, {"value": 0.5}]` by the tensor's name. What
+            differs by model has two names: `weights=[1, 3]` for one number per model, `weight=1` for all alike.
 
     Returns:
         A `Checkpoint`: `.save(out)` writes a folder that `from_pretrained` loads, `.model()` makes a module. Merges of
@@ -249,21 +298,24 @@ def merge(
     """
     if not models:
         raise OptionError("nothing to merge: give at least one model")
-    first, *others = (Checkpoint.open(model) for model in models)
+    resolved = resolve_method(method, parameters, seed=seed)
+    refuse_unfit_base(resolved.method, base is not None)
+    first, *others = (Checkpoint.open(model) for model in ([] if base is None else [base]) + list(models))
     for checkpoint in (first, *others):
         checkpoint.refuse_quantised()
     first.refuse_unloadable()
     first, compatible = match_models(first, others, assume, vocabulary=vocabulary, backbone_only=backbone_only)
-    resolved = resolve_method(method, parameters)
-    merged = combine([first, *compatible], resolved, dtype=dtype, backbone_only=backbone_only)
-    finish = resolved.finish
-    if (finish is None) != (data is None):
-        problem = "does not use data" if finish is None else "needs data, and there are none"
-        raise OptionError(f"merge method {method!r} {problem}; {'leave out' if finish is None else 'give'} data=")
+    opened_base, merging = (None, [first, *compatible]) if base is None else (first, compatible)
+    merged = combine(merging, resolved, base=opened_base, dtype=dtype, backbone_only=backbone_only)
+    if (resolved.method.finish is None) != (data is None):
+        unused = resolved.method.finish is None
+        problem = "does not use data" if unused else "needs data, and there are none"
+        raise OptionError(f"merge method {method!r} {problem}; {'leave out' if unused else 'give'} data=")
+    finish = resolved.finish(merging, opened_base)
     if finish is None or data is None:
         return merged
     refuse_read_once(data)
     if backbone_only:
         raise OptionError(f"merge method {method!r} runs whole models, so it cannot be combined with backbone_only")
-    finished = finish(merged, [first, *compatible], data, device=device, progress=progress)
+    finished = finish(merged, merging, data, device=device, progress=progress)
     return keep_own_rows(finished, [first, *compatible])

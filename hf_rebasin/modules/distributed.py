@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from dataclasses import dataclass
+from itertools import islice, zip_longest
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -18,6 +19,44 @@ class ShardedBatches(Protocol):
 
     def iter_shard(self, rank: int, world: int) -> Iterator[Any]:
         """Iterate over the batches numbered `rank`, `rank + world`, …"""
+
+
+@dataclass(frozen=True)
+class OwnBatches:
+    """Batches of several models, each of which has its own; read as one stream, they come in turns.
+
+    Args:
+        of_models: batches for every model, each of which can be read again and again.
+
+    Example: `[*OwnBatches([[1, 2, 3], [10]])]` is `[1, 10, 2, 3]`.
+    """
+
+    of_models: Sequence[Iterable[Any]]
+
+    def __post_init__(self) -> None:
+        for number, data in enumerate(self.of_models, 1):
+            if iter(data) is data:
+                raise OptionError(
+                    f"data of model {number} is a {type(data).__name__}, which can be read once; give what can be read "
+                    "several times, such as a list or a DataLoader"
+                )
+
+    def __iter__(self) -> Iterator[Any]:
+        return (batch for _, batch in self.with_owners())
+
+    def with_owners(self) -> Iterator[tuple[int, Any]]:
+        """Iterate over pairs of a model's number, from 0, and a batch of it."""
+        end = object()
+        for batches in zip_longest(*self.of_models, fillvalue=end):
+            yield from ((owner, batch) for owner, batch in enumerate(batches) if batch is not end)
+
+
+def shard_with_owners(data: Iterable[Any]) -> Iterator[tuple[int | None, Any]]:
+    """Iterate over the batches of this process, each with the number of its model; None if it belongs to all."""
+    if not isinstance(data, OwnBatches):
+        return ((None, batch) for batch in shard_batches(data))
+    world = world_size()
+    return islice(data.with_owners(), torch.distributed.get_rank() if world > 1 else 0, None, world)
 
 
 def shard_batches(data: Iterable[Any]) -> Iterator[Any]:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .distributed import shard_batches
+from .distributed import shard_with_owners
 from .forward import attention_mask_of, run_module
 from .functional import move_batch
 
@@ -32,6 +32,7 @@ class RecordedCalls:
         dtype: dtype that their floating-point tensors are cast to; by default they keep their own.
         cached: whether there will be further passes in which these inputs and outputs are the same. They are then kept
             if they need little memory, so that the models need not run again.
+        own: whether models after the first, which reads all, read their own batches only, if batches are `OwnBatches`.
     """
 
     models: Sequence[nn.Module]
@@ -41,6 +42,7 @@ class RecordedCalls:
     device: Any = None
     dtype: torch.dtype | None = None
     cached: bool = False
+    own: bool = False
     cache: list[BatchCalls] | None = field(default=None, repr=False)
 
     def __iter__(self) -> Iterator[BatchCalls]:
@@ -49,9 +51,15 @@ class RecordedCalls:
             return
         cache: list[BatchCalls] = []
         room = CACHE_BYTES if self.cached else 0
-        for batch in shard_batches(self.batches):
+        for owner, batch in shard_with_owners(self.batches):
             batch = move_batch(batch, self.device, self.dtype)
-            recorded = [record_calls(model, self.layers, batch, self.calls) for model in self.models]
+            readers = None if owner is None or not self.own else (0, owner + 1)
+            recorded = [
+                record_calls(model, self.layers, batch, self.calls)
+                if readers is None or i in readers
+                else {layer: [] for layer in self.layers}
+                for i, model in enumerate(self.models)
+            ]
             entry = recorded, attention_mask_of(batch)
             room -= sum(x.nbytes + y.nbytes for calls in recorded for pairs in calls.values() for x, y in pairs)
             if room >= 0:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -38,6 +38,7 @@ class LayerStep:
     name: str = ""
     calls: int = 1  # after so many, no layer of the step is called again
     gives_logits: bool = False  # its one layer computes the model's logits, which softmax turns into probabilities
+    pending: frozenset[str] = frozenset()  # names of the layers of this step and of all later ones
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -69,6 +70,7 @@ def change_in_order(
     device: Any = None,
     dtype: torch.dtype | None = None,
     progress: str = "",
+    own: bool = False,
 ) -> list[str]:
     """Change the layers of the first model one after the other; the other models are only recorded.
 
@@ -79,6 +81,7 @@ def change_in_order(
         device: device that batches are moved to.
         dtype: dtype that their floating-point tensors are cast to; by default they keep their own.
         progress: label of the progress bar; the bar is not shown without one.
+        own: whether models after the first read their own batches only, if batches are `OwnBatches`.
 
     Returns:
         The names of the layers that were changed.
@@ -103,6 +106,7 @@ def change_in_order(
             device=device,
             dtype=dtype,
             cached=step.gives_logits,
+            own=own,
         )
         while current is not None:
             for calls, mask in recorded:
@@ -149,7 +153,11 @@ def _plan_steps(module: nn.Module, batches: Iterable[Any], move: Callable[[Any],
         )
     steps = find_steps(module, move(first))
     plan = broadcast_object([(step.names, step.norm is not None, step.calls, step.gives_logits) for step in steps])
-    return [_make_step(module, *entry) for entry in plan]
+    made = [_make_step(module, *entry) for entry in plan]
+    return [
+        replace(step, pending=frozenset(name for later in made[i:] for name in later.names))
+        for i, step in enumerate(made)
+    ]
 
 
 def _make_step(module: nn.Module, names: Sequence[str], is_norm: bool, calls: int, gives_logits: bool) -> LayerStep:

@@ -120,21 +120,15 @@ Rebuilt = tuple[Checkpoint, Sequence[Alignment]]  # the model, and the alignment
 def _rebuild_merge(inputs: RebuildInputs) -> Rebuilt:
     """Run the recorded recipe again, with models and data where they are now."""
     recorded = dict(inputs.settings)
-    locations = [
-        {"model": model.name.rpartition("@")[0] or model.name, "revision": model.commit}
-        if model.commit
-        else {"model": str(model.folder)}
-        for model in inputs.models
-    ]
-    recorded["models"] = [
-        {**location, "parameters": entry.get("parameters", {})}
-        for location, entry in zip(locations, recorded["models"], strict=True)
-    ]
     if "data" in recorded:
         recorded["data"] = inputs.data_settings("data")
-    if "base_model" in recorded:
-        recorded["base_model"] = locations[0]["model"]
-    recipe = Recipe.from_dict(recorded, name="the recorded recipe")
+    recipe = Recipe.from_dict({"convention": "own"} | recorded, name="the recorded recipe")
+    locations = [
+        (model.name.rpartition("@")[0] or model.name, model.commit) if model.commit else (str(model.folder), None)
+        for model in inputs.models
+    ]
+    ids = [(entry.model, entry.revision) for entry in recipe.in_order()]
+    recipe = recipe.renamed(dict(zip(ids, locations, strict=True)))
     opened = open_models(recipe, with_evaluation=False, progress=inputs.progress)
     alignments, device = inputs.alignments, inputs.device
     merged = run_merge(recipe, opened=opened, alignments=alignments, device=device, progress=inputs.progress)

@@ -23,7 +23,7 @@ from ..data.batches import Batches
 from ..modules.distributed import world_size
 from ..modules.functional import Device
 from ..recipes.assessment import describe_data
-from ..recipes.recipe import ModelEntry, Recipe
+from ..recipes.recipe import Recipe
 from ..recipes.runner import MergeResult, recalibrates
 from ..reports.charts import render_png
 from ..reports.report import Report
@@ -68,7 +68,7 @@ class MergeRecord:
 
 
 def _recipe_yaml(recipe: Recipe) -> str:
-    content = recipe.model_dump(mode="json", exclude_defaults=True)
+    content = recipe.model_dump(mode="json", exclude_defaults=True) | {"convention": recipe.convention}
     if recipe.align is not None:  # solver and seed are always written, as everything random depends on them
         content["align"] = {"solver": recipe.align.solver, "seed": recipe.align.seed, **content.get("align", {})}
     if content.get("refit") == {}:
@@ -218,19 +218,14 @@ def record_merge(
 def pin_revisions(recipe: Recipe, merged: MergeResult) -> Recipe:
     """Return a recipe as it was run, with commits instead of branches and names instead of local folders."""
     opened, entries = merged.opened, recipe.in_order()
-    names = public_names(opened.models)
-    parameters = recipe.method_parameters() if "weights" in recipe.parameters else dict(recipe.parameters)
-    models = tuple(
-        ModelEntry(model=name, revision=model.commit, parameters=entry.parameters)
-        for name, model, entry in zip(names, opened.models, entries, strict=True)
-    )
-    return recipe.model_copy(
+    names = {
+        (entry.model, entry.revision): (name, model.commit)
+        for entry, name, model in zip(entries, public_names(opened.models), opened.models, strict=True)
+    }
+    return recipe.renamed(names).model_copy(
         update={
-            "models": models,
             "publish": None,
             "align": recipe.align if merged.solutions else None,
-            "base_model": None if recipe.base_model is None else names[0],
-            "parameters": parameters,
             "data": None if opened.data is None else _pin_data(opened.data).settings,
             "evaluate": None if opened.evaluation is None else _pin_data(opened.evaluation).settings,
         }

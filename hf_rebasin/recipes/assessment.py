@@ -33,7 +33,8 @@ from ..solving.problem import matched_tensors
 from ..solving.solution import Clock, Solution
 from ..symmetries.table import canonical_view
 from ..text import family_of, layer_name
-from .recipe import Recipe, RefitSettings, fits_whole_models
+from .mistakes import fits_whole_models
+from .recipe import Recipe, RefitSettings
 from .runner import MergeResult, OpenedRecipe, describe_finishing, merge_models, solvers_with_data
 
 REPORTED_PACKAGES = ("hf_rebasin", "torch", "transformers", "datasets", "numpy", "scipy")
@@ -214,7 +215,7 @@ class _Assessor:
         exactness = Exactness(
             keys=expected.keys() == written.keys(),
             shapes=all(expected[key][0] == written[key][0] for key in common),
-            dtypes=self.recipe.dtype is None and all(expected[key][1] == written[key][1] for key in common),
+            dtypes=self.recipe.result_dtype is None and all(expected[key][1] == written[key][1] for key in common),
         )
         if self.recipe.backbone_only:
             return exactness

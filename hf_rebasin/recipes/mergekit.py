@@ -1,7 +1,8 @@
-"""Translate mergekit's files of the `models:` form into recipes, and refuse what recipes do not support.
+"""Translate mergekit's files into recipes, and refuse what recipes do not support.
 
-Gradients, filters and most keys are the same in both. mergekit ignores unknown keys; here they are mistakes, as in any
-recipe.
+Most keys are the same in both. mergekit ignores unknown keys; here they are mistakes, as in any recipe. What a file
+means where the two differ is its `convention`: mergekit's if it has nothing that changes a merge but mergekit's own
+keys, and that of this package otherwise.
 """
 
 from __future__ import annotations
@@ -13,47 +14,55 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from .. import registry
 from ..errors import UnknownNameError, nearest
+from ..registry import MergeMethod
 
 Dtype: TypeAlias = Literal["float32", "float16", "bfloat16", "float64"]
 
-UNSUPPORTED_METHODS = {  # of mergekit; suggesting the nearest known name for them would mislead
-    *("arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "della_linear"),
-    *("karcher", "model_stock", "multislerp", "nearswap", "nuslerp", "passthrough", "ram", "sce"),
-    *("task_arithmetic", "ties"),
-}
-NO_SLICES = "layers are not cut out of models here; list the whole models under models, without layer_range"
+# Keys that make a file a recipe of this package; those that are left out do not change what is merged.
+OWN_KEYS = ("vocabulary", "backbone_only", "data", "refit", "recalibrate")
 NO_ADAPTERS = (
     "adapters are not merged; merge it into its base first (merge_and_unload in peft) and name what that saved"
 )
 NO_UNION = "vocabularies are not united here; leave it out, and the merge has the tokenizer of the first model"
 NO_TOKENS = "tokens are not added or changed here; leave it out, and change the tokenizer of the result"
-NO_TEMPLATE = "the merge has the chat template of the first model; leave it out, and set another one on its tokenizer"
-
-
-def describe_missing_method(method: str) -> str:
-    """Return the refusal of a method that only mergekit has; empty for any other name."""
-    known = ", ".join(registry.names("merge method"))
-    return f"{method!r} of mergekit is not here; known: {known}" if method in UNSUPPORTED_METHODS else ""
 
 
 def translate(raw: Mapping[Any, Any]) -> tuple[dict[Any, Any], list[str]]:
     """Translate the content of a mergekit file; return the recipe, and a message for each part that is refused."""
     recipe, refused = dict(raw), list[str]()
     recipe.pop("name", None)  # names one of several merges in a file
-    for key in ("slices", "modules"):
-        if recipe.pop(key, None) is not None:
-            refused.append(f"{key}: {NO_SLICES}")
+    if recipe.get("parameters", {}) is None:
+        del recipe["parameters"]
+    _name_convention(recipe)
     if isinstance(models := recipe.get("models"), list | tuple):
         recipe["models"] = [_read_entry(model, f"models.{i}", refused) for i, model in enumerate(models)]
+    if isinstance(slices := recipe.get("slices"), list | tuple):
+        recipe["slices"] = [_read_slice(piece, f"slices.{i}", refused) for i, piece in enumerate(slices)]
+    if isinstance(modules := recipe.get("modules"), Mapping):
+        recipe["modules"] = {name: _read_module(part, f"modules.{name}", refused) for name, part in modules.items()}
     if recipe.get("base_model") is not None:
         recipe["base_model"] = _read_entry({"model": recipe["base_model"]}, "base_model", refused)["model"]
-    _add_base_model(recipe)
-    _spread_parameters(recipe)
+    with suppress(UnknownNameError):
+        method = registry.merge_method(str(recipe.get("merge_method", "linear")))
+        recipe = _without_prefix(recipe, f"{method.name}_", method)
+        _add_base_model(recipe, method)
     refused += _read_tokenizer(recipe)
-    if recipe.pop("chat_template", None) is not None:
-        refused.append(f"chat_template: {NO_TEMPLATE}")
     refused += _read_dtype(recipe)
     return recipe, refused
+
+
+def _name_convention(recipe: dict[Any, Any]) -> None:
+    """Write down whose conventions a file follows, if it does not say so."""
+    entries = recipe.get("models")
+    models = [model for model in entries if isinstance(model, Mapping)] if isinstance(entries, list | tuple) else []
+    parameters = recipe.get("parameters")
+    own = (
+        any(key in recipe for key in OWN_KEYS)
+        or not isinstance(recipe.get("align", False), bool)
+        or any("base" in model for model in models)
+        or (isinstance(parameters, Mapping) and "weights" in parameters)
+    )
+    recipe.setdefault("convention", "own" if own else "mergekit")
 
 
 def _read_entry(raw: Any, where: str, refused: list[str]) -> Any:
@@ -72,7 +81,46 @@ def _read_entry(raw: Any, where: str, refused: list[str]) -> Any:
     name = entry["model"] if isinstance(entry.get("model"), str) else ""
     if "+" in name and not os.path.exists(name):
         refused.append(f"{where}: {name}: {NO_ADAPTERS}")
+    if entry.get("parameters", {}) is None:
+        del entry["parameters"]
     return entry
+
+
+def _read_slice(raw: Any, where: str, refused: list[str]) -> Any:
+    """Translate an entry of `slices`."""
+    if not isinstance(raw, Mapping) or not isinstance(sources := raw.get("sources"), list | tuple):
+        return raw
+    entries = [_read_entry(entry, f"{where}.sources.{i}", refused) for i, entry in enumerate(sources)]
+    return {**{key: value for key, value in raw.items() if value is not None}, "sources": entries}
+
+
+def _read_module(raw: Any, where: str, refused: list[str]) -> Any:
+    """Translate an entry of `modules`."""
+    if not isinstance(raw, Mapping):
+        return raw
+    part = dict(raw)
+    if isinstance(models := part.get("models"), list | tuple):
+        part["models"] = [_read_entry(model, f"{where}.models.{i}", refused) for i, model in enumerate(models)]
+    if isinstance(slices := part.get("slices"), list | tuple):
+        part["slices"] = [_read_slice(piece, f"{where}.slices.{i}", refused) for i, piece in enumerate(slices)]
+    return part
+
+
+def _without_prefix(raw: Any, prefix: str, method: MergeMethod) -> Any:
+    """Return all `parameters` in a file without the name of the method in front: `nuslerp_flatten` is `flatten`."""
+    if isinstance(raw, list | tuple):
+        return [_without_prefix(item, prefix, method) for item in raw]
+    if not isinstance(raw, Mapping):
+        return raw
+    return {
+        key: {
+            name.removeprefix(prefix) if str(name).removeprefix(prefix) in method.parameters else name: content
+            for name, content in value.items()
+        }
+        if key == "parameters" and isinstance(value, Mapping)
+        else _without_prefix(value, prefix, method)
+        for key, value in raw.items()
+    }
 
 
 def _model_names(recipe: Mapping[Any, Any]) -> list[Any]:
@@ -81,41 +129,31 @@ def _model_names(recipe: Mapping[Any, Any]) -> list[Any]:
     return [entry.get("model") if isinstance(entry, Mapping) else entry for entry in entries]
 
 
-def _add_base_model(recipe: dict[Any, Any]) -> None:
-    """List the base model first if the method takes two models and the base is not one of the entries."""
+def _add_base_model(recipe: dict[Any, Any], method: MergeMethod) -> None:
+    """List the base model among the models where mergekit makes it one of them, of methods that merge no differences.
+
+    Of two models that a number `t` lies between, the base is the first; in an average it is one more model, which
+    needs a weight then.
+    """
     base, names = recipe.get("base_model"), _model_names(recipe)
-    with suppress(UnknownNameError):
-        known = registry.merge_method(str(recipe.get("merge_method", "linear"))).parameters
-        if isinstance(base, str) and len(names) == 1 and base != names[0] and "weights" not in known:
-            recipe["models"] = [base, *recipe["models"]]
-
-
-def _spread_parameters(recipe: dict[Any, Any]) -> None:
-    """Give a weight for all models to those without one, and to the tensors that their own filters leave out."""
-    if not isinstance(recipe.get("parameters"), Mapping):
+    if method.base != "none" or not isinstance(base, str) or not names or base in names:
         return
-    parameters = dict(recipe["parameters"])
-    parameters.pop("int8_mask", None)  # a storage format for masks, which no method here has
-    if isinstance(recipe.get("models"), list) and parameters.get("weight") is not None:
-        general = parameters.pop("weight")
-        recipe["models"] = [_with_weight(entry, general) for entry in recipe["models"]]
-    recipe["parameters"] = parameters
+    parameters = recipe.get("parameters")
+    weighted = isinstance(parameters, Mapping) and parameters.get("weight") is not None
+    if "t" in method.parameters and len(names) == 1:
+        recipe["models"] = [base, *recipe["models"]]
+    elif recipe["convention"] == "mergekit" and (weighted or method.name != "linear"):
+        recipe["models"] = [*recipe["models"], base]
 
 
-def _with_weight(raw: Any, general: Any) -> Any:
-    entry = dict(raw) if isinstance(raw, Mapping) else {"model": raw}
-    parameters = entry.get("parameters", {})
-    if not isinstance(parameters, Mapping):
-        return entry
-    weight = parameters.get("weight")
-    if weight is None:
-        weight = general
-    elif isinstance(weight, list) and all(
-        isinstance(item, Mapping) and (item.get("filter") or "*") != "*" for item in weight
-    ):
-        filtered = isinstance(general, list) and any(isinstance(item, Mapping) for item in general)
-        weight = [*weight, *(general if filtered else [{"value": general}])]
-    return entry | {"parameters": {**parameters, "weight": weight}}
+def tolerated_parameters() -> frozenset[str]:
+    """Return the names of parameters that mergekit's files may have for any method, and that it ignores for others."""
+    known = {"int8_mask", "density", "rescale"}
+    for name in registry.names("merge method"):
+        method = registry.merge_method(name)
+        known |= method.parameters.keys() | method.per_model.keys()
+        known |= {f"{name}_{parameter}" for parameter in method.parameters}
+    return frozenset(known)
 
 
 def _read_tokenizer(recipe: dict[Any, Any]) -> Iterator[str]:
@@ -134,7 +172,7 @@ def _read_tokenizer(recipe: dict[Any, Any]) -> Iterator[str]:
         source = settings
     if isinstance(source, Mapping):
         source = _read_entry({"model": source}, where, [])["model"]
-    base = recipe.get("base_model") or next(iter(_model_names(recipe)), None)
+    base = recipe.get("base_model") or _first_model(recipe)
     if source == "union":
         yield f"{where}: {NO_UNION}"
     elif source not in (None, "base") and str(source).removeprefix("model:") != base:
@@ -143,10 +181,24 @@ def _read_tokenizer(recipe: dict[Any, Any]) -> Iterator[str]:
         recipe.setdefault("vocabulary", "first")
 
 
+def _first_model(recipe: Any) -> Any:
+    """Return the name of the first model in a file, wherever it stands."""
+    if isinstance(recipe, Mapping):
+        if isinstance(recipe.get("model"), str):
+            return recipe["model"]
+        parts = [recipe[key] for key in ("models", "slices", "sources", "modules") if recipe.get(key)]
+        return next(iter(map(_first_model, parts)), None) if parts else _first_model([*recipe.values()])
+    if isinstance(recipe, list | tuple):
+        return next(iter(filter(None, map(_first_model, recipe))), None)
+    return recipe if isinstance(recipe, str) else None
+
+
 def _read_dtype(recipe: dict[Any, Any]) -> Iterator[str]:
-    """Take `out_dtype`, the dtype of the result; a `dtype` next to it is only the one mergekit computes in."""
-    out, known = recipe.pop("out_dtype", None), get_args(Dtype)
+    """Check the dtypes; in recipes of this package, where sums are always wide, `out_dtype` is the dtype."""
+    known = get_args(Dtype)
+    out, dtype = recipe.get("out_dtype"), recipe.get("dtype")
     if out is not None and out not in known:
+        recipe.pop("out_dtype")
         yield f"out_dtype: {out!r} is not one of {', '.join(known)}"
-    elif out is not None and recipe.get("dtype") in (None, *known):
-        recipe["dtype"] = out
+    elif recipe["convention"] != "mergekit" and "out_dtype" in recipe and dtype in (None, *known):
+        recipe["dtype"] = recipe.pop("out_dtype") or dtype

@@ -35,7 +35,7 @@ from ..solving.problem import matched_tensors, sole_free_dim
 from ..symmetries.spec import Spec
 from ..symmetries.table import canonical_view
 from .recipe import Recipe
-from .runner import OpenedRecipe, find_symmetries, open_models, remark_on_statistics
+from .runner import AlignmentDecision, OpenedRecipe, decide_alignment, open_models, remark_on_statistics
 
 LIBRARIES = 400_000_000  # bytes that torch, transformers and this package take before anything is read
 SIMILARITIES = 5  # float64 n × n matrices at a time: the product, its sum, and copies that the assignment makes
@@ -136,12 +136,12 @@ def make_plan(
     for checkpoint, model in zip(opened.models, inputs, strict=True):
         if model.is_local:
             checkpoint.refuse_broken()
-    symmetries = None if recipe.align is None else find_symmetries(recipe, opened)
+    decision = None if recipe.align is None else decide_alignment(recipe, opened)
     alignment, remarks = None, tuple(remark_on_statistics(recipe, opened))
-    if isinstance(symmetries, str):
-        remarks = (symmetries, *remarks)
-    elif symmetries is not None:
-        alignment = _plan_alignment(recipe, opened, symmetries, inputs)
+    if decision is not None:
+        remarks = (*decision.remarks, *remarks)
+        if decision.spec is not None:
+            alignment = _plan_alignment(recipe, opened, decision, inputs)
     data = {"look at": opened.data, "measure on": opened.evaluation}
     first = opened.models[0]
     if first.folder is not None:
@@ -187,11 +187,15 @@ def _describe_inputs(recipe: Recipe, models: Sequence[Checkpoint]) -> list[Plann
 
 
 def _plan_alignment(
-    recipe: Recipe, opened: OpenedRecipe, given: Spec, inputs: Sequence[PlannedInput]
+    recipe: Recipe, opened: OpenedRecipe, decision: AlignmentDecision, inputs: Sequence[PlannedInput]
 ) -> PlannedAlignment:
+    given = decision.spec
     assert recipe.align is not None
+    assert given is not None
     first, spec, notes = opened.models[0], given, []
-    for other, model in zip(opened.matched, inputs[1:], strict=True):
+    for i, (other, model) in enumerate(zip(opened.matched, inputs[1:], strict=True), 1):
+        if decision.leaders[i - 1] != i:
+            continue
         matched = match_keys(first, other, backbone_only=recipe.backbone_only)
         state = canonical_view(first, given.table).select(matched) if model.is_local else None
         spec, left_out = recipe.align.limits().on(given, state)
@@ -205,7 +209,7 @@ def _plan_alignment(
 
 def output_size(recipe: Recipe, first: Checkpoint) -> int:
     """Return the bytes of the weights of a merge: those of the first model, perhaps in another dtype."""
-    dtype = None if recipe.dtype is None else getattr(torch, recipe.dtype)
+    dtype = recipe.result_dtype
     return sum(
         part.numel * (part.dtype if dtype is None or not part.dtype.is_floating_point else dtype).itemsize
         for checkpoint in (first, *first.submodels.values())

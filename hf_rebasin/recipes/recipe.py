@@ -16,11 +16,11 @@ All mistakes in a recipe are reported at once, before anything is downloaded.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .. import registry
@@ -28,10 +28,11 @@ from ..alignment.compatibility import is_aspect
 from ..alignment.limits import Groups, Limits
 from ..alignment.rows import Vocabulary
 from ..data.batches import DataSettings
-from ..errors import OptionError, RecipeError, UnknownNameError, nearest, quoted
-from ..merging.parameters import ResolvedMethod, Varying, read_parameter, resolve_method
-from ..registry import keywords_of, read_keywords
-from .mergekit import Dtype, describe_missing_method, translate
+from ..errors import OptionError, RecipeError, nearest
+from ..merging.parameters import REQUIRED, Convention, Layered, PerModel, ResolvedMethod, make_resolved, read_parameter
+from ..registry import MergeMethod
+from .mergekit import Dtype, translate
+from .mistakes import find_mistakes
 from .yaml_reader import MAX_BYTES, read_yaml
 
 
@@ -39,24 +40,89 @@ class _StrictModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class ModelParameters(_StrictModel):
-    """Parameters of one model of a recipe; a weight may vary by tensor."""
+Parameters = dict[str, Any]
 
-    weight: Any = None
 
-    @field_validator("weight")
+class _Named(_StrictModel):
+    """What names a model: a string, or a mapping with `model`."""
+
+    @model_validator(mode="before")
     @classmethod
-    def _check_weight(cls, raw: Any) -> Any:
-        value = read_parameter(float | None, raw)
-        return raw if isinstance(value, Varying) else value  # so that a recipe is written as it was read
+    def _expand(cls, raw: Any) -> Any:
+        entry = {"model": raw} if isinstance(raw, str) else raw
+        if isinstance(entry, Mapping) and isinstance(entry.get("model"), str) and "revision" not in entry:
+            model, revision = split_name(entry["model"])
+            if revision is not None:
+                return {**entry, "model": model, "revision": revision}
+        return entry
 
 
-class ModelEntry(_StrictModel):
-    """One model of a recipe; a plain string is short for `{model: string}`, and `id@revision` for both."""
+def split_name(name: str) -> tuple[str, str | None]:
+    """Split `id@revision` into its parts; a path that exists is left whole."""
+    model, at, revision = name.rpartition("@")
+    return (model, revision) if at and not Path(name).exists() else (name, None)
+
+
+def join_name(name: str, revision: str | None) -> str:
+    """Return `id@revision`, or the name alone without a revision."""
+    return name if revision is None else f"{name}@{revision}"
+
+
+class ModelEntry(_Named):
+    """One model of a recipe; a plain string is short for `{model: string}`, and `id@revision` for both.
+
+    Args:
+        model: folder or Hub id.
+        revision: branch, tag or commit on the Hub.
+        base: the model it was fine-tuned from, if that is not the recipe's `base_model`; aligned to that, it carries
+            the difference over.
+        layer_range: all of its layers, `[0, number]`; only `slices` cut layers out.
+        parameters: parameters of the merge method for this model, such as `weight`; they may vary by tensor.
+    """
 
     model: str
     revision: str | None = None
-    parameters: ModelParameters = ModelParameters()
+    base: str | None = None
+    layer_range: tuple[int, int] | None = None
+    parameters: Parameters = {}
+
+
+class SliceSource(_Named):
+    """Layers of one model, from the first number of `layer_range` up to, and without, the second."""
+
+    model: str
+    revision: str | None = None
+    layer_range: tuple[int, int]
+    parameters: Parameters = {}
+
+
+class Slice(_StrictModel):
+    """Layers of the result, merged from equally many layers of every source."""
+
+    sources: tuple[SliceSource, ...] = Field(min_length=1)
+    parameters: Parameters = {}
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Slice:
+        lengths = {source.layer_range[1] - source.layer_range[0] for source in self.sources}
+        if len(lengths) > 1:
+            ranges = "; ".join(f"{source.model} {list(source.layer_range)}" for source in self.sources)
+            raise ValueError(f"sources of a slice need equally many layers each, got {ranges}")
+        return self
+
+
+class ModulePart(_StrictModel):
+    """How one part of the models is merged, such as the text decoder of a vision-language model."""
+
+    models: tuple[ModelEntry, ...] = ()
+    slices: tuple[Slice, ...] = ()
+    parameters: Parameters = {}
+
+    @model_validator(mode="after")
+    def _check_content(self) -> ModulePart:
+        if bool(self.models) == bool(self.slices):
+            raise ValueError("give either models or slices")
+        return self
 
 
 class AlignSettings(BaseModel):
@@ -124,10 +190,16 @@ class Recipe(_StrictModel):
 
     Args:
         models: folders or Hub ids; the first gives keys, shapes, dtypes, configuration and tokenizer.
+        slices: in place of `models`, the layers of the result, each merged from layers of the models.
+        modules: in place of `models`, the models of every part: `{vision_tower: {models: …}, text_decoder: …}`.
         merge_method: name of a file of `hf_rebasin/merging/methods/`.
-        base_model: the model that stays fixed and comes first; by default the first one.
+        base_model: the model that stays fixed and comes first; by default the first one. Methods that merge
+            differences take them from it, and it need not be one of the models then.
         parameters: parameters of the merge method, such as `t`; numbers may vary by tensor, see
             `hf_rebasin.merging.parameters`.
+        convention: whose rules hold where this package and mergekit differ, `own` or `mergekit`; by default mergekit's
+            for files that have none but mergekit's keys, see docs/methods.md.
+        seed: seed of merge methods that draw random numbers.
         align: how the other models are brought to the first one's coordinates; `false` leaves them as they are.
         assume: aspects that are taken as equal without checking: `config` (or one setting, `config:KEY`), `labels`,
             `vocabulary`.
@@ -135,7 +207,11 @@ class Recipe(_StrictModel):
             `first` for the first model's, its own ones where another model has none; `common` to cut its padding to
             the rows that all models have. By default such models are refused.
         backbone_only: keep the first model's head; the other models may have another head, or none.
-        dtype: dtype of the result; by default the first model's.
+        dtype: dtype of the result; by default the first model's. By mergekit's convention, models are rounded to it
+            before they are merged.
+        out_dtype: dtype of the result, if it is not `dtype`.
+        chat_template: chat template of the result: a name (`chatml`), Jinja text, or `auto`, the models' most frequent
+            one; by default the first model's.
         data: data that solvers, `refit` and `recalibrate` use while merging. Solvers that minimise a loss use labels
             if there are any.
         refit: fit the layers of the merge to the outputs of the merged models; `true`, or `{ridge: …}`.
@@ -153,20 +229,35 @@ class Recipe(_StrictModel):
           merge_metod: no such key; did you mean 'merge_method'?
     """
 
-    models: tuple[ModelEntry, ...] = Field(min_length=1)
+    models: tuple[ModelEntry, ...] = ()
+    slices: tuple[Slice, ...] = ()
+    modules: dict[str, ModulePart] = {}
     merge_method: str = "linear"
     base_model: str | None = None
-    parameters: dict[str, Any] = {}
+    parameters: Parameters = {}
+    convention: Convention = "own"
+    seed: int = Field(default=0, ge=0, lt=2**63)
     align: AlignSettings | None = AlignSettings()
     assume: tuple[Aspect, ...] = ()
     vocabulary: Vocabulary | None = None
     backbone_only: bool = False
     dtype: Dtype | None = None
+    out_dtype: Dtype | None = None
+    chat_template: str | None = None
     data: DataSettings | None = None
     refit: RefitSettings | None = None
     recalibrate: Literal["statistics", "repair"] | None = "statistics"
     evaluate: EvaluateSettings | None = None
     publish: PublishSettings | None = None
+
+    @model_validator(mode="after")
+    def _check_content(self) -> Recipe:
+        given = [key for key in ("models", "slices", "modules") if getattr(self, key)]
+        if not given:
+            raise ValueError("models: name at least one model here, or under slices or modules")
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -199,19 +290,6 @@ class Recipe(_StrictModel):
     def _expand_recalibrate(cls, raw: Any) -> Any:
         return {True: "statistics", False: None}[raw] if isinstance(raw, bool) else raw
 
-    @field_validator("models", mode="before")
-    @classmethod
-    def _expand_models(cls, models: Any) -> Any:
-        def expand(entry: Any) -> Any:
-            entry = {"model": entry} if isinstance(entry, str) else entry
-            if isinstance(entry, dict) and isinstance(entry.get("model"), str) and not Path(entry["model"]).exists():
-                model, at, revision = entry["model"].rpartition("@")
-                if at and "revision" not in entry:
-                    return entry | {"model": model, "revision": revision}
-            return entry
-
-        return [expand(entry) for entry in models] if isinstance(models, list | tuple) else models
-
     @field_validator("align", mode="before")
     @classmethod
     def _expand_align(cls, align: Any) -> Any:
@@ -239,48 +317,159 @@ class Recipe(_StrictModel):
             recipe = Recipe.model_validate(raw)
         except ValidationError as error:
             recipe = None
-            invalid = _mistakes_in(error)  # slices, which are refused already, stand in place of models
-            mistakes += [mistake for mistake in invalid if not mistakes or mistake != "models: field required"]
-        mistakes += [*_unknown_names(raw), *_missing_data(raw)]
+            mistakes += _mistakes_in(error)
+        mistakes += find_mistakes(raw, AlignSettings.model_fields)
         if mistakes or recipe is None:
             lines = "".join(f"\n  {mistake}" for mistake in mistakes)
             raise RecipeError(f"{name} has {len(mistakes)} mistake{'s' * (len(mistakes) > 1)}:{lines}")
         return recipe
 
+    @property
+    def method(self) -> MergeMethod:
+        """The merge method."""
+        return registry.merge_method(self.merge_method)
+
+    def renamed(self, names: Mapping[tuple[str, str | None], tuple[str, str | None]]) -> Recipe:
+        """Return the recipe with other names and revisions of its models: `{(name, revision): (name, revision)}`."""
+
+        def rename(raw: Any) -> Any:
+            if isinstance(raw, list):
+                return [rename(item) for item in raw]
+            if not isinstance(raw, dict):
+                return raw
+            renamed = {key: rename(value) for key, value in raw.items() if key != "parameters"}
+            if isinstance(raw.get("model"), str):
+                name, revision = names[raw["model"], raw.get("revision")]
+                renamed |= {"model": name, "revision": revision}
+            if isinstance(raw.get("base"), str):
+                renamed["base"] = join_name(*names[split_name(raw["base"])])
+            return renamed | ({"parameters": raw["parameters"]} if "parameters" in raw else {})
+
+        parts = self.model_dump(include={"models", "slices", "modules"})
+        update = {key: rename(list(value) if isinstance(value, tuple) else value) for key, value in parts.items()}
+        if self.base_model is not None:
+            base = self._base_entry()
+            update["base_model"] = join_name(*names[base.model, base.revision])
+        return Recipe.model_validate({**self.model_dump(), **update})
+
     def in_order(self) -> tuple[ModelEntry, ...]:
-        """Return the models, the fixed one first."""
-        return tuple(self.models[i] for i in self._order())
+        """Return all models that are read, each once: the fixed one first, and the models' own bases last."""
+        entries = self._listed()
+        base = None if self.base_model is None else self._base_entry()
+        ordered = [*([] if base is None else [base]), *entries]
+        ordered += [ModelEntry.model_validate(entry.base) for entry in entries if entry.base is not None]
+        unique: dict[tuple[str, str | None], ModelEntry] = {}
+        for entry in ordered:
+            kept = unique.setdefault((entry.model, entry.revision), entry)
+            if kept.base is None and entry.base is not None:
+                unique[entry.model, entry.revision] = entry
+        return tuple(unique.values())
 
-    def _order(self) -> list[int]:
-        def names(entry: ModelEntry) -> tuple[str, str]:
-            return entry.model, f"{entry.model}@{entry.revision}"
+    def _listed(self) -> list[ModelEntry]:
+        """Return the entries of all models that are merged, wherever they stand."""
+        parts: list[ModulePart | Recipe] = [*self.modules.values(), self]
+        entries = [entry for part in parts for entry in part.models]
+        sources = [source for part in parts for piece in part.slices for source in piece.sources]
+        return [*entries, *(ModelEntry(model=source.model, revision=source.revision) for source in sources)]
 
-        return sorted(range(len(self.models)), key=lambda i: self.base_model not in (None, *names(self.models[i])))
+    def _base_entry(self) -> ModelEntry:
+        """Return the entry of the base model, which may be named without its revision."""
+        assert self.base_model is not None
+        names = (self.base_model, split_name(self.base_model)[0])
+        listed_entries = self._listed()
+        for entry in listed_entries:
+            if self.base_model in (entry.model, f"{entry.model}@{entry.revision}"):
+                return entry
+        return next((e for e in listed_entries if e.model in names), ModelEntry.model_validate(self.base_model))
+
+    def merged(self) -> tuple[ModelEntry, ...]:
+        """Return the entries of `models` that are merged, without the base if differences are.
+
+        Otherwise the base comes first, which matters to methods that interpolate from it.
+        """
+        if self.base_model is None:
+            return self.models
+        base = self._base_entry()
+        is_base = [(entry.model, entry.revision) == (base.model, base.revision) for entry in self.models]
+        others = [entry for entry, fixed in zip(self.models, is_base, strict=True) if not fixed]
+        first = [] if self.method.base != "none" else [e for e, f in zip(self.models, is_base, strict=True) if f]
+        return (*first, *others)
+
+    @property
+    def merges_differences(self) -> bool:
+        """Whether the merge method gets differences from the base model."""
+        return self.method.base != "none" and self.base_model is not None
+
+    @property
+    def result_dtype(self) -> torch.dtype | None:
+        """Dtype of the result; None for that of the first model."""
+        name = self.out_dtype or self.dtype
+        return None if name is None else getattr(torch, name)
+
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        """Dtype that models are rounded to before they are merged; None if they are not."""
+        return None if self.dtype is None or self.convention == "own" else getattr(torch, self.dtype)
 
     @property
     def fits(self) -> bool:
         """Whether layers are fitted to data."""
-        return self.refit is not None or registry.merge_method(self.merge_method).finish is not None
+        return self.refit is not None or self.method.finish is not None
 
     def resolved_method(self) -> ResolvedMethod:
-        """Return the merge method with its parameters."""
-        return resolve_method(self.merge_method, self.method_parameters())
+        """Return the merge method with its parameters for `models`."""
+        entries = self.merged()
+        order = [self.models.index(entry) for entry in entries]
+        return self.resolve([[entry.parameters] for entry in entries], [self.parameters], order)
 
-    def method_parameters(self) -> dict[str, Any]:
-        """Return the parameters of the merge method; weights of single models become its `weights`."""
-        weights = [entry.parameters.weight for entry in self.in_order()]
-        if all(weight is None for weight in weights):
-            parameters = dict(self.parameters)
-            if len(parameters.get("weights") or ()) == len(self.models):  # listed in the order of the recipe
-                parameters["weights"] = [parameters["weights"][i] for i in self._order()]
-            return parameters
-        return {"weights": [1.0 if weight is None else weight for weight in weights], **self.parameters}
+    def resolve(
+        self,
+        of_models: Sequence[Sequence[Mapping[str, Any]]],
+        of_all: Sequence[Mapping[str, Any]],
+        order: Sequence[int] = (),
+    ) -> ResolvedMethod:
+        """Return the merge method with parameters that are given on several levels, the innermost first.
+
+        Args:
+            of_models: for every model the levels that are its own.
+            of_all: levels of all models: those of a slice, of a module, of the recipe.
+            order: numbers of the models in the recipe, by which lists of one value per model are read.
+        """
+        method = self.method
+        values: dict[str, Any] = {}
+        for name, kind in method.parameters.items():
+            one_model = next((one for one, plural in method.per_model.items() if plural == name), None)
+            if one_model is None:
+                levels = [read_parameter(kind, level[name]) for level in of_all if name in level]
+                if levels:
+                    values[name] = levels[0] if len(levels) == 1 else Layered(tuple(levels))
+                continue
+            if name in of_all[-1]:
+                numbers = of_all[-1][name]
+                if order and isinstance(numbers, list | tuple) and len(numbers) == len(self.models):
+                    numbers = [numbers[i] for i in order]
+                values[name] = read_parameter(kind, numbers)
+                continue
+            chains = [[level[one_model] for level in (*own, *of_all) if one_model in level] for own in of_models]
+            if any(chains):
+                values[name] = PerModel(tuple(_read_chain(name, chain, self.convention) for chain in chains))
+        return make_resolved(method, values, convention=self.convention, seed=self.seed)
+
+
+def _read_chain(name: str, chain: Sequence[Any], convention: Convention) -> Any:
+    """Return the value of one model, from the levels it is given on; None, for the method's default, if it is not."""
+    levels = [read_parameter(float | None, raw) for raw in chain]
+    if convention == "mergekit" and name not in REQUIRED:
+        levels.append(None)
+    return levels[0] if len(levels) == 1 else Layered(tuple(levels)) if levels else None
 
 
 _MODELS: dict[str, type[BaseModel]] = {
     "": Recipe,
     "models": ModelEntry,
-    "parameters": ModelParameters,
+    "sources": SliceSource,
+    "slices": Slice,
+    "modules": ModulePart,
     "data": DataSettings,
     "refit": RefitSettings,
     "evaluate": EvaluateSettings,
@@ -307,94 +496,4 @@ def _mistake(loc: tuple[int | str, ...], kind: str, message: str) -> str:
         known = _MODELS[parents[-1] if parents else ""].model_fields
         return f"{path}: no such key{nearest(str(loc[-1]), known)}"
     message = message.removeprefix("Value error, ")
-    return f"{path}: {message[0].lower()}{message[1:]}"
-
-
-def _option_conflicts(solver: Callable[..., Any], options: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a message if options of a solver contradict each other, or name something unknown."""
-    try:
-        solver(**options)
-    except (OptionError, UnknownNameError) as error:
-        yield f"align: {error}"
-
-
-def fits_whole_models(method: str) -> bool:
-    """Tell whether a merge method fits the whole merge to data; False if there is no such method."""
-    with suppress(UnknownNameError):
-        return registry.merge_method(method).finish is not None
-    return False
-
-
-def _missing_data(raw: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a message for every key that needs data if there are none, or whole models if there are backbones."""
-    needs_data = {
-        "refit": bool(raw.get("refit")),
-        "merge_method": fits_whole_models(str(raw.get("merge_method", "linear"))),
-        "recalibrate": raw.get("recalibrate") == "repair",
-    }
-    for key in (key for key, needed in needs_data.items() if needed and raw.get("backbone_only")):
-        yield f"{key}: it runs whole models, so it cannot be combined with backbone_only"
-    with suppress(UnknownNameError):
-        for path, name, options in solvers_in(raw.get("align")):
-            needs_data[path] = registry.solver(name).data == "required"
-            if "cost" in keywords_of(registry.solver(name)):
-                from ..solving.gradient_descent import WEIGHT_COSTS
-
-                cost = path.removesuffix("solver") + "cost"
-                needs_data[cost] = options.get("cost") not in (None, *WEIGHT_COSTS)
-    for key in (key for key, needed in needs_data.items() if needed and not raw.get("data")):
-        yield f"{key}: it needs data, and there are none; name them (data)"
-
-
-def solvers_in(align: Any) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """Yield (path in the recipe, solver, options) of the solver of `align`, and of those that it starts from."""
-    path = "align"
-    while isinstance(align, Mapping):
-        yield f"{path}.solver", str(align.get("solver", "weight_matching")), align
-        path, align = f"{path}.start", align.get("start")
-    if isinstance(align, str) and align != "identity":
-        yield path, align, {}
-
-
-def _unknown_names(raw: Mapping[str, Any]) -> Iterator[str]:
-    """Yield mistakes that types do not catch, in methods, solvers, parameters, options and the base model."""
-    method = raw.get("merge_method", "linear")
-    parameters = raw.get("parameters") or {}
-    try:
-        merge = registry.merge_method(str(method)).merge
-        known = keywords_of(merge)
-        values, mistakes = read_keywords(merge, parameters if isinstance(parameters, Mapping) else {}, read_parameter)
-        for parameter, message in mistakes.items():
-            yield f"parameters.{parameter}: {message}"
-        models = raw.get("models")
-        entries = [m for m in models if isinstance(m, Mapping)] if isinstance(models, list | tuple) else []
-        weighted = [m for m in entries if isinstance(m.get("parameters"), Mapping) and "weight" in m["parameters"]]
-        if weighted and "weights" not in known:
-            yield f"models: {method} takes no weight per model; its parameters are {', '.join(known)}"
-        if weighted and isinstance(parameters, Mapping) and "weights" in parameters:
-            yield "parameters.weights: weights are given twice, here and with the models"
-        varying = [f"parameters.{parameter}" for parameter, value in values.items() if isinstance(value, Varying)]
-        varying += ["models.parameters.weight"] * any(isinstance(m["parameters"]["weight"], list) for m in weighted)
-        if varying and (raw.get("refit") or fits_whole_models(str(method)) or raw.get("recalibrate") == "repair"):
-            yield f"{varying[0]}: fits to data take one number for all tensors; give one number, or fit nothing"
-    except UnknownNameError as error:
-        yield f"merge_method: {describe_missing_method(str(method)) or error}"
-    align = raw.get("align")
-    if isinstance(align, Mapping):
-        try:
-            solver = registry.solver(str(align.get("solver", "weight_matching")))
-            align_fields = AlignSettings.model_fields
-            options, mistakes = read_keywords(solver, {k: v for k, v in align.items() if k not in align_fields})
-            for option, message in mistakes.items():
-                yield f"align.{option}: {message}"
-            if not mistakes:
-                yield from _option_conflicts(solver, options)
-        except UnknownNameError as error:
-            yield f"align.solver: {error}"
-    base, models = raw.get("base_model"), raw.get("models")
-    if base is not None and isinstance(models, list):
-        named = [m.get("model") if isinstance(m, Mapping) else m for m in models]
-        names = [name for name in named if isinstance(name, str)]
-        pinned = [f"{m['model']}@{m['revision']}" for m in models if isinstance(m, Mapping) and "revision" in m]
-        if base not in (*names, *pinned) and base not in [name.rpartition("@")[0] for name in names]:
-            yield f"base_model: {quoted(base)} is not one of the models{nearest(str(base), names)}"
+    return f"{path}: {message[0].lower()}{message[1:]}" if path else message

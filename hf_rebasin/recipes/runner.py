@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -16,13 +15,15 @@ from ..alignment.correspondence import match_keys, match_submodels, untie_for_me
 from ..alignment.rows import absent_in
 from ..checkpoints import hub
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.layer_settings import config_of_layers
 from ..checkpoints.lazy import Absent, Tensors
 from ..data.batches import Batches, open_data, takes_data
-from ..errors import CheckpointError, MismatchError, OptionError, RebasinError
+from ..errors import MismatchError, OptionError, RebasinError
 from ..evaluation.comparison import Cosines, matrix_cosines
 from ..merging.fitting import load_modules, refuse_submodels, with_module_values
-from ..merging.merge import averaged_keys, combine, keep_own_rows
+from ..merging.merge import averaged_keys, keep_own_rows
 from ..merging.methods import refit
+from ..merging.parameters import refuse_unmatched_filters
 from ..merging.recalibration import (
     describe_averaged_statistics,
     find_statistics,
@@ -34,12 +35,15 @@ from ..modules.functional import Device
 from ..registry import SolverClass
 from ..solving.align import align_checkpoints
 from ..solving.gradient_descent import WEIGHT_COSTS
-from ..solving.solution import Clock, Solution, make_solver
+from ..solving.solution import Clock, Solution, Status, make_solver
 from ..symmetries.detection import detect_spec
 from ..symmetries.spec import Spec
-from ..symmetries.table import canonical_view, table_for
-from .recipe import Recipe, solvers_in
+from ..symmetries.table import canonical_view
+from .composition import MergePart, compose, join
+from .mistakes import solvers_in
+from .recipe import ModelEntry, Recipe
 
+SAMPLE = 1 << 16  # elements of every matrix by which models are told to be fine-tunes of one base
 ALIKE = 0.5  # cosine from which on models count as fine-tunes of one base; that of models trained apart is near zero
 
 
@@ -106,8 +110,7 @@ def open_models(
     Raises:
         RebasinError: models, parameters or data that do not fit each other.
     """
-    entries, method = recipe.in_order(), recipe.resolved_method()
-    method.refuse_unfit(len(entries))
+    entries = recipe.in_order()
     with hub.pin_commits():
         models = [
             Checkpoint.open(entry.model, revision=entry.revision, values=values, progress=progress)
@@ -116,16 +119,13 @@ def open_models(
     for checkpoint in models:
         checkpoint.refuse_quantised()
     first, *others = models
+    assume = [*recipe.assume, *(f"config:{key}" for key in _settings_of_depth(recipe, models))]
     first, matched = match_models(
-        first, others, recipe.assume, vocabulary=recipe.vocabulary, backbone_only=recipe.backbone_only
+        first, others, assume, vocabulary=recipe.vocabulary, backbone_only=recipe.backbone_only
     )
-    first = untie_for_merge(first, matched)
-    keys: Collection[str] = first.parts
-    for other in matched:
-        keys = match_keys(first, other, backbone_only=recipe.backbone_only)
-        if not recipe.backbone_only:
-            match_submodels(first, other)
-    method.functions_by_key(len(entries), averaged_keys(first, keys, backbone_only=recipe.backbone_only))
+    if recipe.models:
+        first = untie_for_merge(first, matched)
+    _check_parts(recipe, compose(recipe, [first, *matched]))
     if recipe.fits or recipe.recalibrate == "repair":
         refuse_submodels(models)
     data = None if recipe.data is None else open_data(recipe.data, first)
@@ -135,6 +135,37 @@ def open_models(
     if data is not None and recipe.evaluate is None and not _uses_data(recipe, first):
         raise OptionError("nothing in this merge uses the data; leave out data, or add evaluate")
     return OpenedRecipe(models=(first, *others), matched=tuple(matched), data=data, evaluation=evaluation)
+
+
+def _settings_of_depth(recipe: Recipe, models: Sequence[Checkpoint]) -> list[str]:
+    """Return the settings that may differ between models whose layers are cut out: those that follow the depth."""
+    if not recipe.slices:
+        return []
+    keys: set[str] = set()
+    for model in models:
+        written = dict(model.written)
+        keys |= {key for key, value in config_of_layers(written, [0]).items() if written.get(key) != value}
+    return sorted(keys)
+
+
+def _check_parts(recipe: Recipe, parts: Sequence[MergePart]) -> None:
+    """Refuse models of a part that do not match, and parameters that do not fit, before values are read.
+
+    Raises:
+        MismatchError: tensors that are missing, left over or of another shape.
+        OptionError: parameters of a tensor that do not fit; a filter that no tensor has in its name.
+    """
+    names = {name for part in parts for name in part.names()}
+    for part in parts:
+        keys: Collection[str] = part.first.parts
+        first = untie_for_merge(part.first, part.models) if recipe.slices else part.first
+        for other in (*part.models, *(part.origins or ())):
+            keys = match_keys(first, other, backbone_only=recipe.backbone_only)
+            if not recipe.backbone_only:
+                match_submodels(first, other)
+        refuse_unmatched_filters(part.resolved.values, names, recipe.convention)
+        averaged = averaged_keys(first, keys, backbone_only=recipe.backbone_only)
+        part.resolved.functions_by_key(len(part.models), averaged, part.own_names)
 
 
 def solvers_with_data(recipe: Recipe) -> list[SolverClass]:
@@ -205,12 +236,11 @@ def run_merge(
     solutions: tuple[Solution, ...] = ()
     remarks = tuple(remark_on_statistics(recipe, opened))
     if recipe.align is not None and alignments is None:
-        symmetries = find_symmetries(recipe, opened)
-        if isinstance(symmetries, str):
-            remarks = (symmetries, *remarks)
-        else:
+        decision = decide_alignment(recipe, opened)
+        remarks = (*decision.remarks, *remarks)
+        if decision.spec is not None:
             with clock("aligning"):
-                solutions = tuple(_align_models(recipe, opened, symmetries, device, progress))
+                solutions = tuple(_align_models(recipe, opened, decision, device, progress))
             alignments = [solution.alignment for solution in solutions]
     if recipe.align is not None and alignments is not None:
         if len(alignments) != len(moved):
@@ -228,61 +258,126 @@ def run_merge(
     )
 
 
-def find_symmetries(recipe: Recipe, opened: OpenedRecipe) -> Spec | str:
-    """Return the symmetries that a recipe aligns its models by, or why they are merged as they are.
+@dataclass(frozen=True, kw_only=True)
+class AlignmentDecision:
+    """Which models a merge aligns, and by which symmetries.
 
-    Fine-tunes of one base need no alignment, so of a class without a table nothing is asked for them.
+    Args:
+        spec: the symmetries of the first model; None if no model is aligned.
+        leaders: for every model but the first the number, among these, of the model whose alignment moves it: its own,
+            that of the base it was tuned from, or None if it stays as it is.
+        remarks: what stays as it is, and why.
+    """
+
+    spec: Spec | None
+    leaders: tuple[int | None, ...]
+    remarks: tuple[str, ...] = ()
+
+
+AS_THEY_ARE = "the models are fine-tunes of one base, so they are merged as they are"
+
+
+def decide_alignment(recipe: Recipe, opened: OpenedRecipe) -> AlignmentDecision:
+    """Decide for every model whether it is aligned to the first one.
+
+    Fine-tunes of one base need no alignment; they are known by the cosines between their matrices. A model with a base
+    of its own moves as that base does.
 
     Raises:
+        MismatchError: a model that was not fine-tuned from the base that its difference is taken from.
         RebasinError: the models are not of one base, and their symmetries are not known.
     """
-    first = opened.models[0]
-    table = None
-    with suppress(CheckpointError):  # a configuration that transformers cannot use
-        table = table_for(first.config)
-    cosines = None if table is not None else _lowest_cosines(recipe, opened)
-    if cosines is not None and cosines.lowest >= ALIKE:
-        return "the models are fine-tunes of one base, so they are merged as they are"
+    first, entries = opened.models[0], recipe.in_order()
+    ids = [(entry.model, entry.revision) for entry in entries]
+    own = [None if entry.base is None else ModelEntry.model_validate(entry.base) for entry in entries]
+    bases = [None if base is None else ids.index((base.model, base.revision)) for base in own]
+    unlike_depth = {i for i, other in enumerate(opened.matched, 1) if recipe.slices and not _same_shapes(first, other)}
+    followed = [i for i in range(1, len(ids)) if bases[i] in (None, 0) and i not in unlike_depth]
+    cosines = {i: _find_cosines(recipe, first, opened.matched[i - 1]) for i in followed}
+    remarks = [
+        f"{entries[i].model} has other layers than {entries[0].model}, so it is not aligned" for i in unlike_depth
+    ]
+    if recipe.merges_differences:
+        for i in followed:
+            if (found := cosines[i]) is not None and found.median < ALIKE and i not in bases:
+                _refuse_foreign(recipe, entries[i].model, entries[0].model, found)
+    apart = [i for i in followed if (found := cosines[i]) is None or found.lowest < ALIKE]
+    kept = AlignmentDecision(spec=None, leaders=(None,) * len(opened.matched), remarks=(*remarks, AS_THEY_ARE))
+    if not apart:
+        return kept if not remarks else replace(kept, remarks=tuple(remarks))
+    known = [found for i in apart if (found := cosines[i]) is not None]
     try:
-        return detect_spec(first)
+        spec = detect_spec(first)
     except RebasinError as error:
-        if table is not None:
-            cosines = _lowest_cosines(recipe, opened)
-        if cosines is not None and cosines.median >= ALIKE:
-            return f"the models are fine-tunes of one base, so they are merged as they are; otherwise: {error}"
-        if cosines is None:
-            return (
+        if len(known) == len(apart) and all(found.median >= ALIKE for found in known):
+            return replace(kept, remarks=(*remarks, f"{AS_THEY_ARE}; otherwise: {error}"))
+        if len(known) < len(apart):
+            unknown = (
                 "the models are merged as they are if they are fine-tunes of one base, which only the weights show, "
                 f"and those are not downloaded; otherwise: {error}"
             )
+            return replace(kept, remarks=(*remarks, unknown))
         if "--no-align" in str(error):
             raise
         raise type(error)(f"{error}. To merge the models as they are, do not align them (--no-align)") from error
+    leaders = [i if i in apart else None for i in range(1, len(ids))]
+    for i, base in enumerate(bases):
+        if base is not None and base in apart:
+            leaders[i - 1] = base
+            remarks.append(f"{entries[i].model} moves as {entries[base].model}, which it was tuned from")
+    remarks += [
+        f"{entries[i].model} is a fine-tune of the base of {entries[0].model}, so it stays as it is"
+        for i in followed
+        if i not in apart
+    ]
+    return AlignmentDecision(spec=spec, leaders=tuple(leaders), remarks=tuple(remarks))
 
 
-def _lowest_cosines(recipe: Recipe, opened: OpenedRecipe) -> Cosines | None:
-    """Measure how alike the others are to the first model where they are; None if values are not downloaded."""
-    first, least = opened.models[0], Cosines(median=1.0, lowest=1.0)
-    for other in opened.matched:
-        matched = match_keys(first, other, backbone_only=recipe.backbone_only)
-        if any(isinstance(part, Absent) for part in (*matched.values(), *first.parts.values())):
-            return None
-        cosines = matrix_cosines(first.parts, matched)
-        least = Cosines(median=min(least.median, cosines.median), lowest=min(least.lowest, cosines.lowest))
-    return least
+def _same_shapes(first: Checkpoint, other: Checkpoint) -> bool:
+    return first.shapes() == other.shapes()
 
 
-def _align_models(recipe: Recipe, opened: OpenedRecipe, spec: Spec, device: Device, progress: bool) -> list[Solution]:
+def _refuse_foreign(recipe: Recipe, model: str, base: str, cosines: Cosines) -> None:
+    raise MismatchError(
+        f"{model} was not fine-tuned from {base}: the median cosine between their matrices is {cosines.median:.2f}, "
+        f"so their difference mixes two trainings, and {recipe.merge_method} makes no sense of it. Name the base that "
+        "it was tuned from (base: of the model), which is aligned to base_model then, or average the models (linear)"
+    )
+
+
+def _find_cosines(recipe: Recipe, first: Checkpoint, other: Checkpoint) -> Cosines | None:
+    """Measure how alike another model is to the first one where it is; None if values are not downloaded."""
+    matched = match_keys(first, other, backbone_only=recipe.backbone_only)
+    if any(isinstance(part, Absent) for part in (*matched.values(), *first.parts.values())):
+        return None
+    return matrix_cosines(first.parts, matched, SAMPLE)
+
+
+def _align_models(
+    recipe: Recipe, opened: OpenedRecipe, decision: AlignmentDecision, device: Device, progress: bool
+) -> list[Solution]:
+    """Return a solution for every model but the first; of models that stay as they are, one that moves nothing."""
     assert recipe.align is not None
+    assert decision.spec is not None
     for checkpoint in opened.models:
         checkpoint.refuse_broken()
     first, solver = opened.models[0], make_solver(recipe.align.solver, recipe.align.options())
     solve = partial(
-        align_checkpoints, solver, spec, first, limits=recipe.align.limits(), seed=recipe.align.seed, device=device
+        align_checkpoints,
+        solver,
+        decision.spec,
+        first,
+        limits=recipe.align.limits(),
+        seed=recipe.align.seed,
+        device=device,
     )
     data = opened.data if solvers_with_data(recipe) else None
     solve = partial(solve, backbone_only=recipe.backbone_only, data=data, progress=progress)
-    return [solve(moving=other) for other in opened.matched]
+    solved = {
+        leader: solve(moving=opened.matched[leader - 1]) for leader in sorted({i for i in decision.leaders if i})
+    }
+    stays = Solution(alignment=Alignment(decision.spec, {}), objective=0.0, history=(), status=Status.IDENTITY)
+    return [stays if leader is None else solved[leader] for leader in decision.leaders]
 
 
 def merge_models(
@@ -304,39 +399,43 @@ def merge_models(
         device: device of the computation.
         progress: show progress bars.
     """
-    method = recipe.resolved_method()
-    dtype = None if recipe.dtype is None else getattr(torch, recipe.dtype)
-    merged = combine(models, method, dtype=dtype, backbone_only=recipe.backbone_only)
+    parts = compose(recipe, models)
+    dtypes = {"dtype": recipe.result_dtype, "input_dtype": recipe.input_dtype}
+    results = [part.combine(**dtypes, backbone_only=recipe.backbone_only) for part in parts]
+    merged = join(recipe, parts, results, models[0])
     if data is None:
         return merged
-    shares = model_shares(recipe, len(models))
-    for (phase, _), finish in _finishing_steps(recipe, shares):
+    merging = parts[0].models
+    shares = model_shares(recipe, len(merging))
+    for (phase, _), finish in _finishing_steps(recipe, parts[0], shares):
         with clock(phase):
-            merged = finish(merged, models, data, device=device, progress=progress)
+            merged = finish(merged, merging, data, device=device, progress=progress)
     with clock("recalibrating"):
         if recipe.recalibrate == "repair":
-            merged = repair(merged, models, data, weights=shares, device=device, progress=progress)
+            merged = repair(merged, merging, data, weights=shares, device=device, progress=progress)
         elif recipe.recalibrate == "statistics":
             merged = recalibrate_checkpoint(merged, data, device=device, progress=progress)
     return keep_own_rows(merged, models, backbone_only=recipe.backbone_only)
 
 
 def _finishing_steps(
-    recipe: Recipe, shares: list[float] | None
+    recipe: Recipe, part: MergePart | None, shares: list[float] | None
 ) -> Iterator[tuple[tuple[str, str], Callable[..., Checkpoint]]]:
     """Yield what is done to the whole merge: the words for it (while it runs, and afterwards) and the function."""
     if recipe.refit is not None:
         yield refit.VERB, partial(refit.finish, weights=shares, ridge=recipe.refit.ridge)
         if recipe.merge_method == "refit":  # named twice
             return
-    resolved = recipe.resolved_method()
-    if resolved.finish is not None:
-        yield resolved.method.verb, resolved.finish
+    if recipe.method.finish is not None:
+        finish = None if part is None else part.resolved.finish(part.models, part.base, part.origins)
+        yield recipe.method.verb, finish or recipe.method.finish
 
 
 def describe_finishing(recipe: Recipe) -> str:
     """Return in words what is done to a merge after averaging: "refitted and repaired"; empty if nothing is."""
-    words = [done for (_, done), _ in _finishing_steps(recipe, None)] + ["repaired"] * (recipe.recalibrate == "repair")
+    words = [done for (_, done), _ in _finishing_steps(recipe, None, None)] + ["repaired"] * (
+        recipe.recalibrate == "repair"
+    )
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
@@ -345,12 +444,16 @@ def model_shares(recipe: Recipe, count: int) -> list[float] | None:
 
     Shares are also equal if the numbers vary by tensor: then only the controls are fitted.
     """
-    method = recipe.resolved_method()
-    if method.varying:
+    if not recipe.models:
         return None
-    if "t" in method.values and count == 2:
-        return [1 - method.values["t"], method.values["t"]]
-    return method.values.get("weights")
+    resolved = recipe.resolved_method()
+    values = resolved.constants(count)
+    if resolved.varying or recipe.merges_differences:
+        return None
+    if "t" in values and count == 2:
+        return [1 - values["t"], values["t"]]
+    weights: list[float | None] | None = values.get("weights")
+    return None if weights is None else [1.0 if weight is None else weight for weight in weights]
 
 
 def recalibrate_checkpoint(

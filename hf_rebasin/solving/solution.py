@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import registry
 from ..alignment.alignment import Alignment, Module
 from ..checkpoints.checkpoint import Checkpoint
-from ..registry import checked_keywords
+from ..registry import checked_keywords, keywords_of
 from ..text import html_overview, overview
 from .problem import Problem
 
@@ -93,7 +93,7 @@ class Solver(Protocol):
 def make_solver(name: str, options: Mapping[str, Any]) -> Solver:
     """Create a solver by name; options that are unknown or do not fit raise OptionError."""
     solver_class = registry.solver(name)
-    return cast(Solver, solver_class(**checked_keywords(f"solver {name!r}", solver_class, options)))
+    return cast(Solver, solver_class(**checked_keywords(f"solver {name!r}", keywords_of(solver_class), options)))
 
 
 class Clock:

@@ -1,17 +1,24 @@
-"""Measure the time and peak memory of merging two bfloat16 Llamas from disk to disk, in processes of their own.
+"""Measure the time and peak memory of merge methods on bfloat16 Llamas from disk to disk, in processes of their own.
 
-    python scripts/benchmarks/merging.py [--sizes 1 4] [--runs 5] [--mergekit COMMAND] [--align] [--folder DIR]
+    python scripts/benchmarks/merging.py [--methods ties slerp] [--models 2 3] [--sizes 1 4] [--runs 3]
+                                         [--mergekit COMMAND] [--align] [--folder DIR]
 
-Weights are random, nothing is downloaded. For every size (GB per model, in shards of 500 MB) the commands take turns,
-so that other load on the machine affects all of them: copying one model, a bare loop that averages safetensors files,
-this package, and mergekit if COMMAND (its mergekit-yaml) is given. Prints medians over all runs, and the ratio to the
-loop. The averages of the loop and of this package are compared, number by number. --align also measures aligning and
-merging two models of 1.1 billion parameters, which takes some minutes.
+The models are fine-tunes (the base and little noise) of random numbers, in shards of 500 MB; nothing is downloaded.
+Every method runs with one recipe, which mergekit reads as well if COMMAND (its mergekit-yaml) is given. Programs take
+turns, so that other load on the machine affects all of them: copying one model, a bare loop that averages safetensors
+files, then each method by this package and by mergekit. Prints medians over the runs, and the medians of the ratios to
+the loop and to mergekit in the same run. Methods for a base and one model run on these two.
+
+A first run, which fills the file cache, computes in float32 and compares the results: how many numbers differ from
+mergekit's (of `linear`, also from the loop's), and how many by more than one unit in the last place of bfloat16.
+Methods with random numbers are not compared. --align also measures aligning and merging two models of 1.1 billion
+parameters, which takes some minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import shutil
@@ -22,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 # hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads
 SHAPES = {
@@ -30,9 +38,25 @@ SHAPES = {
     "4": (2560, 8192, 24, 20, 4),
     "align": (2048, 5632, 22, 32, 4),
 }
+FINE_TUNES = "abcdefgh"
+LOOP = "a bare loop"
+NAMES = {"ours": "hf-rebasin"}  # of programs in the table
+# Parameters of all methods that have them; mergekit has no default for `weight` and `t`.
+PARAMETERS = {"weight": 0.5, "density": 0.5, "t": 0.5}
+OWN_PARAMETERS = {"nearswap": {"t": 0.001}}  # where 0.5 would leave nothing to do
+FLOAT32_ERROR = 1e-8  # of sums of numbers below 0.1, which is more than a unit of bfloat16 if they cancel
 
 
-def make_models(size: str, folder: Path) -> None:
+class Measurement(NamedTuple):
+    """Wall and processor time in seconds, and peak memory in GB, of one process."""
+
+    wall: float
+    cpu: float
+    peak: float
+
+
+def make_models(size: str, folder: Path, count: int) -> None:
+    """Save a base and fine-tunes of it, or two unrelated models to be aligned."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -46,32 +70,109 @@ def make_models(size: str, folder: Path) -> None:
         vocab_size=32000,
         tie_word_embeddings=False,
     )
-    for seed, name in enumerate("ab"):
-        torch.manual_seed(seed)
-        with torch.device("meta"):
-            model = LlamaForCausalLM(config)
-        model = model.to(torch.bfloat16).to_empty(device="cpu")
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    torch.manual_seed(0)
+    for name in FINE_TUNES[:count] if size == "align" else ("base", *FINE_TUNES[:count]):
+        base = torch.Generator().manual_seed(ord(name) if size == "align" else 0)
         for parameter in model.parameters():
-            parameter.data.normal_(0, 0.02) if parameter.dim() > 1 else parameter.data.fill_(1)
+            parameter.data.normal_(0, 0.02, generator=base) if parameter.dim() > 1 else parameter.data.fill_(1)
+            if name != "base":
+                parameter.data.add_(torch.empty_like(parameter).normal_(0, 0.002))
         model.save_pretrained(folder / name, max_shard_size="500MB")
 
 
-def average_in_loop(a: Path, b: Path, out: Path) -> None:
+def write_recipes(folder: Path, count: int, names: Sequence[str]) -> dict[str, bool]:
+    """Write a recipe for every method that can merge so many models, in bfloat16 and (for a comparison) in float32.
+
+    Returns:
+        `{method: whether it draws random numbers}`.
+    """
+    from hf_rebasin import registry
+
+    random = {}
+    for name in names or registry.names("merge method"):
+        method = registry.merge_method(name)
+        values = {**PARAMETERS, **OWN_PARAMETERS.get(name, {})}
+        own = {parameter: value for parameter, value in values.items() if parameter in method.per_model}
+        shared = {parameter: value for parameter, value in values.items() if parameter in method.parameters}
+        number = count_models(name, count, own | shared)
+        if method.finish is not None or not number:
+            continue
+        models = FINE_TUNES[:number]
+        recipe = {
+            "merge_method": name,
+            "base_model": str(folder / (models[0] if method.base == "none" else "base")),
+            "models": [{"model": str(folder / model), "parameters": own} for model in models],
+            "parameters": shared,
+            "dtype": "bfloat16",
+        }
+        (folder / f"{name}.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+        recipe |= {"dtype": "float32", "out_dtype": "bfloat16"}
+        (folder / f"{name}_float32.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+        random[name] = "uniforms" in inspect.signature(method.merge).parameters
+    return random
+
+
+def count_models(name: str, count: int, values: Mapping[str, float]) -> int:
+    """Return how many models a method merges beside its base, if it has one; 0 if it cannot merge so many."""
+    from hf_rebasin import registry
+    from hf_rebasin.errors import OptionError
+    from hf_rebasin.merging.parameters import resolve_method
+
+    for number in (count, count - 1) if registry.merge_method(name).base == "required" else (count,):
+        try:
+            resolve_method(name, values).refuse_unfit(number)
+            return number
+        except OptionError as error:
+            problem = error
+    print(f"{name} is left out: {problem}", file=sys.stderr)
+    return 0
+
+
+def average_in_loop(out: Path, models: Sequence[Path]) -> None:
     """Average files of the same name one after the other, as a bare script would."""
+    from contextlib import ExitStack
+
     from safetensors import safe_open
     from safetensors.torch import save_file
 
     out.mkdir()
-    for file in sorted(a.glob("*.safetensors")):
-        with safe_open(file, "pt") as x, safe_open(b / file.name, "pt") as y:
+    for file in sorted(models[0].glob("*.safetensors")):
+        with ExitStack() as stack:
+            opened = [stack.enter_context(safe_open(model / file.name, "pt")) for model in models]
             merged = {
-                key: ((x.get_tensor(key).float() + y.get_tensor(key).float()) / 2).bfloat16()
-                for key in x.keys()  # noqa: SIM118 (not a mapping)
+                key: (sum(part.get_tensor(key).float() for part in opened) / len(opened)).bfloat16()
+                for key in opened[0].keys()  # noqa: SIM118 (not a mapping)
             }
             save_file(merged, out / file.name, metadata={"format": "pt"})
 
 
-def print_time_split(a: Path, b: Path, out: Path) -> None:
+def count_differences(first: Path, second: Path) -> tuple[int, int]:
+    """Return how many numbers of two merges differ, and how many by more than one unit of bfloat16."""
+    import torch
+    from safetensors.torch import load_file
+
+    a, b = (
+        {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
+        for folder in (first, second)
+    )
+    if a.keys() != b.keys():
+        sys.exit(f"{first} and {second} have different tensors, such as {min(a.keys() ^ b.keys())}")
+    differing = far = 0
+    for key in a:
+        for x, y in zip(a[key].flatten().split(1 << 20), b[key].flatten().split(1 << 20), strict=True):
+            x, y = x.float(), y.float()
+            gap = (x - y).abs()
+            exponent = torch.frexp(torch.maximum(x.abs(), y.abs())).exponent
+            unit = torch.ldexp(torch.ones_like(gap), exponent - 8)  # bfloat16 has 8 significant bits
+            differing += int(torch.count_nonzero(gap))
+            far += int(torch.count_nonzero(~(gap <= unit + FLOAT32_ERROR)))
+    return differing, far
+
+
+def print_time_split(out: Path, models: Sequence[Path]) -> None:
     """Print, as JSON, how the time of a merge by this package divides into steps."""
     start = time.perf_counter()
     import torch  # noqa: F401
@@ -80,7 +181,7 @@ def print_time_split(a: Path, b: Path, out: Path) -> None:
     from hf_rebasin import merge
 
     imported = time.perf_counter()
-    merged = merge([a, b])
+    merged = merge(models)
     opened = time.perf_counter()
     merged.save(out)
     done = time.perf_counter()
@@ -88,20 +189,8 @@ def print_time_split(a: Path, b: Path, out: Path) -> None:
     print(json.dumps({k: round(v, 2) for k, v in (steps | {"reading, merging, writing": done - opened}).items()}))
 
 
-def have_equal_tensors(first: Path, second: Path) -> bool:
-    import torch
-
-    from hf_rebasin import Checkpoint
-    from hf_rebasin.checkpoints.lazy import Tensors
-    from hf_rebasin.checkpoints.tensor_files import read_file
-
-    a = Tensors({key: part for file in first.glob("*.safetensors") for key, part in read_file(file).items()})
-    b = Checkpoint.open(second).tensors
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def measure_process(command: Sequence[str]) -> tuple[float, float, float]:
-    """Run a command; return (wall seconds, processor seconds, peak GB) of its process."""
+def measure_process(command: Sequence[str | Path]) -> Measurement:
+    """Run a command and measure its process; RuntimeError with the end of its output if it fails."""
     start = time.perf_counter()
     # load nothing large here: a child's peak starts at that of its parent
     with tempfile.TemporaryFile() as output:
@@ -109,88 +198,174 @@ def measure_process(command: Sequence[str]) -> tuple[float, float, float]:
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             output.seek(0)
-            sys.exit(f"{' '.join(command)} failed:\n{output.read().decode()[-2000:]}")
-    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
+            raise RuntimeError(output.read().decode(errors="replace").strip()[-2000:])
+    return Measurement(time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20)
 
 
-def make_commands(folder: Path, mergekit: str | None) -> Mapping[str, list[str]]:
-    a, b, out = (str(folder / name) for name in ("a", "b", "out"))
-    ours = [str(Path(sys.executable).parent / "hf-rebasin"), "merge", a, b, "--no-align", "-o", out]
-    named = {
-        "copying one model": ["cp", "-r", a, out],
-        "a bare loop": [sys.executable, __file__, "--loop", a, b, out],
-        "hf-rebasin linear": ours,
-        "hf-rebasin slerp": [*ours, "--method", "slerp"],
-    }
-    for method in ("linear", "slerp") if mergekit else ():
-        models = [{"model": model, "parameters": {"weight": 0.5}} for model in (a, b)]
-        recipe: dict[str, object] = {"merge_method": method, "models": models, "dtype": "bfloat16"}
-        if method == "slerp":
-            recipe |= {"base_model": a, "parameters": {"t": 0.5}}
-        (folder / f"{method}.yaml").write_text(json.dumps(recipe), encoding="utf-8")
-        named[f"mergekit {method}"] = [str(mergekit), str(folder / f"{method}.yaml"), out]
-    return named
+def run_self(*words: str | Path) -> str:
+    """Run a step of this script that loads torch in a process of its own, and return its output."""
+    command = [sys.executable, __file__, *map(str, words)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def print_table(size: str, folder: Path, runs: int, mergekit: str | None) -> None:
-    subprocess.run([sys.executable, __file__, "--make", size, str(folder)], check=True, capture_output=True)
-    named = make_commands(folder, mergekit)
-    results: dict[str, list[tuple[float, float, float]]] = {name: [] for name in named}
-    for run in range(runs + 1):
-        for name, command in named.items():
-            result = measure_process(command)
-            if run:  # the first run only fills the file cache
-                results[name].append(result)
-            if not run and name in ("a bare loop", "hf-rebasin linear"):
-                (folder / "out").rename(folder / name.split()[-1])
-            shutil.rmtree(folder / "out", ignore_errors=True)
-    print(f"{size} GB per model, median of {runs} runs      wall s  ÷ loop  processor s  peak GB")
-    reference = statistics.median(wall for wall, _, _ in results["a bare loop"])
-    for name, measurements in results.items():
-        wall, cpu, peak = (statistics.median(column) for column in zip(*measurements, strict=True))
-        print(f"  {name:36} {wall:8.2f} {wall / reference:7.2f} {cpu:12.2f} {peak:8.2f}")
-    command = [sys.executable, __file__, "--same", str(folder / "loop"), str(folder / "linear")]
-    equal = subprocess.run(command, check=False).returncode == 0
-    print(f"  the averages of the loop and of hf-rebasin are {'equal' if equal else 'DIFFERENT'}, number by number")
-    command = [sys.executable, __file__, "--split", str(folder / "a"), str(folder / "b"), str(folder / "out")]
-    steps = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    print(f"  of one run: {', '.join(f'{step} {seconds} s' for step, seconds in steps.items())}", flush=True)
+def hf_rebasin() -> Path:
+    """Return the path of the command line of this package."""
+    return Path(sys.executable).parent / "hf-rebasin"
+
+
+class Benchmark:
+    """The programs that merge the models in a folder, and their measurements.
+
+    Args:
+        folder: folder of the models and recipes.
+        count: number of models that are merged.
+        mergekit: path of mergekit-yaml; None to leave it out.
+        methods: names of merge methods; None for all of them.
+    """
+
+    def __init__(self, folder: Path, count: int, mergekit: str | None, methods: Sequence[str] | None) -> None:
+        self.folder, self.out = folder, folder / "out"
+        self.models = [folder / name for name in FINE_TUNES[:count]]
+        self.random: dict[str, bool] = json.loads(run_self("--recipes", folder, str(count), *(methods or [])))
+        self.programs = {"ours": str(hf_rebasin()), **({"mergekit": mergekit} if mergekit else {})}
+        self.measurements: dict[tuple[str, str], list[Measurement]] = {}
+        self.failures: dict[tuple[str, str], str] = {}
+        self.differences: dict[str, list[str]] = {}
+
+    def command(self, program: str, method: str, kind: str = "") -> list[str | Path]:
+        """Return the command by which a program runs the recipe of a method."""
+        recipe = self.folder / f"{method}{kind}.yaml"
+        path = self.programs[program]
+        return [path, "merge", recipe, "-o", self.out] if program == "ours" else [path, recipe, self.out]
+
+    def plain_commands(self) -> dict[str, list[str | Path]]:
+        """Return the commands that the methods are compared with."""
+        return {
+            "copying one model": ["cp", "-r", self.models[0], self.out],
+            LOOP: [sys.executable, __file__, "--loop", self.out, *self.models],
+        }
+
+    def compare(self) -> None:
+        """Run every program once, in float32 where it can be told so, and compare the results."""
+        for name, command in self.plain_commands().items():
+            self.measure((name, ""), command, self.folder / name)
+        for method, is_random in self.random.items():
+            results = {program: self.folder / program for program in self.programs}
+            for program, result in results.items():
+                self.measure((program, method), self.command(program, method, "_float32"), result)
+            others = ["mergekit"] if not is_random else []
+            others += [LOOP] if method == "linear" else []
+            for other in others:
+                if results["ours"].exists() and (self.folder / other).exists():
+                    differing, far = json.loads(run_self("--differences", results["ours"], self.folder / other))
+                    difference = f"{other}: {differing:,} ({far:,})"
+                    self.differences.setdefault(method, []).append(difference)
+            for result in results.values():
+                shutil.rmtree(result, ignore_errors=True)
+        self.measurements.clear()
+
+    def run(self) -> None:
+        """Measure every program once."""
+        commands = {(name, ""): command for name, command in self.plain_commands().items()}
+        for method in self.random:
+            commands |= {(program, method): self.command(program, method) for program in self.programs}
+        for key, command in commands.items():
+            self.measure(key, command)
+
+    def measure(self, key: tuple[str, str], command: Sequence[str | Path], result: Path | None = None) -> None:
+        """Measure a program, unless it failed before, and keep what it writes in a folder, if there is one for it."""
+        if key in self.failures:
+            return
+        try:
+            self.measurements.setdefault(key, []).append(measure_process(command))
+        except RuntimeError as error:
+            self.failures[key] = (str(error).splitlines() or ["without a message"])[-1]
+            del self.measurements[key]
+        else:
+            if result is not None:
+                self.out.rename(result)
+        shutil.rmtree(self.out, ignore_errors=True)
+
+    def print_table(self) -> None:
+        """Print the medians, one line per program and method."""
+        print(f"{'':34} wall s  ÷ loop  ÷ mergekit   CPU s  peak GB  differing numbers (by more than a unit)")
+        loop = self.measurements.get((LOOP, ""))
+        for (program, method), measurements in self.measurements.items():
+            wall, cpu, peak = (statistics.median(column) for column in zip(*measurements, strict=True))
+            to_loop, to_mergekit, differences = median_ratio(measurements, loop), "", ""
+            if program == "ours":
+                to_mergekit = median_ratio(measurements, self.measurements.get(("mergekit", method)))
+                differences = "; ".join(self.differences.get(method, []))
+            name = f"{NAMES.get(program, program)} {method}"
+            line = f"  {name:32} {wall:7.2f} {to_loop:>7}  {to_mergekit:>10} {cpu:7.2f} {peak:8.2f}  {differences}"
+            print(line.rstrip())
+        for (program, method), failure in self.failures.items():
+            print(f"  {NAMES.get(program, program)} {method} failed: {failure}")
+
+
+def median_ratio(measurements: Sequence[Measurement], others: Sequence[Measurement] | None) -> str:
+    """Return the median over the runs of the ratio of wall times; empty if there is nothing to compare with."""
+    if not others:
+        return ""
+    return f"{statistics.median(a.wall / b.wall for a, b in zip(measurements, others, strict=True)):.2f}"
 
 
 def measure_alignment(folder: Path) -> None:
-    subprocess.run([sys.executable, __file__, "--make", "align", str(folder)], check=True, capture_output=True)
-    command = [str(Path(sys.executable).parent / "hf-rebasin"), "merge", *(str(folder / name) for name in "ab")]
-    wall, cpu, peak = measure_process([*command, "-o", str(folder / "out")])
+    run_self("--make", "align", folder, "2")
+    models = [folder / name for name in FINE_TUNES[:2]]
+    command: list[str | Path] = [hf_rebasin(), "merge", *models, "-o", folder / "out"]
+    wall, cpu, peak = measure_process(command)
     print(f"aligning and merging 1.1 billion parameters: {wall:.0f} s, processor {cpu:.0f} s, peak {peak:.2f} GB")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="*", help="merge methods; by default all that need no data")
+    parser.add_argument("--models", nargs="*", type=int, default=[2, 3], choices=range(2, 9), help="numbers of models")
     parser.add_argument("--sizes", nargs="*", default=["1"], choices=list(SHAPES)[:-1], help="GB per model")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--mergekit", help="path of its command mergekit-yaml")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--mergekit", metavar="COMMAND", help="path of its command mergekit-yaml")
     parser.add_argument("--align", action="store_true")
     parser.add_argument("--folder", type=Path, help="folder for temporary files, such as the models")
-    parser.add_argument("--make", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--loop", nargs=3, type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--same", nargs=2, type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--split", nargs=3, type=Path, help=argparse.SUPPRESS)
+    for step in ("--make", "--recipes", "--loop", "--differences", "--split"):  # steps that load torch
+        parser.add_argument(step, nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.make:
-        make_models(arguments.make[0], Path(arguments.make[1]))
+        size, folder, count = arguments.make
+        make_models(size, Path(folder), int(count))
+    elif arguments.recipes:
+        folder, count, *methods = arguments.recipes
+        print(json.dumps(write_recipes(Path(folder), int(count), methods)))
     elif arguments.loop:
-        average_in_loop(*arguments.loop)
-    elif arguments.same:
-        sys.exit(not have_equal_tensors(*arguments.same))
+        out, *models = map(Path, arguments.loop)
+        average_in_loop(out, models)
+    elif arguments.differences:
+        print(json.dumps(count_differences(*map(Path, arguments.differences))))
     elif arguments.split:
-        print_time_split(*arguments.split)
+        out, *models = map(Path, arguments.split)
+        print_time_split(out, models)
     else:
         for size in arguments.sizes:
-            with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-                print_table(size, Path(folder), arguments.runs, arguments.mergekit)
+            with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+                folder = Path(name)
+                run_self("--make", size, folder, str(max(arguments.models)))
+                for count in arguments.models:
+                    benchmark = Benchmark(folder, count, arguments.mergekit, arguments.methods)
+                    benchmark.compare()
+                    for _ in range(arguments.runs):
+                        benchmark.run()
+                    print(
+                        f"{count} models of {size} GB, medians of {arguments.runs} runs, load {os.getloadavg()[0]:.1f}"
+                    )
+                    benchmark.print_table()
+                steps = json.loads(run_self("--split", folder / "out", *benchmark.models))
+                print(
+                    f"  of one average: {', '.join(f'{step} {seconds} s' for step, seconds in steps.items())}",
+                    flush=True,
+                )
         if arguments.align:
-            with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-                measure_alignment(Path(folder))
+            with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+                measure_alignment(Path(name))
 
 
 if __name__ == "__main__":

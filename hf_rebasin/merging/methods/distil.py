@@ -9,7 +9,6 @@ compare with that control.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any
@@ -19,19 +18,28 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ...checkpoints.checkpoint import Checkpoint
-from ...errors import OptionError
-from ...modules.distributed import all_reduce_gradients, all_reduce_mean, cycle_batches
+from ...modules.distributed import all_reduce_gradients, cycle_batches
 from ...modules.divergence import comparable_outputs, divergence_per_sample
 from ...modules.forward import evaluation_mode, has_no_classes, refuse_read_once, run_module
 from ...modules.functional import move_batch, use_batch_statistics
 from ...modules.layerwise import keeps_statistics
-from ..fitting import change_layers, load_modules, normalise_weights, refuse_submodels, with_module_values
+from ..fitting import (
+    average_tensors,
+    change_layers,
+    finite_mean,
+    load_modules,
+    nonnegative_shares,
+    refuse_schedule,
+    refuse_submodels,
+    with_module_values,
+)
 
 logger = logging.getLogger(__name__)
 
 STEPS, RATE = 300, 3e-4
 CHECK_BATCHES = 8  # batches that the merge is measured on, before and after
-ELEMENTWISE = True
+DIVERGENCE = "the divergence between the models"
+PIECES = "elements"
 VERB = ("distilling", "distilled")
 EXTRA_COPIES = 3  # the gradients of the merge and their two moments
 
@@ -51,10 +59,7 @@ def merge(
         OptionError: weights that are not one per model, are negative or have no positive sum; steps or a rate that
             are not above 0.
     """
-    terms = [
-        w * tensor for w, tensor in zip(_checked_shares(weights, len(tensors), steps, rate), tensors, strict=True)
-    ]
-    return torch.stack(terms).sum(0)
+    return average_tensors(tensors, _checked_shares(weights, len(tensors), steps, rate))
 
 
 def distil(
@@ -118,7 +123,7 @@ def distil(
         use_batch_statistics(module)
         with torch.no_grad():
             losses = torch.stack([loss(module, batch) for batch in check_batches])
-            return _finite_mean(losses, "before and after training")
+            return finite_mean(losses, DIVERGENCE, "before and after training")
 
     before = measure(module)
     _train(module, batches, loss, steps, rate, progress)
@@ -166,31 +171,14 @@ def _train(
             optimizer.zero_grad()
             value = loss(module, batch)
             value.backward()
-        _finite_mean(value.detach(), f"in step {step}, at a rate of {rate:g}")
+        finite_mean(value.detach(), DIVERGENCE, f"in step {step}, at a rate of {rate:g}")
         all_reduce_gradients(parameters)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
 
 
-def _finite_mean(values: Tensor, when: str) -> float:
-    """Return the mean over all processes; OptionError unless it is finite."""
-    mean = all_reduce_mean(values.double().mean()).item()
-    if not math.isfinite(mean):
-        raise OptionError(
-            f"the divergence between the models on these data is not finite ({mean} {when}); check the models and the "
-            "data, or take a lower rate if it became so in training"
-        )
-    return mean
-
-
 def _checked_shares(weights: Sequence[float] | None, count: int, steps: int, rate: float) -> list[float]:
     """Return the share of each model; OptionError if a parameter does not fit."""
-    if steps < 1:
-        raise OptionError(f"steps = {steps}; give 1 or more")
-    if not 0 < rate < math.inf:
-        raise OptionError(f"rate = {rate}; give a number above 0, such as {RATE}")
-    shares = normalise_weights(weights, count)
-    if min(shares) < 0:
-        raise OptionError(f"weights = {weights}; predictions are mixed, so give weights of 0 or more")
-    return shares
+    refuse_schedule(steps, rate, RATE)
+    return nonnegative_shares(weights, count, "predictions are mixed")

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ...errors import OptionError
 
-ELEMENTWISE = True
+PIECES = "elements"
+SYMMETRIC = False
 
 
 def merge(tensors: Sequence[Tensor], *, t: float = 0.5) -> Tensor:

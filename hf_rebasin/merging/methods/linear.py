@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...errors import OptionError
 
-ELEMENTWISE = True
+PIECES = "elements"
 
 
 def merge(tensors: Sequence[Tensor], *, weights: Sequence[float] | None = None, normalize: bool = True) -> Tensor:
@@ -24,7 +24,7 @@ def merge(tensors: Sequence[Tensor], *, weights: Sequence[float] | None = None, 
 
     Example: weights 3 and 1 of the values 2 and 6 give (3 * 2 + 1 * 6) / 4 = 3.
     """
-    weights = [1.0] * len(tensors) if weights is None else list(weights)
+    weights = [1.0] * len(tensors) if weights is None else [1.0 if w is None else w for w in weights]
     if len(weights) != len(tensors):
         raise OptionError(f"linear got {len(weights)} weights for {len(tensors)} models; give one weight per model")
     total = sum(weights) if normalize else 1.0

@@ -30,12 +30,12 @@ from ...errors import OptionError
 from ...modules.hooks import LayerCalls
 from ...modules.layerwise import Change, LayerStep
 from ...modules.linear_maps import CHUNK_ELEMENTS, Affine
-from ..fitting import change_layers, normalise_weights
+from ..fitting import average_tensors, change_layers, normalise_weights
 
 RIDGE = 1e-3
 PRIOR_SAMPLES = 32.0  # s W₁ counts as much as so many samples: r = PRIOR_SAMPLES · tr(XᵀX) / (n · samples)
 SCALE_STEPS, KL_STEPS = 8, 20  # passes over the data: at most, for s, and then for W
-ELEMENTWISE = True
+PIECES = "elements"
 VERB = ("refitting", "refitted")
 
 
@@ -51,8 +51,7 @@ def merge(tensors: Sequence[Tensor], *, weights: Sequence[float] | None = None, 
         OptionError: weights that are not one per model or have no positive sum, or a ridge that is not above 0.
     """
     _refuse_ridge(ridge)
-    terms = [share * tensor for share, tensor in zip(normalise_weights(weights, len(tensors)), tensors, strict=True)]
-    return torch.stack(terms).sum(0)
+    return average_tensors(tensors, normalise_weights(weights, len(tensors)))
 
 
 def refit(

@@ -1,0 +1,69 @@
+"""Random numbers of merge methods, which depend on a seed, the tensor's name and the model's content, on nothing else.
+
+So masks differ between models and between tensors, and the same merge has the same bytes whatever the order of the
+models, the sizes of files and pieces, and the number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checkpoints.checkpoint import Checkpoint
+
+BLOCK = 1 << 16  # elements whose random numbers come from one generator, so that pieces may begin anywhere
+
+
+def content_hash(checkpoint: Checkpoint) -> bytes:
+    """Return a hash of the names, shapes, dtypes and values of a model's tensors, in whatever files they are."""
+    digest = hashlib.sha256()
+    for key in sorted(checkpoint.parts):
+        part = checkpoint.parts[key]
+        digest.update(f"{key} {part.shape} {part.dtype}\n".encode())
+        for chunk in part.chunks():
+            digest.update(cast(Any, chunk.contiguous().reshape(-1).view(torch.uint8).numpy()).data)
+    return digest.digest()
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The random numbers of one tensor of one model, any part of which can be drawn by itself.
+
+    Args:
+        seed: seed of the merge.
+        key: name of the tensor.
+        content: returns the content hash of the model.
+    """
+
+    seed: int
+    key: str
+    content: Callable[[], bytes]
+
+    @cached_property
+    def _entropy(self) -> int:
+        text = f"{self.seed} {self.key} ".encode() + self.content()
+        return int.from_bytes(hashlib.sha256(text).digest(), "little")
+
+    def draw(self, start: int, stop: int) -> Tensor:
+        """Return uniform numbers in [0, 1), in float32, for the elements `start` to `stop` of the flat tensor."""
+        blocks = range(start // BLOCK, -(-stop // BLOCK))
+        drawn = torch.cat([self._draw_block(block) for block in blocks] or [torch.empty(0)])
+        first = start - start // BLOCK * BLOCK
+        return drawn[first : first + stop - start]
+
+    def _draw_block(self, block: int) -> Tensor:
+        bits = np.random.SFC64(np.random.SeedSequence([self._entropy, block])).random_raw(BLOCK // 2)
+        halves = torch.from_numpy(bits.view(np.int32))
+        return (halves & 0xFFFFFF).float().mul_(2.0**-24)  # all 2²⁴ numbers are exact in float32
+
+
+def streams(seed: int, key: str, contents: Sequence[Callable[[], bytes]]) -> list[Stream]:
+    """Return the random numbers of a tensor in every model."""
+    return [Stream(seed, key, content) for content in contents]
