@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .checkpoints.checkpoint import Checkpoint
 from .checkpoints.target import refuse_target
@@ -15,6 +16,7 @@ from .modules.functional import Device
 from .publishing.record import add_report, record_merge, start_hashing
 from .publishing.upload import Published, publish_from_settings, publishing_command, refuse_unready
 from .recipes.assessment import assess
+from .recipes.documents import Document, is_unchanged, remember
 from .recipes.recipe import Recipe
 from .recipes.runner import MergeResult, open_models, run_merge
 from .reports.report import Report
@@ -120,3 +122,44 @@ def run_recipe(
             raise HubError(f"{error}. The merge is in {target}: publish it with {again}") from error
     wait_for_everyone()
     return RecipeResult(folder=target, merged=result, report=assessment, published=published)
+
+
+def run_documents(
+    documents: Sequence[Document],
+    out: str | os.PathLike[str],
+    *,
+    intermediates: str | os.PathLike[str] | None = None,
+    started: Callable[[str, Path, bool], object] = lambda name, folder, reused: None,
+    progress: bool = False,
+    **options: Any,
+) -> RecipeResult:
+    """Run the recipes of a file one after the other, as `hf-rebasin merge RECIPE -o OUT` does.
+
+    Results that other documents use are kept, and used again the next time if nothing they depend on has changed.
+
+    Args:
+        documents: the documents, the one with the result of the file last.
+        out: folder to be written.
+        intermediates: folder for the results of the other documents; by default `OUT-intermediates`.
+        started: called with the name of every other document, the folder of its result, and whether that is there.
+        progress: show progress bars (on a terminal).
+        options: options of `run_recipe`, for the last document.
+    """
+    *others, last = documents
+    target = Path(out)
+    folder = target.with_name(f"{target.name}-intermediates") if intermediates is None else Path(intermediates)
+    names = [document.name for document in documents if document.name is not None]
+    if others and is_main_process():
+        refuse_target(target, bool(options.get("overwrite")), [])
+    for document in others:
+        assert document.name is not None
+        recipe, result = document.with_results_in(folder, names), folder / document.name
+        reused = is_unchanged(result, recipe)
+        started(document.name, result, reused)
+        if not reused:
+            run_recipe(recipe, result, overwrite=True, device=options.get("device"), progress=progress)
+            if is_main_process():
+                remember(result, recipe)
+            wait_for_everyone()
+    recipe = last.with_results_in(folder, names) if others else last.recipe
+    return run_recipe(recipe, target, progress=progress, **options)

@@ -85,6 +85,7 @@ class Checkpoint:
         submodels: `{sub-folder: model}` of the parts with weights of their own that the folder's `modules.json` names,
             such as the `2_Dense` of a sentence transformer; merged and saved with the model.
         origin: the model as it was opened, whose keys and configuration this one was made with; None for itself.
+        complete: called with the folder that `save` writes, to change more than weights in it, such as a chat template.
 
     Example:
         >>> checkpoint = Checkpoint.open("google-bert/bert-base-uncased")
@@ -106,6 +107,7 @@ class Checkpoint:
     absent_rows: Mapping[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
     submodels: Mapping[str, Checkpoint] = field(default_factory=dict)
     origin: Checkpoint | None = None
+    complete: Callable[[Path], object] | None = None
 
     def __repr__(self) -> str:
         size = byte_size(sum(part.nbytes for part in self.parts.values()))
@@ -472,6 +474,8 @@ class Checkpoint:
                 written = write_tensors(partial / path, submodel.parts, max_shard_size, progress)
                 checksums |= {f"{path}/{file}": digest for file, digest in written.items()}
             write_checksums(partial, checksums)
+            if self.complete is not None:
+                self.complete(partial)
             self._check_output(partial, out)
             if beside is not None:
                 beside(partial)

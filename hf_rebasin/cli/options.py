@@ -17,6 +17,7 @@ from ..errors import OptionError
 if TYPE_CHECKING:
     from ..checkpoints.checkpoint import Checkpoint
     from ..publishing.record import MergeRecord
+    from ..recipes.documents import Document
     from ..recipes.recipe import PublishSettings, Recipe
 
 MODEL = "Folder or Hub id; id@revision pins a commit, branch or tag."
@@ -217,11 +218,11 @@ def with_publish_options(recipe: Recipe, options: dict[str, Any], template: Path
     return recipe.model_copy(update={"publish": read_publish_settings(options) if options else None})
 
 
-def recipe_from_file(path: str) -> Recipe:
-    """Read a recipe from a YAML file."""
-    from ..recipes.recipe import Recipe
+def documents_from_file(path: str) -> list[Document]:
+    """Read the recipes of a YAML file, most of which have one."""
+    from ..recipes.documents import read_documents
 
-    return Recipe.from_file(path)
+    return read_documents(path)
 
 
 def recipe_field(option: str) -> str | None:

@@ -63,7 +63,9 @@ def finite_mean(values: Tensor, quantity: str, when: str) -> float:
 def refuse_other_owners(data: Iterable[Any], count: int) -> None:
     """Raise OptionError for `OwnBatches` of another number of models."""
     if isinstance(data, OwnBatches) and len(data.of_models) != count:
-        raise OptionError(f"data have batches of {len(data.of_models)} models, and {count} are merged; give one of each")
+        raise OptionError(
+            f"data have batches of {len(data.of_models)} models, and {count} are merged; give one of each"
+        )
 
 
 def load_modules(checkpoints: Sequence[Checkpoint], device: Any) -> tuple[list[nn.Module], torch.dtype]:

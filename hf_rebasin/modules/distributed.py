@@ -37,8 +37,8 @@ class OwnBatches:
         for number, data in enumerate(self.of_models, 1):
             if iter(data) is data:
                 raise OptionError(
-                    f"data of model {number} is a {type(data).__name__}, which can be read once; give what can be read "
-                    "several times, such as a list or a DataLoader"
+                    f"data of model {number} is a {type(data).__name__}, which can be read once; give what can be "
+                    "read several times, such as a list or a DataLoader"
                 )
 
     def __iter__(self) -> Iterator[Any]:

@@ -148,7 +148,7 @@ def _add_base_model(recipe: dict[Any, Any], method: MergeMethod) -> None:
 
 def tolerated_parameters() -> frozenset[str]:
     """Return the names of parameters that mergekit's files may have for any method, and that it ignores for others."""
-    known = {"int8_mask", "density", "rescale"}
+    known = {"density", "rescale"}
     for name in registry.names("merge method"):
         method = registry.merge_method(name)
         known |= method.parameters.keys() | method.per_model.keys()

@@ -85,6 +85,8 @@ def _method_mistakes(raw: Mapping[str, Any]) -> Iterator[str]:
     for path, level, of_one in _levels(raw):
         for parameter, value in level.items():
             where = f"{path}.{parameter}"
+            if parameter == "int8_mask":  # how mergekit stores masks, of which there are none here
+                continue
             known = set(method.per_model) if of_one else {*method.parameters, *method.per_model}
             if parameter in method.per_model.values() and not of_one:
                 plural_given = True

@@ -18,8 +18,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from .. import registry
 from ..alignment.correspondence import match_keys
 from ..alignment.limits import refuse_moved_outputs, untying_note

@@ -33,7 +33,7 @@ from ..merging.parameters import REQUIRED, Convention, Layered, PerModel, Resolv
 from ..registry import MergeMethod
 from .mergekit import Dtype, translate
 from .mistakes import find_mistakes
-from .yaml_reader import MAX_BYTES, read_yaml
+from .yaml_reader import MAX_BYTES, read_yaml_documents
 
 
 class _StrictModel(BaseModel):
@@ -298,14 +298,13 @@ class Recipe(_StrictModel):
     @staticmethod
     def from_file(path: str | os.PathLike[str]) -> Recipe:
         """Read a YAML recipe; a single RecipeError lists all its mistakes."""
-        try:
-            with open(path, "rb") as file:
-                raw = read_yaml(file.read(MAX_BYTES + 1), str(path))
-        except OSError as error:
-            raise RecipeError(f"{path} cannot be read as YAML: {error}") from error
-        except OptionError as error:
-            raise RecipeError(str(error)) from error
-        return Recipe.from_dict(raw, name=str(path))
+        documents = read_recipe_file(path)
+        if len(documents) > 1:
+            raise RecipeError(
+                f"{path} has {len(documents)} documents, separated by ---; read_documents in "
+                "hf_rebasin.recipes.documents reads them all"
+            )
+        return Recipe.from_dict(documents[0] if documents else None, name=str(path))
 
     @staticmethod
     def from_dict(raw: Any, name: str = "the recipe") -> Recipe:
@@ -462,6 +461,17 @@ def _read_chain(name: str, chain: Sequence[Any], convention: Convention) -> Any:
     if convention == "mergekit" and name not in REQUIRED:
         levels.append(None)
     return levels[0] if len(levels) == 1 else Layered(tuple(levels)) if levels else None
+
+
+def read_recipe_file(path: str | os.PathLike[str]) -> list[Any]:
+    """Return the content of all documents of a YAML file; RecipeError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return read_yaml_documents(file.read(MAX_BYTES + 1), str(path))
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read as YAML: {error}") from error
+    except OptionError as error:
+        raise RecipeError(str(error)) from error
 
 
 _MODELS: dict[str, type[BaseModel]] = {

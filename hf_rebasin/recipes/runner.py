@@ -6,8 +6,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-import torch
-
 from .. import registry
 from ..alignment.alignment import Alignment
 from ..alignment.compatibility import match_models
@@ -39,6 +37,7 @@ from ..solving.solution import Clock, Solution, Status, make_solver
 from ..symmetries.detection import detect_spec
 from ..symmetries.spec import Spec
 from ..symmetries.table import canonical_view
+from ..tokenizers.chat_template import resolve_chat_template, write_chat_template
 from .composition import MergePart, compose, join
 from .mistakes import solvers_in
 from .recipe import ModelEntry, Recipe
@@ -126,6 +125,7 @@ def open_models(
     if recipe.models:
         first = untie_for_merge(first, matched)
     _check_parts(recipe, compose(recipe, [first, *matched]))
+    find_chat_template(recipe, models)
     if recipe.fits or recipe.recalibrate == "repair":
         refuse_submodels(models)
     data = None if recipe.data is None else open_data(recipe.data, first)
@@ -135,6 +135,15 @@ def open_models(
     if data is not None and recipe.evaluate is None and not _uses_data(recipe, first):
         raise OptionError("nothing in this merge uses the data; leave out data, or add evaluate")
     return OpenedRecipe(models=(first, *others), matched=tuple(matched), data=data, evaluation=evaluation)
+
+
+def find_chat_template(recipe: Recipe, models: Sequence[Checkpoint]) -> str | None:
+    """Return the chat template that a recipe asks for; None if the merge has the first model's.
+
+    Raises:
+        OptionError: there is no such template, or it is not valid Jinja.
+    """
+    return None if recipe.chat_template is None else resolve_chat_template(recipe.chat_template, models)
 
 
 def _settings_of_depth(recipe: Recipe, models: Sequence[Checkpoint]) -> list[str]:
@@ -304,7 +313,7 @@ def decide_alignment(recipe: Recipe, opened: OpenedRecipe) -> AlignmentDecision:
     apart = [i for i in followed if (found := cosines[i]) is None or found.lowest < ALIKE]
     kept = AlignmentDecision(spec=None, leaders=(None,) * len(opened.matched), remarks=(*remarks, AS_THEY_ARE))
     if not apart:
-        return kept if not remarks else replace(kept, remarks=tuple(remarks))
+        return kept if followed and not remarks else replace(kept, remarks=tuple(remarks))
     known = [found for i in apart if (found := cosines[i]) is not None]
     try:
         spec = detect_spec(first)
@@ -403,6 +412,9 @@ def merge_models(
     dtypes = {"dtype": recipe.result_dtype, "input_dtype": recipe.input_dtype}
     results = [part.combine(**dtypes, backbone_only=recipe.backbone_only) for part in parts]
     merged = join(recipe, parts, results, models[0])
+    template = find_chat_template(recipe, models)
+    if template is not None:
+        merged = replace(merged, complete=partial(write_chat_template, template=template))
     if data is None:
         return merged
     merging = parts[0].models

@@ -33,16 +33,26 @@ def read_yaml(text: str | bytes, name: str = "the text") -> Any:
         >>> read_yaml("{weights: &w [1, 2], others: [*w, *w]}")
         {'weights': [1, 2], 'others': [[1, 2], [1, 2]]}
     """
+    documents = read_yaml_documents(text, name)
+    if len(documents) > 1:
+        raise OptionError(f"{name} has {len(documents)} documents, separated by ---, where one is wanted")
+    return documents[0] if documents else None
+
+
+def read_yaml_documents(text: str | bytes, name: str = "the text") -> list[Any]:
+    """Read all documents of a YAML text, which lines of `---` separate; see `read_yaml`."""
     if len(text) > MAX_BYTES:
         raise OptionError(f"{name} is too long to be a recipe: {len(text)} characters of at most {MAX_BYTES}")
     try:
         loader = _Loader(text)
         loader.name = name
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _refuse_large(node, name)
-        return loader.construct_document(node)
+        documents = []
+        while loader.check_node():
+            node = loader.get_node()
+            assert node is not None
+            _refuse_large(node, name)
+            documents.append(loader.construct_document(node))
+        return documents
     except RecursionError as error:
         raise OptionError(f"{name} is nested deeper than {MAX_DEPTH} mappings and lists") from error
     except yaml.YAMLError as error:

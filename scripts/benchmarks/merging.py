@@ -4,10 +4,10 @@
                                          [--mergekit COMMAND] [--align] [--folder DIR]
 
 The models are fine-tunes (the base and little noise) of random numbers, in shards of 500 MB; nothing is downloaded.
-Every method runs with one recipe, which mergekit reads as well if COMMAND (its mergekit-yaml) is given. Programs take
-turns, so that other load on the machine affects all of them: copying one model, a bare loop that averages safetensors
-files, then each method by this package and by mergekit. Prints medians over the runs, and the medians of the ratios to
-the loop and to mergekit in the same run. Methods for a base and one model run on these two.
+Every method runs with one recipe, which mergekit reads as well if COMMAND (its mergekit-yaml) is given. Three programs
+take turns, so that other load on the machine affects all of them: a bare loop that averages safetensors files, this
+package, and mergekit. Prints medians over the runs, and the medians of the ratios to the loop and to mergekit in the
+same run. Methods for a base and one model run on these two.
 
 A first run, which fills the file cache, computes in float32 and compares the results: how many numbers differ from
 mergekit's (of `linear`, also from the loop's), and how many by more than one unit in the last place of bfloat16.
@@ -39,8 +39,7 @@ SHAPES = {
     "align": (2048, 5632, 22, 32, 4),
 }
 FINE_TUNES = "abcdefgh"
-LOOP = "a bare loop"
-NAMES = {"ours": "hf-rebasin"}  # of programs in the table
+LOOP, OURS, MERGEKIT = "loop", "hf-rebasin", "mergekit"
 # Parameters of all methods that have them; mergekit has no default for `weight` and `t`.
 PARAMETERS = {"weight": 0.5, "density": 0.5, "t": 0.5}
 OWN_PARAMETERS = {"nearswap": {"t": 0.001}}  # where 0.5 would leave nothing to do
@@ -214,93 +213,69 @@ def hf_rebasin() -> Path:
 
 
 class Benchmark:
-    """The programs that merge the models in a folder, and their measurements.
+    """The programs that merge the models in a folder.
 
     Args:
         folder: folder of the models and recipes.
         count: number of models that are merged.
         mergekit: path of mergekit-yaml; None to leave it out.
-        methods: names of merge methods; None for all of them.
     """
 
-    def __init__(self, folder: Path, count: int, mergekit: str | None, methods: Sequence[str] | None) -> None:
+    def __init__(self, folder: Path, count: int, mergekit: str | None) -> None:
         self.folder, self.out = folder, folder / "out"
         self.models = [folder / name for name in FINE_TUNES[:count]]
-        self.random: dict[str, bool] = json.loads(run_self("--recipes", folder, str(count), *(methods or [])))
-        self.programs = {"ours": str(hf_rebasin()), **({"mergekit": mergekit} if mergekit else {})}
-        self.measurements: dict[tuple[str, str], list[Measurement]] = {}
-        self.failures: dict[tuple[str, str], str] = {}
-        self.differences: dict[str, list[str]] = {}
+        self.mergekit = mergekit
 
-    def command(self, program: str, method: str, kind: str = "") -> list[str | Path]:
-        """Return the command by which a program runs the recipe of a method."""
+    def commands(self, method: str, kind: str = "") -> dict[str, list[str | Path]]:
+        """Return the commands by which the programs run the recipe of a method, and that of the loop."""
         recipe = self.folder / f"{method}{kind}.yaml"
-        path = self.programs[program]
-        return [path, "merge", recipe, "-o", self.out] if program == "ours" else [path, recipe, self.out]
-
-    def plain_commands(self) -> dict[str, list[str | Path]]:
-        """Return the commands that the methods are compared with."""
         return {
-            "copying one model": ["cp", "-r", self.models[0], self.out],
             LOOP: [sys.executable, __file__, "--loop", self.out, *self.models],
+            OURS: [hf_rebasin(), "merge", recipe, "-o", self.out],
+            **({MERGEKIT: [self.mergekit, recipe, self.out]} if self.mergekit else {}),
         }
 
-    def compare(self) -> None:
-        """Run every program once, in float32 where it can be told so, and compare the results."""
-        for name, command in self.plain_commands().items():
-            self.measure((name, ""), command, self.folder / name)
-        for method, is_random in self.random.items():
-            results = {program: self.folder / program for program in self.programs}
-            for program, result in results.items():
-                self.measure((program, method), self.command(program, method, "_float32"), result)
-            others = ["mergekit"] if not is_random else []
-            others += [LOOP] if method == "linear" else []
-            for other in others:
-                if results["ours"].exists() and (self.folder / other).exists():
-                    differing, far = json.loads(run_self("--differences", results["ours"], self.folder / other))
-                    difference = f"{other}: {differing:,} ({far:,})"
-                    self.differences.setdefault(method, []).append(difference)
-            for result in results.values():
-                shutil.rmtree(result, ignore_errors=True)
-        self.measurements.clear()
+    def measure(self, method: str, runs: int, *, is_random: bool) -> None:
+        """Run a method by all programs in turns, and print a line for each of them."""
+        measurements: dict[str, list[Measurement]] = {}
+        failures: dict[str, str] = {}
+        others = [name for name, fits in ((MERGEKIT, not is_random), (LOOP, method == "linear")) if fits]
+        differences = ""
+        for run in range(runs + 1):
+            for program, command in self.commands(method, "" if run else "_float32").items():
+                if program in failures:
+                    continue
+                try:
+                    measurement = measure_process(command)
+                except RuntimeError as error:
+                    failures[program] = (str(error).splitlines() or ["without a message"])[-1]
+                    measurements.pop(program, None)
+                else:
+                    if run:
+                        measurements.setdefault(program, []).append(measurement)
+                    elif program == OURS or program in others:
+                        self.out.rename(self.folder / program)
+                shutil.rmtree(self.out, ignore_errors=True)
+            if not run:
+                differences = self.compare(others)
+        for program, own in measurements.items():
+            wall, cpu, peak = (statistics.median(column) for column in zip(*own, strict=True))
+            to_loop, to_mergekit = (median_ratio(own, measurements.get(other)) for other in (LOOP, MERGEKIT))
+            line = f"  {method:16} {program:10} {wall:7.2f} {to_loop:>7} {to_mergekit:>11} {cpu:7.2f} {peak:8.2f}"
+            print(f"{line}  {differences if program == OURS else ''}".rstrip(), flush=True)
+        for program, failure in failures.items():
+            print(f"  {method:16} {program:10} failed: {failure}", flush=True)
 
-    def run(self) -> None:
-        """Measure every program once."""
-        commands = {(name, ""): command for name, command in self.plain_commands().items()}
-        for method in self.random:
-            commands |= {(program, method): self.command(program, method) for program in self.programs}
-        for key, command in commands.items():
-            self.measure(key, command)
-
-    def measure(self, key: tuple[str, str], command: Sequence[str | Path], result: Path | None = None) -> None:
-        """Measure a program, unless it failed before, and keep what it writes in a folder, if there is one for it."""
-        if key in self.failures:
-            return
-        try:
-            self.measurements.setdefault(key, []).append(measure_process(command))
-        except RuntimeError as error:
-            self.failures[key] = (str(error).splitlines() or ["without a message"])[-1]
-            del self.measurements[key]
-        else:
-            if result is not None:
-                self.out.rename(result)
-        shutil.rmtree(self.out, ignore_errors=True)
-
-    def print_table(self) -> None:
-        """Print the medians, one line per program and method."""
-        print(f"{'':34} wall s  ÷ loop  ÷ mergekit   CPU s  peak GB  differing numbers (by more than a unit)")
-        loop = self.measurements.get((LOOP, ""))
-        for (program, method), measurements in self.measurements.items():
-            wall, cpu, peak = (statistics.median(column) for column in zip(*measurements, strict=True))
-            to_loop, to_mergekit, differences = median_ratio(measurements, loop), "", ""
-            if program == "ours":
-                to_mergekit = median_ratio(measurements, self.measurements.get(("mergekit", method)))
-                differences = "; ".join(self.differences.get(method, []))
-            name = f"{NAMES.get(program, program)} {method}"
-            line = f"  {name:32} {wall:7.2f} {to_loop:>7}  {to_mergekit:>10} {cpu:7.2f} {peak:8.2f}  {differences}"
-            print(line.rstrip())
-        for (program, method), failure in self.failures.items():
-            print(f"  {NAMES.get(program, program)} {method} failed: {failure}")
+    def compare(self, others: Sequence[str]) -> str:
+        """Describe how the first results differ, and remove them."""
+        ours, differences = self.folder / OURS, list[str]()
+        for other in others:
+            if ours.exists() and (self.folder / other).exists():
+                differing, far = json.loads(run_self("--differences", ours, self.folder / other))
+                differences.append(f"{other}: {differing:,} ({far:,})")
+        for program in (OURS, *others):
+            shutil.rmtree(self.folder / program, ignore_errors=True)
+        return ", ".join(differences)
 
 
 def median_ratio(measurements: Sequence[Measurement], others: Sequence[Measurement] | None) -> str:
@@ -350,14 +325,12 @@ def main() -> None:
                 folder = Path(name)
                 run_self("--make", size, folder, str(max(arguments.models)))
                 for count in arguments.models:
-                    benchmark = Benchmark(folder, count, arguments.mergekit, arguments.methods)
-                    benchmark.compare()
-                    for _ in range(arguments.runs):
-                        benchmark.run()
-                    print(
-                        f"{count} models of {size} GB, medians of {arguments.runs} runs, load {os.getloadavg()[0]:.1f}"
-                    )
-                    benchmark.print_table()
+                    benchmark = Benchmark(folder, count, arguments.mergekit)
+                    words = (folder, str(count), *(arguments.methods or []))
+                    print(f"{count} models of {size} GB, medians of {arguments.runs} runs")
+                    print(f"{'':29} wall s  ÷ loop  ÷ mergekit   CPU s  peak GB  differing numbers (beyond a unit)")
+                    for method, is_random in json.loads(run_self("--recipes", *words)).items():
+                        benchmark.measure(method, arguments.runs, is_random=is_random)
                 steps = json.loads(run_self("--split", folder / "out", *benchmark.models))
                 print(
                     f"  of one average: {', '.join(f'{step} {seconds} s' for step, seconds in steps.items())}",

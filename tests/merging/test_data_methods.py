@@ -16,6 +16,7 @@ from hf_rebasin import Checkpoint, merge
 from hf_rebasin.errors import CheckpointError, OptionError
 from hf_rebasin.merging.methods import adamerging, fisher
 from hf_rebasin.merging.methods._grams import solve_grams
+from hf_rebasin.modules.distributed import OwnBatches
 
 AVERAGING = ("fisher", "regmean", "regmeanpp")
 ALL = (*AVERAGING, "adamerging")
@@ -147,6 +148,48 @@ def test_nan_is_refused():
     ):
         with pytest.raises(error, match=message):
             fit(models, method, data)
+
+
+# --- data of each model ----------------------------------------------------------------------------------------------
+
+
+def test_own_batches_come_in_turns():
+    data = OwnBatches([[1, 2, 3], [10], []])
+    assert [*data] == [*data] == [1, 10, 2, 3]
+    assert [*data.with_owners()] == [(0, 1), (1, 10), (0, 2), (0, 3)]
+    with pytest.raises(OptionError, match="data of model 2 is a list_iterator, which can be read once"):
+        OwnBatches([[1], iter([2])])
+    for method in AVERAGING:
+        with pytest.raises(OptionError, match="data have batches of 3 models, and 2 are merged"):
+            fit(make_pair(lambda: nn.Linear(3, 4)), method, data)
+
+
+def test_models_that_read_their_own_tasks_keep_both():
+    """Each model knows the first or the second half of the inputs, and has noise for the other half.
+
+    On its own inputs RegMean and RegMean++ are exact; on all inputs, where noise counts as much, they are the average.
+    """
+    models, want = make_pair(lambda: nn.Linear(6, 4)), draw_normal(4, 6, seed=7)
+    tasks = []
+    for i, model in enumerate(models):
+        own = slice(3 * i, 3 * i + 3)
+        model.bias.data.zero_()
+        model.weight.data[:, own] = want[:, own]
+        tasks.append([torch.zeros(40, 6).double() for _ in range(i + 1)])
+        for j, x in enumerate(tasks[-1]):
+            x[:, own] = draw_normal(40, 3, seed=j)
+    for method in ("regmean", "regmeanpp"):
+        own, joint = (
+            merge(models, method, data=data, alpha=1.0, ridge=1e-10).tensors["weight"]
+            for data in (OwnBatches(tasks), [*OwnBatches(tasks)])
+        )
+        torch.testing.assert_close(own, want, atol=1e-7, rtol=0)
+        torch.testing.assert_close(joint, merge(models).tensors["weight"], atol=1e-7, rtol=0)
+        assert (joint - want).abs().max() > 0.1
+    own, joint = (
+        merge(models, "fisher", data=data).tensors["weight"] for data in (OwnBatches(tasks), tasks[0] + tasks[1])
+    )
+    assert (own - want).norm() < 0.01 * (joint - want).norm()
 
 
 # --- regmean ---------------------------------------------------------------------------------------------------------
@@ -562,11 +605,13 @@ import sys
 from accelerate import Accelerator
 accelerator = Accelerator(cpu=True)
 import torch
-from test_data_methods import ALL, FIRST, TINY, fit, make_batches, other_seed
+from test_data_methods import ALL, FIRST, TINY, OwnBatches, fit, make_batches, other_seed
 model = TINY[FIRST["gpt2"]]
-for count in (5, 1):
-    for method in ALL[: 4 if count > 1 else 3]:
-        merged = fit([model, other_seed(model)], method, make_batches(model, count))
+for count in (5, 1, 3):
+    for method in ALL[: 4 if count == 5 else 3]:
+        data = make_batches(model, count)
+        data = OwnBatches([data[:1], data[1:]]) if count == 3 else data
+        merged = fit([model, other_seed(model)], method, data)
         place = f"{method}-{count}-{accelerator.num_processes}-{accelerator.process_index}"
         torch.save(dict(merged.tensors), f"{sys.argv[1]}/{place}")
 """
@@ -577,8 +622,8 @@ def test_two_processes_find_what_one_finds(tmp_path):
     """Even if one of them has no batch; steps of adamerging are one batch of each, and so other ones."""
     for processes in (1, 2):
         run_script(SCRIPT, tmp_path, processes)
-    for count in (5, 1):
-        for method in ALL[: 4 if count > 1 else 3]:
+    for count in (5, 1, 3):
+        for method in ALL[: 4 if count == 5 else 3]:
             one, first, second = (torch.load(tmp_path / f"{method}-{count}-{who}") for who in ("1-0", "2-0", "2-1"))
             assert all(torch.equal(first[key], second[key]) for key in first), method
             if method in AVERAGING:

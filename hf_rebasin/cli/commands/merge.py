@@ -31,11 +31,11 @@ from ..options import (
     VocabularyRows,
     align_settings,
     command_line,
+    documents_from_file,
     find_device,
     publish_options,
     read_assignments,
     read_data_options,
-    recipe_from_file,
     recipe_from_options,
     refuse_options_beside_recipe,
     refuse_out,
@@ -120,6 +120,10 @@ def merge(
     commit_message: CommitMessage = None,
     template: Template = None,
     max_shard_size: Annotated[str, typer.Option(help="Maximum size of one file of weights.")] = "5GB",
+    intermediates: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the merges that later documents of a recipe use; by default OUT-intermediates."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and say what would be done, but write nothing.")
     ] = False,
@@ -127,7 +131,8 @@ def merge(
 ) -> None:
     """Align models that were trained apart and merge them into one that from_pretrained loads."""
     from ...modules.distributed import is_main_process
-    from ...pipeline import run_recipe
+    from ...pipeline import run_documents
+    from ...recipes.documents import Document
     from .. import output
 
     settings = {
@@ -145,11 +150,13 @@ def merge(
     }
     if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
         refuse_options_beside_recipe(context, settings)
-        recipe = recipe_from_file(models[0])
+        *others, last = documents_from_file(models[0])
+        recipe = last.recipe
     else:
         if len(models) < 2:
             raise OptionError(f"a merge needs two models or a recipe (.yaml), got {models[0]!r}")
         recipe = recipe_from_options({"models": models, **settings})
+        others = []
     options = publish_options(push_to, public, license, revision, create_pr, commit_message)
     recipe = with_publish_options(recipe, options, template)
     if report is not None and out.resolve() in report.resolve().parents:
@@ -157,11 +164,19 @@ def merge(
             f"{report} is inside the folder of the merge, which gets numbers and plots of its own; name another file"
         )
     refuse_report(report, overwrite)
-    refuse_out(out, overwrite, [Path(entry.model) for entry in recipe.models if Path(entry.model).is_dir()])
+    refuse_out(out, overwrite, [Path(entry.model) for entry in recipe.in_order() if Path(entry.model).is_dir()])
     if dry_run:
+        for document in others:
+            say(f"would merge {document.name} first, which later documents use")
+        if others:
+            say("the merges that use them can be planned once they are there")
+            return
         for line in output.describe_plan(recipe, out):
             say(line)
         return
+
+    def print_intermediate(name: str, folder: Path, reused: bool) -> None:
+        say(f"{name}: {folder}/ is there, and nothing it depends on has changed" if reused else f"{name}: {folder}/")
 
     def print_merge(merged: MergeResult) -> None:
         for solution, model in zip(merged.solutions, merged.models[1:], strict=False):
@@ -177,9 +192,11 @@ def merge(
         if report is not None and is_main_process():
             say(f"report: {measured.save(report)[-1]}")
 
-    result = run_recipe(
-        recipe,
+    result = run_documents(
+        [*others, Document(name=None, recipe=recipe)],
         out,
+        intermediates=intermediates,
+        started=print_intermediate,
         overwrite=overwrite,
         max_shard_size=max_shard_size,
         report=report is not None,

@@ -6,6 +6,7 @@ embeddings, output heads and what has only one row or column get the mean of the
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Protocol
@@ -148,30 +149,48 @@ def orthogonalize(columns: Tensor) -> Tensor:
 
 
 class RidgeSystem:
-    """Solves X (DᵀD + ρI) = R for X, by a Cholesky factor of DᵀD + ρI or, if it is smaller, of D Dᵀ + ρI.
+    """Solves X (Σ DᵢᵀDᵢ + ρI) = R for X, by the smaller one of two Cholesky factors.
 
-    The latter by (DᵀD + ρI)⁻¹ = (I − Dᵀ(D Dᵀ + ρI)⁻¹D) / ρ.
+    With D, the blocks Dᵢ on top of each other, R is L D for some L, and X = R (DᵀD + ρI)⁻¹ = L (D Dᵀ + ρI)⁻¹ D. If D
+    has fewer rows than columns, right sides are held as L, and otherwise as R.
 
     Args:
-        rows: D (rows, columns).
+        blocks: Dᵢ, of one shape.
         ridge: ρ, above 0.
     """
 
-    def __init__(self, rows: Tensor, ridge: float):
-        self.rows, self.ridge = rows, ridge
-        self.dual = rows.shape[0] < rows.shape[1]
-        self.gram = rows @ rows.mT if self.dual else rows.mT @ rows
+    def __init__(self, blocks: Sequence[Tensor], ridge: float):
+        self.blocks, self.rows = blocks, torch.cat(list(blocks))
+        self.dual = self.rows.shape[0] < self.rows.shape[1]
+        self.gram = self.rows @ self.rows.mT if self.dual else self.rows.mT @ self.rows
         ridged = self.gram.clone()
         ridged.diagonal().add_(ridge)
         self.root = torch.linalg.cholesky(ridged)
 
-    def multiply(self, left: Tensor) -> Tensor:
-        """Return X DᵀD."""
-        return (left @ self.rows.mT) @ self.rows if self.dual else left @ self.gram
+    def hold(self, left: Tensor) -> Tensor:
+        """Return L D as a right side."""
+        return left if self.dual else left @ self.rows
+
+    def multiply(self, matrix: Tensor) -> Tensor:
+        """Return M DᵀD as a right side."""
+        return matrix @ self.rows.mT if self.dual else matrix @ self.gram
+
+    def combine(self, matrices: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+        """Return Σ Mᵢ DᵢᵀDᵢ + Σ cᵢ Dᵢ as a right side, for shares cᵢ."""
+        pairs = list(zip(matrices, self.blocks, shares, strict=True))
+        if not self.dual:
+            terms = (torch.linalg.multi_dot([m, block.mT, block]).add_(block, alpha=c) for m, block, c in pairs)
+            return functools.reduce(Tensor.add_, terms)
+        coefficients = [matrix @ block.mT for matrix, block, _ in pairs]
+        for coefficient, share in zip(coefficients, shares, strict=True):
+            coefficient.diagonal().add_(share)
+        return torch.cat(coefficients, 1)
+
+    def expand(self, right: Tensor) -> Tensor:
+        """Return a right side as a matrix."""
+        return right @ self.rows if self.dual else right
 
     def solve(self, right: Tensor) -> Tensor:
-        """Return R (DᵀD + ρI)⁻¹."""
-        if not self.dual:
-            return torch.cholesky_solve(right.mT, self.root).mT
-        inner = torch.cholesky_solve(self.rows @ right.mT, self.root)
-        return (right - inner.mT @ self.rows) / self.ridge
+        """Return X for a right side."""
+        solved = torch.cholesky_solve(right.mT, self.root).mT
+        return solved @ self.rows if self.dual else solved

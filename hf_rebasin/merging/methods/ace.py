@@ -1,18 +1,19 @@
 """ACE: RegMean with covariances of inputs that are estimated from the differences (arXiv 2603.02945, CVPR 2026).
 
-The rows of δᵢ = xᵢ − b, minus their mean μᵢ, stand for inputs of model i: δ̃ᵢ = δᵢ − 1 μᵢᵀ and Sᵢ = δ̃ᵢᵀ δ̃ᵢ, with a ridge
+The rows of δᵢ = xᵢ − b, minus their mean μᵢ, stand for inputs of model i: Dᵢ = δᵢ − 1 μᵢᵀ and Sᵢ = Dᵢᵀ Dᵢ, with a ridge
 εᵢ. For matrices (outputs × inputs),
 
-    W = Σ wᵢ δ̃ᵢ (Sᵢ + εᵢ I) A⁻¹,   A = Σ wᵢ (Sᵢ + εᵢ I) + 1 c̄ᵀ,   c̄ the means of the columns of Σ wᵢ Sᵢ.
+    W = Σ wᵢ Dᵢ (Sᵢ + εᵢ I) A⁻¹,   A = Σ wᵢ (Sᵢ + εᵢ I) + 1 cᵀ,   c the means of the columns of Σ wᵢ Sᵢ.
 
 Where models moved by very different amounts, that is if the variance of log ‖δᵢ‖² over the models exceeds 0.3 times
-its squared mean, Sᵢ and εᵢ are divided by tr Sᵢ, and c̄ by the mean of ‖δᵢ‖², as published. Of W + Σ wᵢ δᵢ (Sᵢ − S̄), where S̄ is the
-mean of Sᵢ, the r · 0.3 strongest singular directions are then added to W, each with the mean of their singular values.
+its squared mean, Sᵢ and εᵢ are divided by tr Sᵢ, and as published c by the mean of ‖δᵢ‖². Of W + Σ wᵢ δᵢ (Sᵢ − S̄), with
+the mean S̄ of all Sᵢ, the ⌊0.3 r⌋ strongest singular directions are then added to W, each with the mean of their
+singular values; r is the shorter side.
 
-As published, ε = 0.01 whatever the size of the differences, which is far above most Sᵢ of ordinary fine-tunes (root
-mean square 3e-4): the result is near the plain mean of δ̃ᵢ. Here εᵢ is relative to tr Sᵢ, and c̄, which is in units of Sᵢ, is
-not divided once more. And what all rows of δᵢ have in common is lost as published; here the mean of μᵢ over the models
-is added again. `relative` and `keep_mean` choose.
+As published, ε = 0.01 whatever the size of the differences. That is far above most Sᵢ of ordinary fine-tunes (root
+mean square 3e-4), so the result is near the plain mean of Dᵢ. Here εᵢ is relative to tr Sᵢ, and c, which is in the unit
+of Sᵢ, is not divided once more. And what all rows of δᵢ have in common is lost as published; here the mean of μᵢ over
+the models is added again. The parameters `relative` and `keep_mean` choose.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def merge(
         OptionError: weights that are not one per model, are negative or all 0; a λ that is not finite; a ridge below
             1e-10.
 
-    Example: one model, ε = 0.01, and rows (2, 0) and (0, 0), whose mean is (1, 0). So δ̃ has the rows (1, 0) and
+    Example: one model, ε = 0.01, and rows (2, 0) and (0, 0), whose mean is (1, 0). So D has the rows (1, 0) and
     (−1, 0), S = diag(2, 0), tr S = 2, and c̄ = (1, 0). A has the rows (2.02 + 1, 0) and (1, 0.02), so W has the rows
     (2.02 / 3.02, 0) = (0.669, 0) and (−0.669, 0), and with the mean the result is (1.669, 0) and (0.331, 0).
     """
@@ -79,28 +80,24 @@ def merge(
         if not moved:  # up to rounding, each model added one row to all rows
             return mean.expand(size).clone()
         spread = _is_heterogeneous([squares[i] for i in moved], scale)
-        # a term of model i has the factor f = wᵢ or wᵢ / tr Sᵢ, and enters by √f δ̃ᵢ, whose Gram matrix is f Sᵢ
+        # a term of model i has the factor f = wᵢ or wᵢ / tr Sᵢ, and enters by √f Dᵢ, whose Gram matrix is f Sᵢ
         factors = [weights[i] / (traces[i] if spread else 1.0) for i in moved]
         ridges = [
             ridge * traces[i] if relative else max(ridge / scale / scale, LEAST_RIDGE * traces[i]) for i in moved
         ]
         rows = [factor**0.5 * centred[i] for factor, i in zip(factors, moved, strict=True)]
-        system = RidgeSystem(torch.cat(rows), sum(f * r for f, r in zip(factors, ridges, strict=True)))
-        right = torch.zeros_like(matrices[0])
-        for i, factor, added, row in zip(moved, factors, ridges, rows, strict=True):
-            right += torch.linalg.multi_dot([row, row.mT, centred[i]])
-            right.add_(centred[i], alpha=factor * added)
-        column = torch.stack([row.sum(1) @ row for row in rows]).sum(0) / size[1]
+        system = RidgeSystem(rows, sum(f * r for f, r in zip(factors, ridges, strict=True)))
+        right = system.combine([centred[i] for i in moved], [f**0.5 * r for f, r in zip(factors, ridges, strict=True)])
+        column = system.hold(system.rows.sum(1)[None] / size[1])
         if spread and not relative:
             column /= max(sum(squares[i] for i in moved) / len(moved) * scale * scale, SMALLEST)
         # A = B + 1 c̄ᵀ, so R A⁻¹ = Y − (Y 1) zᵀ / (1 + zᵀ1) with Y = R B⁻¹ and z = c̄ᵀ B⁻¹ (Sherman–Morrison)
-        solved, bent = system.solve(right), system.solve(column[None])[0]
+        solved, bent = system.solve(right), system.solve(column)[0]
         merged = solved - torch.outer(solved.sum(1) / (1 + bent.sum()), bent)
         if spread:
             total = torch.stack([matrices[i] for i in moved]).sum(0) / len(moved)
-            target = merged - system.multiply(total)
-            for i, row in zip(moved, rows, strict=True):
-                target += torch.linalg.multi_dot([matrices[i], row.mT, row])
+            moves = system.combine([matrices[i] for i in moved], [0.0] * len(moved)) - system.multiply(total)
+            target = merged + system.expand(moves)
             limit = max(1, int(STRONGEST * min(size)))
             left, values, far = singular_triples(target, TOLERANCE, limit)
             merged += left @ far.mT * (values.mean() if len(values) else 0.0)

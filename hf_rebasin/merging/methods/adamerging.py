@@ -86,10 +86,11 @@ def finish(
     """Train one coefficient per model and tensor to minimise the mean entropy of the predictions of the merge.
 
     Inputs of every task have to be in the data, best in every batch; a task that is left out is given up for the
-    others. Batches are drawn in a random order from the next 64 of them. Dropout is off, and BatchNorm normalises by
-    the batch; its statistics are recomputed on the data. If training does not lower the entropy on the first eight
-    batches that are drawn, measured after rounding to the dtypes of the merge, the merge is returned as it was, with a
-    warning. Tensors that are not parameters, or that the base does not have, stay as they are in the merge.
+    others. (Of `OwnBatches`, the batches of the tasks come in turns.) Batches are drawn in a random order from the
+    next 64. Dropout is off, and BatchNorm normalises by the batch; its statistics are recomputed on the data. If
+    training does not lower the entropy on the first eight batches that are drawn, measured after rounding to the
+    dtypes of the merge, the merge is returned as it was, with a warning. Tensors that are not parameters, or that the
+    base does not have, stay as they are in the merge.
 
     Args:
         merged: the merge that λ Σ δᵢ gives, which is not modified.

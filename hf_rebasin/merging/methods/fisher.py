@@ -135,10 +135,11 @@ def finish(
     parameters = [dict(module.named_parameters(remove_duplicate=False)) for module in modules]
     sums = {name: FisherSums(x.detach()) for name, x in parameters[0].items() if x.is_floating_point()}
     means = []
-    for model, module, likelihood, own, share in zip(models, modules, likelihoods, parameters, shares, strict=True):
-        bar = tqdm(shard_batches(data), f"{VERB[0]}: {model.name}", leave=False, disable=None if progress else True)
+    for number, (model, module, own) in enumerate(zip(models, modules, parameters, strict=True)):
+        label = f"{VERB[0]}: {model.name}"
+        bar = tqdm(_batches_for(number, data), label, leave=False, disable=None if progress else True)
         batches = (move_batch(batch, device, dtype) for batch in bar)
-        squares, mean, norm = _fisher_of(module, batches, likelihood, samples, seed)
+        squares, mean, norm = _fisher_of(module, batches, likelihoods[number], samples, seed)
         if not math.isfinite(norm):
             raise CheckpointError(
                 f"{model.name}: its gradients on these data are not finite; check the data, and whether the model "
@@ -147,7 +148,7 @@ def finish(
         factor = 1 / norm if normalize and norm else 1.0
         means.append(factor * mean)
         for name in sums.keys() & own.keys():
-            sums[name].add(own[name].detach(), squares[id(own[name])], share * factor)
+            sums[name].add(own[name].detach(), squares[id(own[name])], shares[number] * factor)
     floor = epsilon * sum(means) / len(means) or 1.0
     del squares
     holder = merged.model(torch.float64).to(device)
@@ -185,6 +186,10 @@ class FisherSums:
         first = self.first.double()
         plain = sum(share * (tensor.double() - first) for share, tensor in zip(shares, tensors, strict=True))
         return first + (self.moved.double() + floor * plain) / (self.total.double() + floor)
+
+
+def _batches_for(number: int, data: Iterable[Any]) -> Iterator[Any]:
+    return (batch for owner, batch in shard_with_owners(data) if owner in (None, number))
 
 
 def _fisher_of(

@@ -1,8 +1,8 @@
 """Iso-CTS: Iso-C with directions that are reserved for single models (Marczak et al. 2025, arXiv 2502.04959).
 
-Of r directions, s = T · round((r − ⌊f r⌋) / T) are shared out among the T
-models that moved the matrix, and the c = r − s strongest directions
-(U_c, V_c) of Σ wᵢ δᵢ are common. Model i adds the s/T strongest directions (Uᵢ, Vᵢ) of (I − U_c U_cᵀ) wᵢ δᵢ. Then
+Of r directions, s = T · round((r − ⌊f r⌋) / T) are shared out among the T models that moved the matrix, and the
+c = r − s strongest directions (U_c, V_c) of Σ wᵢ δᵢ are common. Model i adds the s/T strongest directions (Uᵢ, Vᵢ) of
+(I − U_c U_cᵀ) wᵢ δᵢ. Then
 
     y = b + λ · mean(S) polar([U₁ … U_T, U_c]) polar([V₁ … V_T, V_c])ᵀ,
 

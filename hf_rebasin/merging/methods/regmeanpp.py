@@ -69,9 +69,9 @@ def finish(
     Args:
         merged: the average of the models, which is not modified.
         models: models that were merged, in the same coordinates (moved already).
-        data: unlabelled batches that can be read again and again, or `OwnBatches`; a few hundred examples suffice. Under
-            `accelerate launch` every process takes its share. Positions that an `attention_mask` leaves out do not
-            count.
+        data: unlabelled batches that can be read again and again, or `OwnBatches`; a few hundred examples suffice.
+            Under `accelerate launch` every process takes its share. Positions that an `attention_mask` leaves out do
+            not count.
         weights: weights of the models, 0 or more; by default equal.
         alpha: α, how much correlations of inputs count, from 0 (not at all) to 1.
         ridge: r relative to the mean of the diagonal of Gᵢ.

@@ -1,8 +1,8 @@
 """TSV-M: give every model singular directions of its own (Gargiulo et al. 2025, arXiv 2412.00081).
 
-Of each difference δᵢ = Uᵢ Sᵢ Vᵢᵀ from the base, the k = max(1, ⌊r/T⌋) largest singular values are kept, where r is
-the shorter side of the matrix and T the number of models that moved it. As directions of different models disturb each other, they are replaced by the nearest ones
-that are orthonormal, all together:
+Of each difference δᵢ = Uᵢ Sᵢ Vᵢᵀ from the base, the k = max(1, ⌊r/T⌋) largest singular values are kept, where r is the
+shorter side of the matrix and T the number of models that moved it. As directions of different models disturb each
+other, they are replaced by the nearest ones that are orthonormal, all together:
 
     y = b + λ · polar([U₁ … U_T]) diag(S₁ … S_T) polar([V₁ … V_T])ᵀ,   polar(M) = U Vᵀ of M = U S Vᵀ.
 

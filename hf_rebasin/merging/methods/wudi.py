@@ -60,13 +60,8 @@ def merge(
     def merge_matrix(matrices: Sequence[Tensor], weights: Sequence[float], scale: float) -> Tensor:
         norms = [max(torch.linalg.norm(matrix).item(), NEGLIGIBLE) for matrix in matrices]
         units = [(weight**0.5 / norm) * matrix for weight, norm, matrix in zip(weights, norms, matrices, strict=True)]
-        system = RidgeSystem(torch.cat(units), ridge * sum(weights))
-        right = sum_weighted(
-            [torch.linalg.multi_dot([unit, unit.mT, matrix]) for unit, matrix in zip(units, matrices, strict=True)],
-            [1.0] * len(units),
-            normalize=False,
-            lambda_=1.0,
-        )
+        system = RidgeSystem(units, ridge * sum(weights))
+        right = system.combine(matrices, [0.0] * len(units))
         merged = sum_weighted(matrices, weights, normalize=True, lambda_=1.0)
         for _ in range(STEPS):
             merged += system.solve(right - system.multiply(merged))
