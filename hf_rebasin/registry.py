@@ -34,7 +34,7 @@ DataUse = Literal["none", "optional", "required"]
 BaseUse = Literal["none", "optional", "required"]
 PieceKind = Literal["elements", "rows", "tensors"]
 # Keyword arguments of a merge method that are not parameters: see `hf_rebasin.merging.pieces`.
-FILLED_IN = frozenset({"base", "uniforms", "offset", "shape", "lookup", "whole", "seed"})
+FILLED_IN = frozenset({"base", "uniforms", "offset", "shape", "lookup", "transposed", "whole", "seed"})
 MISSPELLING_CUTOFF = 0.75  # how similar a name must be to one of the contract to count as a misspelling of it
 
 

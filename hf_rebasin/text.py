@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import PurePath, PurePosixPath, PureWindowsPath
 from typing import TypeVar
@@ -149,6 +149,18 @@ def without_advice(text: str) -> str:
         'b has other labels than a'
     """
     return re.sub(r"[;.] (?:(?![;.] ).)*[ (]--[a-z].*", "", text, flags=re.DOTALL)
+
+
+def replace_names(text: str, names: Mapping[str, str]) -> str:
+    """Replace names wherever they occur in a text, the longest first.
+
+    Example:
+        >>> replace_names("runs/a moves as runs/a/base", {"runs/a": "a", "runs/a/base": "base"})
+        'a moves as base'
+    """
+    ordered = sorted(names, key=lambda name: (-len(name), name))
+    pattern = re.compile("|".join(map(re.escape, ordered)) or "(?!)")
+    return pattern.sub(lambda match: names[match[0]], text)
 
 
 def shorten_paths(text: str) -> str:

@@ -48,6 +48,26 @@ def test_barriers_of_mlps(tmp_path):
     assert (tmp_path / "barrier.png").stat().st_size > 10_000
 
 
+def test_carried_differences_of_mlps(tmp_path):
+    """They beat differences that are not carried over, and the base, in every pair; one base needs no aligning."""
+    script, out = ROOT / "scripts" / "benchmarks" / "carried_differences.py", tmp_path / "losses.json"
+    command = [sys.executable, script, "mlp512", "--models", tmp_path, "--out", out]
+    subprocess.run(command, capture_output=True, text=True, check=True)
+    (result,) = json.loads(out.read_text())
+    assert result["equal"]
+    means = {
+        (row, method): [sum(losses) / 2 for losses in pairs]
+        for row, methods in result["losses"].items()
+        for method, pairs in methods.items()
+    }
+    for method in ("task_arithmetic", "ties"):
+        for row in ("carried by weights", "carried by activations"):
+            for other in (("base A", ""), ("not aligned", method), ("subtracted from A", method)):
+                pairs = zip(means[row, method], means[other], strict=True)
+                assert len(means[other]) == 3
+                assert all(carried < plain for carried, plain in pairs), (row, method, other)
+
+
 def test_resnet18_comes_back_and_keeps_its_function():
     """A plain module with inferred symmetries; this half does not need the rebasin package."""
     script = ROOT / "scripts" / "benchmarks" / "rebasin_package.py"

@@ -166,8 +166,8 @@ BROKEN = {
     "merge method": [
         (METHOD.replace("def merge", "def blend"), "merge method 'median' lacks merge"),
         (
-            f"ELEMENTWIS = True\n{METHOD}",
-            "'median' defines ELEMENTWIS, which is not .*; write ELEMENTWISE",
+            f'PIECE = "elements"\n{METHOD}',
+            "'median' defines PIECE, which is not .*; write PIECES",
         ),
         (
             f"def finnish(merged, models, data):\n    ...\n{METHOD}",

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import ast
 import fnmatch
-import hashlib
 import inspect
-import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints.folder import write_atomically
+from ..checkpoints.cache import cache_file, read_answer, store_answer
 from ..errors import CheckpointError
 from ..modules.miniature import Miniature, Trial
 
@@ -174,24 +172,20 @@ class Evidence:
     @cached_property
     def _file(self) -> Path:
         import transformers
-        from huggingface_hub.constants import HF_HOME
 
         asked = [transformers.__version__, self.owner.__module__, self.owner.__qualname__, METHOD]
-        text = json.dumps([asked, [flatten(settings) for settings in self.settings]], sort_keys=True, default=repr)
-        return Path(HF_HOME) / "hf-rebasin" / "settings" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+        return cache_file("settings", [asked, [flatten(settings) for settings in self.settings]])
 
     @cached_property
     def _stored(self) -> dict[str, Any]:
         try:
-            content = json.loads(self._file.read_text(encoding="utf-8"))
+            content = read_answer(self._file)
             return {key: [bool(matters), str(why)] for key, (matters, why) in content.items()}
-        except (OSError, ValueError, TypeError, AttributeError):  # nothing was tried, or not by this version
+        except (ValueError, TypeError, AttributeError):  # nothing was tried, or not by this version
             return {}
 
     def _store(self, content: Mapping[str, Any]) -> None:
-        with suppress(OSError):  # nothing depends on the cache
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._file, json.dumps(content, indent=1, sort_keys=True).encode())
+        store_answer(self._file, content)
 
 
 def candidates(key: str, values: Sequence[Any], inputs: Mapping[str, Any]) -> list[Any]:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, listed
 from ..text import byte_size
 from . import hub
+from .cache import cache_file, read_answer, store_answer
 from .conversion import ClassLayout, class_layout, describe_wrappers, unwrap, without_old_spellings
 from .folder import (
     copy_side_files,
@@ -60,6 +62,8 @@ from .target import refuse_target, replace_folder, resolve_target
 Prefix: TypeAlias = str | tuple[str, ...] | None  # what comes before the base model's keys; None is the class's own
 
 logger = logging.getLogger(__name__)
+
+LOADING_RULES = 1  # raised when what `loading` finds changes, so that older answers are not used
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -375,14 +379,28 @@ class Checkpoint:
             return "it has no configuration, which would name one"
         if "auto_map" in self.raw_config:
             return "its code is its own, and not run here"
+        file = self._loading_file()
+        if file is not None and (answer := Loading.from_answer(read_answer(file))) is not None:
+            return answer
         try:
             if self.config is None:
                 return f"this transformers does not know its type ({self.raw_config.get('model_type')})"
             if find_named_class(self.config) is None:
                 return f"its config.json names {listed(self.config.architectures or ()) or 'none'}"
-            return class_layout(self.config, len(self.parts)).load(self.parts)
+            loading = class_layout(self.config, len(self.parts)).load(self.parts)
         except CheckpointError as error:
             return str(error)
+        if file is not None:
+            store_answer(file, loading.to_answer())
+        return loading
+
+    def _loading_file(self) -> Path | None:
+        """Return where `loading` is remembered, as it takes seconds to import transformers; None for modules."""
+        if self.given_config is not None or self.template is not None or not self.written:
+            return None
+        tensors = sorted((key, str(part.dtype), list(part.shape)) for key, part in self.parts.items())
+        packages = [version("transformers"), version("torch"), LOADING_RULES]
+        return cache_file("loading", [packages, dict(self.written), tensors])
 
     def refuse_unloadable(self) -> None:
         """Raise CheckpointError for a model that from_pretrained refuses, as its class has tensors of other shapes.
@@ -398,7 +416,9 @@ class Checkpoint:
         written, origin = Checkpoint.open(folder), self.origin or self
         if isinstance(written.loading, Loading):
             before = origin.loading if isinstance(origin.loading, Loading) else written.loading
-            refuse_worse_loading(written.loading, before, written.config, str(out), origin.name)
+            misfit = written.loading.mismatched or written.loading.failed  # else there is no need to build it
+            config = written.config if misfit else None
+            refuse_worse_loading(written.loading, before, config, str(out), origin.name)
         elif self.raw_config:
             logger.info("%s was not checked against a class: %s", out, written.loading)
 

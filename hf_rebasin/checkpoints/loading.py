@@ -33,6 +33,22 @@ class Loading:
     mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
     failed: frozenset[str]
 
+    def to_answer(self) -> dict[str, Any]:
+        """Return it in values that can be written as JSON."""
+        shapes = {key: [list(shape) for shape in pair] for key, pair in self.mismatched.items()}
+        sets = {name: sorted(getattr(self, name)) for name in ("missing", "unexpected", "failed")}
+        return {"owner": self.owner, "mismatched": shapes, **sets}
+
+    @staticmethod
+    def from_answer(answer: Any) -> Loading | None:
+        """Read what `to_answer` returned; None if it is anything else."""
+        try:
+            shapes = {key: (tuple(one), tuple(other)) for key, (one, other) in answer["mismatched"].items()}
+            sets = {name: frozenset(answer[name]) for name in ("missing", "unexpected", "failed")}
+            return Loading(owner=str(answer["owner"]), mismatched=shapes, **sets)
+        except (TypeError, ValueError, KeyError, AttributeError):
+            return None
+
 
 def describe_misfit(loading: Loading, config: Any) -> str:
     """Describe the tensors that cannot be loaded, with the setting that gives the first of them another shape."""

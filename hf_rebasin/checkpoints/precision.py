@@ -51,10 +51,22 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     if values.dtype is not torch.float64 or dtype.itemsize > 2:
         return values.to(dtype)
     near = values.float()
+    if dtype is torch.bfloat16:  # two roundings differ from one only where the first ends halfway between two results
+        halfway = near.view(torch.int32).bitwise_and(0xFFFF).eq_(0x8000)
+        if not halfway.any():
+            return near.to(dtype)
+        out, places = near.to(dtype), halfway.bool().nonzero(as_tuple=True)
+        out[places] = _to_odd(values[places], near[places]).to(dtype)
+        return out
+    return _to_odd(values, near).to(dtype)
+
+
+def _to_odd(values: Tensor, near: Tensor) -> Tensor:
+    """Return float32 values, given the nearest ones, of the two neighbours of every inexact value the odd one."""
     beyond = values - near
     even = near.view(torch.int32) & 1 == 0
     odd = torch.nextafter(near, torch.copysign(torch.full_like(near, torch.inf), beyond.float()))
-    return torch.where((beyond != 0) & even & near.isfinite(), odd, near).to(dtype)
+    return torch.where((beyond != 0) & even & near.isfinite(), odd, near)
 
 
 def in_torch_layout(x: Tensor) -> Tensor:

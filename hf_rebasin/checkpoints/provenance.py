@@ -7,6 +7,7 @@ named with their commit; others are identified by their sha256 alone.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from .cache import cache_file, read_answer, store_answer
 from .checkpoint import Checkpoint
 from .folder import (
     CARD,
@@ -33,6 +35,9 @@ from .tensor_files import sha256_of
 
 OLD_WEIGHTS = "pytorch_model*.bin*"
 PROVENANCE_FORMAT = "hf_rebasin.provenance.v1"
+SMALL_FILE = 1 << 20  # bytes; hashing less takes no time
+SETTLED_SECONDS = 5.0
+SHA256_DIGITS = 64
 PACKAGES = ("hf_rebasin", "torch", "transformers", "safetensors", "datasets", "numpy", "scipy")
 
 
@@ -158,15 +163,18 @@ class Provenance:
             raise CheckpointError(f"{file} cannot be read: {error}") from error
 
 
-def hash_files(folder: Path, *, written: bool = False, known: Mapping[str, str] | None = None) -> dict[str, str]:
+def hash_files(
+    folder: Path, *, written: bool = False, known: Mapping[str, str] | None = None, remembered: bool = False
+) -> dict[str, str]:
     """Hash the files that make up a model, weights and side files, as `{file: sha256}`.
 
     Args:
         folder: folder of the model.
         written: whether to include what was written while making it, except the record itself and the card.
         known: hashes of files that were hashed while they were written.
+        remembered: whether to trust hashes of large files from earlier, see `remembered_hash`.
     """
-    known = known or {}
+    known, hash_file = known or {}, remembered_hash if remembered else sha256_of
     if not folder.is_dir():
         return {}
     top = [file for file in folder.iterdir() if file.is_file()]
@@ -178,7 +186,27 @@ def hash_files(folder: Path, *, written: bool = False, known: Mapping[str, str] 
         files |= {file for file in list_record_files(folder) if file.name not in (PROVENANCE, CARD)}
     files.update(list_side_files(folder), list_module_weights(folder))
     by_name = {file.relative_to(folder).as_posix(): file for file in files}
-    return {name: known.get(name) or sha256_of(file) for name, file in sorted(by_name.items())}
+    return {name: known.get(name) or hash_file(file) for name, file in sorted(by_name.items())}
+
+
+def remembered_hash(path: Path) -> str:
+    """Return the sha256 of a file, which is remembered as long as its size, times and inode stay what they are.
+
+    A file that was written in the last seconds may change once more within the resolution of its times, so its hash
+    is not remembered.
+    """
+    stat = path.stat()
+    if stat.st_size < SMALL_FILE:
+        return sha256_of(path)
+    question = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    file = cache_file("hashes", question)
+    answer = read_answer(file)
+    if isinstance(answer, str) and len(answer) == SHA256_DIGITS:
+        return answer
+    digest = sha256_of(path)
+    if time.time() - max(stat.st_mtime, stat.st_ctime) > SETTLED_SECONDS:
+        store_answer(file, digest)
+    return digest
 
 
 def package_versions(packages: Iterable[str] = PACKAGES) -> Iterator[tuple[str, str]]:

@@ -324,9 +324,7 @@ class Cosines:
     lowest: float
 
 
-def matrix_cosines(
-    fixed: Mapping[str, Lazy], moving: Mapping[str, Lazy], at_most: int | None = None
-) -> Cosines:
+def matrix_cosines(fixed: Mapping[str, Lazy], moving: Mapping[str, Lazy], at_most: int | None = None) -> Cosines:
     """Measure the cosines between the matrices of two models.
 
     Args:

@@ -22,7 +22,7 @@ from ..symmetries.table import canonical_view
 
 def normalise_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     """Return the share of each of `count` models; OptionError unless each has a weight and the sum is above 0."""
-    weights = [1.0] * count if weights is None else list(weights)
+    weights = [1.0] * count if weights is None else [1.0 if weight is None else weight for weight in weights]
     if len(weights) != count or not sum(weights) > 0:
         raise OptionError(f"got {len(weights)} weights for {count} models; give one for each, with a sum above 0")
     return [weight / sum(weights) for weight in weights]

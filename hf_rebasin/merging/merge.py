@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, partial, reduce
 from typing import Any
 
 import torch
@@ -25,12 +26,12 @@ from ..alignment.token_axes import overwrite_rows
 from ..checkpoints.checkpoint import Checkpoint, Source
 from ..checkpoints.lazy import InMemory, Lazy
 from ..checkpoints.model_classes import is_recomputed
-from ..errors import MismatchError, OptionError
+from ..errors import CheckpointError, MismatchError, OptionError
 from ..modules.forward import refuse_read_once
 from ..modules.functional import Device
 from ..registry import MergeMethod
 from ..text import layer_of
-from .parameters import ResolvedMethod, resolve_method
+from .parameters import ResolvedMethod, refuse_unmatched_filters, resolve_method
 from .pieces import BoundMethod, MergedTensor
 from .randomness import content_hash, streams
 
@@ -90,7 +91,16 @@ def combine(
     functions = resolved.functions_by_key(len(checkpoints), keys, own_names)
     roles = _Roles.of(len(checkpoints), base, origins)
     contents = [cache(partial(content_hash, checkpoint)) for checkpoint in checkpoints]
-    job = _Job(everything, roles, resolved, find_lookups(first), contents, input_dtype)
+    asked = inspect.signature(resolved.method.merge).parameters
+    job = _Job(
+        everything,
+        roles,
+        resolved,
+        find_lookups(first) if "lookup" in asked else frozenset(),
+        find_transposed(first) if "transposed" in asked else frozenset(),
+        contents,
+        input_dtype,
+    )
     submodels = {}
     for path, submodel in first.submodels.items():
         group = [submodel] if backbone_only else [checkpoint.submodels[path] for checkpoint in everything]
@@ -131,6 +141,19 @@ def find_lookups(checkpoint: Checkpoint) -> frozenset[str]:
     )
 
 
+def find_transposed(checkpoint: Checkpoint) -> frozenset[str]:
+    """Return the keys of matrices that are stored as (inputs, outputs), which those of transformers' Conv1D are.
+
+    Nothing is known of models whose class cannot be built.
+    """
+    try:
+        module, keys = checkpoint.skeleton()
+    except CheckpointError:
+        return frozenset()
+    weights = (f"{name}.weight" for name, part in module.named_modules() if type(part).__name__ == "Conv1D")
+    return frozenset(keys[name] for name in weights if name in keys)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Roles:
     """Which of the models, by number, are merged, and which ones their differences are taken from.
@@ -163,6 +186,7 @@ class _Job:
     roles: _Roles
     resolved: ResolvedMethod
     lookups: frozenset[str]
+    transposed: frozenset[str]
     contents: Sequence[Callable[[], bytes]]
     input_dtype: torch.dtype | None = None
 
@@ -204,6 +228,8 @@ def _merge_keys(
                 _refuse_differing_integers(key, [parts_by_key[key] for parts_by_key in matched], job.models)
         elif key in common:
             tensors = [parts_by_key[key] for parts_by_key in matched]
+            if dtype is None and job.resolved.convention == "mergekit":
+                out_dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
             origins = None if job.roles.origins is None else [tensors[i] for i in job.roles.origins]
             parts[key] = MergedTensor(
                 part.shape,
@@ -215,6 +241,7 @@ def _merge_keys(
                 origins=origins,
                 streams=streams(job.resolved.seed, key, job.contents),
                 lookup=key in job.lookups,
+                transposed=key in job.transposed,
                 input_dtype=job.input_dtype,
                 models=job.models,
             )
@@ -306,6 +333,8 @@ def merge(
     first.refuse_unloadable()
     first, compatible = match_models(first, others, assume, vocabulary=vocabulary, backbone_only=backbone_only)
     opened_base, merging = (None, [first, *compatible]) if base is None else (first, compatible)
+    names = averaged_keys(first, first.parts, backbone_only=backbone_only)
+    refuse_unmatched_filters(resolved.values, names, resolved.convention)
     merged = combine(merging, resolved, base=opened_base, dtype=dtype, backbone_only=backbone_only)
     if (resolved.method.finish is None) != (data is None):
         unused = resolved.method.finish is None

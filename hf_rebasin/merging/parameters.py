@@ -12,6 +12,7 @@ Tensors outside of the layers are at one of the ends of a gradient; `Convention`
 from __future__ import annotations
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -252,6 +253,11 @@ def tensor_positions(names: Collection[str], convention: Convention = "own") -> 
     return {name: TensorPosition(name, depth(name, layer)) for name, layer in layers.items()}
 
 
+def has_filters(parameters: Mapping[str, Any]) -> bool:
+    """Whether any parameter looks at the names of tensors."""
+    return any(True for value in parameters.values() if isinstance(value, Varying) for _ in value.filters())
+
+
 def refuse_unmatched_filters(parameters: Mapping[str, Any], names: Collection[str], convention: Convention) -> None:
     """Refuse filters that occur in no name; by mergekit's convention, which passes over them, only note them.
 
@@ -361,10 +367,25 @@ class ResolvedMethod:
         self._try(self.constants(models), models)
 
     def _try(self, values: Mapping[str, Any], models: int) -> BoundMethod:
+        self._refuse_numbers(values, models)
         bound = BoundMethod(method=self.method, values=values)
         zeros = [torch.zeros((), dtype=torch.float64)] * models
         bound(zeros, None if self.method.base == "none" else torch.zeros((), dtype=torch.float64))
         return bound
+
+    def _refuse_numbers(self, values: Mapping[str, Any], models: int) -> None:
+        """Raise OptionError for lists that are not one number per model, and for NaN and infinity in them."""
+        for one_model, parameter in self.method.per_model.items():
+            numbers = values.get(parameter)
+            if numbers is None:
+                continue
+            if len(numbers) != models:
+                raise OptionError(
+                    f"{self.method.name} got {len(numbers)} {parameter} for {models} models; give one per model"
+                )
+            for number in numbers:
+                if number is not None and not math.isfinite(number):
+                    raise OptionError(f"{self.method.name} got {one_model} = {number}; give a finite number")
 
     def functions_by_key(
         self,

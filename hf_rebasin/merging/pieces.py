@@ -7,7 +7,9 @@ method with a base model, the tensors are differences from the base. Besides its
 - `uniforms`: for every model, random numbers in [0, 1) of the piece's shape, see `hf_rebasin.merging.randomness`;
 - `offset`: index of the piece's first element in the flat tensor;
 - `shape`: shape of the whole tensor;
-- `lookup`: whether the rows of the tensor are those of tokens or classes, as in embeddings and output heads;
+- `lookup`: whether the rows of the tensor are those of tokens or classes, as in embeddings and output heads; it is then
+  merged element by element;
+- `transposed`: whether a matrix is stored as (inputs, outputs);
 - `whole`: what its `prepare` returned, having seen all pieces.
 """
 
@@ -16,7 +18,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -28,7 +30,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.lazy import InMemory, Lazy
 from ..checkpoints.precision import all_finite, rounded, sum_dtype
 from ..errors import CheckpointError
-from ..registry import MergeMethod
+from ..registry import MergeMethod, PieceKind
 from .randomness import Stream
 
 
@@ -120,6 +122,7 @@ class MergedTensor(Lazy):
         origins: for every model the tensor that its difference is taken from; None if there is no base.
         streams: random numbers of the tensor in every model.
         lookup: whether its rows are those of tokens or classes.
+        transposed: whether it is a matrix that is stored as (inputs, outputs), as GPT-2's are.
         input_dtype: dtype that values and differences are rounded to before they are merged; None if they are not.
         models: the models, for messages.
     """
@@ -131,6 +134,7 @@ class MergedTensor(Lazy):
     origins: Sequence[Lazy] | None = None
     streams: Sequence[Stream] = ()
     lookup: bool = False
+    transposed: bool = False
     input_dtype: torch.dtype | None = None
     models: Sequence[Checkpoint] = ()
 
@@ -143,8 +147,14 @@ class MergedTensor(Lazy):
     def lasting(self) -> bool:
         return all(part.lasting for part in self._stored)
 
+    @property
+    def kind(self) -> PieceKind:
+        """What its pieces hold; methods that ask for `lookup` merge such tensors element by element."""
+        method = self.bound.method
+        return "elements" if self.lookup and "lookup" in inspect.signature(method.merge).parameters else method.pieces
+
     def ready(self) -> Lazy:
-        if self.bound.method.pieces == "tensors":
+        if self.kind == "tensors":
             work = _Work(self, {id(part): InMemory.of(part.read()) for part in self._stored})
             return InMemory.of(work.merge(0, self.numel).reshape(self.shape), owned=True)
         work = _Work(self, {id(part): part.ready() for part in self._stored})
@@ -154,19 +164,19 @@ class MergedTensor(Lazy):
         return self.ready().chunk(start, stop)
 
     def read(self) -> Tensor:
-        return self.ready().read() if self.bound.method.pieces == "tensors" else self.assemble()
+        return self.ready().read() if self.kind == "tensors" else self.assemble()
 
 
 class _Work:
     """Tensors of one key that are ready to be read, and what is known of them as a whole."""
 
     def __init__(self, merged: MergedTensor, ready: Mapping[int, Lazy]):
-        self.merged, self.method = merged, merged.bound.method
+        self.merged, self.method, self.kind = merged, merged.bound.method, merged.kind
         self.inputs = [ready[id(part)] for part in merged.inputs]
         self.base = None if merged.base is None else ready[id(merged.base)]
         self.origins = None if merged.origins is None else [ready[id(part)] for part in merged.origins]
         self.wide = sum_dtype(merged.dtype, *(part.dtype for part in merged._stored))
-        if self.base is not None:  # differences of close numbers, and signs of sums that nearly cancel
+        if self.base is not None and merged.input_dtype is None:  # signs of sums that nearly cancel decide
             self.wide = torch.float64
         self.values = merged.bound.values
         self.keywords = self.method.keywords_for(self.method.merge, self.values)
@@ -193,17 +203,17 @@ class _Work:
     def row(self) -> int:
         """Number of elements that belong together."""
         shape = self.merged.shape
-        return max(1, shape[-1]) if self.method.pieces == "rows" and shape else 1
+        return max(1, shape[-1]) if self.kind == "rows" and shape else 1
 
     def _ranges(self) -> list[tuple[int, int]]:
         numel = self.merged.numel
-        step = max(1, lazy.CHUNK // self.row) * self.row if self.method.streams else max(numel, 1)
+        step = max(1, lazy.CHUNK // self.row) * self.row if self.kind != "tensors" else max(numel, 1)
         return [(start, min(start + step, numel)) for start in range(0, numel, step)]
 
     def _shaped(self, flat: Tensor) -> Tensor:
-        if self.method.pieces == "tensors":
+        if self.kind == "tensors":
             return flat.reshape(self.merged.shape)
-        return flat.reshape(-1, self.row) if self.method.pieces == "rows" else flat
+        return flat.reshape(-1, self.row) if self.kind == "rows" else flat
 
     def _read(self, part: Lazy, start: int, stop: int) -> Tensor:
         return self._narrow(self._shaped(part.chunk(start, stop))).to(self.wide)
@@ -231,8 +241,13 @@ class _Work:
         values = self._compute(piece)
         out = rounded(values, dtype)
         if not all_finite(out) and self.wide != torch.float64:  # bfloat16 has float32's range, which sums overflow
-            wider = Piece(tensors=[tensor.double() for tensor in piece.tensors], offset=start, streams=piece.streams)
-            values = self._compute(wider)
+            values = self._compute(
+                replace(
+                    piece,
+                    tensors=[tensor.double() for tensor in piece.tensors],
+                    base=None if piece.base is None else piece.base.double(),
+                )
+            )
             out = rounded(values, dtype)
         if not all_finite(out):
             raise CheckpointError(
@@ -248,6 +263,7 @@ class _Work:
             "offset": lambda: piece.offset,
             "shape": lambda: self.merged.shape,
             "lookup": lambda: self.merged.lookup,
+            "transposed": lambda: self.merged.transposed,
             "whole": lambda: self.whole,
         }
         asked = {name: make() for name, make in filled_in.items() if name in self.asked_for}
@@ -255,7 +271,10 @@ class _Work:
         return merged if piece.base is None else merged + piece.base
 
     def _refuse_inputs(self) -> None:
-        for part, model in zip(self.merged._stored, self.merged.models, strict=False):
+        merged = self.merged
+        base = [] if merged.base is None else [merged.base]
+        in_order = [*base, *merged.inputs, *(part for part in merged.origins or () if part is not merged.base)]
+        for part, model in zip(in_order, merged.models, strict=False):
             model.refuse_values(part)
         narrow = self.merged.input_dtype or self.wide
         raise CheckpointError(f"{self.merged.key} has values that do not fit {narrow}; write a wider dtype")

@@ -27,7 +27,7 @@ from ..recipes.recipe import Recipe
 from ..recipes.runner import MergeResult, recalibrates
 from ..reports.charts import render_png
 from ..reports.report import Report
-from ..text import shorten_path
+from ..text import replace_names, shorten_path
 from .card import REPORT_STEM, write_card
 
 
@@ -167,7 +167,7 @@ def _find_licence(model: Checkpoint, record: Provenance | None) -> DeclaredLicen
 def _make_input_record(name: str, model: Checkpoint, record: Provenance | None) -> InputRecord:
     if model.folder is None:
         return InputRecord(name=name, commit=model.commit)
-    files = hash_files(model.folder)
+    files = hash_files(model.folder, remembered=True)
     if record is not None and any(
         record.outputs.get(file) != digest
         for file, digest in files.items()
@@ -208,7 +208,7 @@ def record_merge(
         content,
         inputs,
         {"looked at while merging": opened.data, "measured on": opened.evaluation},
-        notes=merged.notes,
+        notes=[replace_names(note, _local_names(merged.models)) for note in merged.notes],
         max_shard_size=max_shard_size,
         device=device,
     )
@@ -242,6 +242,12 @@ def public_names(models: Sequence[Checkpoint]) -> list[str]:
     return names
 
 
+def _local_names(models: Sequence[Checkpoint]) -> dict[str, str]:
+    """Return `{name of a local folder: its name without the path}`."""
+    named = zip(models, public_names(models), strict=True)
+    return {model.name: name for model, name in named if model.commit is None}
+
+
 def _bare_name(model: str) -> str:
     return Path(shorten_path(model)).name or model
 
@@ -271,11 +277,7 @@ def _bare_files(files: Any) -> Any:
 
 def add_report(folder: Path, report: Report, recipe: Recipe, merged: MergeResult) -> None:
     """Write the numbers and curves of a merge into its folder, without anything that varies by run or machine."""
-    names = {
-        model.name: name
-        for model, name in zip(merged.models, public_names(merged.models), strict=True)
-        if model.commit is None
-    }
+    names = _local_names(merged.models)
     recipe_text, data_text = _recipe_yaml(pin_revisions(recipe, merged)), describe_data(merged.opened, _pin_data)
     published = replace(report.renamed(names).timeless(), recipe=recipe_text, data=data_text)
     records = folder / RECORDS

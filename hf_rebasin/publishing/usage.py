@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
+from ..checkpoints.cache import cache_file, read_answer, store_answer
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import CheckpointError
 
@@ -40,14 +42,10 @@ class Usage:
 
 def describe_usage(checkpoint: Checkpoint, repository: str, revision: str | None = None) -> Usage:
     """Describe the task of a model and code that uses it from a repository; both empty for an unknown class."""
-    try:
-        config, module_class = checkpoint.config, checkpoint.owner
-    except CheckpointError:  # nothing that this transformers can build
+    facts = _find_facts(checkpoint)
+    if facts is None:
         return Usage("", "")
-    if config is None or module_class is None:
-        return Usage("", "")
-    owner = module_class.__name__
-    task = find_task(owner)
+    owner, task, image_lines = facts
     auto = AUTO_CLASSES.get(task, owner)
     at = _quote(repository) + (f", revision={_quote(revision)}" if revision else "")
     shared = [f"model = {auto}.from_pretrained({at})"]
@@ -58,9 +56,30 @@ def describe_usage(checkpoint: Checkpoint, repository: str, revision: str | None
         lines = [f"tokenizer = AutoTokenizer.from_pretrained({at})"]
         return Usage(task, _join_code(auto, "AutoTokenizer", shared, lines, _text_example(task)))
     if has_processor and task == "image-classification":
-        lines = [f"processor = AutoImageProcessor.from_pretrained({at})", *_blank_image(config)]
+        lines = [f"processor = AutoImageProcessor.from_pretrained({at})", *image_lines]
         return Usage(task, _join_code(auto, "AutoImageProcessor", shared, lines, _classification_example()))
     return Usage(task, _join_code(auto, "", shared, [], ["print(model)"]))
+
+
+def _find_facts(checkpoint: Checkpoint) -> tuple[str, str, list[str]] | None:
+    """Return the name of a model's class, its task and code that makes an image for it; None for an unknown class.
+
+    They are remembered by the configuration, as it takes seconds to import transformers.
+    """
+    file = cache_file("usage", [version("transformers"), dict(checkpoint.written)]) if checkpoint.written else None
+    match None if file is None else read_answer(file):
+        case [str(owner), str(task), [*lines]]:
+            return owner, task, lines
+    try:
+        config, module_class = checkpoint.config, checkpoint.owner
+    except CheckpointError:  # nothing that this transformers can build
+        return None
+    if config is None or module_class is None:
+        return None
+    facts = module_class.__name__, find_task(module_class.__name__), _blank_image(config)
+    if file is not None:
+        store_answer(file, facts)
+    return facts
 
 
 def _quote(text: str) -> str:

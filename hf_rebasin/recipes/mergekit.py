@@ -34,6 +34,8 @@ def translate(raw: Mapping[Any, Any]) -> tuple[dict[Any, Any], list[str]]:
     if recipe.get("parameters", {}) is None:
         del recipe["parameters"]
     _name_convention(recipe)
+    if recipe["convention"] == "mergekit":
+        recipe = _lift_default(_with_plain_values(recipe))
     if isinstance(models := recipe.get("models"), list | tuple):
         recipe["models"] = [_read_entry(model, f"models.{i}", refused) for i, model in enumerate(models)]
     if isinstance(slices := recipe.get("slices"), list | tuple):
@@ -63,6 +65,51 @@ def _name_convention(recipe: dict[Any, Any]) -> None:
         or (isinstance(parameters, Mapping) and "weights" in parameters)
     )
     recipe.setdefault("convention", "own" if own else "mergekit")
+
+
+def _with_plain_values(raw: Any) -> Any:
+    """Return the content of a file with the values of all `parameters` as recipes write them.
+
+    mergekit also takes a single entry with a filter for a list of them, and one number in a list for the number.
+    """
+    if isinstance(raw, list | tuple):
+        return [_with_plain_values(item) for item in raw]
+    if not isinstance(raw, Mapping):
+        return raw
+    return {
+        key: {name: _read_value(content) for name, content in value.items()}
+        if key == "parameters" and isinstance(value, Mapping)
+        else _with_plain_values(value)
+        for key, value in raw.items()
+    }
+
+
+def _read_value(value: Any) -> Any:
+    entries = [value] if isinstance(value, Mapping) and "value" in value else value
+    if not isinstance(entries, list | tuple):
+        return entries
+    if len(entries) == 1 and not isinstance(entries[0], list | tuple | Mapping):
+        return entries[0]
+    if all(isinstance(entry, str | int | float) for entry in entries):
+        with suppress(ValueError):  # YAML reads 1e-3 as a word
+            return [float(entry) if isinstance(entry, str) else entry for entry in entries]
+    return [{**e, "value": _read_value(e["value"])} if isinstance(e, Mapping) and "value" in e else e for e in entries]
+
+
+def _lift_default(recipe: dict[Any, Any]) -> dict[Any, Any]:
+    """Return a file whose only module is `default`, which has all tensors, without that level."""
+    modules = recipe.get("modules")
+    if not isinstance(modules, Mapping) or list(modules) != ["default"] or "models" in recipe or "slices" in recipe:
+        return recipe
+    inner, outer = modules["default"], recipe.get("parameters") or {}
+    own = inner.get("parameters") or {} if isinstance(inner, Mapping) else None
+    if not isinstance(own, Mapping) or not isinstance(outer, Mapping):
+        return recipe
+    twice = [own[key] for key in own if key in outer]
+    if any(isinstance(entry, Mapping) for value in twice if isinstance(value, list) for entry in value):
+        return recipe  # filters may leave tensors to the outer level
+    rest = {key: value for key, value in recipe.items() if key not in ("modules", "parameters")}
+    return {**rest, **inner, "parameters": {**outer, **own}}
 
 
 def _read_entry(raw: Any, where: str, refused: list[str]) -> Any:
@@ -148,7 +195,7 @@ def _add_base_model(recipe: dict[Any, Any], method: MergeMethod) -> None:
 
 def tolerated_parameters() -> frozenset[str]:
     """Return the names of parameters that mergekit's files may have for any method, and that it ignores for others."""
-    known = {"density", "rescale"}
+    known = {"density", "rescale", "embed_slerp"}  # the last is in many files, and does nothing in any version
     for name in registry.names("merge method"):
         method = registry.merge_method(name)
         known |= method.parameters.keys() | method.per_model.keys()

@@ -171,9 +171,23 @@ def _base_mistakes(raw: Mapping[str, Any], method: MergeMethod) -> Iterator[str]
         if base not in (*names, *pinned) and base not in [name.rpartition("@")[0] for name in names]:
             weight = "; to average it with the others, list it with a weight" if "weight" in method.per_model else ""
             yield f"base_model: {quoted(base)} is not one of the models{nearest(str(base), names)}{weight}"
-    twice = [name for i, name in enumerate(names) if name in names[:i]]
-    if twice and raw.get("convention") == "mergekit" and plain and not raw.get("slices"):
-        yield f"models: {twice[0]} is listed twice; give it once, with the sum of its weights"
+    if raw.get("convention") == "mergekit":
+        yield from _repetitions(raw)
+
+
+def _repetitions(raw: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a message for every list of models, or of the sources of a slice, that has a model twice."""
+    for path, part, of_one in _parts(raw, ""):
+        for key in () if of_one else ("models", "sources"):
+            entries = part.get(key)
+            names = []
+            for entry in entries if isinstance(entries, list | tuple) else ():
+                name, revision = entry, None
+                if isinstance(entry, Mapping):
+                    name, revision = entry.get("model"), entry.get("revision")
+                names.append(name if revision is None else f"{name}@{revision}")
+            if twice := [name for i, name in enumerate(names) if isinstance(name, str) and name in names[:i]]:
+                yield f"{path}{key}: {twice[0]} is listed twice; give it once, with the sum of its weights"
 
 
 def _align_mistakes(align: Any, align_fields: Collection[str]) -> Iterator[str]:

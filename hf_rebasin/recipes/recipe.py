@@ -208,7 +208,7 @@ class Recipe(_StrictModel):
             the rows that all models have. By default such models are refused.
         backbone_only: keep the first model's head; the other models may have another head, or none.
         dtype: dtype of the result; by default the first model's. By mergekit's convention, models are rounded to it
-            before they are merged.
+            before they are merged, and by default every tensor has the narrowest dtype that all models fit into.
         out_dtype: dtype of the result, if it is not `dtype`.
         chat_template: chat template of the result: a name (`chatml`), Jinja text, or `auto`, the models' most frequent
             one; by default the first model's.
@@ -332,7 +332,7 @@ class Recipe(_StrictModel):
         """Return the recipe with other names and revisions of its models: `{(name, revision): (name, revision)}`."""
 
         def rename(raw: Any) -> Any:
-            if isinstance(raw, list):
+            if isinstance(raw, list | tuple):
                 return [rename(item) for item in raw]
             if not isinstance(raw, dict):
                 return raw
@@ -345,7 +345,7 @@ class Recipe(_StrictModel):
             return renamed | ({"parameters": raw["parameters"]} if "parameters" in raw else {})
 
         parts = self.model_dump(include={"models", "slices", "modules"})
-        update = {key: rename(list(value) if isinstance(value, tuple) else value) for key, value in parts.items()}
+        update = {key: rename(value) for key, value in parts.items()}
         if self.base_model is not None:
             base = self._base_entry()
             update["base_model"] = join_name(*names[base.model, base.revision])
@@ -401,7 +401,7 @@ class Recipe(_StrictModel):
 
     @property
     def result_dtype(self) -> torch.dtype | None:
-        """Dtype of the result; None for that of the first model."""
+        """Dtype of the result; None for the first model's, or by mergekit's convention one that fits all models."""
         name = self.out_dtype or self.dtype
         return None if name is None else getattr(torch, name)
 
@@ -437,7 +437,7 @@ class Recipe(_StrictModel):
         method = self.method
         values: dict[str, Any] = {}
         for name, kind in method.parameters.items():
-            one_model = next((one for one, plural in method.per_model.items() if plural == name), None)
+            one_model = next((word for word, plural in method.per_model.items() if plural == name), None)
             if one_model is None:
                 levels = [read_parameter(kind, level[name]) for level in of_all if name in level]
                 if levels:
@@ -496,13 +496,18 @@ def make_publish_settings(**values: Any) -> PublishSettings:
 
 
 def _mistakes_in(error: ValidationError) -> list[str]:
-    return [_mistake(e["loc"], e["type"], e["msg"]) for e in error.errors()]
+    errors = error.errors()
+    # a list that only has wrong entries counts as empty, too
+    deeper = {e["loc"][:i] for e in errors for i in range(1, len(e["loc"]))}
+    return [
+        _mistake(e["loc"], e["type"], e["msg"]) for e in errors if e["type"] != "too_short" or e["loc"] not in deeper
+    ]
 
 
 def _mistake(loc: tuple[int | str, ...], kind: str, message: str) -> str:
     path = ".".join(map(str, loc))
     if kind == "extra_forbidden":
-        parents = [str(part) for part in loc[:-1] if isinstance(part, str)]
+        parents = [str(part) for part in loc[:-1] if part in _MODELS]
         known = _MODELS[parents[-1] if parents else ""].model_fields
         return f"{path}: no such key{nearest(str(loc[-1]), known)}"
     message = message.removeprefix("Value error, ")

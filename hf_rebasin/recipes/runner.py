@@ -21,7 +21,7 @@ from ..evaluation.comparison import Cosines, matrix_cosines
 from ..merging.fitting import load_modules, refuse_submodels, with_module_values
 from ..merging.merge import averaged_keys, keep_own_rows
 from ..merging.methods import refit
-from ..merging.parameters import refuse_unmatched_filters
+from ..merging.parameters import has_filters, refuse_unmatched_filters
 from ..merging.recalibration import (
     describe_averaged_statistics,
     find_statistics,
@@ -164,7 +164,8 @@ def _check_parts(recipe: Recipe, parts: Sequence[MergePart]) -> None:
         MismatchError: tensors that are missing, left over or of another shape.
         OptionError: parameters of a tensor that do not fit; a filter that no tensor has in its name.
     """
-    names = {name for part in parts for name in part.names()}
+    filtered = any(has_filters(part.resolved.values) for part in parts)
+    names = {name for part in parts for name in part.names()} if filtered else ()
     for part in parts:
         keys: Collection[str] = part.first.parts
         first = untie_for_merge(part.first, part.models) if recipe.slices else part.first
@@ -172,7 +173,8 @@ def _check_parts(recipe: Recipe, parts: Sequence[MergePart]) -> None:
             keys = match_keys(first, other, backbone_only=recipe.backbone_only)
             if not recipe.backbone_only:
                 match_submodels(first, other)
-        refuse_unmatched_filters(part.resolved.values, names, recipe.convention)
+        if filtered:
+            refuse_unmatched_filters(part.resolved.values, names, recipe.convention)
         averaged = averaged_keys(first, keys, backbone_only=recipe.backbone_only)
         part.resolved.functions_by_key(len(part.models), averaged, part.own_names)
 
@@ -307,18 +309,23 @@ def decide_alignment(recipe: Recipe, opened: OpenedRecipe) -> AlignmentDecision:
         f"{entries[i].model} has other layers than {entries[0].model}, so it is not aligned" for i in unlike_depth
     ]
     if recipe.merges_differences:
-        for i in followed:
-            if (found := cosines[i]) is not None and found.median < ALIKE and i not in bases:
-                _refuse_foreign(recipe, entries[i].model, entries[0].model, found)
-    apart = [i for i in followed if (found := cosines[i]) is None or found.lowest < ALIKE]
+        merged = {(entry.model, entry.revision) for entry in recipe.merged()}
+        for i, base in enumerate(bases[1:], 1):
+            if base:
+                likeness = _find_cosines(recipe, opened.matched[base - 1], opened.matched[i - 1])
+            else:  # bases are aligned, and have no difference unless they are merged as well
+                likeness = cosines.get(i) if i not in bases or ids[i] in merged else None
+            if likeness is not None and likeness.median < ALIKE:
+                _refuse_foreign(recipe, entries[i].model, entries[base or 0].model, likeness)
+    apart = [i for i in followed if (measured := cosines[i]) is None or measured.lowest < ALIKE]
     kept = AlignmentDecision(spec=None, leaders=(None,) * len(opened.matched), remarks=(*remarks, AS_THEY_ARE))
     if not apart:
         return kept if followed and not remarks else replace(kept, remarks=tuple(remarks))
-    known = [found for i in apart if (found := cosines[i]) is not None]
+    known = [measured for i in apart if (measured := cosines[i]) is not None]
     try:
         spec = detect_spec(first)
     except RebasinError as error:
-        if len(known) == len(apart) and all(found.median >= ALIKE for found in known):
+        if len(known) == len(apart) and all(measured.median >= ALIKE for measured in known):
             return replace(kept, remarks=(*remarks, f"{AS_THEY_ARE}; otherwise: {error}"))
         if len(known) < len(apart):
             unknown = (

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ..checkpoints.folder import write_atomically
 from ..errors import OptionError
-from ..text import shorten_path, shorten_paths
+from ..text import replace_names, shorten_path, shorten_paths
 from .charts import render_png
 from .measurements import Exactness, Likeness, Line, Moved, with_excess
 from .measurements import TableRow as Row
@@ -156,9 +156,7 @@ class Report:
 
     def renamed(self, names: Mapping[str, str]) -> Report:
         """The report with names replaced, wherever they occur."""
-        ordered = sorted(names, key=lambda name: (-len(name), name))
-        pattern = re.compile("|".join(map(re.escape, ordered)) or "(?!)")
-        return _with_texts(self, lambda text: pattern.sub(lambda match: names[match[0]], text))
+        return _with_texts(self, lambda text: replace_names(text, names))
 
     def timeless(self) -> Report:
         """The report without date, durations and command, so that equal merges have equal reports."""

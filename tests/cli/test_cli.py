@@ -1,6 +1,7 @@
 """The command line, as a user types it."""
 
 import runpy
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -54,7 +55,7 @@ def test_options_of_a_merge(run, pair, tmp_path):
     assert all(t.equal(a[k].float()) for k, t in Checkpoint.open(out).tensors.items())
     for arguments, message in (
         (("--method", "lerpp"), "merge_method: no merge method 'lerpp'; did you mean 'lerp'"),
-        (("-p", "tt=1"), "parameters.tt: no such parameter; known: normalize, weights"),
+        (("-p", "tt=1"), "parameters.tt: no such parameter of linear; known: normalize, weight, weights"),
         (("-p", "t"), "is not NAME=VALUE"),
         (("-p", "weights=[1"), "has no value that can be read"),
         (("-p", "weights=[1,2,3]"), "3 weights for 2 models"),
@@ -166,7 +167,8 @@ def test_a_family_without_a_table_merges_on_the_command_line(run, tmp_path):
     status, output = run("merge", str(tmp_path / "0"), str(tmp_path / "1"), "-o", str(tmp_path / "m"))
     assert status == 0, output
     assert "symmetries moved" in output
-    status, output = run("merge", str(tmp_path / "0"), str(tmp_path / "0"), "-o", str(tmp_path / "n"))
+    shutil.copytree(tmp_path / "0", tmp_path / "again")
+    status, output = run("merge", str(tmp_path / "0"), str(tmp_path / "again"), "-o", str(tmp_path / "n"))
     assert status == 0, output
     assert "fine-tunes of one base, so they are merged as they are" in output
     assert run("check", str(tmp_path / "m"))[0] == 0

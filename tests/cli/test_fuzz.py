@@ -171,8 +171,8 @@ FAULTS = {  # (the check that is removed, the mutation that it guards against, t
         " ran",
     ),
     "leftovers": (target, "_remove_folder", left_there, "broken_values", "work/.out.partial was made"),
-    "tags": (recipe, "read_yaml", lambda text, name: yaml.unsafe_load(text), "tag", "ran a program"),
-    "bombs": (yaml_reading, "_refuse_large", lambda *_: None, "bomb", "characters"),
+    "tags": (recipe, "read_yaml_documents", lambda text, name: [yaml.unsafe_load(text)], "tag", "ran a program"),
+    "bombs": (yaml_reading, "_refuse_large", lambda *_: None, "bomb", "took more than 1 s"),
 }
 
 

@@ -275,7 +275,8 @@ def test_multislerp_by_hand():
     close(merge("multislerp", [vector(2, 0, 0), vector(0, 2, 0), vector(0, 0, 2)]), [2 / 3**0.5] * 3)
     close(merge("multislerp", [vector(2, 0), vector(0, 4)], weights=[3, 1]), vector(3, 1) / 10**0.5 * 2.5)
     close(
-        merge("multislerp", [vector(2, 0), vector(0, 4)], weights=[3, 1], normalize=False), vector(3, 1) / 10**0.5 * 10
+        merge("multislerp", [vector(2, 0), vector(0, 4)], weights=[3, 1], normalize_weights=False),
+        vector(3, 1) / 10**0.5 * 10,
     )
 
 
@@ -308,8 +309,8 @@ def test_multislerp_by_the_rule_of_mergekit_refuses_directions_that_cancel():
         merge("multislerp", [a, -a, b, -b], **MERGEKIT)
     close(merge("multislerp", [b] * 2, b, **MERGEKIT), b)  # two models go straight
     close(merge("multislerp", [a, -a], weights=[1, 1], **MERGEKIT), 0 * a)
-    close(merge("multislerp", [a], weights=[2], normalize=False, **MERGEKIT), a)  # one model has no weight
-    close(merge("multislerp", [a], weights=[2], normalize=False), 2 * a)
+    close(merge("multislerp", [a], weights=[2], normalize_weights=False, **MERGEKIT), a)  # one model has no weight
+    close(merge("multislerp", [a], weights=[2], normalize_weights=False), 2 * a)
     zero = torch.zeros((), dtype=torch.float64)
     assert merge("multislerp", [zero] * 3, zero, **MERGEKIT) == 0, "numbers have only two directions"
 

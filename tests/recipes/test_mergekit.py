@@ -1,5 +1,6 @@
 """Files of mergekit run as they are, their unsupported parts are refused, and parameters vary by tensor."""
 
+import inspect
 import re
 from textwrap import dedent
 
@@ -13,8 +14,8 @@ from hf_rebasin import Checkpoint, Recipe, merge, registry
 from hf_rebasin.checkpoints import lazy
 from hf_rebasin.compat import in_memory as modules
 from hf_rebasin.errors import OptionError, RecipeError
-from hf_rebasin.merging.parameters import TensorPosition, Varying, read_parameter, tensor_positions
-from hf_rebasin.recipes.mergekit import UNSUPPORTED_METHODS
+from hf_rebasin.merging.merge import combine
+from hf_rebasin.merging.parameters import TensorPosition, Varying, read_parameter, resolve_method, tensor_positions
 from hf_rebasin.recipes.runner import run_merge
 
 LAYERS = 5
@@ -50,6 +51,16 @@ def test_the_ends_of_a_gradient_are_its_numbers():
         assert (read.at(TensorPosition("", 0.0)), read.at(TensorPosition("", 1.0))) == (gradient[0], gradient[-1])
 
 
+ONE_MODEL = ("passthrough", "nearswap", "arcee_fusion")
+
+
+def defaults(method):
+    """Return the parameters of a method with their defaults."""
+    keywords = inspect.signature(registry.merge_method(method).merge).parameters
+    known = registry.merge_method(method).parameters
+    return {name.removesuffix("_"): k.default for name, k in keywords.items() if name.removesuffix("_") in known}
+
+
 def numeric(method):
     """Return the parameters of a method that are single numbers."""
     return [parameter for parameter, kind in registry.merge_method(method).parameters.items() if kind is float]
@@ -58,17 +69,24 @@ def numeric(method):
 @pytest.mark.parametrize("method", registry.names("merge method"))
 def test_a_constant_gradient_is_the_number(method, bert):
     """No method sees gradients; methods that fit whole models refuse them."""
-    models = [bert, other_seed(bert)]
-    per_model = "weights" in registry.merge_method(method).parameters
-    number, gradient = ({"weights": [1, 0.3]}, {"weights": [1, [0.3] * 3]}) if per_model else ({}, {})
-    for parameter in numeric(method):
-        number[parameter], gradient[parameter] = 0.3, [0.3, 0.3, 0.3]
-    assert number
-    if registry.merge_method(method).finish is not None:
+    plugin = registry.merge_method(method)
+    models = [bert] if method in ONE_MODEL else [bert, other_seed(bert)]
+    base = other_seed(bert, 7) if plugin.base == "required" else None
+    number, gradient = {}, {}
+    for parameter, default in defaults(method).items():
+        if parameter in plugin.per_model.values():
+            one = {"weights": 0.3, "densities": 0.6, "epsilons": 0.1, "gammas": 0.05}.get(parameter, 0.3)
+            number[parameter], gradient[parameter] = [one] * len(models), [[one] * 3] * len(models)
+        elif parameter in numeric(method):
+            number[parameter], gradient[parameter] = default, [default] * 3
+        elif plugin.parameters[parameter] is bool:
+            number[parameter], gradient[parameter] = default, [default] * 2
+    if plugin.finish is not None:
         with pytest.raises(OptionError, match=r"fits whole models, with one number for all tensors; .* cannot vary"):
-            merge(models, method, data=[{}], **gradient)
+            merge(models, method, base=base, data=[{}], **gradient)
     else:
-        assert same_tensors(merge(models, method, **gradient), merge(models, method, **number))
+        constant = merge(models, method, base=base, **number)
+        assert same_tensors(merge(models, method, base=base, **gradient), constant)
 
 
 def test_a_filter_picks_exactly_its_tensors():
@@ -175,7 +193,7 @@ def test_weights_that_cannot_be_name_the_tensor():
     with pytest.raises(OptionError, match="entries with filters belong to one model"):
         merge([state(0), state(8)], weights=[{"filter": "mlp", "value": 1}, {"value": 2}])
     with pytest.raises(OptionError, match="does not fit: input should be a valid boolean"):
-        merge([state(0), state(8)], normalize=[True, False])
+        merge([state(0), state(8)], normalize=[True, "maybe"])
 
 
 @pytest.fixture
@@ -209,6 +227,12 @@ def test_modules_are_merged_with_the_same_parameters():
     torch.testing.assert_close(merged[1].weight, (a[1].weight + b[1].weight) / 2)
 
 
+def merge_by_mergekit(models, method, dtype=None, **parameters):
+    """Merge with gradients at their first number outside of the layers."""
+    resolved = resolve_method(method, parameters, convention="mergekit")
+    return combine([Checkpoint.open(model) for model in models], resolved, dtype=dtype)
+
+
 FILES = {
     "linear": (
         """
@@ -223,7 +247,7 @@ FILES = {
         out_dtype: bfloat16
         name: mine
         """,
-        lambda a, b: merge([a, b], weights=[1, [0, 1]], normalize=False, dtype=torch.bfloat16),
+        lambda a, b: merge_by_mergekit([a, b], "linear", torch.bfloat16, weights=[1, [0, 1]], normalize=False),
     ),
     "slerp, base second": (
         """
@@ -241,7 +265,7 @@ FILES = {
             - value: 0.4
         tokenizer_source: base
         """,
-        lambda a, b: merge([b, a], "slerp", t=GRADIENT),
+        lambda a, b: merge_by_mergekit([b, a], "slerp", t=GRADIENT),
     ),
     "slerp, base apart": (
         """
@@ -290,17 +314,14 @@ def test_a_filter_is_looked_for_before_anything_is_aligned(folders, monkeypatch)
     monkeypatch.setattr(runner, "align_checkpoints", lambda *_, **__: pytest.fail("it was aligned"))
     raw = {"models": folders, "merge_method": "lerp", "parameters": {"t": [{"filter": "atention", "value": 1}]}}
     with pytest.raises(OptionError, match=r"no tensor has 'atention' in its name; did you mean 'attention'"):
+        run_merge(Recipe.from_dict({**raw, "convention": "own"}))
+    with pytest.raises(OptionError, match=r"t: no entry is for bert.*; end with one for all others"):
         run_merge(Recipe.from_dict(raw))
 
 
 GOOD = {"models": [{"model": "x"}, {"model": "y"}], "merge_method": "linear"}
-SLICES = [{"sources": [{"model": "x", "layer_range": [0, 2]}, {"model": "y", "layer_range": [0, 2]}]}]
 VARYING = {"merge_method": "lerp", "parameters": {"t": [0, 1]}, "data": "d"}
 REFUSED = {
-    "slices": (
-        {"slices": SLICES, "models": None},
-        "slices: layers are not cut out of models here; list the whole models under models, without layer_range",
-    ),
     "adapter": (
         {"models": [{"model": "x"}, {"model": "y+z"}]},
         "models.1: y+z: adapters are not merged; merge it into",
@@ -321,29 +342,31 @@ REFUSED = {
     "tokens": ({"tokenizer": {"tokens": {"<s>": {}}}}, "tokenizer.tokens: tokens are not added or changed here"),
     "tokenizer key": ({"tokenizer": {"sorce": "x"}}, "tokenizer.sorce: no such key; did you mean 'source'?"),
     "tokenizer twice": ({"tokenizer": {"source": "base"}, "tokenizer_source": "base"}, "tokenizer: given twice"),
-    "template": ({"chat_template": "auto"}, "chat_template: the merge has the chat template of the first model"),
     "out_dtype": ({"out_dtype": "float8"}, "out_dtype: 'float8' is not one of float32, float16, bfloat16, float64"),
     "dtype": ({"dtype": "float8", "out_dtype": "float16"}, "dtype: input should be 'float32'"),
     "misspelt": ({"tokeniser_source": "base"}, "tokeniser_source: no such key"),
-    "int8_msk": ({"parameters": {"int8_msk": True}}, "parameters.int8_msk: no such parameter"),
+    "int8_msk": ({"parameters": {"int8_msk": True}}, "parameters.int8_msk: no such parameter of linear"),
     "density": (
-        {"models": [{"model": "x", "parameters": {"density": 0.5}}, {"model": "y"}]},
-        "models.0.parameters.density: no such key; known: weight",
+        {"models": [{"model": "x", "parameters": {"density": 0.5}}, {"model": "y"}], "convention": "own"},
+        "models.0.parameters.density: no such parameter of linear; known: weight",
     ),
     "weight": (
-        {"models": [{"model": "x", "parameters": {"weight": [1]}}, {"model": "y"}]},
+        {"models": [{"model": "x", "parameters": {"weight": [1]}}, {"model": "y"}], "convention": "own"},
         "models.0.parameters.weight: [1] does not fit: a gradient over the layers takes 2 numbers or more",
     ),
-    "t": ({"merge_method": "slerp", "parameters": {"t": [1]}}, "parameters.t: [1] does not fit: a gradient over"),
+    "t": (
+        {"merge_method": "slerp", "parameters": {"t": [1]}, "convention": "own"},
+        "parameters.t: [1] does not fit: a gradient over",
+    ),
     "weight of slerp": (
-        {"merge_method": "slerp", "parameters": {"t": 1, "weight": 1}},
-        "models: slerp takes no weight",
+        {"merge_method": "slerp", "parameters": {"t": 1, "weight": 1}, "convention": "own"},
+        "parameters.weight: no such parameter of slerp; known: eps, t",
     ),
     "refit": (VARYING | {"refit": True}, "parameters.t: fits to data take one number for all tensors"),
     "repair": (VARYING | {"recalibrate": "repair"}, "parameters.t: fits to data take one number"),
     "refit's": (
         {"merge_method": "refit", "parameters": {"weight": [0, 1]}, "data": "d"},
-        "models.parameters.weight: fits to data take one number for all tensors",
+        "parameters.weight: fits to data take one number for all tensors",
     ),
 }
 
@@ -359,12 +382,18 @@ def test_what_is_not_here_is_one_sentence(name):
     assert lines[1].strip().startswith(message), lines
 
 
-def test_methods_that_are_not_here_name_those_that_are():
-    assert not UNSUPPORTED_METHODS & set(registry.names("merge method"))
-    for method in UNSUPPORTED_METHODS:
-        with pytest.raises(RecipeError) as caught:
-            Recipe.from_dict(GOOD | {"merge_method": method})
-        assert all(name in str(caught.value).partition("known: ")[2] for name in registry.names("merge method"))
+OF_MERGEKIT = (
+    *("linear", "slerp", "nuslerp", "multislerp", "karcher", "task_arithmetic", "ties", "dare_linear", "dare_ties"),
+    *("breadcrumbs", "breadcrumbs_ties", "della", "della_linear", "sce", "ram", "ramplus_tl", "model_stock"),
+    *("nearswap", "arcee_fusion", "passthrough"),
+)
+
+
+def test_all_methods_of_mergekit_are_here():
+    assert set(OF_MERGEKIT) <= set(registry.names("merge method"))
+    for method in OF_MERGEKIT:
+        raw = {"models": ["x"] if method in ONE_MODEL else ["x", "y"], "merge_method": method}
+        Recipe.from_dict(raw if registry.merge_method(method).base == "none" else {**raw, "base_model": "z"})
 
 
 def test_a_tokenizer_of_the_first_model_is_what_there_is_anyway():

@@ -49,12 +49,14 @@ def test_what_only_weights_show_is_not_refused_without_them(model, tmp_path):
     folder = Checkpoint.open(model).save(tmp_path / "mine")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "mine"}))
-    HfApi().create_repo("org/mine")
-    HfApi().upload_folder(repo_id="org/mine", folder_path=folder)
-    recipe = Recipe.from_dict({"models": ["org/mine", "org/mine"]})
+    for repo in ("org/mine", "org/mine-too"):
+        HfApi().create_repo(repo)
+        HfApi().upload_folder(repo_id=repo, folder_path=folder)
+    recipe = Recipe.from_dict({"models": ["org/mine", "org/mine-too"]})
     (remark,) = make_plan(recipe, tmp_path / "out").remarks
     assert "merged as they are if they are fine-tunes of one base, which only the weights show" in remark
-    Checkpoint.open("org/mine")
+    for repo in ("org/mine", "org/mine-too"):
+        Checkpoint.open(repo)
     (remark,) = make_plan(recipe, tmp_path / "out").remarks
     assert remark.startswith("the models are fine-tunes of one base, so they are merged as they are")
 
@@ -88,9 +90,9 @@ def test_a_plan_fetches_no_weights_and_says_what_it_found(two, tmp_path):
 def test_shapes_alone_plan_what_values_plan(name, tmp_path):
     """A model on the Hub has the symmetries, groups, size and memory that it has in a folder."""
     model = TINY[FIRST[name]]
-    repo, _ = pushed(model, tmp_path)
-    here = make_plan(Recipe.from_dict({"models": [str(tmp_path / repo)] * 2}), tmp_path / "out")
-    there = make_plan(Recipe.from_dict({"models": [repo] * 2}), tmp_path / "out")
+    repos = [pushed(each, tmp_path)[0] for each in (model, other_seed(model))]
+    here = make_plan(Recipe.from_dict({"models": [str(tmp_path / repo) for repo in repos]}), tmp_path / "out")
+    there = make_plan(Recipe.from_dict({"models": repos}), tmp_path / "out")
     assert here.alignment.spec.symmetries == there.alignment.spec.symmetries
     assert (here.size, here.memory) == (there.size, there.memory)
     assert [model.is_local for model in here.models] == [True, True]
@@ -135,16 +137,16 @@ def test_licences_of_a_plan(two, model, tmp_path):
 
 def test_the_size_is_what_is_written(bert, tmp_path):
     """The dtype of the result and a head that a rotation unties count."""
-    folder = Checkpoint.open(moved_copy(bert)[0]).save(tmp_path / "a")
-    models = {"models": [str(folder)] * 2}
+    folders = [Checkpoint.open(model).save(tmp_path / name) for model, name in ((bert, "a"), (other_seed(bert), "b"))]
+    models = {"models": [str(folder) for folder in folders]}
     plain = make_plan(Recipe.from_dict({**models, "align": False}), tmp_path / "out")
     assert plain.size == plain.models[0].size
     half = make_plan(Recipe.from_dict({**models, "align": False, "dtype": "bfloat16"}), tmp_path / "out")
     assert plain.size / 4 <= half.size <= plain.size / 3.9
     gpt2 = TINY[FIRST["gpt2"]]
     rotated, _ = moved_copy(gpt2, groups="full")
-    folder = Checkpoint.open(gpt2).save(tmp_path / "gpt2")
-    plan = make_plan(Recipe.from_dict({"models": [str(folder)] * 2}), tmp_path / "out")
+    folders = [Checkpoint.open(model).save(tmp_path / name) for model, name in ((gpt2, "c"), (other_seed(gpt2), "d"))]
+    plan = make_plan(Recipe.from_dict({"models": [str(folder) for folder in folders]}), tmp_path / "out")
     assert plan.alignment.untied
     assert plan.size == sum(part.nbytes for part in Checkpoint.open(rotated).parts.values()) > plan.models[0].size
 

@@ -8,13 +8,19 @@ from hf_rebasin import Checkpoint, RebasinError, Recipe, align, merge
 from hf_rebasin.errors import RecipeError
 from hf_rebasin.recipes.runner import run_merge
 
+
+def constants(recipe):
+    """Return the parameters of the merge method, in the order in which models are merged."""
+    return recipe.resolved_method().constants(len(recipe.models))
+
+
 GOOD = {"models": ["a", {"model": "b", "parameters": {"weight": 2}}], "merge_method": "linear", "align": {"starts": 1}}
 
 
 def test_a_recipe_is_what_it_says():
     recipe = Recipe.from_dict(GOOD)
     assert [entry.model for entry in recipe.models] == ["a", "b"]
-    assert recipe.method_parameters() == {"weights": [1.0, 2.0]}
+    assert constants(recipe) == {"weights": [None, 2.0]}, "and linear reads None as 1"
     assert recipe.align.options() == {"starts": 1}
     assert Recipe.from_dict({"models": ["a"], "align": False}).align is None
     assert Recipe.from_dict({"models": ["a"], "align": True}).align.solver == "weight_matching"
@@ -25,7 +31,7 @@ def test_a_recipe_is_what_it_says():
 def test_the_base_comes_first_and_weights_go_along():
     recipe = Recipe.from_dict(GOOD | {"base_model": "b"})
     assert [entry.model for entry in recipe.in_order()] == ["b", "a"]
-    assert recipe.method_parameters() == {"weights": [2.0, 1.0]}
+    assert constants(recipe) == {"weights": [2.0, None]}
 
 
 def test_a_base_may_be_said_with_or_without_its_revision_and_listed_weights_go_along():
@@ -34,7 +40,7 @@ def test_a_base_may_be_said_with_or_without_its_revision_and_listed_weights_go_a
             {"models": ["org/a@v1", "org/b@v1"], "base_model": base, "parameters": {"weights": [3, 1]}}
         )
         assert [entry.model for entry in recipe.in_order()] == ["org/b", "org/a"]
-        assert recipe.method_parameters()["weights"] == [1, 3]
+        assert constants(recipe)["weights"] == [1, 3]
 
 
 MISTAKES = {
@@ -44,7 +50,7 @@ MISTAKES = {
     "method": ({"merge_method": "linaer"}, "merge_method: no merge method 'linaer'; did you mean 'linear'?"),
     "parameter": (
         {"parameters": {"normalise": True}},
-        "parameters.normalise: no such parameter; did you mean 'normalize'?",
+        "parameters.normalise: no such parameter of linear; did you mean 'normalize'?",
     ),
     "solver": (
         {"align": {"solver": "weight_match"}},
@@ -54,7 +60,7 @@ MISTAKES = {
     "entry": ({"models": ["a", {"model": "b", "modell": "c"}]}, "models.1.modell: no such key; did you mean 'model'?"),
     "weight": (
         {"models": ["a", {"model": "b", "parameters": {"wieght": 1}}]},
-        "models.1.parameters.wieght: no such key; did you mean 'weight'?",
+        "models.1.parameters.wieght: no such parameter of linear; did you mean 'weight'?",
     ),
     "base": ({"base_model": "c/seed"}, "base_model: 'c/seed' is not one of the models"),
     "dtype": ({"dtype": "float8"}, "dtype: input should be 'float32', 'float16', 'bfloat16' or 'float64'"),
@@ -62,9 +68,12 @@ MISTAKES = {
         {"assume": ["label"]},
         "assume.0: input should be 'config', 'config:KEY' for one setting, 'labels' or 'vocabulary'",
     ),
-    "no models": ({"models": []}, "models: tuple should have at least 1 item"),
-    "unweighted": ({"merge_method": "lerp"}, "models: lerp takes no weight per model; its parameters are t"),
-    "twice": ({"parameters": {"weights": [1, 2]}}, "parameters.weights: weights are given twice"),
+    "no models": ({"models": []}, "models: name at least one model here, or under slices or modules"),
+    "unweighted": (
+        {"merge_method": "lerp"},
+        "models.1.parameters.weight: lerp takes no weight per model; its parameters are t",
+    ),
+    "twice": ({"parameters": {"weights": [1, 2]}}, "parameters.weights: given twice, here and with the models"),
 }
 
 
@@ -104,7 +113,7 @@ def test_files_that_are_not_recipes(tmp_path):
 
 def test_yaml_is_read_within_bounds(tmp_path):
     file = tmp_path / "recipe.yaml"
-    good = "models: [a, &b {model: b, parameters: {weight: 0.5}}, *b]\nalign: false\n"
+    good = "models: [a, &b {model: b, parameters: {weight: 0.5}}, *b]\nconvention: own\n"
     file.write_bytes(good.encode("utf-16"))
     assert [entry.model for entry in Recipe.from_file(file).models] == ["a", "b", "b"], "aliases are welcome"
     laughs = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(

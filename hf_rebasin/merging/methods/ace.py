@@ -1,19 +1,19 @@
 """ACE: RegMean with covariances of inputs that are estimated from the differences (arXiv 2603.02945, CVPR 2026).
 
-The rows of δᵢ = xᵢ − b, minus their mean μᵢ, stand for inputs of model i: Dᵢ = δᵢ − 1 μᵢᵀ and Sᵢ = Dᵢᵀ Dᵢ, with a ridge
-εᵢ. For matrices (outputs × inputs),
+The rows of δᵢ = xᵢ − b, minus their mean μᵢ, stand for inputs of model i: Dᵢ = δᵢ − 1 μᵢᵀ and Sᵢ = Dᵢᵀ Dᵢ, with a
+ridge εᵢ. For matrices (outputs × inputs),
 
     W = Σ wᵢ Dᵢ (Sᵢ + εᵢ I) A⁻¹,   A = Σ wᵢ (Sᵢ + εᵢ I) + 1 cᵀ,   c the means of the columns of Σ wᵢ Sᵢ.
 
 Where models moved by very different amounts, that is if the variance of log ‖δᵢ‖² over the models exceeds 0.3 times
-its squared mean, Sᵢ and εᵢ are divided by tr Sᵢ, and as published c by the mean of ‖δᵢ‖². Of W + Σ wᵢ δᵢ (Sᵢ − S̄), with
-the mean S̄ of all Sᵢ, the ⌊0.3 r⌋ strongest singular directions are then added to W, each with the mean of their
+its squared mean, Sᵢ and εᵢ are divided by tr Sᵢ, and as published c by the mean of ‖δᵢ‖². With M the mean of all Sᵢ,
+the ⌊0.3 r⌋ strongest singular directions of W + Σ wᵢ δᵢ (Sᵢ − M) are then added to W, each with the mean of their
 singular values; r is the shorter side.
 
 As published, ε = 0.01 whatever the size of the differences. That is far above most Sᵢ of ordinary fine-tunes (root
-mean square 3e-4), so the result is near the plain mean of Dᵢ. Here εᵢ is relative to tr Sᵢ, and c, which is in the unit
-of Sᵢ, is not divided once more. And what all rows of δᵢ have in common is lost as published; here the mean of μᵢ over
-the models is added again. The parameters `relative` and `keep_mean` choose.
+mean square 3e-4), so the result is near the plain mean of Dᵢ. Here εᵢ is relative to tr Sᵢ, and c, which is in the
+unit of Sᵢ, is not divided once more. And what all rows of δᵢ have in common is lost as published; here the mean of μᵢ
+over the models is added again. The parameters `relative` and `keep_mean` choose.
 """
 
 from __future__ import annotations

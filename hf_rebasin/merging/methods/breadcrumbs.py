@@ -84,7 +84,8 @@ def prepare(
     if not pieces.numel:
         return Crumbs([], [])
     models = len(next(iter(pieces)).tensors)
-    densities, gammas = densities or [1.0] * models, gammas or [GAMMA] * models
+    densities = fill_in("breadcrumbs", "density", densities, models, default=1.0)
+    gammas = fill_in("breadcrumbs", "gamma", gammas, models, default=GAMMA)
     counts = [count_entries(pieces.numel, *pair, outliers) for pair in zip(densities, gammas, strict=True)]
     cutoffs = select_largest(pieces, lambda piece: [tensor.abs() for tensor in piece.tensors], counts)
     crumbs = Crumbs(cutoffs, [1.0] * models)

@@ -54,7 +54,8 @@ def prepare(
         None if all factors are 1.
     """
     way = resolve_rescale(rescale)
-    if way == "none" or densities is None or all(density >= 1 for density in densities):
+    densities = fill_in("dare_linear", "density", densities, len(densities or []), default=1.0)
+    if way == "none" or all(density >= 1 for density in densities):
         return None
     if way == "density":
         return [1 / density if 0 < density < 1 else 1.0 for density in densities]

@@ -119,9 +119,10 @@ def prepare(
     Returns:
         None if the kept entries of the whole tensor have no factor in common.
     """
-    if resolve_rescale(rescale) != "l1" or densities is None or all(density >= 1 for density in densities):
+    densities = fill_in("della_linear", "density", densities, len(densities or []), default=1.0)
+    if resolve_rescale(rescale) != "l1" or all(density >= 1 for density in densities):
         return None
-    spreads = epsilons or [EPSILON] * len(densities)
+    spreads = fill_in("della_linear", "epsilon", epsilons, len(densities), default=EPSILON)
     return l1_factors(pieces, lambda piece: drop_by_rank(piece.tensors, piece.uniforms, densities, spreads))
 
 

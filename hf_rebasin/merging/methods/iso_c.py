@@ -3,7 +3,7 @@
 A sum of differences from the base is strong in a few directions, which belong to the models that moved farthest, and
 weak in those that other models need. So, for matrices,
 
-    y = b + λ · mean(S) U Vᵀ,   Σ wᵢ δᵢ = U S Vᵀ (arXiv 2502.04959).
+    y = b + λ · mean(S) U Vᵀ,   Σ wᵢ δᵢ = U S Vᵀ.
 
 The sum of the singular values stays, the norm shrinks. λ is usually chosen on validation data, such as 1.5.
 

@@ -80,7 +80,12 @@ def merge(
 
 
 def _coefficients(
-    gram: Tensor, weights: Sequence[float] | None, max_iter: int, tol: float, collinear: float, eps: float | Literal["tol"]
+    gram: Tensor,
+    weights: Sequence[float] | None,
+    max_iter: int,
+    tol: float,
+    collinear: float,
+    eps: float | Literal["tol"],
 ) -> list[float]:
     """Return cᵢ such that the mean is Σ cᵢ xᵢ, given the inner products of the tensors."""
     check_number("karcher", "max_iter", max_iter, low=0)

@@ -78,7 +78,13 @@ def merge(
 
 
 def _coefficients(
-    gram: Tensor, weights: Sequence[float] | None, normalize_weights: bool, collinear: float, eps: float, *, scalar: bool
+    gram: Tensor,
+    weights: Sequence[float] | None,
+    normalize_weights: bool,
+    collinear: float,
+    eps: float,
+    *,
+    scalar: bool,
 ) -> list[float]:
     """Return cᵢ such that the merge is Σ cᵢ xᵢ, given the inner products of the tensors.
 

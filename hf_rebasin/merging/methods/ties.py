@@ -49,7 +49,8 @@ def prepare(pieces: Pieces, *, densities: Sequence[float] | None = None, rescale
         None if all entries are kept.
     """
     n = pieces.numel
-    if densities is None or all(density >= 1 for density in densities):
+    densities = fill_in("ties", "density", densities, len(densities or []), default=1.0)
+    if all(density >= 1 for density in densities):
         return None
     counts = [[0 if density <= 0 else max(1, int(density * n))] for density in densities]
     cutoffs = [row[0] for row in select_largest(pieces, lambda piece: [t.abs() for t in piece.tensors], counts)]
