@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..checkpoints.checkpoint import Checkpoint
 
-BLOCK = 1 << 16  # elements whose random numbers come from one generator, so that pieces may begin anywhere
+BLOCK = 1 << 18  # elements whose random numbers come from one generator, so that pieces may begin anywhere
 
 
 def content_hash(checkpoint: Checkpoint) -> bytes:
@@ -53,14 +53,16 @@ class Stream:
 
     def draw(self, start: int, stop: int) -> Tensor:
         """Return uniform numbers in [0, 1), in float32, for the elements `start` to `stop` of the flat tensor."""
-        blocks = range(start // BLOCK, -(-stop // BLOCK))
-        drawn = torch.cat([self._draw_block(block) for block in blocks] or [torch.empty(0)])
-        first = start - start // BLOCK * BLOCK
-        return drawn[first : first + stop - start]
+        parts = [torch.empty(0)]
+        for block in range(start // BLOCK, -(-stop // BLOCK)):
+            first = block * BLOCK
+            parts.append(self._draw_block(block, min(stop - first, BLOCK))[max(start - first, 0) :])
+        return parts[1] if len(parts) == 2 else torch.cat(parts)
 
-    def _draw_block(self, block: int) -> Tensor:
-        bits = np.random.SFC64(np.random.SeedSequence([self._entropy, block])).random_raw(BLOCK // 2)
-        halves = torch.from_numpy(bits.view(np.int32))
+    def _draw_block(self, block: int, count: int) -> Tensor:
+        """Return the first numbers of a block."""
+        bits = np.random.SFC64(np.random.SeedSequence([self._entropy, block])).random_raw((count + 1) // 2)
+        halves = torch.from_numpy(bits.view(np.int32))[:count]
         return (halves & 0xFFFFFF).float().mul_(2.0**-24)  # all 2²⁴ numbers are exact in float32
 
 
