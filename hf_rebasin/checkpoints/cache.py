@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+SHA256_DIGITS = 64
+SETTLED_SECONDS = 5.0
+
+
+def file_state(path: Path) -> list[int] | None:
+    """Return size, times and inode of a file, which change whenever its content does.
+
+    None for a file that was written in the last seconds, which may change once more within the resolution of its
+    times.
+    """
+    stat = path.stat()
+    if time.time() - max(stat.st_mtime, stat.st_ctime) <= SETTLED_SECONDS:
+        return None
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
 def cache_file(kind: str, question: Sequence[Any]) -> Path:

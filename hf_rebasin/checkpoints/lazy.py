@@ -37,6 +37,11 @@ class Lazy(ABC):
         return self.numel * self.dtype.itemsize
 
     @property
+    def passes_first(self) -> bool:
+        """Whether `ready` passes over all values, but keeps little of them; it is worth doing in advance then."""
+        return False
+
+    @property
     @abstractmethod
     def lasting(self) -> bool:
         """Whether its values stay the same: a file's do, a tensor that somebody else holds may change."""

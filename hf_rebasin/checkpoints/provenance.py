@@ -7,7 +7,6 @@ named with their commit; others are identified by their sha256 alone.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .cache import cache_file, read_answer, store_answer
+from .cache import SHA256_DIGITS, cache_file, file_state, read_answer, store_answer
 from .checkpoint import Checkpoint
 from .folder import (
     CARD,
@@ -36,8 +35,6 @@ from .tensor_files import sha256_of
 OLD_WEIGHTS = "pytorch_model*.bin*"
 PROVENANCE_FORMAT = "hf_rebasin.provenance.v1"
 SMALL_FILE = 1 << 20  # bytes; hashing less takes no time
-SETTLED_SECONDS = 5.0
-SHA256_DIGITS = 64
 PACKAGES = ("hf_rebasin", "torch", "transformers", "safetensors", "datasets", "numpy", "scipy")
 
 
@@ -190,22 +187,16 @@ def hash_files(
 
 
 def remembered_hash(path: Path) -> str:
-    """Return the sha256 of a file, which is remembered as long as its size, times and inode stay what they are.
-
-    A file that was written in the last seconds may change once more within the resolution of its times, so its hash
-    is not remembered.
-    """
-    stat = path.stat()
-    if stat.st_size < SMALL_FILE:
+    """Return the sha256 of a file, which is remembered for large files as long as they stay what they are."""
+    state = file_state(path) if path.stat().st_size >= SMALL_FILE else None
+    if state is None:
         return sha256_of(path)
-    question = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-    file = cache_file("hashes", question)
+    file = cache_file("hashes", [str(path.resolve()), state])
     answer = read_answer(file)
     if isinstance(answer, str) and len(answer) == SHA256_DIGITS:
         return answer
     digest = sha256_of(path)
-    if time.time() - max(stat.st_mtime, stat.st_ctime) > SETTLED_SECONDS:
-        store_answer(file, digest)
+    store_answer(file, digest)
     return digest
 
 

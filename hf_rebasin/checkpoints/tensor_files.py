@@ -14,7 +14,8 @@ import os
 import threading
 import weakref
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -352,11 +353,21 @@ def write_file(path: Path, parts: Mapping[str, Lazy], written: Callable[[int], o
     text += b" " * (-len(text) % 8)
     with _HashingWriter(path) as writer:
         writer.put(memoryview(len(text).to_bytes(8, "little") + text))
-        for name in names:
-            for chunk in parts[name].chunks():
+        for part in _ready_in_turn([parts[name] for name in names]):
+            for chunk in part.chunks():
                 writer.put(_bytes(chunk.cpu()))
-            written(parts[name].nbytes)
+            written(part.nbytes)
     return writer.sha256.hexdigest()
+
+
+def _ready_in_turn(parts: Sequence[Lazy]) -> Iterator[Lazy]:
+    """Yield tensors that are ready to be read, each while those are made ready that have passes to make first."""
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread:
+        waiting: Future[Lazy] | None = None
+        for part, following in zip(parts, [*parts[1:], None], strict=True):
+            ready = waiting.result() if waiting is not None else part.ready()
+            waiting = thread.submit(following.ready) if following is not None and following.passes_first else None
+            yield ready
 
 
 class _HashingWriter:

@@ -77,7 +77,11 @@ class Pieces:
         return math.prod(self.shape)
 
     def __iter__(self) -> Iterator[Piece]:
-        return (self.cut(start, stop) for start, stop in self.ranges)
+        return self.every(1)
+
+    def every(self, step: int) -> Iterator[Piece]:
+        """Yield every `step`-th piece, the first one among them, for a look at what the tensors are like."""
+        return (self.cut(start, stop) for start, stop in self.ranges[::step])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +156,10 @@ class MergedTensor(Lazy):
         """What its pieces hold; methods that ask for `lookup` merge such tensors element by element."""
         method = self.bound.method
         return "elements" if self.lookup and "lookup" in inspect.signature(method.merge).parameters else method.pieces
+
+    @property
+    def passes_first(self) -> bool:
+        return self.bound.method.prepare is not None and self.kind != "tensors"
 
     def ready(self) -> Lazy:
         if self.kind == "tensors":

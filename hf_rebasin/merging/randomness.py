@@ -10,26 +10,51 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..checkpoints.cache import SHA256_DIGITS, cache_file, file_state, read_answer, store_answer
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.tensor_files import Stored
 
 BLOCK = 1 << 18  # elements whose random numbers come from one generator, so that pieces may begin anywhere
 
 
 def content_hash(checkpoint: Checkpoint) -> bytes:
-    """Return a hash of the names, shapes, dtypes and values of a model's tensors, in whatever files they are."""
+    """Return a hash of the names, shapes, dtypes and values of a model's tensors, in whatever files they are.
+
+    It is remembered for tensors that are read from files, as long as these stay what they are.
+    """
+    file = _remembered(checkpoint)
+    match None if file is None else read_answer(file):
+        case str(text) if len(text) == SHA256_DIGITS:
+            return bytes.fromhex(text)
     digest = hashlib.sha256()
     for key in sorted(checkpoint.parts):
         part = checkpoint.parts[key]
         digest.update(f"{key} {part.shape} {part.dtype}\n".encode())
         for chunk in part.chunks():
             digest.update(cast(Any, chunk.contiguous().reshape(-1).view(torch.uint8).numpy()).data)
+    if file is not None:
+        store_answer(file, digest.hexdigest())
     return digest.digest()
+
+
+def _remembered(checkpoint: Checkpoint) -> Path | None:
+    """Return where the hash of a model is remembered; None if it is not read from files, or they are too new."""
+    tensors, files = [], {}
+    for key in sorted(checkpoint.parts):
+        part = checkpoint.parts[key]
+        if not isinstance(part, Stored):
+            return None
+        files[str(part.file.path.resolve())] = part.file.path
+        tensors.append([key, str(part.dtype), part.shape, str(part.file.path.resolve()), part.offset])
+    states = {name: file_state(path) for name, path in files.items()}
+    return None if None in states.values() else cache_file("contents", [tensors, states])
 
 
 @dataclass(frozen=True)
@@ -63,7 +88,7 @@ class Stream:
         """Return the first numbers of a block."""
         bits = np.random.SFC64(np.random.SeedSequence([self._entropy, block])).random_raw((count + 1) // 2)
         halves = torch.from_numpy(bits.view(np.int32))[:count]
-        return (halves & 0xFFFFFF).float().mul_(2.0**-24)  # all 2²⁴ numbers are exact in float32
+        return halves.bitwise_and_(0xFFFFFF).float().mul_(2.0**-24)  # all 2²⁴ numbers are exact in float32
 
 
 def streams(seed: int, key: str, contents: Sequence[Callable[[], bytes]]) -> list[Stream]:

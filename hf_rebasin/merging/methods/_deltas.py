@@ -178,7 +178,7 @@ def sum_weighted(
 def _choose(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Return the entries of a where a mask is true, and of b elsewhere; both are overwritten."""
     chosen = mask.to(a.dtype)
-    return a.mul_(chosen).add_(b.mul_(1 - chosen))
+    return a.mul_(chosen).add_(b.addcmul_(b, chosen, value=-1))
 
 
 def sum_elected(
@@ -212,8 +212,9 @@ def sum_elected(
         positive += term.clamp(min=0)
         negative += term.clamp(max=0)
         if normalize:
-            positive_share.add_(term > 0, alpha=weight)
-            negative_share.add_(term < 0, alpha=weight)
+            sign = term.sign()
+            positive_share.add_(sign.clamp(min=0), alpha=weight)
+            negative_share.add_(sign.clamp_(max=0), alpha=-weight)
     plus = positive >= -negative if votes is None else votes >= 0
     merged = _choose(plus, positive, negative)
     if normalize:
