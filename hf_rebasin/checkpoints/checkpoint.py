@@ -89,7 +89,7 @@ class Checkpoint:
         submodels: `{sub-folder: model}` of the parts with weights of their own that the folder's `modules.json` names,
             such as the `2_Dense` of a sentence transformer; merged and saved with the model.
         origin: the model as it was opened, whose keys and configuration this one was made with; None for itself.
-        complete: called with the folder that `save` writes, to change more than weights in it, such as a chat template.
+        complete: called with the folder that `save` writes, to change more in it than weights, such as a template.
 
     Example:
         >>> checkpoint = Checkpoint.open("google-bert/bert-base-uncased")

@@ -43,7 +43,7 @@ class Loading:
     def from_answer(answer: Any) -> Loading | None:
         """Read what `to_answer` returned; None if it is anything else."""
         try:
-            shapes = {key: (tuple(one), tuple(other)) for key, (one, other) in answer["mismatched"].items()}
+            shapes = {key: (tuple(shape), tuple(expected)) for key, (shape, expected) in answer["mismatched"].items()}
             sets = {name: frozenset(answer[name]) for name in ("missing", "unexpected", "failed")}
             return Loading(owner=str(answer["owner"]), mismatched=shapes, **sets)
         except (TypeError, ValueError, KeyError, AttributeError):

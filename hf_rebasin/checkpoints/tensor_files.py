@@ -364,8 +364,9 @@ def _ready_in_turn(parts: Sequence[Lazy]) -> Iterator[Lazy]:
     """Yield tensors that are ready to be read, each while those are made ready that have passes to make first."""
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread:
         waiting: Future[Lazy] | None = None
-        for part, following in zip(parts, [*parts[1:], None], strict=True):
+        for i, part in enumerate(parts):
             ready = waiting.result() if waiting is not None else part.ready()
+            following = parts[i + 1] if i + 1 < len(parts) else None
             waiting = thread.submit(following.ready) if following is not None and following.passes_first else None
             yield ready
 

@@ -233,7 +233,7 @@ def recipe_field(option: str) -> str | None:
     from ..recipes.recipe import AlignSettings, Recipe
 
     fields = {*Recipe.model_fields, *AlignSettings.model_fields} - {"models", "publish"}
-    names = (option, f"merge_{option}", f"{option}s", option.removesuffix("_option"))
+    names = (option, f"merge_{option}", f"{option}_model", f"{option}s", option.removesuffix("_option"))
     return next((name for name in names if name in fields), None)
 
 

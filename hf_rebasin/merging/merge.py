@@ -65,8 +65,8 @@ def combine(
         origins: for every checkpoint the model that its difference is taken from; by default the base.
         own_names: for every checkpoint `{key of the first: key that filters look at}`; by default the first model's.
         dtype: dtype of the floating-point tensors of the result.
-        input_dtype: dtype that values, and differences from the base, are rounded to before they are merged, as mergekit
-            does; by default they are not.
+        input_dtype: dtype that values, and differences from the base, are rounded to before they are merged, as in
+            mergekit; by default they are not.
         backbone_only: keep the first model's head; the other models may have another head, or none.
 
     Raises:
@@ -121,8 +121,8 @@ def refuse_unfit_base(method: MergeMethod, has_base: bool) -> None:
     """Raise OptionError if a method needs a base model and has none, or has one without any use for it."""
     if method.base == "required" and not has_base:
         raise OptionError(
-            f"merge method {method.name!r} merges differences from the model that was fine-tuned, and no base model is "
-            "named; name it (base_model in a recipe, --base, base= in Python)"
+            f"merge method {method.name!r} merges differences from the model that was fine-tuned, and no base model "
+            "is named; name it (base_model in a recipe, --base, base= in Python)"
         )
     if method.base == "none" and has_base:
         raise OptionError(
@@ -303,7 +303,7 @@ def merge(
             "first" for the first model's, its own ones where another model has none; "common" to cut its padding to
             the rows that all models have. By default such models are refused.
         backbone_only: keep the first model's head; the other models may have another head, or none.
-        data: unlabelled batches that can be read several times, for methods that fit the merge to data, such as "refit".
+        data: unlabelled batches that can be read several times, for methods that fit the merge, such as "refit".
         device: device that these methods compute on.
         progress: show a progress bar (on a terminal).
         parameters: parameters of the method, such as `t=0.3`. A number may vary by tensor: `t=[0, 0.5, 1]` from the

@@ -354,7 +354,7 @@ class ResolvedMethod:
     def finish(
         self, models: Sequence[Checkpoint], base: Checkpoint | None = None, origins: Sequence[Checkpoint] | None = None
     ) -> Callable[..., Any] | None:
-        """Return the second phase `(merge, models, data) -> checkpoint`, on the whole merge; most methods have none."""
+        """Return the second phase `(merge, models, data) -> checkpoint`, on the whole merge, if the method has one."""
         if self.method.finish is None:
             return None
         values: dict[str, Any] = self.constants(len(models)) | {"seed": self.seed}

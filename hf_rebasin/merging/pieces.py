@@ -1,13 +1,13 @@
-"""Pieces of tensors: what merge methods get to see of the tensors of one key, and how their results are put together.
+"""Pieces of tensors: what merge methods see of the tensors of one key, and how their results are put together.
 
-A method is called on pieces: on flat ranges of elements, on whole rows, or on whole tensors, as its `PIECES` says. Of a
-method with a base model, the tensors are differences from the base. Besides its parameters it may ask, by keyword, for
+A method is called on pieces: on flat ranges of elements, on whole rows, or on whole tensors, as its `PIECES` says. Of
+a method with a base model, the tensors are differences from the base. Besides its parameters it may ask, by keyword, for
 
 - `base`: the values of the base model;
 - `uniforms`: for every model, random numbers in [0, 1) of the piece's shape, see `hf_rebasin.merging.randomness`;
 - `offset`: index of the piece's first element in the flat tensor;
 - `shape`: shape of the whole tensor;
-- `lookup`: whether the rows of the tensor are those of tokens or classes, as in embeddings and output heads; it is then
+- `lookup`: whether the rows of the tensor are those of tokens or classes, as in embeddings and output heads; these are
   merged element by element;
 - `transposed`: whether a matrix is stored as (inputs, outputs);
 - `whole`: what its `prepare` returned, having seen all pieces.

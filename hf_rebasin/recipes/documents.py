@@ -7,7 +7,8 @@
     models: [{model: two}, {model: org/c}]
     merge_method: linear
 
-A document with a name is merged first, and the name, used as a model, means its result. The result of the file is that of the document without a name, or of the last one if all have names.
+A document with a name is merged first, and the name, used as a model, means its result. The result of the file is
+that of the document without a name, or of the last one if all have names.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from ..errors import NoSpaceError
 from ..solving.problem import matched_tensors, sole_free_dim
 from ..symmetries.spec import Spec
 from ..symmetries.table import canonical_view
+from .composition import compose
 from .recipe import Recipe
 from .runner import AlignmentDecision, OpenedRecipe, decide_alignment, open_models, remark_on_statistics
 
@@ -151,7 +152,7 @@ def make_plan(
         alignment=alignment,
         data={use: batches.describe() for use, batches in data.items() if batches is not None},
         remarks=remarks,
-        size=output_size(recipe, first) + (0 if alignment is None else _untied_bytes(alignment.spec, first)),
+        size=sum(output_size(recipe, model) for model in _written(recipe, opened)) + (0 if alignment is None else _untied_bytes(alignment.spec, first)),
         memory=peak_memory(recipe, opened, alignment),
         memory_free=_free_memory(),
         disk_free=_free_space(resolve_target(out)),
@@ -203,6 +204,13 @@ def _plan_alignment(
         notes += [f"{model.name}: {note}" for note in left_out]
     untied = untying_note(spec, {norm.stream for norm in spec.gauged})
     return PlannedAlignment(solver=recipe.align.solver, spec=spec, notes=tuple(notes), untied=untied)
+
+
+def _written(recipe: Recipe, opened: OpenedRecipe) -> list[Checkpoint]:
+    """Return models that have the tensors of the merge: the first one, or what is cut out of it by slices."""
+    if not recipe.slices:
+        return [opened.models[0]]
+    return [part.first for part in compose(recipe, [opened.models[0], *opened.matched])]
 
 
 def output_size(recipe: Recipe, first: Checkpoint) -> int:

@@ -18,10 +18,10 @@ from outputs import COMMANDS, make_inputs, write_output
 DIGESTS = {
     "linear/config.json": "6f7a86de85ca9336101d704acf6286f60f974045ab8c004bb4c290db0ffbe164",
     "linear/model.safetensors": "7690dcf689cecb2dd8f58acb680d6021980e79f74a76cd4e76f30f2ea831e80a",
-    "linear/recipe.yaml": "ceaa651ba5eec24ccfc163ff3ce825b908d7289693ab5d061cdd2621eaedc3a1",
+    "linear/recipe.yaml": "b165f92cf477d1eff78546932a637e9792ca11de3b8015b0ae7da2d5e6b6bafa",
     "permuted/config.json": "8b97a6f7fe0ed26b1d2dfe35bfeceb9cd0be9e393efc3f372a3c4c011cd79399",
     "permuted/model.safetensors": "33c4068d249ed4c2bdf39126292ec70625ee30fb28499b789b66e6c98253ecc1",
-    "permuted/recipe.yaml": "8e90d5066bc32b13d59d803d66f0ea860052a33aed027d569485d3d208d0995f",
+    "permuted/recipe.yaml": "b97d09b892d998e782818a647405fd750684de609858441b6e80a6ba20cd4c8c",
 }
 
 

@@ -70,6 +70,13 @@ def merge(
             "t=[0,1]. May be repeated.",
         ),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Model that the others were fine-tuned from, for methods that merge differences, such as ties; for "
+            "others, which of the models stays fixed."
+        ),
+    ] = None,
     align: Annotated[
         bool, typer.Option(help="Before merging, move the other models into the first model's coordinates.")
     ] = True,
@@ -138,6 +145,8 @@ def merge(
     settings = {
         "merge_method": method,
         "parameters": read_assignments(parameter or []),
+        "base_model": base,
+        "seed": seed,
         "align": align_settings(solver, seed, groups, keep_tied, hold) if align else False,
         "dtype": dtype,
         "assume": list(assume or []),

@@ -3,8 +3,8 @@
 A sample of the entries brackets the k-th largest value between two entries. A pass over the tensor then counts the
 entries above, at and below both ends, and collects those between them, among which the k-th is looked up. If it lies
 outside of the bracket, or too many entries lie inside, the search goes on in the part that contains it. So a tensor of
-n entries is read once and a quarter, and some n^(2/3) entries are kept in memory. Entries that occur very often, as in differences
-of half-precision numbers, are ends of the bracket and only counted.
+n entries is read once and a quarter, and some n^(2/3) entries are kept in memory. Entries that occur very often, as in
+differences of half-precision numbers, are ends of the bracket and only counted.
 
 Of equal entries the first ones count as larger: this makes the choice independent of machines and of piece sizes. It
 takes another pass up to the last of them if they were counted only.
