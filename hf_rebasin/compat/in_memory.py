@@ -42,7 +42,10 @@ def merge_modules(models: Sequence[nn.Module], method: str, **parameters: Any) -
         wide = torch.promote_types(target.dtype, torch.float64)
         values = [tensor.to(target.device, wide) for tensor in tensors]
         if (target.is_floating_point() or target.is_complex()) and not _all_equal(values):
-            target.copy_(merges[name](values))
+            if target.is_complex():  # real and imaginary parts are merged as numbers of their own
+                target.copy_(torch.view_as_complex(merges[name]([torch.view_as_real(value) for value in values])))
+            else:
+                target.copy_(merges[name](values))
     return out
 
 

@@ -1,7 +1,7 @@
 """Pieces of tensors: what merge methods see of the tensors of one key, and how their results are put together.
 
 A method is called on pieces: on flat ranges of elements, on whole rows, or on whole tensors, as its `PIECES` says. Of
-a method with a base model, the tensors are differences from the base. Besides its parameters it may ask, by keyword, for
+a method with a base model, the tensors are differences from the base. Besides its parameters it may ask for
 
 - `base`: the values of the base model;
 - `uniforms`: for every model, random numbers in [0, 1) of the piece's shape, see `hf_rebasin.merging.randomness`;

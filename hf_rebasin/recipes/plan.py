@@ -152,7 +152,8 @@ def make_plan(
         alignment=alignment,
         data={use: batches.describe() for use, batches in data.items() if batches is not None},
         remarks=remarks,
-        size=sum(output_size(recipe, model) for model in _written(recipe, opened)) + (0 if alignment is None else _untied_bytes(alignment.spec, first)),
+        size=sum(output_size(recipe, model) for model in _written(recipe, opened))
+        + (0 if alignment is None else _untied_bytes(alignment.spec, first)),
         memory=peak_memory(recipe, opened, alignment),
         memory_free=_free_memory(),
         disk_free=_free_space(resolve_target(out)),

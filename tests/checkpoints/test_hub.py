@@ -65,7 +65,7 @@ def test_a_branch_that_moves_is_one_commit_in_a_run(model, tmp_path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoint, "open", open_and_push)
-        models = open_models(Recipe.from_dict({"models": [repo, f"{repo}@main", repo], "align": False})).models
+        models = open_models(Recipe.from_dict({"models": [repo, f"{repo}@main"], "align": False})).models
     assert HUB.repo(repo).resolve("main") != first
     assert [checkpoint.commit for checkpoint in models] == [first] * 3
     assert all(same_tensors(checkpoint, model) for checkpoint in models)
