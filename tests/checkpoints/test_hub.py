@@ -67,7 +67,7 @@ def test_a_branch_that_moves_is_one_commit_in_a_run(model, tmp_path, monkeypatch
         patch.setattr(Checkpoint, "open", open_and_push)
         models = open_models(Recipe.from_dict({"models": [repo, f"{repo}@main"], "align": False})).models
     assert HUB.repo(repo).resolve("main") != first
-    assert [checkpoint.commit for checkpoint in models] == [first] * 3
+    assert [checkpoint.commit for checkpoint in models] == [first] * 2
     assert all(same_tensors(checkpoint, model) for checkpoint in models)
     assert Checkpoint.open(repo).commit == HUB.repo(repo).resolve("main")
     assert same_tensors(Checkpoint.open(f"{repo}@{first}"), model)
