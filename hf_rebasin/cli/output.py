@@ -52,8 +52,7 @@ def describe_plan(recipe: Recipe, out: Path) -> Iterator[str]:
     if remote := [model.name for model in plan.models if not model.is_local]:
         yield f"{', '.join(remote)}: checked for NaN and Inf while merging, once the values are downloaded"
     if plan.alignment is not None:
-        others = ", ".join(model.name for model in plan.models[1:])
-        yield f"would align {others} to {plan.models[0].name} by {plan.alignment.solver}:"
+        yield f"would align {', '.join(plan.alignment.models)} to {plan.models[0].name} by {plan.alignment.solver}:"
         for line in (*plan.alignment.notes, *describe_symmetries(plan.alignment.spec, every=False)):
             yield f"  {line}"
         if plan.alignment.untied:
@@ -67,9 +66,12 @@ def describe_plan(recipe: Recipe, out: Path) -> Iterator[str]:
     yield f"memory: about {byte_size(plan.memory)} at the peak{free}"
     yield f"disk: at most {byte_size(plan.size)} for the merge, {byte_size(plan.disk_free)} are free there"
     yield f"licence: {plan.licence.text}"
+    first = plan.models[0].name
+    count = len(plan.models) - len({entry.base for entry in recipe.in_order() if entry.base is not None})
+    merged = f"the differences of {count - 1} models from {first}" if recipe.merges_differences else f"{count} models"
     yield (
-        f"would merge {len(plan.models)} models by {recipe.merge_method} to {out}/, with the keys, the configuration "
-        f"and the tokenizer of {plan.models[0].name}"
+        f"would merge {merged} by {recipe.merge_method} to {out}/, with the keys, the configuration and the tokenizer "
+        f"of {first}"
     )
     yield from plan.publishing
 

@@ -43,6 +43,15 @@ def fits_whole_models(method: str) -> bool:
 
 def _missing_data(raw: Mapping[str, Any]) -> Iterator[str]:
     """Yield a message for every key that needs data if there are none, or whole models if there are backbones."""
+    cut = next((key for key in ("slices", "modules") if raw.get(key)), None)
+    if cut is not None:
+        whole = {
+            "merge_method": fits_whole_models(str(raw.get("merge_method", "linear"))),
+            "refit": bool(raw.get("refit")),
+            "recalibrate": raw.get("recalibrate") == "repair",
+        }
+        for key in (key for key, fits in whole.items() if fits):
+            yield f"{key}: it fits whole models to data; name them under models, not under {cut}"
     needs_data = {
         "refit": bool(raw.get("refit")),
         "merge_method": fits_whole_models(str(raw.get("merge_method", "linear"))),

@@ -34,7 +34,7 @@ from ..symmetries.spec import Spec
 from ..symmetries.table import canonical_view
 from .composition import compose
 from .recipe import Recipe
-from .runner import AlignmentDecision, OpenedRecipe, decide_alignment, open_models, remark_on_statistics
+from .runner import AlignmentDecision, OpenedRecipe, decide_alignment, open_models, remark_on_merge
 
 LIBRARIES = 400_000_000  # bytes that torch, transformers and this package take before anything is read
 SIMILARITIES = 5  # float64 n × n matrices at a time: the product, its sum, and copies that the assignment makes
@@ -69,12 +69,14 @@ class PlannedAlignment:
     """An alignment that a merge would compute.
 
     Args:
+        models: names of the models that are aligned.
         solver: name of the solver.
         spec: the symmetries, with the groups that remain after all limits.
         notes: restrictions of the groups and their reasons, by model.
         untied: tensors that would no longer be tied if streams are rotated, in a sentence; None if there are none.
     """
 
+    models: tuple[str, ...]
     solver: str
     spec: Spec
     notes: tuple[str, ...]
@@ -136,7 +138,7 @@ def make_plan(
         if model.is_local:
             checkpoint.refuse_broken()
     decision = None if recipe.align is None else decide_alignment(recipe, opened)
-    alignment, remarks = None, tuple(remark_on_statistics(recipe, opened))
+    alignment, remarks = None, tuple(remark_on_merge(recipe, opened))
     if decision is not None:
         remarks = (*decision.remarks, *remarks)
         if decision.spec is not None:
@@ -204,7 +206,8 @@ def _plan_alignment(
             left_out.append("whether a gain is too small for its stream to be rotated is only known from its values")
         notes += [f"{model.name}: {note}" for note in left_out]
     untied = untying_note(spec, {norm.stream for norm in spec.gauged})
-    return PlannedAlignment(solver=recipe.align.solver, spec=spec, notes=tuple(notes), untied=untied)
+    names = tuple(inputs[i].name for i in sorted({leader for leader in decision.leaders if leader}))
+    return PlannedAlignment(models=names, solver=recipe.align.solver, spec=spec, notes=tuple(notes), untied=untied)
 
 
 def _written(recipe: Recipe, opened: OpenedRecipe) -> list[Checkpoint]:

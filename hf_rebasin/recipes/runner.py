@@ -21,7 +21,7 @@ from ..evaluation.comparison import Cosines, matrix_cosines
 from ..merging.fitting import load_modules, refuse_submodels, with_module_values
 from ..merging.merge import averaged_keys, keep_own_rows
 from ..merging.methods import refit
-from ..merging.parameters import has_filters, refuse_unmatched_filters
+from ..merging.parameters import has_filters, is_gradient, refuse_unmatched_filters
 from ..merging.recalibration import (
     describe_averaged_statistics,
     find_statistics,
@@ -203,6 +203,20 @@ def recalibrates(recipe: Recipe, opened: OpenedRecipe) -> bool:
     return recipe.recalibrate == "repair" or has_statistics(opened.models[0])
 
 
+def remark_on_merge(recipe: Recipe, opened: OpenedRecipe) -> Iterator[str]:
+    """Say what is not to be seen in a recipe: where gradients put what is outside of layers, averaged statistics."""
+    parts = compose(recipe, [opened.models[0], *opened.matched])
+    if any(is_gradient(value) for part in parts for value in part.resolved.values.values()):
+        yield (
+            "gradients over the layers: embeddings, the last norm and the head take the first number, as in mergekit "
+            "(convention: own gives what comes after the layers the last one)"
+            if recipe.convention == "mergekit"
+            else "gradients over the layers: what comes before the layers takes the first number, what comes after them "
+            "the last one (convention: mergekit gives both the first)"
+        )
+    yield from remark_on_statistics(recipe, opened)
+
+
 def remark_on_statistics(recipe: Recipe, opened: OpenedRecipe) -> Iterator[str]:
     """Say which running statistics a merge averages, and how to get those of the merge itself."""
     models = [opened.models[0], *opened.matched]
@@ -245,7 +259,7 @@ def run_merge(
     opened, clock = open_models(recipe, progress=progress) if opened is None else opened, Clock()
     first, moved = opened.models[0], opened.matched
     solutions: tuple[Solution, ...] = ()
-    remarks = tuple(remark_on_statistics(recipe, opened))
+    remarks = tuple(remark_on_merge(recipe, opened))
     if recipe.align is not None and alignments is None:
         decision = decide_alignment(recipe, opened)
         remarks = (*decision.remarks, *remarks)
