@@ -211,8 +211,8 @@ def remark_on_merge(recipe: Recipe, opened: OpenedRecipe) -> Iterator[str]:
             "gradients over the layers: embeddings, the last norm and the head take the first number, as in mergekit "
             "(convention: own gives what comes after the layers the last one)"
             if recipe.convention == "mergekit"
-            else "gradients over the layers: what comes before the layers takes the first number, what comes after them "
-            "the last one (convention: mergekit gives both the first)"
+            else "gradients over the layers: what comes before the layers takes the first number, what comes after "
+            "them the last one (convention: mergekit gives both the first)"
         )
     yield from remark_on_statistics(recipe, opened)
 
