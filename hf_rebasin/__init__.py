@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .merging.methods.distil import distil
     from .merging.methods.refit import refit
     from .merging.recalibration import recalibrate, repair
+    from .modules.distributed import OwnBatches
     from .pipeline import run_recipe
     from .publishing.upload import publish
     from .publishing.verification import verify
@@ -45,6 +46,7 @@ __all__ = [
     "DistL2Loss",
     "MergeMany",
     "MidLoss",
+    "OwnBatches",
     "PermutationCoordinateDescent",
     "Problem",
     "RebasinError",
@@ -89,6 +91,7 @@ _HOME = {
     "DistL2Loss": "compat.sinkhorn_rebasin_losses",
     "MergeMany": "compat.rebasin",
     "MidLoss": "compat.sinkhorn_rebasin_losses",
+    "OwnBatches": "modules.distributed",
     "PermutationCoordinateDescent": "compat.rebasin",
     "Problem": "solving.problem",
     "RebasinError": "errors",

@@ -303,7 +303,8 @@ def merge(
             "first" for the first model's, its own ones where another model has none; "common" to cut its padding to
             the rows that all models have. By default such models are refused.
         backbone_only: keep the first model's head; the other models may have another head, or none.
-        data: unlabelled batches that can be read several times, for methods that fit the merge, such as "refit".
+        data: unlabelled batches that can be read several times, for methods that fit the merge, such as "refit"; for
+            "fisher" and the "regmean" methods better `OwnBatches`, with the data of every model's own task.
         device: device that these methods compute on.
         progress: show a progress bar (on a terminal).
         parameters: parameters of the method, such as `t=0.3`. A number may vary by tensor: `t=[0, 0.5, 1]` from the
