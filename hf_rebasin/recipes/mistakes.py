@@ -167,7 +167,9 @@ def _base_mistakes(raw: Mapping[str, Any], method: MergeMethod) -> Iterator[str]
     entries += [{"model": entry} for entry in plain if isinstance(entry, str)]
     names = [entry["model"] for entry in entries if isinstance(entry.get("model"), str)]
     if method.base == "required" and base is None:
-        yield (f"base_model: {method.name} merges differences from the model that was fine-tuned; name that here")
+        yield (
+            f"base_model: {method.name} merges differences from the model that was fine-tuned, and none is named; name it here, or by --base"
+        )
     if any(entry.get("base") is not None for entry in entries) and (method.base == "none" or base is None):
         yield (
             f"base: {method.name} merges whole models; only methods that merge differences from a base_model, such as "
