@@ -168,7 +168,8 @@ def _base_mistakes(raw: Mapping[str, Any], method: MergeMethod) -> Iterator[str]
     names = [entry["model"] for entry in entries if isinstance(entry.get("model"), str)]
     if method.base == "required" and base is None:
         yield (
-            f"base_model: {method.name} merges differences from the model that was fine-tuned, and none is named; name it here, or by --base"
+            f"base_model: {method.name} merges differences from the model that was fine-tuned, and none is named; "
+            "name it here, or by --base"
         )
     if any(entry.get("base") is not None for entry in entries) and (method.base == "none" or base is None):
         yield (
